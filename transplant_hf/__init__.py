@@ -1,0 +1,79 @@
+"""Whole transformer layers as exchangeable parts: load a recipient, insert donor layers, use it as before.
+
+Importing this package registers transplants with the Auto classes of Transformers.
+
+Example:
+    >>> import transplant_hf
+    >>> transplant_hf.TransplantConfig(recipient="openai-community/gpt2", donors={"user/law": 1}).model_type
+    'transplant'
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .config import DonorSpec, TransplantConfig
+from .errors import (
+    CheckpointError,
+    CompatibilityError,
+    ConfigurationError,
+    HubError,
+    IntegrityError,
+    TransplantError,
+)
+from .registration import register
+
+if TYPE_CHECKING:
+    from .compatibility import CompatibilityReport
+    from .donor import Donor
+    from .layer_map import LayerMap
+    from .model.auto import AutoModelWithTransplant, check_compatibility
+    from .model.memory import remove_transplants, transplant
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoModelWithTransplant",
+    "CheckpointError",
+    "CompatibilityError",
+    "CompatibilityReport",
+    "ConfigurationError",
+    "Donor",
+    "DonorSpec",
+    "HubError",
+    "IntegrityError",
+    "LayerMap",
+    "TransplantConfig",
+    "TransplantError",
+    "__version__",
+    "check_compatibility",
+    "remove_transplants",
+    "transplant",
+]
+
+# Imported when first used: they bring model code with them.
+_LAZY = {
+    "AutoModelWithTransplant": "model.auto",
+    "CompatibilityReport": "compatibility",
+    "Donor": "donor",
+    "LayerMap": "layer_map",
+    "check_compatibility": "model.auto",
+    "remove_transplants": "model.memory",
+    "transplant": "model.memory",
+}
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,18 @@
+"""Find, describe and compare decoder layers, and the configuration that builds them: by looking."""
+
+from .anatomy import Anatomy
+from .names import LayerNames, LayerTensorName
+from .native import LayerOrigin, SplicedConfig, splice_config
+from .stack import decoder_stack, find_stack, text_config
+
+__all__ = [
+    "Anatomy",
+    "LayerNames",
+    "LayerOrigin",
+    "LayerTensorName",
+    "SplicedConfig",
+    "decoder_stack",
+    "find_stack",
+    "splice_config",
+    "text_config",
+]

@@ -1,0 +1,68 @@
+"""A model looked at: where its decoder layers stand and what each is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import CompatibilityError
+from .build import BUILD_ERRORS, build_on_meta
+from .fingerprint import Fingerprint, fingerprint
+from .stack import decoder_stack, find_stack
+
+__all__ = ["Anatomy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Anatomy:
+    """The structure of a model, built on the meta device.
+
+    Args:
+        model_class: The native class.
+        config: The configuration it is built from.
+        what: What it is, for messages: "recipient X" or "donor Y".
+    """
+
+    model_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+    what: str = "model"
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model on the meta device."""
+        try:
+            return build_on_meta(self.model_class, self.config)
+        except BUILD_ERRORS as error:
+            raise CompatibilityError(
+                f"{self.what}: {self.model_class.__name__} cannot be built from its configuration "
+                f"({self.config.model_type}): {type(error).__name__}: {error}"
+            ) from error
+
+    @cached_property
+    def stack_path(self) -> str:
+        """Path of the list of decoder layers, such as `"model.layers"`."""
+        return find_stack(self.model)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, on the meta device."""
+        return decoder_stack(self.model, self.stack_path)
+
+    @cached_property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    @cached_property
+    def fingerprints(self) -> list[Fingerprint]:
+        """What each layer is made of."""
+        return [fingerprint(layer) for layer in self.layers]
+
+    def kind(self, index: int) -> Any:
+        """A value that is equal for two layers of one kind."""
+        skipped = {name for name, value in self.fingerprints[index].items() if value == index}
+        return {name: value for name, value in self.fingerprints[index].items() if name not in skipped}

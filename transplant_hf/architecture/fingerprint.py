@@ -1,0 +1,118 @@
+"""What a decoder layer is made of, and how two layers differ.
+
+A fingerprint holds, for every module inside a layer, its class, its plain attributes and the shapes of its tensors.
+It does not see the values of buffers, nor how `forward` uses the layer's number: `exceptions.py` lists where that
+matters.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+__all__ = ["Fingerprint", "differences", "fingerprint", "is_layer_number", "is_structure", "module_attributes", "plain"]
+
+Fingerprint = dict[str, Any]
+
+_LAYER_NUMBER = re.compile(r"(layer|block|decoder|depth)_?(idx|id|index|number|num|i)$|^(idx|index|layer|i)$", re.I)
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__)
+# `config` is the model's and follows the layers by itself; the rest is the state of a running model.
+_NOT_STRUCTURE = _MODULE_INTERNALS | {
+    "config",
+    "gradient_checkpointing",
+    "name_or_path",
+    "warnings_issued",
+    "all_tied_weights_keys",
+}
+
+
+def fingerprint(layer: nn.Module) -> Fingerprint:
+    """Describe a layer.
+
+    Args:
+        layer: A decoder layer, on any device.
+
+    Returns:
+        `{"self_attn.head_dim": 64, "self_attn.q_proj.weight": "[64, 64]", "self_attn": "LlamaAttention", ...}`.
+    """
+    found: Fingerprint = {}
+    for path, module in layer.named_modules():
+        dot = f"{path}." if path else ""
+        found[f"{path or 'layer'} (class)"] = type(module).__qualname__
+        found.update({f"{dot}{name}": value for name, value in module_attributes(module)})
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            found[f"{dot}{name} (shape)"] = None if tensor is None else list(tensor.shape)
+    return found
+
+
+def module_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield a module's own plain attributes, made comparable."""
+    for name, value in vars(module).items():
+        if is_structure(name) and not isinstance(value, PreTrainedConfig | nn.Module):
+            yield name, plain(value)
+
+
+def is_structure(name: str) -> bool:
+    """Whether a module's attribute belongs to its structure, not to torch or to the state of a running model."""
+    return name not in _NOT_STRUCTURE
+
+
+def plain(value: Any) -> Any:
+    """Turn an attribute into something that compares by meaning: functions by name, tensors by shape."""
+    if value is None or isinstance(value, bool | int | float | str | complex):
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, torch.Tensor):
+        return f"tensor{list(value.shape)}"
+    if isinstance(value, torch.dtype | torch.device | torch.Size):
+        return str(value)
+    if isinstance(value, functools.partial):
+        return [plain(value.func), plain(value.args), plain(value.keywords)]
+    if isinstance(value, type) or callable(value) and hasattr(value, "__qualname__"):
+        return getattr(value, "__qualname__", repr(value))
+    return type(value).__qualname__
+
+
+def is_layer_number(name: str, value: Any, index: int) -> bool:
+    """Whether an attribute holds the number of the layer that stands at `index`."""
+    last = name.rpartition(".")[2]
+    return isinstance(value, int) and not isinstance(value, bool) and value == index and bool(_LAYER_NUMBER.search(last))
+
+
+def differences(was: Fingerprint, became: Fingerprint, was_at: int, stands_at: int) -> list[str]:
+    """List how a layer differs from what it was, its number apart.
+
+    Args:
+        was: Fingerprint in the source model, at index `was_at`.
+        became: Fingerprint in the candidate, at index `stands_at`.
+
+    Returns:
+        One line for each difference, both values named.
+    """
+    lines = []
+    for name in dict.fromkeys([*was, *became]):
+        old, new = was.get(name, "absent"), became.get(name, "absent")
+        if old == new or _renumbered(name, old, new, was_at, stands_at):
+            continue
+        lines.append(f"{name}: {old} became {new}")
+    return lines
+
+
+def _renumbered(name: str, old: Any, new: Any, was_at: int, stands_at: int) -> bool:
+    # NaN attributes are equal for this purpose.
+    if isinstance(old, float) and isinstance(new, float) and old != old and new != new:
+        return True
+    return is_layer_number(name, old, was_at) and is_layer_number(name, new, stands_at)
+
+

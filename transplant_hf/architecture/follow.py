@@ -1,0 +1,225 @@
+"""Make a configuration follow the layers: every per-layer field is set to what each layer was built from.
+
+Yields candidates, most natural first. Whether a candidate really builds every layer as it was is not decided here;
+`native.py` builds it and looks.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .build import BUILD_ERRORS
+from .exceptions import REWRITES
+from .stack import text_config
+
+__all__ = ["ConfigOrigin", "Follower", "is_rule"]
+
+Fields = dict[str, Any]
+
+_NUMBERS_OF_LAYERS = re.compile(r"layers?$|layer_i(d|dx|ndex)s?$|_i(dxs?|ndices|ds)$")
+# Single numbers that say where a kind of layer begins, ends or recurs.
+_RULE = re.compile(r"dense|period|offset|step|interval|freq|pattern|every|start|first|last|skip|global_attn", re.I)
+_RUNTIME = ("_attn_implementation_internal", "_experts_implementation_internal", "dtype", "_name_or_path")
+
+
+def is_rule(name: str) -> bool:
+    """Whether a field may say where a kind of layer begins, ends or recurs."""
+    return bool(_RULE.search(name))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigOrigin:
+    """Where one running layer's configuration stands.
+
+    Args:
+        config: The full configuration of the layer's source model.
+        index: The layer's number there.
+        num_layers: How many layers that model has.
+    """
+
+    config: PreTrainedConfig
+    index: int
+    num_layers: int
+
+
+class Follower:
+    """Rewrites the recipient's configuration for layers that come from several configurations.
+
+    Args:
+        recipient: The untouched recipient's configuration.
+        num_layers: L, the recipient's layers.
+        origins: For each running layer, where its configuration stands.
+    """
+
+    def __init__(self, recipient: PreTrainedConfig, num_layers: int, origins: Sequence[ConfigOrigin]) -> None:
+        self.recipient = recipient
+        self.text = text_config(recipient)
+        self.num_layers = num_layers
+        self.origins = origins
+        self.fields = self._rewritten(recipient, num_layers)
+        self._sources = {id(o.config): self._rewritten(o.config, o.num_layers) for o in origins}
+
+    def candidates(self, kinds: Sequence[Any]) -> Iterator[PreTrainedConfig]:
+        """Yield configurations under which a native model might build the layers as they were.
+
+        Args:
+            kinds: For each running layer, a value that is equal for layers of one kind.
+
+        Yields:
+            Configurations of the recipient's class; those it refuses are left out.
+        """
+        followed = self._follow()
+        for fields in [followed, *self._other_readings(followed), *self._other_rules(followed, kinds)]:
+            config = self._build(fields)
+            if config is not None:
+                yield config
+
+    def running_config(self) -> PreTrainedConfig:
+        """Return a configuration to run layers with that no native configuration can build.
+
+        Caches and masks are sized from it. Where the class computes a per-layer list from rules, a subclass holds
+        the list itself.
+        """
+        fields = self._follow()
+        config = self._build(fields) or copy.deepcopy(self.recipient)
+        text = text_config(config).config
+        for name, value in fields.items():
+            text.__dict__[text.attribute_map.get(name, name)] = value
+        computed = {
+            name: [getattr(text_config(origin.config).config, name)[origin.index] for origin in self.origins]
+            for name in _computed_lists(self.text.config, self.num_layers)
+        }
+        if computed:
+            kind = type(text)
+            text.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, **computed})
+        return config
+
+    def _rewritten(self, config: PreTrainedConfig, num_layers: int) -> Fields:
+        fields = text_config(config).config.to_dict()
+        for rewrite in REWRITES.get(fields.get("model_type", ""), ()):
+            fields = rewrite(fields, num_layers)
+        return fields
+
+    def _follow(self) -> Fields:
+        """Return the decoder's fields that change: counts, per-layer lists, lists of numbers, dicts by number."""
+        before = self.text.config.to_dict()
+        changed: Fields = {}
+        for name, value in self.fields.items():
+            if isinstance(value, list | tuple) and self._are_layer_numbers(name, value):
+                changed[name] = self._numbers(name)
+            elif isinstance(value, list | tuple) and len(value) == self.num_layers:
+                changed[name] = self._list(name)
+            elif _is_by_number(value, self.num_layers):
+                changed[name] = self._dict(name)
+            elif value != before.get(name):
+                changed[name] = value
+        return {**changed, **dict.fromkeys(self._count_fields(), len(self.origins))}
+
+    def _count_fields(self) -> list[str]:
+        real = self.text.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        # Decoders of encoder-decoder families are built from the second and size their cache from the first.
+        second = [name for name in ("decoder_layers", "num_decoder_layers") if self.fields.get(name) == self.num_layers]
+        return list(dict.fromkeys([real, *second]))
+
+    def _are_layer_numbers(self, name: str, value: Sequence[Any]) -> bool:
+        whole = all(
+            isinstance(item, int) and not isinstance(item, bool) and 0 <= item < self.num_layers for item in value
+        )
+        return whole and len(set(value)) == len(value) and bool(_NUMBERS_OF_LAYERS.search(name))
+
+    def _of(self, origin: ConfigOrigin, name: str) -> Any:
+        return self._sources[id(origin.config)].get(name)
+
+    def _list(self, name: str) -> list[Any]:
+        values = []
+        for origin in self.origins:
+            per_layer = self._of(origin, name)
+            values.append(per_layer[origin.index] if isinstance(per_layer, list | tuple) else per_layer)
+        return values
+
+    def _numbers(self, name: str) -> list[int]:
+        return [n for n, origin in enumerate(self.origins) if origin.index in (self._of(origin, name) or ())]
+
+    def _dict(self, name: str) -> Fields:
+        followed = {}
+        for number, origin in enumerate(self.origins):
+            by_number = {int(key): value for key, value in (self._of(origin, name) or {}).items()}
+            if origin.index in by_number:
+                followed[str(number)] = copy.deepcopy(by_number[origin.index])
+        return followed
+
+    def _other_readings(self, followed: Fields) -> Iterator[Fields]:
+        """A list such as [0, 1] may name layers or hold a value for each: try the reading not taken first."""
+        for name, value in self.fields.items():
+            if isinstance(value, list) and len(value) == self.num_layers and self._are_layer_numbers(name, value):
+                yield {**followed, name: self._list(name)}
+
+    def _other_rules(self, followed: Fields, kinds: Sequence[Any]) -> Iterator[Fields]:
+        """Change one number that places kinds of layers: to where kinds change, to none of them or to all."""
+        borders = _borders(kinds)
+        for name, value in self.fields.items():
+            if isinstance(value, bool) or not isinstance(value, int) or not is_rule(name):
+                continue
+            if 0 <= value <= self.num_layers:
+                for number in dict.fromkeys([*borders, 0, 1, len(kinds)]):
+                    if number != value:
+                        yield {**followed, name: number}
+
+    def _build(self, changed: Fields) -> PreTrainedConfig | None:
+        full = self.recipient.to_dict()
+        if self.text.key is None:
+            full.update(changed)
+        else:
+            full[self.text.key] = {**full[self.text.key], **changed}
+        try:
+            config = type(self.recipient).from_dict(full)
+        except BUILD_ERRORS:
+            return None
+        _copy_runtime(self.recipient, config)
+        return config
+
+
+def _copy_runtime(old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    """Carry over what belongs to this run and is not part of `config.json`."""
+    for name in _RUNTIME:
+        if name in old.__dict__:
+            new.__dict__[name] = old.__dict__[name]
+    for key in old.sub_configs:
+        old_part, new_part = getattr(old, key, None), getattr(new, key, None)
+        if old_part is not None and new_part is not None:
+            _copy_runtime(old_part, new_part)
+
+
+def _is_by_number(value: Any, num_layers: int) -> bool:
+    # The values must be dicts too: `id2label` is also a dict by number.
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(str(key).isdigit() and int(key) < num_layers for key in value)
+        and all(isinstance(item, dict) for item in value.values())
+    )
+
+
+def _borders(kinds: Sequence[Any]) -> list[int]:
+    borders, at = [], 0
+    for _, run in groupby(kinds):
+        at += len(list(run))
+        borders.append(at)
+    return borders
+
+
+def _computed_lists(text: PreTrainedConfig, num_layers: int) -> list[str]:
+    names = []
+    for name in dir(type(text)):
+        if not name.startswith("_") and isinstance(getattr(type(text), name, None), property):
+            value = getattr(text, name, None)
+            if isinstance(value, list) and len(value) == num_layers:
+                names.append(name)
+    return names

@@ -1,0 +1,109 @@
+"""The names of decoder layers' tensors in checkpoints, which need not be the names inside the model.
+
+Checkpoints may lack a prefix (GPT-2 without `transformer.`), use older words, or hold one tensor for each expert;
+Transformers renames and fuses them while loading. Names are followed through those very rules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ..errors import CheckpointError
+
+__all__ = ["LayerNames", "LayerTensorName"]
+
+
+class LayerTensorName(NamedTuple):
+    """A checkpoint's name of a layer's tensor: `prefix.number.rest`."""
+
+    prefix: str
+    number: int
+    rest: str
+
+    def at(self, number: int) -> str:
+        """The name of the same tensor of another layer."""
+        return f"{self.prefix}.{number}.{self.rest}"
+
+
+class LayerNames:
+    """Reads checkpoint names of one architecture.
+
+    Args:
+        model: A model of that architecture; the meta device will do.
+        stack_path: Path of its list of decoder layers.
+        transforms: The renaming rules in force; by default the model's own.
+    """
+
+    def __init__(self, model: PreTrainedModel, stack_path: str, transforms: Sequence[Any] | None = None) -> None:
+        if transforms is None:
+            transforms = get_model_conversion_mapping(model)
+        self._renamings = [rule for rule in transforms if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in transforms if isinstance(rule, WeightConverter)]
+        base = f"{model.base_model_prefix}."
+        inner = stack_path.removeprefix(base)
+        self._target = re.compile(rf"(?:{re.escape(base)})?{re.escape(inner)}\.(\d+)\.(.+)")
+        self._number_part: dict[tuple[str, ...], int | None] = {}
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        self._ignored = [re.compile(pattern) for pattern in ignored] + [re.compile(r"rotary_emb\.inv_freq")]
+
+    def split(self, name: str) -> LayerTensorName | None:
+        """Split a checkpoint's name at the layer's number; `None` when it names no decoder layer's tensor."""
+        parts = name.split(".")
+        shape = tuple("#" if part.isdigit() else part for part in parts)
+        if shape not in self._number_part:
+            self._number_part[shape] = self._find_number(shape, name)
+        at = self._number_part[shape]
+        if at is None:
+            return None
+        return LayerTensorName(".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :]))
+
+    def inside_layer(self, name: str) -> str | None:
+        """Return the name a checkpoint's tensor gets inside its layer, after all renaming."""
+        match = self._target.fullmatch(self._renamed(name))
+        return match[2] if match else None
+
+    def is_one_to_one(self, name: str) -> bool:
+        """Whether a checkpoint's tensor is loaded as it is, neither fused nor split."""
+        return rename_source_key(name, self._renamings, self._converters)[1] is None
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether Transformers leaves out a tensor that older checkpoints hold, such as a causal mask."""
+        return any(pattern.search(name) for pattern in self._ignored)
+
+    def may_be_converted(self, inside: str) -> bool:
+        """Whether a layer's tensor may be made from several of a checkpoint, or be one part of one."""
+        targets = [target for rule in self._converters for target in rule.target_patterns]
+        return any(re.search(target, inside) for target in targets)
+
+    def prefixes(self, names: Iterable[str]) -> list[str]:
+        """Return what stands before the layers' numbers in a checkpoint, most frequent first."""
+        counts: dict[str, int] = {}
+        for name in names:
+            parts = self.split(name)
+            if parts is not None:
+                counts[parts.prefix] = counts.get(parts.prefix, 0) + 1
+        return sorted(counts, key=lambda prefix: -counts[prefix])
+
+    def _renamed(self, name: str) -> str:
+        return rename_source_key(name, self._renamings, self._converters)[0]
+
+    def _find_number(self, shape: tuple[str, ...], name: str) -> int | None:
+        # Every number gets a value of its own, so that the one that ends up as the layer's number is known.
+        marks = {at: str(101 + at) for at, part in enumerate(shape) if part == "#"}
+        marked = ".".join(marks.get(at, part) for at, part in enumerate(shape))
+        match = self._target.fullmatch(self._renamed(marked))
+        if match is None:
+            return None
+        for at, mark in marks.items():
+            if match[1] == mark:
+                return at
+        raise CheckpointError(
+            f"checkpoint tensor {name!r} becomes {self._renamed(name)!r}: its layer's number is computed while "
+            "loading, so it cannot be moved."
+        )

@@ -1,0 +1,103 @@
+"""Find the decoder layers of a model: by looking, not by a table of architectures."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..errors import CompatibilityError
+
+__all__ = ["TextConfig", "decoder_stack", "find_stack", "text_config"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The part of a configuration that describes the decoder.
+
+    Args:
+        config: The decoder's configuration.
+        key: Its field in the full configuration; `None` when it is the full one.
+    """
+
+    config: PreTrainedConfig
+    key: str | None
+
+
+def text_config(config: PreTrainedConfig) -> TextConfig:
+    """Return the decoder's part of a configuration, as the object that the model will read."""
+    text = config.get_text_config(decoder=True)
+    for key in config.sub_configs:
+        if getattr(config, key, None) is text:
+            return TextConfig(text, key)
+    # Flat encoder-decoder configurations hand out an edited copy; the model reads the original.
+    return TextConfig(config, None)
+
+
+def find_stack(model: PreTrainedModel) -> str:
+    """Return the path of the `nn.ModuleList` that holds the decoder layers.
+
+    Args:
+        model: A model, on any device, the meta device included.
+
+    Returns:
+        The path inside the model, such as `"model.layers"` or `"transformer.h"`.
+
+    Raises:
+        CompatibilityError: There is no such list, or more than one.
+    """
+    found = [path for path, module in _outer_lists(model) if _holds_layers(module)]
+    text = text_config(model.config).config
+    of_decoder = [path for path in found if _owner_reads(model, path, text)] or found
+    if len(of_decoder) == 1:
+        return of_decoder[0]
+    name = f"{type(model).__name__} ({model.config.model_type})"
+    if not of_decoder:
+        raise CompatibilityError(f"{name} is not a decoder-only model with one stack of layers: no list of layers found.")
+    raise CompatibilityError(
+        f"{name} is not a decoder-only model with one stack of layers: it has several, {', '.join(of_decoder)}."
+    )
+
+
+def decoder_stack(model: nn.Module, path: str) -> nn.ModuleList:
+    """Return the list of decoder layers at `path`."""
+    stack = model.get_submodule(path)
+    assert isinstance(stack, nn.ModuleList)
+    return stack
+
+
+def _outer_lists(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.ModuleList]]:
+    lists = []
+    for name, child in model.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, nn.ModuleList):
+            lists.append((path, child))
+        else:
+            lists += _outer_lists(child, f"{path}.")
+    return lists
+
+
+def _holds_layers(module: nn.ModuleList) -> bool:
+    # Every decoder layer in Transformers can be checkpointed; lists of projections or norms cannot.
+    return len(module) > 0 and all(isinstance(layer, GradientCheckpointingLayer) or _old_block(layer) for layer in module)
+
+
+def _old_block(layer: nn.Module) -> bool:
+    """A layer class that predates `GradientCheckpointingLayer`: it holds attention or a mixer, and a norm."""
+    kinds = [type(child).__name__.lower() for child in layer.children()]
+    has_norm = any("norm" in kind for kind in kinds)
+    return has_norm and any(word in kind for kind in kinds for word in ("attention", "mixer", "xlstm", "mlstm"))
+
+
+def _owner_reads(model: PreTrainedModel, path: str, text: Any) -> bool:
+    """Whether the innermost sub-model around `path` is configured by the decoder's configuration."""
+    owner: PreTrainedModel = model
+    module: nn.Module = model
+    for part in path.split("."):
+        if isinstance(module, PreTrainedModel):
+            owner = module
+        module = getattr(module, part)
+    return owner.config is text or type(owner.config) is type(text)

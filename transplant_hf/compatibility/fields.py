@@ -1,0 +1,65 @@
+"""Configuration fields that reach a decoder layer, compared between a donor's source model and a recipient."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..architecture.build import BUILD_ERRORS
+from ..architecture.follow import is_rule
+
+__all__ = ["field_mismatches"]
+
+# Fields that do not reach the arithmetic of a decoder layer: what stands around the layers, training, bookkeeping.
+_OUTSIDE_LAYERS = re.compile(
+    r"vocab|_token_id|^_|dropout|pdrop|^drop|initializer|init_std|^tie_|use_cache|dtype|name_or_path|architectures|"
+    r"transformers_version|^output_|return_dict|label|problem_type|aux_loss|z_loss|pretraining_tp|^is_|summary_|"
+    r"task_specific|finetuning|quantization|checkpointing|pruned|chunk_size_feed|nextn|mtp|auto_map|tokenizer_class|"
+    r"^prefix$|max_position_embeddings|n_positions|n_ctx|max_seq|seq_len|^num_layers$|^n_layers?$|_layers$|"
+    r"layerdrop|jitter|^bos|^eos|^pad|_coef$|scale_embedding|type_vocab|max_window_layers|cross_attention|"
+    r"logit_scale|logits_scaling|final_logit|embedding_multiplier|use_kernels|format_version"
+)
+
+
+def field_mismatches(donor: PreTrainedConfig, recipient: PreTrainedConfig) -> Iterator[str]:
+    """Yield a line for each field that differs and would change what a layer computes.
+
+    Args:
+        donor: The decoder's part of the donor's source configuration.
+        recipient: The decoder's part of the recipient's.
+    """
+    theirs, ours = donor.to_dict(), recipient.to_dict()
+    for name in _class_fields(recipient, ours):
+        old, new = theirs.get(name), ours.get(name)
+        if _OUTSIDE_LAYERS.search(name) or (is_rule(name) and _is_count(old) and _is_count(new)):
+            continue
+        if old != new and not (_per_layer(old) or _per_layer(new)):
+            yield f"{name}: donor {_short(old)}, recipient {_short(new)}"
+
+
+def _class_fields(config: PreTrainedConfig, fields: dict[str, Any]) -> list[str]:
+    """Fields the model's code knows; a `config.json` may hold others, which nothing reads."""
+    try:
+        known = type(config)().to_dict()
+    except BUILD_ERRORS:
+        return list(fields)
+    return [name for name in fields if name in known]
+
+
+def _is_count(value: Any) -> bool:
+    # A rule about layers counts layers; "freq" also ends the names of rotary bases.
+    return value is None or isinstance(value, int) and not isinstance(value, bool) and value < 1000
+
+
+def _per_layer(value: Any) -> bool:
+    # Lists follow the layers; whether they can is seen when the layers are built.
+    by_number = isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
+    return by_number or (isinstance(value, Sequence) and not isinstance(value, str))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."

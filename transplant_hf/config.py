@@ -1,0 +1,290 @@
+"""What a transplant is made of, as it stands in `config.json`: `TransplantConfig` and `DonorSpec`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .errors import ConfigurationError
+
+__all__ = ["FORMAT_VERSION", "DonorSpec", "TransplantConfig", "check_format_version", "donor_specs"]
+
+FORMAT_VERSION = 1
+# Which release of transplant_hf first reads which format: what an older release must be upgraded to.
+_RELEASE_OF_FORMAT = {1: "0.1.0"}
+_MODES = ("insert", "replace")
+
+
+def check_format_version(found: Any, where: str) -> int:
+    """Accept a `format_version` this release can read.
+
+    Args:
+        found: The value in the file; a missing one counts as 1.
+        where: The file, for the message.
+
+    Returns:
+        The version as an integer.
+
+    Raises:
+        ConfigurationError: Not a positive integer, or newer than this release knows.
+    """
+    if found is None:
+        return FORMAT_VERSION
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise ConfigurationError(f"format_version in {where} must be a whole number from 1, got {found!r}.")
+    if found > FORMAT_VERSION:
+        release = _RELEASE_OF_FORMAT.get(found)
+        needed = f"transplant_hf >= {release}" if release else "a newer transplant_hf"
+        raise ConfigurationError(
+            f"{where} has format_version {found}, this release reads up to {FORMAT_VERSION}: it needs {needed} "
+            "that knows this format. Upgrade with: pip install --upgrade transplant_hf"
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class DonorSpec:
+    """One donor and the place it takes in the recipient.
+
+    Args:
+        donor: Hub id, folder, or "." for the repo that holds this configuration.
+        position: How many recipient layers run before the donor, 0..L, in the untouched recipient's numbering.
+        mode: "insert" adds the donor's k layers; "replace" removes recipient layers position .. position+k-1.
+        revision: Branch, tag or commit of the donor's repo; a commit once saved.
+        subfolder: Folder inside the donor's repo.
+        name: What the donor is called in the layer map; defaults to the last part of `donor`.
+        layers: A contiguous part of the donor, by its own order 0..k-1; all of it by default.
+        strength: Scales what the donor's layers add to the hidden state; 0 is exactly the recipient.
+
+    Raises:
+        ConfigurationError: A value of the wrong kind.
+
+    Example:
+        >>> DonorSpec("user/gpt2-wikitext", position=1).name
+        'gpt2-wikitext'
+    """
+
+    donor: str
+    position: int
+    mode: str = "insert"
+    revision: str | None = None
+    subfolder: str | None = None
+    name: str | None = None
+    layers: tuple[int, ...] | None = None
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "donor", str(self.donor))
+        if not self.donor:
+            raise ConfigurationError('donor must be a Hub id, a folder or ".", got an empty string.')
+        self._check_place()
+        self._check_strength()
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _contiguous(self.layers, self.donor))
+        if self.name is None:
+            object.__setattr__(self, "name", _default_name(self.donor, self.subfolder))
+        elif not isinstance(self.name, str) or not self.name:
+            raise ConfigurationError(f"name of donor {self.donor!r} must be a non-empty string, got {self.name!r}.")
+
+    def _check_place(self) -> None:
+        if isinstance(self.position, bool) or not isinstance(self.position, int):
+            raise ConfigurationError(
+                f"position of donor {self.donor!r} must be a whole number, got {self.position!r}."
+            )
+        if self.position < 0:
+            raise ConfigurationError(
+                f"position of donor {self.donor!r} is {self.position}; it counts the recipient layers that run "
+                "before the donor, so it must lie in 0..L. Negative positions are not counted from the end."
+            )
+        if self.mode not in _MODES:
+            raise ConfigurationError(f"mode of donor {self.donor!r} must be one of {_MODES}, got {self.mode!r}.")
+
+    def _check_strength(self) -> None:
+        number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
+        if not number or not math.isfinite(self.strength):
+            raise ConfigurationError(
+                f"strength of donor {self.donor!r} must be a finite number, got {self.strength!r}."
+            )
+        object.__setattr__(self, "strength", float(self.strength))
+        if self.mode == "replace" and self.strength != 1.0:
+            raise ConfigurationError(
+                f"donor {self.donor!r} replaces recipient layers and has strength {self.strength}: a strength below "
+                'one fades to the recipient, whose layers are gone. Use mode="insert" or strength=1.'
+            )
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> DonorSpec:
+        """Build a spec from JSON fields; unknown ones are an error.
+
+        Args:
+            fields: The JSON object.
+
+        Returns:
+            The spec.
+
+        Raises:
+            ConfigurationError: Unknown or missing fields, or values of the wrong kind.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise ConfigurationError(
+                f"unknown donor field {', '.join(map(repr, unknown))} in donor {fields.get('donor', '?')!r}; "
+                f"known fields are {', '.join(known)}."
+            )
+        missing = [name for name in ("donor", "position") if name not in fields]
+        if missing:
+            raise ConfigurationError(f"donor {dict(fields)!r} lacks {' and '.join(map(repr, missing))}.")
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON fields; those at their default are left out, except position, mode and name."""
+        kept: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("donor", "position", "mode", "name") or value != field.default:
+                kept[field.name] = list(value) if isinstance(value, tuple) else value
+        return kept
+
+
+def _default_name(donor: str, subfolder: str | None) -> str:
+    last = PurePath(subfolder or donor).name
+    # "." has no last part of its own: the name of the repo is filled in when the repo is known.
+    return last if last not in ("", "..") else "donor"
+
+
+def _contiguous(layers: Iterable[int], donor: str) -> tuple[int, ...]:
+    try:
+        chosen = tuple(layers)
+    except TypeError:
+        chosen = ()
+    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in chosen)
+    if not chosen or not whole or chosen[0] < 0 or chosen != tuple(range(chosen[0], chosen[0] + len(chosen))):
+        raise ConfigurationError(
+            f"layers of donor {donor!r} must be consecutive layers by the donor's own order, such as [0, 1], "
+            f"got {layers!r}."
+        )
+    return chosen
+
+
+def donor_specs(donors: Any) -> list[DonorSpec]:
+    """Read any accepted way of naming donors.
+
+    Args:
+        donors: `{donor: position}`, a spec, a JSON object, or a list of specs and JSON objects.
+
+    Returns:
+        The specs in their order, names checked to be unique.
+
+    Raises:
+        ConfigurationError: Anything else, unknown fields or two donors of one name.
+
+    Example:
+        >>> [spec.position for spec in donor_specs({"user/law": 2, "user/code": 4})]
+        [2, 4]
+    """
+    if donors is None:
+        return []
+    if isinstance(donors, DonorSpec):
+        donors = [donors]
+    elif isinstance(donors, Mapping):
+        donors = [donors] if "donor" in donors else [DonorSpec(str(k), position=v) for k, v in donors.items()]
+    elif isinstance(donors, str | bytes) or not isinstance(donors, Iterable):
+        raise ConfigurationError(
+            f"donors must be {{donor: position}} or a list of DonorSpec, got {donors!r}. "
+            f"For one donor write donors={{{donors!r}: position}}."
+        )
+    specs = []
+    for entry in donors:
+        if isinstance(entry, DonorSpec):
+            specs.append(entry)
+        elif isinstance(entry, Mapping):
+            specs.append(DonorSpec.from_dict(entry))
+        else:
+            raise ConfigurationError(f"each donor must be a DonorSpec or a JSON object, got {entry!r}.")
+    _check_unique_names(specs)
+    return specs
+
+
+def _check_unique_names(specs: list[DonorSpec]) -> None:
+    seen: dict[str, DonorSpec] = {}
+    for spec in specs:
+        name = str(spec.name)
+        if name == "recipient":
+            raise ConfigurationError(f"donor {spec.donor!r} may not be named 'recipient'; give it another name=.")
+        if name in seen:
+            raise ConfigurationError(
+                f"two donors are named {name!r}: {seen[name].donor!r} at position {seen[name].position} and "
+                f"{spec.donor!r} at position {spec.position}. Give one of them another name=."
+            )
+        seen[name] = spec
+
+
+class TransplantConfig(PreTrainedConfig):
+    """A recipient and the donors that go into it.
+
+    Args:
+        recipient: Hub id or folder; a relative folder is relative to this `config.json`.
+        recipient_revision: Branch, tag or commit of the recipient; a commit once saved.
+        donors: `DonorSpec` objects or their JSON, applied together, in this order.
+        format_version: The version of this file format.
+        **kwargs: What every `PreTrainedConfig` takes.
+
+    Raises:
+        ConfigurationError: Unknown donor fields, two donors of one name, or a newer format.
+
+    Example:
+        >>> config = TransplantConfig(recipient="openai-community/gpt2", donors={"user/law": 1})
+        >>> config.donors[0].position
+        1
+    """
+
+    model_type = "transplant"
+
+    def __init__(
+        self,
+        recipient: str = "",
+        recipient_revision: str | None = None,
+        donors: Any = None,
+        format_version: int | None = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        # Checked first: a newer format may hold fields that the lines below would misread.
+        self.format_version = check_format_version(format_version, kwargs.get("name_or_path") or "config.json")
+        self.recipient = str(recipient)
+        self.recipient_revision = recipient_revision
+        self.donors: list[DonorSpec] = donor_specs(donors)
+        # Without it `pipeline` falls back to native classes named after the task.
+        kwargs.setdefault("architectures", ["TransplantForCausalLM"])
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build the configuration and hand on, untouched, what is meant for the recipient's configuration.
+
+        Transformers lets a configuration take any keyword argument that it has an attribute for. Here they belong
+        to the recipient (`attn_implementation`, `num_labels`, ...), so when the caller asks for the unused ones
+        back, all of them are.
+        """
+        if not kwargs.get("return_unused_kwargs"):
+            return super().from_dict(config_dict, **kwargs)
+        kwargs.pop("return_unused_kwargs")
+        named = {"name_or_path": kwargs.pop("name_or_path")} if "name_or_path" in kwargs else {}
+        for telemetry in ("_from_auto", "_from_pipeline"):
+            kwargs.pop(telemetry, None)
+        return super().from_dict(config_dict, **named), kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `config.json` holds, donors as JSON objects."""
+        donors, self.donors = self.donors, []
+        try:
+            fields = super().to_dict()
+        finally:
+            self.donors = donors
+        fields["donors"] = [spec.to_dict() for spec in donors]
+        return fields

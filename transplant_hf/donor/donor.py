@@ -1,0 +1,248 @@
+"""`Donor`: contiguous decoder layers of some model, on the Hub, in a folder or in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..config import TransplantConfig
+from ..errors import CheckpointError, ConfigurationError
+from ..sources import HubOptions, Source, locate
+from ..storage import read_json
+from .extract import layers_of_model
+from .record import DONOR_CONFIG, DonorRecord
+from .save import save_donor
+from .tensors import TensorInfo, TensorStore, layer_of, open_donor_files
+
+__all__ = ["DONOR_FILES", "Donor"]
+
+DONOR_FILES = (DONOR_CONFIG, "donor*.safetensors", "donor.safetensors.index.json", "config.json")
+
+
+class Donor:
+    """Contiguous decoder layers, and what is known of their making.
+
+    Made by `from_pretrained` or `from_model`; the tensors of a donor from files stay on disk until asked for.
+
+    Args:
+        record: What is known of it.
+        store: Its tensors.
+        position: The recommended position, if any.
+        source: Where it was read from, if anywhere.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+        >>> donor = Donor.from_model(model, layers=[1, 2], name="tail")
+        >>> donor.num_layers, donor.layer_indices
+        (2, [1, 2])
+    """
+
+    def __init__(
+        self, record: DonorRecord, store: TensorStore, *, position: int | None = None, source: Source | None = None
+    ) -> None:
+        self.record = record
+        self.store = store
+        self.position = position
+        self.source = source
+        self._check_layer_numbers()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder: str | os.PathLike[str],
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Donor:
+        """Open a donor; only headers are read.
+
+        Args:
+            repo_or_folder: Hub id or folder.
+            revision: Branch, tag or commit.
+            subfolder: Folder inside the repo.
+            token: As in `from_pretrained` of Transformers.
+            cache_dir: The same.
+            local_files_only: The same.
+            force_download: The same.
+
+        Returns:
+            The donor.
+
+        Raises:
+            HubError: The repo is missing, gated, private or out of reach.
+            CheckpointError: Files are missing or malformed.
+            IntegrityError: A weight file has another size than was recorded.
+        """
+        hub = HubOptions(token, cache_dir, local_files_only, force_download)
+        name = os.fspath(repo_or_folder)
+        return cls.open(locate(name, files=DONOR_FILES, revision=revision, subfolder=subfolder, hub=hub))
+
+    @classmethod
+    def open(cls, source: Source) -> Donor:
+        """Open a donor whose files are at hand."""
+        record = DonorRecord.read(source.folder)
+        for name, stamp in record.files.items():
+            stamp.check_size(source.folder / name)
+        config = source.folder / "config.json"
+        position = _recommended_position(config) if config.exists() else None
+        return cls(record, open_donor_files(source.folder), position=position, source=source)
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, layers: Sequence[int], name: str | None = None) -> Donor:
+        """Take contiguous layers out of a loaded model, sharing its memory.
+
+        Args:
+            model: Any decoder-only model, a transplant included.
+            layers: Consecutive running numbers, such as `[4, 5, 6]`.
+            name: What to call the donor.
+
+        Returns:
+            The donor, named and typed as the model's checkpoint would be.
+
+        Raises:
+            ConfigurationError: The layers are not consecutive or do not exist.
+            CheckpointError: Their weights are offloaded or quantised.
+        """
+        record, store, position = layers_of_model(model, layers, name)
+        return cls(record, store, position=position)
+
+    @property
+    def name(self) -> str | None:
+        """What the donor is called."""
+        return self.record.name
+
+    @property
+    def num_layers(self) -> int:
+        """k."""
+        return len(self.record.layer_indices)
+
+    @property
+    def layer_indices(self) -> list[int]:
+        """The layers' numbers in the source model."""
+        return list(self.record.layer_indices)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the author recorded, unchanged."""
+        return dict(self.record.metadata)
+
+    @property
+    def model_type(self) -> str:
+        """The source model's type."""
+        return self.record.model_type
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Describe every tensor by its header."""
+        return self.store.infos()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Read the tensors.
+
+        Returns:
+            `{"layers.{i}.{name inside the layer}": tensor}`, i = 0..k-1.
+        """
+        return {name: part[...] for name, part in self.store.slices().items()}
+
+    def part(self, layers: Sequence[int]) -> Donor:
+        """Return some consecutive layers of this donor, by its own order.
+
+        Raises:
+            ConfigurationError: It has no such layers.
+        """
+        if layers[-1] >= self.num_layers:
+            raise ConfigurationError(
+                f"donor {self} has layers 0..{self.num_layers - 1} by its own order, asked for {list(layers)}."
+            )
+        record = dataclasses.replace(
+            self.record, layer_indices=tuple(self.record.layer_indices[number] for number in layers)
+        )
+        return Donor(record, _PartOf(self.store, layers[0], len(layers)), position=self.position, source=self.source)
+
+    def weight_files(self) -> list[Path]:
+        """The files of a donor on disk that have a recorded sha256."""
+        return [self.source.folder / name for name in self.record.files] if self.source else []
+
+    def verify(self) -> None:
+        """Compare every weight file with its recorded sha256.
+
+        Raises:
+            IntegrityError: The bytes differ.
+        """
+        for path in self.weight_files():
+            self.record.files[path.name].check_bytes(path)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        position: int | None = None,
+        recipient: str | None = None,
+        recipient_revision: str | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        """Write the donor as a repo that `from_pretrained` and `pipeline` load as it stands.
+
+        Args:
+            save_directory: The folder; an old donor in it is replaced in one step.
+            position: The recommended position; by default the one it came with.
+            recipient: The recipient it is meant for; by default the model its layers came from.
+            recipient_revision: The recipient's revision.
+            max_shard_size: Largest weight file.
+
+        Raises:
+            ConfigurationError: No position or no recipient is known.
+        """
+        save_donor(self, Path(save_directory), position, recipient, recipient_revision, max_shard_size)
+
+    def __str__(self) -> str:
+        return str(self.source or self.name or "in memory")
+
+    def __repr__(self) -> str:
+        return f"Donor({str(self)!r}, {self.model_type}, layers {self.layer_indices})"
+
+    def _check_layer_numbers(self) -> None:
+        found = {layer_of(name)[0] for name in self.infos()}
+        wanted = set(range(self.num_layers))
+        if found != wanted:
+            raise CheckpointError(
+                f"donor {self}: its record names {self.num_layers} layers ({self.layer_indices}), its weights hold "
+                f"layers {sorted(found)}. Missing: {sorted(wanted - found)}, unexpected: {sorted(found - wanted)}."
+            )
+
+
+class _PartOf:
+    """Some consecutive layers of a donor, renumbered from 0."""
+
+    def __init__(self, whole: TensorStore, start: int, count: int) -> None:
+        self._whole, self._start, self._count = whole, start, count
+
+    def _only(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {}
+        for name, tensor in tensors.items():
+            number, rest = layer_of(name)
+            if 0 <= number - self._start < self._count:
+                kept[f"layers.{number - self._start}.{rest}"] = tensor
+        return kept
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._only(self._whole.infos())
+
+    def slices(self) -> Mapping[str, Any]:
+        return self._only(self._whole.slices())
+
+
+def _recommended_position(path: Path) -> int | None:
+    content = read_json(path, "the donor's config.json")
+    if content.get("model_type") != TransplantConfig.model_type:
+        return None
+    own = [spec.position for spec in TransplantConfig(**content).donors if spec.donor == "."]
+    return own[0] if len(own) == 1 else None

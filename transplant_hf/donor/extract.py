@@ -1,0 +1,80 @@
+"""Take layers out of a loaded model, named as its checkpoint would name them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from ..architecture import LayerNames, decoder_stack, find_stack
+from ..errors import CheckpointError, ConfigurationError
+from .record import DonorRecord
+from .tensors import MemoryTensors
+
+__all__ = ["checkpoint_tensors", "layers_of_model"]
+
+
+def layers_of_model(
+    model: PreTrainedModel, layers: Sequence[int], name: str | None
+) -> tuple[DonorRecord, MemoryTensors, int | None]:
+    """Return a donor's record, its tensors and, for a transplanted donor, the position it has."""
+    path = find_stack(model)
+    count = len(decoder_stack(model, path))
+    numbers = list(layers)
+    if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        raise ConfigurationError(f"layers must be consecutive, such as [4, 5, 6], got {numbers}.")
+    if numbers[0] < 0 or numbers[-1] >= count:
+        raise ConfigurationError(f"layers {numbers} are outside 0..{count - 1}: the model runs {count} layers.")
+    # A transplant knows better than its spliced configuration what its layers were built from.
+    of_transplant = getattr(model, "_record_of_layers", None)
+    known = of_transplant(numbers, name) if of_transplant is not None else None
+    record, position = known or (_record(model, numbers, name), None)
+    return record, MemoryTensors(checkpoint_tensors(model, path, numbers)), position
+
+
+def _record(model: PreTrainedModel, numbers: list[int], name: str | None) -> DonorRecord:
+    config = model.config.to_dict()
+    config.pop("_name_or_path", None)
+    return DonorRecord(
+        model_type=model.config.model_type,
+        source_config=config,
+        layer_indices=tuple(numbers),
+        source_id=model.config.name_or_path or None,
+        name=name,
+    )
+
+
+def checkpoint_tensors(model: PreTrainedModel, path: str, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return the tensors of some layers under a donor's names.
+
+    Args:
+        model: The model.
+        path: Path of its list of layers.
+        numbers: Running numbers; the first becomes layer 0.
+
+    Returns:
+        `{"layers.{i}.{name inside the layer}": tensor}`, sharing the model's memory where no fused tensor is split.
+
+    Raises:
+        CheckpointError: Weights that are not in memory, or quantised.
+    """
+    stack = decoder_stack(model, path)
+    state: dict[str, Any] = {}
+    for number in numbers:
+        for key, tensor in stack[number].state_dict().items():
+            if tensor.is_meta:
+                raise CheckpointError(f"{path}.{number}.{key} is offloaded; load the model without offload first.")
+            if not tensor.is_floating_point() and key.endswith("weight"):
+                raise CheckpointError(f"{path}.{number}.{key} is quantised ({tensor.dtype}); a donor needs full precision.")
+            state[f"{path}.{number}.{key}"] = tensor.detach()
+    names = LayerNames(model, path)
+    tensors = {}
+    for raw, tensor in revert_weight_conversion(model, state).items():
+        parts = names.split(raw)
+        if parts is None:
+            raise CheckpointError(f"the checkpoint name {raw!r} of a layer's tensor could not be traced back.")
+        tensors[f"layers.{parts.number - numbers[0]}.{parts.rest}"] = tensor
+    return tensors

@@ -1,0 +1,164 @@
+"""`donor_config.json`: what is known of a donor's making."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import FORMAT_VERSION, check_format_version
+from ..errors import CheckpointError, IntegrityError
+from ..storage import read_json, sha256_of, write_json
+from .tensors import safe_name
+
+__all__ = ["DONOR_CONFIG", "DonorRecord", "FileStamp"]
+
+DONOR_CONFIG = "donor_config.json"
+
+# What was hashed in this process: a file is read once, however often it is loaded.
+_VERIFIED: dict[Path, tuple[int, int, str]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class FileStamp:
+    """The recorded bytes of one weight file.
+
+    Args:
+        sha256: Hexadecimal.
+        size: In bytes.
+    """
+
+    sha256: str
+    size: int
+
+    def check_size(self, path: Path) -> None:
+        """Compare sizes, which costs nothing.
+
+        Raises:
+            IntegrityError: Missing, or of another size.
+        """
+        found = path.stat().st_size if path.exists() else None
+        if found != self.size:
+            seen = "is missing" if found is None else f"has {found} bytes"
+            raise IntegrityError(
+                f"{path} {seen}, {DONOR_CONFIG} records {self.size}. Download it again (force_download=True)."
+            )
+
+    def check_bytes(self, path: Path) -> None:
+        """Compare the sha256.
+
+        Raises:
+            IntegrityError: The bytes differ.
+        """
+        stat = path.stat()
+        state = (stat.st_size, stat.st_mtime_ns, self.sha256)
+        if _VERIFIED.get(path) == state:
+            return
+        found = sha256_of(path)
+        if found != self.sha256:
+            raise IntegrityError(
+                f"{path} has sha256 {found}, {DONOR_CONFIG} records {self.sha256}: its bytes were changed. Download "
+                "it again (force_download=True), or ask its author."
+            )
+        _VERIFIED[path] = state
+
+
+@dataclasses.dataclass(frozen=True)
+class DonorRecord:
+    """What is known of a donor.
+
+    Args:
+        model_type: The source model's type, such as "gpt2".
+        source_config: The source model's own configuration, as its `config.json` has it.
+        layer_indices: The donor layers' numbers in the source model, consecutive.
+        source_id: Hub id or folder of the source model, if known.
+        source_revision: Its commit, if known.
+        name: What the donor is called.
+        metadata: What the author recorded, unchanged.
+        files: sha256 and size of every weight file.
+    """
+
+    model_type: str
+    source_config: Mapping[str, Any]
+    layer_indices: tuple[int, ...]
+    source_id: str | None = None
+    source_revision: str | None = None
+    name: str | None = None
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, FileStamp] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> DonorRecord:
+        """Read `donor_config.json`.
+
+        Raises:
+            ConfigurationError: A newer format.
+            CheckpointError: Missing or malformed.
+        """
+        path = folder / DONOR_CONFIG
+        content = read_json(path, "the donor's record")
+        check_format_version(content.get("format_version"), str(path))
+        source = content.get("source") or {}
+        try:
+            return cls(
+                model_type=_typed(content, "model_type", str),
+                source_config=_typed(content, "source_config", dict),
+                layer_indices=_indices(_typed(content, "layer_indices", list)),
+                source_id=source.get("id"),
+                source_revision=source.get("revision"),
+                name=content.get("name"),
+                metadata=content.get("metadata") or {},
+                files={
+                    safe_name(name): FileStamp(_typed(stamp, "sha256", str), _typed(stamp, "size", int))
+                    for name, stamp in (content.get("files") or {}).items()
+                },
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is not a donor's record: {error}") from error
+
+    def write(self, folder: Path) -> None:
+        """Write `donor_config.json`."""
+        write_json(
+            folder / DONOR_CONFIG,
+            {
+                "format_version": FORMAT_VERSION,
+                "name": self.name,
+                "model_type": self.model_type,
+                "source": {"id": self.source_id, "revision": self.source_revision},
+                "layer_indices": list(self.layer_indices),
+                "metadata": finite(dict(self.metadata)),
+                "files": {name: dataclasses.asdict(stamp) for name, stamp in sorted(self.files.items())},
+                "source_config": dict(self.source_config),
+            },
+        )
+
+
+def finite(value: Any) -> Any:
+    """Return the value, or refuse it when it holds a number JSON has no word for.
+
+    Raises:
+        CheckpointError: A NaN or an infinity.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise CheckpointError(f"donor metadata holds {value}, which JSON cannot say; leave that entry out.")
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def _typed(content: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = content[key]
+    if not isinstance(value, kind):
+        raise TypeError(f"{key} must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+def _indices(values: list[Any]) -> tuple[int, ...]:
+    whole = bool(values) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
+    if not whole or values != list(range(values[0], values[0] + len(values))):
+        raise TypeError(f"layer_indices must be consecutive whole numbers, got {values!r}")
+    return tuple(values)

@@ -1,0 +1,168 @@
+"""A donor's tensors: described from headers, read only when asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError
+from ..storage import read_json
+
+__all__ = ["DONOR_FILE", "DONOR_INDEX", "MemoryTensors", "TensorInfo", "TensorStore", "layer_of", "open_donor_files"]
+
+DONOR_FILE = "donor.safetensors"
+DONOR_INDEX = "donor.safetensors.index.json"
+_NAME = re.compile(r"layers\.(0|[1-9]\d*)\.(.+)")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor.
+
+    Args:
+        shape: Its dimensions.
+        dtype: Its type as safetensors writes it, such as "F32" or "BF16".
+        file: The file that holds it; `None` for one in memory.
+        name_in_file: Its name there.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path | None = None
+    name_in_file: str | None = None
+
+    @property
+    def num_elements(self) -> int:
+        """How many numbers it holds."""
+        return torch.Size(self.shape).numel()
+
+
+class TensorStore(Protocol):
+    """Named tensors that are described at once and read on demand."""
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Describe every tensor, without reading any."""
+        ...
+
+    def slices(self) -> Mapping[str, Any]:
+        """Return something for each tensor that `[...]` turns into it, from freshly opened files."""
+        ...
+
+
+def layer_of(name: str) -> tuple[int, str]:
+    """Split `layers.{i}.{name inside the layer}`.
+
+    Raises:
+        CheckpointError: The name is not of that form.
+
+    Example:
+        >>> layer_of("layers.2.mlp.c_fc.weight")
+        (2, 'mlp.c_fc.weight')
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise CheckpointError(f"donor tensor {name!r} is not named layers.<number>.<name inside the layer>.")
+    return int(match[1]), match[2]
+
+
+class MemoryTensors:
+    """Tensors that are already in memory."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Describe every tensor."""
+        return {
+            name: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self._tensors.items()
+        }
+
+    def slices(self) -> Mapping[str, Any]:
+        """Return the tensors themselves."""
+        return self._tensors
+
+
+class FileTensors:
+    """Tensors in safetensors files."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self._infos = dict(self._read_headers())
+
+    def _read_headers(self) -> Iterator[tuple[str, TensorInfo]]:
+        seen: dict[str, Path] = {}
+        for path in self.files:
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 - a safetensors file, not a dict
+                    if name in seen:
+                        raise CheckpointError(f"tensor {name!r} is in both {seen[name]} and {path}.")
+                    seen[name] = path
+                    part = file.get_slice(name)
+                    yield name, TensorInfo(tuple(part.get_shape()), part.get_dtype(), path, name)
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Describe every tensor."""
+        return self._infos
+
+    def slices(self) -> Mapping[str, Any]:
+        """Map the files anew: a donor used twice must not share memory with itself."""
+        slices: dict[str, Any] = {}
+        for path in self.files:
+            file = _opened(path)
+            slices.update({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
+        return slices
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"donor weights are missing: {path}") from error
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}). Was it cut short, or is it a Git LFS pointer?"
+        ) from error
+
+
+def open_donor_files(folder: Path) -> FileTensors:
+    """Open a donor's weight files, one or sharded, by their headers.
+
+    Args:
+        folder: The donor's folder.
+
+    Raises:
+        CheckpointError: No weights, a malformed index or file, or names that lead out of the folder.
+    """
+    if (folder / DONOR_INDEX).exists():
+        weight_map = read_json(folder / DONOR_INDEX, "the donor's shard index").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / DONOR_INDEX} has no weight_map.")
+        store = FileTensors([folder / safe_name(name) for name in sorted({*map(str, weight_map.values())})])
+        strays = sorted(set(weight_map) ^ set(store.infos()))
+        if strays:
+            raise CheckpointError(
+                f"{folder / DONOR_INDEX} and its shards disagree on {len(strays)} tensors, first {strays[0]!r}."
+            )
+        return store
+    if not (folder / DONOR_FILE).exists():
+        raise CheckpointError(f"no donor weights in {folder}: neither {DONOR_FILE} nor {DONOR_INDEX}.")
+    return FileTensors([folder / DONOR_FILE])
+
+
+def safe_name(name: str) -> str:
+    """Accept a weight file's name that cannot lead out of its folder.
+
+    Raises:
+        CheckpointError: It could.
+    """
+    if not _FILE_NAME.fullmatch(name):
+        raise CheckpointError(f"{name!r} is not a plain .safetensors file name; donor files lie in one folder.")
+    return name

@@ -1,0 +1,199 @@
+"""Pure algebra of positions: which layer runs where. No files, no models.
+
+One index rule, used everywhere: a position p counts the recipient's layers that run before the donor, in the
+untouched recipient's numbering, whatever else is transplanted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from .errors import ConfigurationError
+
+__all__ = ["RECIPIENT", "LayerMap", "Placement", "Slot", "Splice", "Stage"]
+
+RECIPIENT = "recipient"
+
+
+class Slot(NamedTuple):
+    """Where one running layer came from: the source's name and the layer's index in its source model."""
+
+    source: str
+    index: int
+
+
+class LayerMap(tuple[Slot, ...]):
+    """For each layer that runs, in order, where it came from. Prints as a picture of the stack.
+
+    Example:
+        >>> print(LayerMap([("recipient", 0), ("law", 4), ("law", 5), ("recipient", 1)]))
+        layer  from
+            0  recipient 0
+            1  |  law 4
+            2  |  law 5
+            3  recipient 1
+        4 layers run: 2 recipient, 2 law
+    """
+
+    def __new__(cls, slots: Iterable[tuple[str, int]] = ()) -> LayerMap:
+        return super().__new__(cls, (Slot(*slot) for slot in slots))
+
+    def __repr__(self) -> str:
+        return f"LayerMap({[tuple(slot) for slot in self]})"
+
+    def __str__(self) -> str:
+        lines = ["layer  from"]
+        for run in self._runs():
+            lines += self._picture(run)
+        counts = ", ".join(f"{len(self.layers_of(source))} {source}" for source in self.sources)
+        return "\n".join([*lines, f"{len(self)} layers run: {counts}"])
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every source's name, the recipient first, then in running order."""
+        named = dict.fromkeys(slot.source for slot in self)
+        return tuple(sorted(named, key=lambda source: source != RECIPIENT))
+
+    def layers_of(self, source: str) -> list[int]:
+        """Running numbers of the layers that came from `source`."""
+        return [number for number, slot in enumerate(self) if slot.source == source]
+
+    def _runs(self) -> list[list[int]]:
+        runs: list[list[int]] = []
+        for number, slot in enumerate(self):
+            last = self[runs[-1][-1]] if runs else None
+            if last is not None and last == Slot(slot.source, slot.index - 1):
+                runs[-1].append(number)
+            else:
+                runs.append([number])
+        return runs
+
+    def _picture(self, run: list[int]) -> list[str]:
+        lines = [f"{n:5d}  {'' if self[n].source == RECIPIENT else '|  '}{' '.join(map(str, self[n]))}" for n in run]
+        # A deep recipient is mostly "and so on": only the ends of a long run tell something.
+        if self[run[0]].source == RECIPIENT and len(run) > 6:
+            lines[2:-2] = ["    :  :"]
+        return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """One donor in its place.
+
+    Args:
+        name: The donor's name in this transplant.
+        position: Recipient layers that run before it, 0..L.
+        layer_indices: The donor layers' indices in the donor's source model, k of them.
+        replaces: Whether recipient layers position .. position+k-1 make room for it.
+    """
+
+    name: str
+    position: int
+    layer_indices: tuple[int, ...]
+    replaces: bool = False
+
+    @property
+    def replaced(self) -> range:
+        """The recipient layers it removes; empty when it is inserted."""
+        return range(self.position, self.position + len(self.layer_indices) if self.replaces else self.position)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A layer that the model holds, and when it runs.
+
+    Args:
+        slot: Where it came from.
+        donor_layer: Its number inside the donor, 0..k-1; `None` for a recipient layer.
+        replaced_by: The donor that keeps this recipient layer from running, if any.
+    """
+
+    slot: Slot
+    donor_layer: int | None = None
+    replaced_by: str | None = None
+
+    def runs(self, disabled: Collection[str]) -> bool:
+        """Whether it runs while the donors in `disabled` are switched off."""
+        if self.slot.source != RECIPIENT:
+            return self.slot.source not in disabled
+        return self.replaced_by is None or self.replaced_by in disabled
+
+
+class Splice:
+    """A recipient of L layers with donors in place.
+
+    Args:
+        num_layers: L.
+        placements: The donors; those at one position run in this order.
+
+    Raises:
+        ConfigurationError: A position outside 0..L, a replacement that reaches past the end, or two that overlap.
+
+    Example:
+        >>> splice = Splice(3, [Placement("law", 1, (4, 5))])
+        >>> splice.layer_map() == (("recipient", 0), ("law", 4), ("law", 5), ("recipient", 1), ("recipient", 2))
+        True
+        >>> len(splice.layer_map(disabled={"law"}))
+        3
+    """
+
+    def __init__(self, num_layers: int, placements: Sequence[Placement]) -> None:
+        self.num_layers = num_layers
+        self.placements = tuple(placements)
+        for placement in self.placements:
+            self._check_range(placement)
+        self.stages = self._lay_out(self._owners())
+
+    def _check_range(self, placement: Placement) -> None:
+        if not 0 <= placement.position <= self.num_layers:
+            raise ConfigurationError(
+                f"position {placement.position} of donor {placement.name!r} is outside 0..{self.num_layers}: the "
+                f"recipient has {self.num_layers} layers, and the position counts those that run before the donor."
+            )
+        if placement.replaced.stop > self.num_layers:
+            raise ConfigurationError(
+                f"donor {placement.name!r} of {len(placement.layer_indices)} layers replaces from position "
+                f"{placement.position} and would need recipient layers up to {placement.replaced.stop - 1}; the "
+                f"last is {self.num_layers - 1}. Use a position of at most "
+                f"{self.num_layers - len(placement.layer_indices)}."
+            )
+
+    def _owners(self) -> dict[int, str]:
+        owners: dict[int, str] = {}
+        for placement in self.placements:
+            for layer in placement.replaced:
+                if layer in owners:
+                    raise ConfigurationError(
+                        f"donors {owners[layer]!r} and {placement.name!r} both replace recipient layer {layer}. "
+                        "Replacements may not overlap; move or shorten one of them."
+                    )
+                owners[layer] = placement.name
+        return owners
+
+    def _lay_out(self, owners: dict[int, str]) -> tuple[Stage, ...]:
+        stages: list[Stage] = []
+        for position in range(self.num_layers + 1):
+            for placement in self.placements:
+                if placement.position == position:
+                    stages += [
+                        Stage(Slot(placement.name, index), donor_layer=number)
+                        for number, index in enumerate(placement.layer_indices)
+                    ]
+            if position < self.num_layers:
+                stages.append(Stage(Slot(RECIPIENT, position), replaced_by=owners.get(position)))
+        return tuple(stages)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The donors' names in the order they were given."""
+        return tuple(placement.name for placement in self.placements)
+
+    def running(self, disabled: Collection[str] = ()) -> tuple[Stage, ...]:
+        """The stages that run, in order, while the donors in `disabled` are switched off."""
+        return tuple(stage for stage in self.stages if stage.runs(disabled))
+
+    def layer_map(self, disabled: Collection[str] = ()) -> LayerMap:
+        """The layer map while the donors in `disabled` are switched off."""
+        return LayerMap(stage.slot for stage in self.running(disabled))

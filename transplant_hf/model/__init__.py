@@ -1,0 +1,1 @@
+"""Models that run transplants: instances of the recipient's own class."""

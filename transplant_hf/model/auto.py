@@ -1,0 +1,264 @@
+"""`from_pretrained` for transplants: `AutoModelWithTransplant`, and what the Auto classes call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
+
+from ..compatibility import CompatibilityReport
+from ..config import DonorSpec, TransplantConfig
+from ..donor import Donor
+from ..errors import CompatibilityError, ConfigurationError
+from ..sources import HubOptions
+from ..splice import Blueprint, draw_blueprint, report_fit
+from .loading import Loading, loading
+from .mixin import transplant_class
+from .resolve import Request, open_donors, read_request, recipient_config
+from .state import finish
+
+__all__ = ["AutoModelWithTransplant", "check_compatibility", "config_to_model", "load_transplant"]
+
+_HUB_NAMES = ("token", "cache_dir", "local_files_only", "force_download")
+# About the repo that was asked for, never the recipient's.
+_NOT_FOR_RECIPIENT = ("adapter_kwargs", "code_revision", "_commit_hash")
+
+
+class AutoModelWithTransplant:
+    """Loads a recipient with donors in place; what comes back is an instance of the recipient's own class.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from transplant_hf import AutoModelWithTransplant, Donor
+        >>> folder = tempfile.mkdtemp()
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+        >>> model.save_pretrained(f"{folder}/recipient")
+        >>> donor = Donor.from_model(model, layers=[1, 2], name="tail")
+        >>> donor.save_pretrained(f"{folder}/donor", position=1, recipient=f"{folder}/recipient")
+        >>> transplant = AutoModelWithTransplant.from_pretrained(f"{folder}/donor")
+        >>> isinstance(transplant, GPT2LMHeadModel), transplant.config.n_layer
+        (True, 5)
+        >>> print(transplant.layer_map)
+        layer  from
+            0  recipient 0
+            1  |  tail 1
+            2  |  tail 2
+            3  recipient 1
+            4  recipient 2
+        5 layers run: 3 recipient, 2 tail
+    """
+
+    def __init__(self) -> None:
+        raise ConfigurationError("AutoModelWithTransplant is used through from_pretrained or from_config.")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        donors: Any = None,
+        config: PreTrainedConfig | None = None,
+        auto_class: Any = AutoModelForCausalLM,
+        keep_replaced: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a transplant.
+
+        Args:
+            pretrained_model_name_or_path: A transplant or donor repo or folder; or, with `donors`, a recipient.
+            *model_args: As in Transformers.
+            donors: `{donor: position}` or a list of `DonorSpec`, when a recipient is named.
+            config: A `TransplantConfig` to use instead of the repo's own.
+            auto_class: The Auto class whose head is wanted; causal language modelling by default.
+            keep_replaced: Also load layers that donors replace, so that those donors can be switched off.
+            **kwargs: What `from_pretrained` takes; `revision` and `subfolder` name the repo that was asked for, all
+                else reaches the recipient.
+
+        Returns:
+            The model; with `output_loading_info=True` also the loading info, as in Transformers.
+
+        Raises:
+            TransplantError: Before any weight is read, where something does not fit.
+        """
+        return load_transplant(
+            auto_class,
+            pretrained_model_name_or_path,
+            *model_args,
+            donors=donors,
+            config=config,
+            keep_replaced=keep_replaced,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_config(
+        cls, config: TransplantConfig, auto_class: Any = AutoModelForCausalLM, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Build a transplant with random weights; no weights are downloaded for the recipient.
+
+        Args:
+            config: The transplant.
+            auto_class: The Auto class whose head is wanted.
+            **kwargs: As in `AutoModel.from_config`.
+        """
+        return config_to_model(auto_class, config, **kwargs)
+
+
+def load_transplant(
+    auto_class: Any,
+    asked: str | os.PathLike[str],
+    *model_args: Any,
+    donors: Any = None,
+    config: PreTrainedConfig | None = None,
+    keep_replaced: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a transplant with the head of one Auto class; see `AutoModelWithTransplant.from_pretrained`."""
+    _check_arguments(config, kwargs)
+    hub = HubOptions.from_kwargs(kwargs)
+    request = read_request(
+        asked, donors=donors, config=config, revision=revision, subfolder=subfolder or None, hub=hub  # type: ignore[arg-type]
+    )  # fmt: skip
+    kwargs = {name: value for name, value in kwargs.items() if name not in (*_HUB_NAMES, *_NOT_FOR_RECIPIENT)}
+    opened = open_donors(request, hub)
+    blueprint, kwargs = _draw(auto_class, request, opened, hub, keep_replaced, kwargs)
+    recipient, spliced = blueprint.recipient, blueprint.built_config
+    if request.names_transplant and "generation_config" not in kwargs:
+        with contextlib.suppress(OSError):  # none of its own: the recipient's is loaded
+            kwargs["generation_config"] = GenerationConfig.from_pretrained(request.source.folder)
+    with loading(Loading(blueprint)):
+        loaded = transplant_class(recipient.model_class).from_pretrained(
+            request.config.recipient,
+            *model_args,
+            config=spliced.config if spliced.native else recipient.config,
+            revision=request.config.recipient_revision or "main",
+            **hub.as_kwargs(),
+            **kwargs,
+        )
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    _remember(model, request, hub)
+    return loaded
+
+
+def _check_arguments(config: PreTrainedConfig | None, kwargs: dict[str, Any]) -> None:
+    if config is not None and not isinstance(config, TransplantConfig):
+        raise ConfigurationError(
+            f"config must be a TransplantConfig, got {type(config).__name__}; to change the recipient's own "
+            "configuration pass its fields as keyword arguments."
+        )
+    if kwargs.get("state_dict") is not None:
+        raise ConfigurationError("state_dict= cannot be combined with donors; use transplant_hf.transplant(model, donor, p).")
+
+
+def _draw(
+    auto_class: Any,
+    request: Request,
+    opened: list[tuple[DonorSpec, Donor]],
+    hub: HubOptions,
+    keep_replaced: bool,
+    kwargs: dict[str, Any],
+) -> tuple[Blueprint, dict[str, Any]]:
+    # Applied by the model class, as the Auto classes do; a configuration would only store them.
+    held = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype", "quantization_config") if name in kwargs}
+    trust = kwargs.get("trust_remote_code")
+    config, unused = recipient_config(request, hub, kwargs.pop("trust_remote_code", None), kwargs)
+    model_class, config = _class_for(auto_class, config, request.config.recipient, trust, hub)
+    blueprint = draw_blueprint(model_class, config, opened, request.config, keep_replaced)
+    return blueprint, {**unused, **held, "trust_remote_code": trust}
+
+
+def _class_for(
+    auto_class: Any, config: PreTrainedConfig, name: str, trust_remote_code: bool | None, hub: HubOptions
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """Return the class an Auto class would use, and the configuration it would give it."""
+    mapping = auto_class._model_mapping
+    known = type(config) in mapping
+    reference = getattr(config, "auto_map", {}).get(auto_class.__name__) if hasattr(config, "auto_map") else None
+    if reference is not None and resolve_trust_remote_code(trust_remote_code, name, known, True):
+        return get_class_from_dynamic_module(reference, name, **hub.as_kwargs()), config
+    if not known:
+        raise CompatibilityError(
+            f"recipient {name} ({config.model_type}) is not a decoder-only model: {auto_class.__name__} has no class "
+            f"for {type(config).__name__}."
+        )
+    found = mapping[type(config)]
+    if isinstance(found, list | tuple):
+        by_name = {option.__name__: option for option in found}
+        found = next((by_name[a] for a in config.architectures or () if a in by_name), found[0])
+    text = config.sub_configs.get("text_config")
+    if text is not None and getattr(found, "config_class", None) == text:
+        quantization = getattr(config, "quantization_config", None)
+        config = config.get_text_config()
+        if quantization is not None:
+            config.quantization_config = quantization
+    if config.is_encoder_decoder and not getattr(config, "is_decoder", False):
+        config.is_encoder_decoder, config.is_decoder = False, True
+    return found, config
+
+
+def _remember(model: Any, request: Request, hub: HubOptions) -> None:
+    state = model._transplant
+    state.local_only, state.cache_dir = hub.local_files_only, hub.cache_dir
+    if request.names_transplant:
+        # What an adapter trained on this model will refer to.
+        model.config._name_or_path = model.name_or_path = request.asked
+    request.config._name_or_path = str(request.source.folder) if request.names_transplant else ""
+
+
+def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) -> PreTrainedModel:
+    """Build a transplant with random weights; see `AutoModelWithTransplant.from_config`."""
+    if not isinstance(config, TransplantConfig):
+        raise ConfigurationError(f"config must be a TransplantConfig, got {type(config).__name__}.")
+    hub = HubOptions.from_kwargs(kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name not in _HUB_NAMES}
+    asked = config.name_or_path or os.curdir
+    request = read_request(asked, donors=None, config=config, revision=None, subfolder=None, hub=hub)
+    opened = open_donors(request, hub)
+    found, _ = recipient_config(request, hub, kwargs.get("trust_remote_code"), {})
+    model_class, found = _class_for(auto_class, found, request.config.recipient, kwargs.pop("trust_remote_code", None), hub)
+    blueprint = draw_blueprint(model_class, found, opened, request.config)
+    spliced = blueprint.built_config
+    with loading(Loading(blueprint)):
+        model: Any = transplant_class(model_class)._from_config(spliced.config if spliced.native else found, **kwargs)
+    model._transplant = finish(model, blueprint)
+    return model
+
+
+def check_compatibility(recipient: Any, donor: Any, position: int | None = None, **hub_kwargs: Any) -> CompatibilityReport:
+    """Say whether a donor fits a recipient, from headers and configurations only.
+
+    Args:
+        recipient: Hub id, folder, configuration or model.
+        donor: A `Donor`, or its Hub id or folder.
+        position: Where it would go, 0..L; by default the donor's recommended position.
+        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`.
+
+    Returns:
+        The report, with every mismatch.
+    """
+    trust = hub_kwargs.pop("trust_remote_code", None)
+    hub = HubOptions.from_kwargs(hub_kwargs)
+    opened = donor if isinstance(donor, Donor) else Donor.from_pretrained(donor, **hub.as_kwargs())
+    place = opened.position if position is None else position
+    if place is None:
+        raise ConfigurationError(f"donor {opened} recommends no position; say which one to check.")
+    if isinstance(recipient, PreTrainedModel):
+        model_class, config, name = type(recipient), recipient.config, recipient.config.name_or_path
+    elif isinstance(recipient, PreTrainedConfig):
+        name = recipient.name_or_path or recipient.model_type
+        model_class, config = _class_for(AutoModelForCausalLM, recipient, name, trust, hub)
+    else:
+        asked = os.fspath(recipient)
+        name = os.fspath(recipient)
+        request = Request(name, None, TransplantConfig(recipient=name), names_transplant=False)
+        config, _ = recipient_config(request, hub, trust, {})
+        model_class, config = _class_for(AutoModelForCausalLM, config, name, trust, hub)
+    spec = DonorSpec(str(opened), place, name=opened.name or "donor")
+    return report_fit(model_class, config, name or model_class.__name__, spec, opened)
+

@@ -1,0 +1,213 @@
+"""The class of a transplanted model: the recipient's own, with a few methods more."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..config import TransplantConfig
+from ..donor.record import DonorRecord
+from ..errors import ConfigurationError
+from ..layer_map import RECIPIENT, LayerMap
+from ..splice import insert_layers
+from .loading import active_loading
+from .saving import push_transplant, save_transplant
+from .state import TransplantState, finish
+
+__all__ = ["TransplantMixin", "native_class", "transplant_class"]
+
+
+class TransplantMixin:
+    """What a transplanted model can do beyond its recipient's class.
+
+    Without a transplant, as in `type(model)(config)`, everything works as in the recipient's class.
+    """
+
+    _transplant = None  # a TransplantState once the model is loaded
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        load = active_loading()
+        claimed = load is not None and load.claim(self)  # type: ignore[arg-type]
+        super().__init__(config, *args, **kwargs)
+        if claimed and load is not None and not load.blueprint.built_config.native:
+            insert_layers(self, load.blueprint, load.blueprint.built)  # type: ignore[arg-type]
+
+    @property
+    def transplant_config(self) -> TransplantConfig | None:
+        """The transplant's configuration, revisions resolved; `None` without a transplant."""
+        return self._transplant.blueprint.config if self._transplant else None
+
+    @property
+    def layer_map(self) -> LayerMap:
+        """For each layer that runs now, its source and its index there; prints as a picture."""
+        if self._transplant is None:
+            layers = self.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[attr-defined]
+            return LayerMap((RECIPIENT, index) for index in range(layers))
+        return self._transplant.blueprint.layer_map(self._transplant.switch.disabled)
+
+    def disable_transplants(self, names: str | Iterable[str] | None = None) -> AbstractContextManager[None]:
+        """Switch donors off inside a `with` block: exactly the recipient, `generate` and its cache included.
+
+        Args:
+            names: A donor's name or several; all donors by default.
+
+        Returns:
+            A context manager; blocks nest, and what they switched is switched back when they end, by an exception
+            too.
+
+        Raises:
+            ConfigurationError: No such donor, or one that replaced layers that were not kept.
+        """
+        state = _state_of(self)
+        chosen = state.blueprint.splice.names if names is None else [names] if isinstance(names, str) else list(names)
+        state.switch.check(chosen)
+        return state.switch.off(chosen)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, thin: bool = False, **kwargs: Any) -> Any:
+        """Save the model; see `PreTrainedModel.save_pretrained` for what is not listed.
+
+        Args:
+            save_directory: The folder; an old artefact in it is replaced in one step.
+            *args: As in Transformers.
+            thin: Save the donors and a pinned reference to the recipient instead of every weight.
+            **kwargs: As in Transformers.
+
+        Raises:
+            ConfigurationError: `thin` where a recipient weight differs from the pinned recipient's.
+        """
+        native = functools.partial(super().save_pretrained)  # type: ignore[misc]
+        return save_transplant(self, native, save_directory, args, thin, kwargs)  # type: ignore[arg-type]
+
+    def push_to_hub(self, repo_id: str, *args: Any, thin: bool = False, **kwargs: Any) -> Any:
+        """Upload the model as one commit.
+
+        Args:
+            repo_id: The repository; made if it does not exist.
+            *args: As in Transformers.
+            thin: As in `save_pretrained`.
+            **kwargs: `commit_message`, `private`, `token`, `revision`, `create_pr`, and what `save_pretrained` takes.
+        """
+        native = functools.partial(super().push_to_hub)  # type: ignore[misc]
+        return push_transplant(self, native, repo_id, args, thin, kwargs)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
+        """Transformers' step from files to weights (private there; `tests/test_private_names.py` watches it)."""
+        native = native_class(type(model))._load_pretrained_model
+        load = active_loading()
+        # Adapters are loaded through the same step: only the transplant's own model, and only once.
+        if load is None or load.model is not model or model._transplant is not None:
+            return native(model, state_dict, checkpoint_files, load_config, expected_keys)
+        return load.read(
+            model,
+            state_dict,
+            checkpoint_files,
+            load_config,
+            lambda tensors, files, config: native(model, tensors, files, config, expected_keys),
+        )
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """Transformers' step from weights to a whole model (private there; watched likewise)."""
+        native = native_class(type(model))._finalize_model_loading
+        load = active_loading()
+        if load is None or load.model is not model or model._transplant is not None:
+            return native(model, load_config, loading_info)
+        load.check_before_finish(loading_info)
+        loading_info = native(model, load_config, loading_info)
+        load.check_after_finish(loading_info)
+        model._transplant = finish(model, load.blueprint)
+        return loading_info
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Move and cast layers that are switched off too."""
+        for layer in self._transplant.switch.sidelined() if self._transplant else ():
+            layer._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
+
+    def _record_of_layers(self, numbers: Sequence[int], name: str | None) -> tuple[DonorRecord, int | None] | None:
+        """Say what running layers were built from, for a donor made of them."""
+        if self._transplant is None:
+            return None
+        return record_of_layers(self._transplant, self.layer_map, numbers, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by the recipient's class: this one has its name but cannot be found by it."""
+        function, args, *rest = super().__reduce_ex__(protocol)
+        return (_new, (native_class(type(self)),), *rest)
+
+
+def record_of_layers(
+    state: TransplantState, layer_map: LayerMap, numbers: Sequence[int], name: str | None
+) -> tuple[DonorRecord, int | None]:
+    """Return the record of a donor made of running layers, and its position if it is one of the model's donors."""
+    slots = [layer_map[number] for number in numbers]
+    source = slots[0].source
+    indices = tuple(slot.index for slot in slots)
+    if {slot.source for slot in slots} != {source} or indices != tuple(range(indices[0], indices[0] + len(indices))):
+        raise ConfigurationError(
+            f"layers {list(numbers)} come from {', '.join(map(str, map(tuple, slots)))}; a donor is made of consecutive "
+            "layers of one source."
+        )
+    blueprint = state.blueprint
+    if source == RECIPIENT:
+        config = blueprint.config
+        anatomy, found, revision, metadata, position = (
+            blueprint.recipient, config.recipient, config.recipient_revision, {}, None,
+        )  # fmt: skip
+    else:
+        part = blueprint.part(source)
+        record = part.donor.record
+        anatomy, found, revision = part.anatomy, record.source_id, record.source_revision
+        metadata, position = dict(record.metadata), part.spec.position
+    fields = anatomy.config.to_dict()
+    fields.pop("_name_or_path", None)
+    made = DonorRecord(
+        model_type=anatomy.config.model_type,
+        source_config=fields,
+        layer_indices=indices,
+        source_id=found or blueprint.config.recipient or None,
+        source_revision=revision,
+        name=name or (source if source != RECIPIENT else None),
+        metadata=metadata,
+    )
+    return made, position
+
+
+def _state_of(model: Any) -> TransplantState:
+    if model._transplant is None:
+        raise ConfigurationError("this model holds no transplant: it was built or loaded without donors.")
+    return model._transplant
+
+
+def _new(native: type[PreTrainedModel]) -> PreTrainedModel:
+    made = transplant_class(native)
+    return made.__new__(made)
+
+
+@functools.cache
+def transplant_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the transplanted counterpart of a model class.
+
+    It keeps the name and the module of the native class: Transformers tells its own classes by them, and applies
+    weight conversions and loss functions to those only.
+    """
+    if issubclass(native, TransplantMixin):
+        return native
+    return type(
+        native.__name__,
+        (TransplantMixin, native),
+        {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__},
+    )
+
+
+def native_class(model_class: type[Any]) -> type[PreTrainedModel]:
+    """Return the recipient's own class of a transplanted model's class."""
+    return next(base for base in model_class.__mro__ if not issubclass(base, TransplantMixin) and base is not TransplantMixin)

@@ -1,0 +1,165 @@
+"""From what was asked for to what is loaded: configurations and donors found, every revision pinned."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..config import DonorSpec, TransplantConfig, donor_specs
+from ..donor import DONOR_FILES, Donor
+from ..errors import ConfigurationError, HubError
+from ..sources import HubOptions, Source, commit_of, hub_errors, locate, points_to_folder
+from ..storage import read_json
+
+__all__ = ["Request", "open_donors", "read_request", "recipient_config"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a `from_pretrained` call asked for.
+
+    Args:
+        asked: The repo or folder that was named.
+        source: Where its configuration was found.
+        config: The transplant to load.
+        names_transplant: Whether `asked` is a transplant or donor, not a recipient.
+    """
+
+    asked: str
+    source: Source | None
+    config: TransplantConfig
+    names_transplant: bool
+
+
+def read_request(
+    asked: str | os.PathLike[str],
+    *,
+    donors: Any,
+    config: TransplantConfig | None,
+    revision: str | None,
+    subfolder: str | None,
+    hub: HubOptions,
+) -> Request:
+    """Find out what a repo or folder is, and what transplant it stands for.
+
+    Args:
+        asked: Hub id or folder.
+        donors: Donors named in the call, or `None`.
+        config: A configuration given in the call.
+        revision: The revision asked for.
+        subfolder: The folder inside it.
+        hub: How to reach the Hub.
+
+    Raises:
+        ConfigurationError: A recipient without donors, a transplant with further ones, or neither.
+        HubError: Out of reach.
+    """
+    asked = os.fspath(asked)
+    source = locate(asked, files=("config.json",), revision=revision, subfolder=subfolder, hub=hub)
+    path = source.folder / "config.json"
+    if config is None and not path.exists():
+        raise ConfigurationError(
+            f"{source} is neither a model nor a transplant: there is no config.json in {source.folder}."
+        )
+    fields = {} if config is not None else read_json(path, "config.json")
+    if config is None and fields.get("model_type") == TransplantConfig.model_type:
+        config = TransplantConfig(**{**fields, "name_or_path": asked})
+    if config is None:
+        if not donors:
+            raise ConfigurationError(
+                f"{source} is a model of type {fields.get('model_type')!r}, not a transplant: say which donors go "
+                "into it, donors={'user/donor': position}."
+            )
+        own = TransplantConfig(recipient=asked, recipient_revision=source.revision, donors=donor_specs(donors))
+        return Request(asked, source, own, names_transplant=False)
+    if donors:
+        raise ConfigurationError(
+            f"{source} is a transplant already (recipient {config.recipient}). Name its recipient instead, with all "
+            "donors together: positions are in the untouched recipient's numbering."
+        )
+    if not config.recipient or not config.donors:
+        missing = "a recipient" if not config.recipient else "donors"
+        raise ConfigurationError(f"the transplant configuration of {source} names no {missing.removeprefix('a ')}.")
+    return Request(asked, source, copy.deepcopy(config), names_transplant=True)
+
+
+def open_donors(request: Request, hub: HubOptions) -> list[tuple[DonorSpec, Donor]]:
+    """Open every donor of a request by its headers, and pin its revision in the request's configuration.
+
+    Raises:
+        HubError: Out of reach.
+        CheckpointError: No donor, or malformed.
+    """
+    base = request.source if request.names_transplant else None
+    opened = []
+    for spec in request.config.donors:
+        source = locate(
+            spec.donor, files=DONOR_FILES, revision=spec.revision, subfolder=spec.subfolder, relative_to=base, hub=hub
+        )
+        donor = Donor.open(source)
+        reference = source.reference if source.from_hub else str(_whole(source))
+        name = spec.name if spec.donor != "." or spec.name != "donor" else donor.name or Path(request.asked).name
+        subfolder = source.subfolder
+        spec = dataclasses.replace(spec, donor=reference, revision=source.revision, subfolder=subfolder, name=name)
+        opened.append((spec, donor))
+    request.config.donors = donor_specs([spec for spec, _ in opened])
+    return opened
+
+
+def _whole(source: Source) -> Path:
+    folder = source.folder.resolve()
+    return folder if not source.subfolder else folder.parents[len(Path(source.subfolder).parts) - 1]
+
+
+def recipient_config(
+    request: Request, hub: HubOptions, trust_remote_code: bool | None, kwargs: dict[str, Any]
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """Read the recipient's configuration and pin its revision in the request's configuration.
+
+    Args:
+        request: What was asked for.
+        hub: How to reach the Hub.
+        trust_remote_code: As in `from_pretrained`.
+        kwargs: Further arguments; those that belong to the configuration are applied to it.
+
+    Returns:
+        The configuration, and the arguments that do not belong to it.
+
+    Raises:
+        ConfigurationError: The recipient is itself a transplant, or no model.
+        HubError: Out of reach.
+    """
+    config = request.config
+    base = request.source if request.names_transplant else None
+    folder = points_to_folder(config.recipient, base)
+    if folder is not None:
+        # A repository may carry its recipient: its files are then those of one commit.
+        source = locate(config.recipient, files=("*",), relative_to=base, hub=hub)
+        if not (source.folder / "config.json").exists():
+            raise ConfigurationError(f"recipient {config.recipient!r} is no model: no config.json in {source.folder}.")
+        config.recipient, config.recipient_revision = str(source.folder.resolve()), None
+    else:
+        config.recipient_revision = commit_of(config.recipient, config.recipient_revision, hub)
+    with hub_errors(config.recipient, config.recipient_revision):
+        try:
+            found, unused = AutoConfig.from_pretrained(
+                config.recipient,
+                revision=config.recipient_revision,
+                return_unused_kwargs=True,
+                trust_remote_code=trust_remote_code,
+                **hub.as_kwargs(),
+                **kwargs,
+            )
+        except OSError as error:
+            raise HubError(f"the configuration of recipient {config.recipient} could not be read: {error}") from error
+    if isinstance(found, TransplantConfig):
+        raise ConfigurationError(
+            f"recipient {config.recipient} is itself a transplant of {found.recipient}. Use {found.recipient} as the "
+            "recipient and name all donors together, or save the transplant in full first."
+        )
+    return found, unused

@@ -1,0 +1,203 @@
+"""Save a transplanted model: full, thin, or full with layers that only transplant_hf can load."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..config import DonorSpec, TransplantConfig
+from ..donor.card import donor_card
+from ..donor.extract import checkpoint_tensors
+from ..donor.record import DonorRecord
+from ..donor.save import copy_companions, is_artefact_file, transplant_fields, write_donor, written_reference
+from ..donor.tensors import MemoryTensors
+from ..errors import ConfigurationError
+from ..hub import push_folder
+from ..layer_map import RECIPIENT
+from ..splice import Blueprint
+from ..storage import publish, write_json
+from .unchanged import check_unchanged
+
+__all__ = ["push_transplant", "recipient_state", "save_transplant"]
+
+logger = logging.get_logger(__name__)
+
+RECIPIENT_FOLDER = "recipient"
+_PUSH_ARGS = ("commit_message", "private", "token", "revision", "create_pr")
+
+
+def save_transplant(
+    model: PreTrainedModel,
+    native: Callable[..., Any],
+    save_directory: str | os.PathLike[str],
+    args: tuple[Any, ...],
+    thin: bool,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Do the work of `save_pretrained`; `native` is the recipient class's own."""
+    state = model._transplant
+    adapters_only = getattr(model, "_hf_peft_config_loaded", False)
+    if thin and state is None:
+        raise ConfigurationError("thin=True saves donors, but this model holds no transplant.")
+    if state is None or (adapters_only and not thin):
+        return native(save_directory, *args, **kwargs)
+    if kwargs.pop("push_to_hub", False):
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        pushed = {name: kwargs.pop(name) for name in _PUSH_ARGS if name in kwargs}
+        save_transplant(model, native, save_directory, args, thin, dict(kwargs))
+        return push_transplant(model, native, repo_id, (), thin, {**kwargs, **pushed})
+    if thin:
+        _refuse_unless_all_on(state.blueprint, state.switch.disabled)
+        with publish(save_directory, is_artefact_file) as staging:
+            _write_thin(model, state, staging, Path(save_directory), kwargs.get("max_shard_size", "5GB"))
+        return None
+    is_main = kwargs.get("is_main_process", args[0] if args else True)
+    if not is_main or kwargs.get("distributed_checkpoint"):
+        return native(save_directory, *args, **kwargs)
+    variant = kwargs.get("variant")
+    with publish(save_directory, (lambda name: False) if variant else is_artefact_file) as staging:
+        if state.blueprint.native or state.switch.disabled == set(state.blueprint.splice.names):
+            return native(staging, *args, **kwargs)
+        _refuse_unless_all_on(state.blueprint, state.switch.disabled)
+        _write_full(model, state.blueprint, staging, kwargs)
+    return None
+
+
+def push_transplant(
+    model: PreTrainedModel,
+    native: Callable[..., Any],
+    repo_id: str,
+    args: tuple[Any, ...],
+    thin: bool,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Do the work of `push_to_hub`; `native` is the recipient class's own."""
+    if model._transplant is None or (getattr(model, "_hf_peft_config_loaded", False) and not thin):
+        return native(repo_id, *args, **kwargs)
+    pushed = {name: kwargs.pop(name) for name in _PUSH_ARGS if name in kwargs}
+    message = pushed.pop("commit_message", None) or f"Upload {type(model).__name__} transplant"
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / repo_id.rpartition("/")[2]
+        model.save_pretrained(target, *args, thin=thin, **kwargs)
+        return push_folder(target, repo_id, commit_message=message, replaces=is_artefact_file, **pushed)
+
+
+def _refuse_unless_all_on(blueprint: Blueprint, disabled: frozenset[str]) -> None:
+    if disabled:
+        raise ConfigurationError(
+            f"donors are switched off here ({', '.join(sorted(disabled))}); save outside disable_transplants()."
+        )
+
+
+def _write_thin(model: PreTrainedModel, state: Any, staging: Path, target: Path, max_shard_size: int | str) -> None:
+    blueprint = state.blueprint
+    config = blueprint.config
+    if not config.recipient:
+        raise ConfigurationError(
+            "a thin save refers to its recipient, but this model's recipient was not loaded by name. Save it in full, "
+            "or load it with AutoModelWithTransplant.from_pretrained(recipient, donors=...)."
+        )
+    check_unchanged(model, state, recipient_state(model))
+    records = _write_donors(model, blueprint, staging, max_shard_size)
+    recipient = _reference(config, target)
+    specs = [
+        dataclasses.replace(part.spec, donor=".", subfolder=folder, revision=None, layers=None, name=part.name)
+        for part, folder in zip(blueprint.parts, _folders(blueprint), strict=True)
+    ]
+    saved = TransplantConfig(recipient=recipient, recipient_revision=config.recipient_revision, donors=specs)
+    write_json(staging / "config.json", transplant_fields(saved))
+    _write_companions(model, config, staging)
+    if len(records) == 1:
+        donor_card(records[0], saved, target.name).save(staging / "README.md")
+
+
+def _reference(config: TransplantConfig, target: Path) -> str:
+    return config.recipient if config.recipient_revision else written_reference(config.recipient, target)
+
+
+def _write_companions(model: PreTrainedModel, config: TransplantConfig, staging: Path) -> None:
+    if model.can_generate():
+        model.generation_config.save_pretrained(staging)
+    for holder, revision in ((config.name_or_path, None), (config.recipient, config.recipient_revision)):
+        if holder:
+            copy_companions(holder, revision, staging)
+
+
+def _folders(blueprint: Blueprint) -> list[str | None]:
+    """One donor lies at the root, as in a donor repo; several have a folder each."""
+    return [None] if len(blueprint.parts) == 1 else [part.name for part in blueprint.parts]
+
+
+def _write_donors(
+    model: PreTrainedModel, blueprint: Blueprint, staging: Path, max_shard_size: int | str
+) -> list[DonorRecord]:
+    records = []
+    layer_map = blueprint.layer_map()
+    for part, folder in zip(blueprint.parts, _folders(blueprint), strict=True):
+        place = staging / folder if folder else staging
+        place.mkdir(parents=True, exist_ok=True)
+        numbers = layer_map.layers_of(part.name)
+        tensors = checkpoint_tensors(model, blueprint.recipient.stack_path, numbers)
+        record = dataclasses.replace(part.donor.record, name=part.name)
+        records.append(write_donor(place, record, MemoryTensors(tensors), max_shard_size))
+    return records
+
+
+def _write_full(model: PreTrainedModel, blueprint: Blueprint, staging: Path, kwargs: dict[str, Any]) -> None:
+    """Write the recipient and the donors side by side, for layers that no native configuration can describe."""
+    reason = "; ".join(blueprint.state(()).reasons[:2]) or f"strength of {', '.join(blueprint.scaled)} is not 1"
+    logger.warning(
+        f"No plain {type(model).__name__} checkpoint can describe these layers ({reason}): the folder is written in "
+        "the transplant format, and loading it needs transplant_hf."
+    )
+    save_args = {name: value for name, value in kwargs.items() if name in ("max_shard_size", "save_original_format")}
+    shell = _shell(model, blueprint)
+    shell.save_pretrained(staging / RECIPIENT_FOLDER, state_dict=recipient_state(model), **save_args)
+    _write_donors(model, blueprint, staging, kwargs.get("max_shard_size", "5GB"))
+    specs = [
+        DonorSpec(".", part.spec.position, part.spec.mode, subfolder=folder, name=part.name, strength=part.spec.strength)
+        for part, folder in zip(blueprint.parts, _folders(blueprint), strict=True)
+    ]
+    saved = TransplantConfig(recipient=f"./{RECIPIENT_FOLDER}", donors=specs)
+    write_json(staging / "config.json", transplant_fields(saved))
+    _write_companions(model, blueprint.config, staging)
+
+
+def _shell(model: PreTrainedModel, blueprint: Blueprint) -> PreTrainedModel:
+    """A recipient without memory, to save the recipient's weights through."""
+    config = copy.deepcopy(blueprint.recipient.config)
+    config.dtype = model.dtype
+    with torch.device("meta"):
+        shell = blueprint.recipient.model_class._from_config(config)
+    if hasattr(model, "_weight_conversions"):
+        shell._weight_conversions = model._weight_conversions
+    if model.can_generate():
+        shell.generation_config = model.generation_config
+    return shell
+
+
+def recipient_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the recipient's weights in a transplanted model, under the recipient's own names.
+
+    Layers that a donor replaced and that were not kept are absent.
+    """
+    state = model._transplant
+    path = f"{state.blueprint.recipient.stack_path}."
+    outer = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(path)}
+    return {**outer, **dict(_recipient_layers(state, path))}
+
+
+def _recipient_layers(state: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for stage, layer in state.layers.items():
+        if stage.slot.source == RECIPIENT:
+            for name, tensor in layer.state_dict().items():
+                yield f"{path}{stage.slot.index}.{name}", tensor

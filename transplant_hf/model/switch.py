@@ -1,0 +1,239 @@
+"""Turn donors off and on: the very modules, numbers and configuration of the model without them, no weight copied.
+
+What must change is found by looking: the structure of both states is built on the meta device, and what differs
+between the two is set on the live model.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from ..architecture import decoder_stack
+from ..architecture.build import build_on_meta
+from ..architecture.fingerprint import is_structure, plain
+from ..errors import ConfigurationError
+from ..layer_map import RECIPIENT, Stage
+from ..splice import Blueprint, insert_layers, renumber, use_config
+from ..splice.surgery import outer_modules
+from .cache_guard import CacheGuard
+
+__all__ = ["Switch"]
+
+Names = frozenset[str]
+_NOTHING: Names = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Structure:
+    """The attributes of one state: by module outside the layers, by layer and module inside, by configuration."""
+
+    outer: Mapping[str, Mapping[str, Any]]
+    inner: Mapping[Stage, Mapping[str, Mapping[str, Any]]]
+    configs: Mapping[str, PreTrainedConfig]
+
+
+class Switch:
+    """Turns donors of one model off and on.
+
+    Args:
+        model: The model, holding all its layers.
+        blueprint: What it was built from.
+        layers: Its layers by their stage.
+    """
+
+    def __init__(self, model: PreTrainedModel, blueprint: Blueprint, layers: Mapping[Stage, nn.Module]) -> None:
+        self._model = model
+        self._blueprint = blueprint
+        self._layers = layers
+        self._asked: list[Names] = []
+        # Which layers the live model is set up for; `None` while it holds all it was built with.
+        self._set_for: Names | None = None
+        self._structures: dict[Names | None, _Structure] = {}
+        self._guard = CacheGuard()
+
+    @property
+    def disabled(self) -> Names:
+        """The donors that are switched off now."""
+        return _NOTHING.union(*self._asked)
+
+    def settle(self) -> None:
+        """Put layers aside that do not run when every donor does."""
+        if self._blueprint.running(_NOTHING) == self._blueprint.built:
+            self._set_for = _NOTHING
+        else:
+            self._go(_NOTHING)
+
+    @contextmanager
+    def off(self, names: Collection[str]) -> Iterator[None]:
+        """Switch donors off inside a `with` block; blocks nest."""
+        self._asked.append(frozenset(names))
+        try:
+            self._go(self.disabled)
+            yield
+        finally:
+            self._asked.pop()
+            self._go(self.disabled)
+
+    def remove(self) -> None:
+        """Leave the recipient alone in the model, for good."""
+        self._go(frozenset(self._blueprint.splice.names))
+        owner = self._model.get_submodule(self._blueprint.recipient.stack_path.rpartition(".")[0])
+        self._guard.stand(owner, _NOTHING)
+
+    def check(self, names: Collection[str]) -> None:
+        """Refuse names that are no donors, and donors whose replaced layers are gone.
+
+        Raises:
+            ConfigurationError: Saying which.
+        """
+        for name in names:
+            if name not in self._blueprint.splice.names:
+                raise ConfigurationError(
+                    f"no donor is named {name!r}; this model has {', '.join(self._blueprint.splice.names)}."
+                )
+            part = self._blueprint.part(name)
+            if part.spec.mode == "replace" and not self._blueprint.keep_replaced:
+                raise ConfigurationError(
+                    f"donor {name!r} replaced recipient layers, which were not loaded. Load the model with "
+                    "keep_replaced=True to be able to switch it off."
+                )
+
+    def sidelined(self) -> list[nn.Module]:
+        """Layers the model holds that are not among its modules now."""
+        running = self._blueprint.running(self._set_for or _NOTHING) if self._set_for is not None else self._layers
+        return [layer for stage, layer in self._layers.items() if stage not in running]
+
+    def _go(self, disabled: Names) -> None:
+        if disabled == self._set_for:
+            return
+        if disabled:
+            self._record_all()
+        old, new = self._structure(self._set_for), self._structure(disabled)
+        self._set_attributes(old, new)
+        self._fill([self._layers[stage] for stage in self._blueprint.running(disabled)])
+        self._set_for = disabled
+        owner = self._model.get_submodule(self._blueprint.recipient.stack_path.rpartition(".")[0])
+        self._guard.stand(owner, disabled)
+
+    def _fill(self, layers: Sequence[nn.Module]) -> None:
+        """Let exactly these layers run."""
+        stack = decoder_stack(self._model, self._blueprint.recipient.stack_path)
+        present = set(stack._modules.values())
+        stack._modules.clear()
+        stack.extend(layers)
+        for layer in layers:
+            # It missed train() and eval() while it was aside.
+            if layer not in present and layer.training != stack.training:
+                layer.train(stack.training)
+
+    def _record_all(self) -> None:
+        """Have the hooks that record hidden states put on every layer: Transformers puts them once, where it looks."""
+        if not getattr(self._model, "_output_capturing_hooks_installed", False):
+            stack = decoder_stack(self._model, self._blueprint.recipient.stack_path)
+            running = list(stack)
+            self._fill(list(self._layers.values()))
+            maybe_install_capturing_hooks(self._model)
+            self._fill(running)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Switch:
+        if self.disabled:
+            raise ConfigurationError("a model cannot be copied inside disable_transplants(); copy it outside.")
+        new = Switch.__new__(Switch)
+        memo[id(self)] = new
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_guard"})
+        new._guard = CacheGuard()
+        return new
+
+    def _structure(self, disabled: Names | None) -> _Structure:
+        if disabled not in self._structures:
+            self._structures[disabled] = _structure(self._blueprint, disabled)
+        return self._structures[disabled]
+
+    def _set_attributes(self, old: _Structure, new: _Structure) -> None:
+        live = outer_modules(self._model, self._blueprint.recipient.stack_path)
+        for path, attributes in new.outer.items():
+            if path in live:
+                _set_differing(live[path], old.outer.get(path, {}), attributes)
+        for stage, modules in new.inner.items():
+            inside = dict(self._layers[stage].named_modules())
+            for path, attributes in modules.items():
+                if path in inside:
+                    before = old.inner.get(stage, self._built().inner[stage]).get(path, {})
+                    _set_differing(inside[path], before, attributes)
+        for path, config in new.configs.items():
+            if path in live and path in old.configs:
+                _turn_config(live[path].config, old.configs[path], config)
+
+    def _built(self) -> _Structure:
+        return self._structure(None)
+
+
+def _structure(blueprint: Blueprint, disabled: Names | None) -> _Structure:
+    stages = blueprint.built if disabled is None else blueprint.running(disabled)
+    model = _on_meta(blueprint, disabled, stages)
+    path = blueprint.recipient.stack_path
+    outer = outer_modules(model, path)
+    stack = decoder_stack(model, path)
+    return _Structure(
+        {name: _attributes(module) for name, module in outer.items()},
+        {
+            stage: {name: _attributes(module) for name, module in layer.named_modules()}
+            for stage, layer in zip(stages, stack, strict=True)
+        },
+        {name: module.config for name, module in outer.items() if isinstance(_config(module), PreTrainedConfig)},
+    )
+
+
+def _config(module: nn.Module) -> Any:
+    return vars(module).get("config")
+
+
+def _on_meta(blueprint: Blueprint, disabled: Names | None, stages: tuple[Stage, ...]) -> PreTrainedModel:
+    recipient = blueprint.recipient
+    spliced = blueprint.built_config if disabled is None else blueprint.state(disabled)
+    if spliced.native:
+        return build_on_meta(recipient.model_class, spliced.config)
+    model = build_on_meta(recipient.model_class, recipient.config)
+    if any(stage.slot.source != RECIPIENT for stage in stages) or len(stages) != recipient.num_layers:
+        with torch.device("meta"):
+            insert_layers(model, blueprint, stages)
+        renumber(decoder_stack(model, recipient.stack_path), blueprint.origins(stages))
+        use_config(model, recipient, spliced)
+    return model
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if is_structure(name) and not isinstance(value, PreTrainedConfig | nn.Module)
+    }
+
+
+def _set_differing(module: nn.Module, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    for name, value in new.items():
+        if name in old and plain(old[name]) != plain(value):
+            setattr(module, name, copy.deepcopy(value))
+
+
+def _turn_config(live: PreTrainedConfig, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    """Set what differs between two configurations on the one that the live model reads."""
+    if live.__class__ is not new.__class__ and old.__class__ is not new.__class__:
+        live.__class__ = new.__class__
+    for name in {*vars(old), *vars(new)}:
+        before, after = vars(old).get(name), vars(new).get(name)
+        if isinstance(before, PreTrainedConfig) or isinstance(after, PreTrainedConfig) or before == after:
+            continue
+        if name in vars(new):
+            live.__dict__[name] = copy.deepcopy(after)
+        else:
+            live.__dict__.pop(name, None)

@@ -1,0 +1,70 @@
+"""Is the recipient in a transplanted model still the one it refers to?"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import ConfigurationError
+from ..sources import hub_errors
+
+__all__ = ["check_unchanged"]
+
+
+def check_unchanged(model: PreTrainedModel, state: Any, current: dict[str, torch.Tensor]) -> None:
+    """Compare the recipient's weights with the pinned recipient's, read anew.
+
+    Args:
+        model: The transplanted model.
+        state: Its transplant.
+        current: The recipient's weights in it.
+
+    Raises:
+        ConfigurationError: Some differ; the first is named, the rest counted.
+    """
+    pinned = _pinned_recipient(model, state).state_dict()
+    changed = [
+        name
+        for name, tensor in current.items()
+        if name not in pinned or not _equal(tensor, pinned[name])
+    ]  # fmt: skip
+    if changed:
+        config = state.blueprint.config
+        where = f"{config.recipient}@{config.recipient_revision}" if config.recipient_revision else config.recipient
+        rest = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise ConfigurationError(
+            f"a thin save would lose changed recipient weights: {changed[0]}{rest} differ from {where}. Save in full "
+            "(save_pretrained(folder)), or train donor layers only."
+        )
+
+
+def _equal(tensor: torch.Tensor, pinned: torch.Tensor) -> bool:
+    return tensor.shape == pinned.shape and torch.equal(tensor.detach().to("cpu", pinned.dtype), pinned)
+
+
+def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
+    recipient, config = state.blueprint.recipient, state.blueprint.config
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        raise ConfigurationError(
+            "a thin save compares the recipient's weights with the pinned recipient's, which is not possible for a "
+            "quantised model. Load it without quantization to save it."
+        )
+    with hub_errors(config.recipient, config.recipient_revision):
+        loaded: Any = recipient.model_class.from_pretrained(
+            config.recipient,
+            revision=config.recipient_revision or "main",
+            config=copy.deepcopy(recipient.config),
+            dtype=model.dtype,
+            cache_dir=state.cache_dir,
+            local_files_only=state.local_only,
+            output_loading_info=True,
+        )
+    pinned, info = loaded
+    for name in info["missing_keys"]:
+        # Not in the recipient's files, so made up anew just now: whatever the model holds would be lost.
+        pinned.get_parameter_or_buffer(name).data.fill_(torch.nan)
+    return pinned

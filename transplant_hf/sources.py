@@ -1,0 +1,188 @@
+"""What a name refers to: a folder, or a repository at a commit. Downloads the few files that are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .errors import ConfigurationError, HubError
+
+__all__ = ["HubOptions", "Source", "commit_of", "hub_errors", "locate", "points_to_folder"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HubOptions:
+    """How to reach the Hub; the fields mean what they mean in `from_pretrained`."""
+
+    token: str | bool | None = None
+    cache_dir: str | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+    @classmethod
+    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> HubOptions:
+        """Pick the fields out of the keyword arguments of a `from_pretrained` call."""
+        named = {field.name: kwargs[field.name] for field in dataclasses.fields(cls) if kwargs.get(field.name)}
+        return cls(**named)
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """The keyword arguments of huggingface_hub's download functions."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A folder of files, and where they came from.
+
+    Args:
+        reference: What the user wrote: a Hub id or a folder.
+        folder: Where the files are now.
+        revision: The commit; `None` for a plain folder.
+        subfolder: The folder inside the repository that is meant.
+    """
+
+    reference: str
+    folder: Path
+    revision: str | None = None
+    subfolder: str | None = None
+
+    @property
+    def from_hub(self) -> bool:
+        """Whether the files came from a repository."""
+        return self.revision is not None
+
+    def __str__(self) -> str:
+        return f"{self.reference}@{self.revision}" if self.revision else str(self.reference)
+
+
+def locate(
+    reference: str,
+    *,
+    files: Sequence[str],
+    revision: str | None = None,
+    subfolder: str | None = None,
+    relative_to: Source | None = None,
+    hub: HubOptions | None = None,
+) -> Source:
+    """Find what a reference names and have the given files at hand.
+
+    Args:
+        reference: Hub id, folder, or "." for `relative_to` itself.
+        files: Names or patterns of the files that are needed; only these are downloaded.
+        revision: Branch, tag or commit of a repository; ignored for folders.
+        subfolder: A folder inside it.
+        relative_to: What holds the `config.json` in which the reference stands.
+        hub: How to reach the Hub.
+
+    Returns:
+        The folder with the files, and the commit it shows.
+
+    Raises:
+        ConfigurationError: Not a Hub id, no such folder, or a repository that points out of itself.
+        HubError: Missing, gated, private or out of reach.
+    """
+    hub = hub or HubOptions()
+    folder = points_to_folder(reference, relative_to)
+    if folder is not None:
+        remote = relative_to is not None and relative_to.from_hub
+        if not folder.is_dir() and not remote:
+            raise ConfigurationError(f"{reference!r} is neither a folder (looked for {folder}) nor a Hub id.")
+        if relative_to is not None and remote:
+            # A part of the repository that refers to it: these files may not have been asked for yet.
+            parts = [relative_to.subfolder, os.path.relpath(folder, relative_to.folder.resolve()), subfolder]
+            inner = os.path.normpath(os.path.join(*filter(None, parts)))
+            return locate(
+                relative_to.reference,
+                files=files,
+                revision=relative_to.revision,
+                subfolder=None if inner == "." else inner,
+                hub=hub,
+            )
+        return Source(str(folder) if reference == "." else reference, _inside(folder, subfolder), subfolder=subfolder)
+    patterns = [f"{subfolder}/{name}" for name in files] if subfolder else list(files)
+    with hub_errors(reference, revision):
+        snapshot = snapshot_download(reference, revision=revision, allow_patterns=patterns, **hub.as_kwargs())
+    commit = Path(snapshot).name
+    return Source(reference, _inside(Path(snapshot), subfolder), commit, subfolder)
+
+
+def commit_of(reference: str, revision: str | None, hub: HubOptions) -> str:
+    """Return the commit that a branch, tag or commit of a repository stands for, by its `config.json`."""
+    with hub_errors(reference, revision):
+        path = hf_hub_download(reference, "config.json", revision=revision, **hub.as_kwargs())
+    return Path(path).parent.name
+
+
+def points_to_folder(reference: str, relative_to: Source | None = None) -> Path | None:
+    """Return the folder a reference means, or `None` when it is a Hub id.
+
+    Relative references mean folders beside the `config.json` in which they stand, then in the working directory. A
+    repository from the Hub may only point into itself.
+    """
+    path = Path(reference).expanduser()
+    looks_local = path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1
+    if relative_to is not None:
+        base = relative_to.folder.resolve()
+        beside = (base / path).resolve()
+        if relative_to.from_hub:
+            # Files in a snapshot are links into the cache, but folders are not: resolve() keeps them inside.
+            if looks_local and not beside.is_relative_to(base):
+                raise ConfigurationError(
+                    f"{relative_to} refers to {reference!r}, a folder outside that repository. A repository may "
+                    "only name Hub ids and its own folders."
+                )
+            return beside if looks_local else None
+        if looks_local or beside.is_dir():
+            return beside
+    return path if looks_local or path.is_dir() else None
+
+
+def _inside(folder: Path, subfolder: str | None) -> Path:
+    if not subfolder:
+        return folder
+    inside = (folder / subfolder).resolve()
+    if not inside.is_relative_to(folder.resolve()):
+        raise ConfigurationError(f"subfolder {subfolder!r} leads out of {folder}.")
+    return inside
+
+
+@contextmanager
+def hub_errors(reference: str, revision: str | None = None) -> Iterator[None]:
+    """Turn what the Hub client raises into one sentence that says what to do; the original is the `__cause__`."""
+    where = f"{reference}@{revision}" if revision else reference
+    try:
+        yield
+    except HFValidationError as error:
+        raise ConfigurationError(f"{reference!r} is neither a folder nor a Hub id: {error}") from error
+    except GatedRepoError as error:
+        raise HubError(
+            f"{where} is gated: ask for access on its page, then log in with `hf auth login` or pass token=."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            f"{where} was not found, or is private. Check the name; for a private one log in or pass token=."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"{reference} has no revision {revision!r}.") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise HubError(
+            f"{where} is not in the local cache and the Hub cannot be asked: offline mode, local_files_only or no "
+            "connection."
+        ) from error
+    except HfHubHTTPError as error:
+        raise HubError(f"the Hub refused {where}: {error}") from error

@@ -1,0 +1,185 @@
+"""A transplant on paper: every layer's origin and the configuration of every state, before any weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from functools import cached_property
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..architecture import Anatomy, LayerOrigin, SplicedConfig, splice_config
+from ..compatibility import CompatibilityReport, donor_anatomy, mismatches, refuse_unsupported
+from ..config import DonorSpec, TransplantConfig
+from ..donor import Donor
+from ..errors import CompatibilityError, ConfigurationError
+from ..layer_map import RECIPIENT, LayerMap, Placement, Splice, Stage
+
+__all__ = ["Blueprint", "DonorPart", "draw_blueprint", "report_fit"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DonorPart:
+    """A donor in a blueprint.
+
+    Args:
+        spec: Where it goes.
+        donor: Its layers.
+        anatomy: Its source model, looked at.
+    """
+
+    spec: DonorSpec
+    donor: Donor
+    anatomy: Anatomy
+
+    @property
+    def name(self) -> str:
+        """Its name in this transplant."""
+        return str(self.spec.name)
+
+
+@dataclasses.dataclass(eq=False)
+class Blueprint:
+    """What is going to run.
+
+    Args:
+        recipient: The recipient, looked at.
+        parts: The donors, in the order they were given.
+        config: The transplant's configuration, revisions resolved.
+        keep_replaced: Whether layers that a donor replaces are kept, so that it can be switched off.
+    """
+
+    recipient: Anatomy
+    parts: tuple[DonorPart, ...]
+    config: TransplantConfig
+    keep_replaced: bool = False
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Blueprint:
+        # Nothing in it changes after it is drawn.
+        return self
+
+    @cached_property
+    def splice(self) -> Splice:
+        """The algebra of positions."""
+        return Splice(self.recipient.num_layers, [_placement(part) for part in self.parts])
+
+    @cached_property
+    def built(self) -> tuple[Stage, ...]:
+        """The layers the model is built with: those that run, and replaced ones that are kept."""
+        return tuple(stage for stage in self.splice.stages if self.keep_replaced or stage.runs(()))
+
+    @cached_property
+    def built_config(self) -> SplicedConfig:
+        """The configuration the model is built from."""
+        return splice_config(self.recipient, self.origins(self.built))
+
+    @cached_property
+    def native(self) -> bool:
+        """Whether the recipient's own class builds what runs."""
+        return self.state(()).native and not self.scaled
+
+    @property
+    def scaled(self) -> tuple[str, ...]:
+        """Donors whose strength is not 1."""
+        return tuple(part.name for part in self.parts if part.spec.strength != 1.0)
+
+    def part(self, name: str) -> DonorPart:
+        """The donor of that name."""
+        return next(part for part in self.parts if part.name == name)
+
+    def running(self, disabled: Collection[str]) -> tuple[Stage, ...]:
+        """The layers that run while some donors are switched off."""
+        return self.splice.running(disabled)
+
+    def state(self, disabled: Collection[str]) -> SplicedConfig:
+        """The configuration while some donors are switched off."""
+        stages = self.running(disabled)
+        if stages == self.built:
+            return self.built_config
+        if all(stage.slot.source == RECIPIENT for stage in stages):
+            return SplicedConfig(self.recipient.config, True)
+        return splice_config(self.recipient, self.origins(stages))
+
+    def layer_map(self, disabled: Collection[str] = ()) -> LayerMap:
+        """What runs while some donors are switched off."""
+        return self.splice.layer_map(disabled)
+
+    def origins(self, stages: Sequence[Stage]) -> list[LayerOrigin]:
+        """Where each layer was built."""
+        anatomies = {part.name: part.anatomy for part in self.parts}
+        return [LayerOrigin(anatomies.get(s.slot.source, self.recipient), s.slot.index) for s in stages]
+
+
+def _placement(part: DonorPart) -> Placement:
+    return Placement(part.name, part.spec.position, part.donor.record.layer_indices, part.spec.mode == "replace")
+
+
+def draw_blueprint(
+    model_class: type[PreTrainedModel],
+    recipient_config: PreTrainedConfig,
+    donors: Sequence[tuple[DonorSpec, Donor]],
+    config: TransplantConfig,
+    keep_replaced: bool = False,
+) -> Blueprint:
+    """Check that donors fit a recipient at their positions, and draw what is going to run.
+
+    Args:
+        model_class: The recipient's own class.
+        recipient_config: Its configuration.
+        donors: The donors and their places.
+        config: The transplant's configuration, for the record.
+        keep_replaced: Keep the layers that donors replace.
+
+    Returns:
+        The blueprint.
+
+    Raises:
+        ConfigurationError: A position out of range, overlapping replacements.
+        CompatibilityError: A donor that does not fit, with every mismatch.
+    """
+    if keep_replaced and not any(spec.mode == "replace" for spec, _ in donors):
+        raise ConfigurationError("keep_replaced=True keeps layers that a donor replaces, but no donor replaces any.")
+    recipient = Anatomy(model_class, recipient_config, f"recipient {config.recipient or model_class.__name__}")
+    refuse_unsupported(recipient)
+    parts = []
+    for spec, donor in donors:
+        chosen = donor.part(spec.layers) if spec.layers is not None else donor
+        anatomy = donor_anatomy(chosen, recipient)
+        found = tuple(mismatches(chosen, anatomy, recipient))
+        CompatibilityReport(_named(recipient), str(spec.name), spec.position, found).raise_for_mismatches()
+        parts.append(DonorPart(spec, chosen, anatomy))
+    blueprint = Blueprint(recipient, tuple(parts), config, keep_replaced)
+    _ = blueprint.splice  # raises for positions that cannot be
+    return blueprint
+
+
+def _named(recipient: Anatomy) -> str:
+    return recipient.what.removeprefix("recipient ")
+
+
+def report_fit(
+    model_class: type[PreTrainedModel], recipient_config: PreTrainedConfig, name: str, spec: DonorSpec, donor: Donor
+) -> CompatibilityReport:
+    """Like `draw_blueprint`, but every mismatch becomes a line of the report; nothing is raised for it."""
+    recipient = Anatomy(model_class, recipient_config, f"recipient {name}")
+    lines: list[str] = []
+    theirs: Anatomy | None = None
+    try:
+        refuse_unsupported(recipient)
+        theirs = donor_anatomy(donor, recipient)
+        lines += mismatches(donor, theirs, recipient)
+    except CompatibilityError as error:
+        lines += error.mismatches or [str(error)]
+    blueprint = Blueprint(
+        recipient, (DonorPart(spec, donor, theirs or recipient),), TransplantConfig(recipient=name, donors=[spec])
+    )
+    try:
+        layer_map = blueprint.layer_map()
+    except (ConfigurationError, CompatibilityError) as error:
+        lines.append(str(error))
+    if lines:
+        return CompatibilityReport(name, str(donor), spec.position, tuple(lines))
+    state = blueprint.built_config
+    return CompatibilityReport(
+        name, str(donor), spec.position, native=state.native, notes=state.reasons[:8], layer_map=layer_map
+    )

@@ -1,0 +1,107 @@
+"""Insert layers into a built model, for what no native configuration can build."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..architecture import Anatomy, LayerOrigin, SplicedConfig, decoder_stack, text_config
+from ..architecture.build import BUILD_ERRORS, build_on_meta
+from ..architecture.fingerprint import is_layer_number, module_attributes, plain
+from ..layer_map import RECIPIENT, Stage
+from .blueprint import Blueprint
+
+__all__ = ["build_layers", "config_objects", "insert_layers", "outer_modules", "renumber", "use_config"]
+
+
+def insert_layers(model: PreTrainedModel, blueprint: Blueprint, stages: Sequence[Stage]) -> None:
+    """Put the donors' layers into a model that was just built from the recipient's configuration.
+
+    The layers keep the numbers they were built with until `renumber`: buffers that depend on a layer's number are
+    computed when the weights are loaded.
+
+    Args:
+        model: The recipient, on any device; changed in place.
+        blueprint: The transplant.
+        stages: The layers that it shall hold.
+    """
+    stack = decoder_stack(model, blueprint.recipient.stack_path)
+    sources: dict[str, Sequence[nn.Module]] = {RECIPIENT: list(stack)}
+    for part in blueprint.parts:
+        sources[part.name] = build_layers(part.anatomy, part.donor.layer_indices, model.config)
+    first = {part.name: part.donor.layer_indices[0] for part in blueprint.parts}
+    layers = []
+    for stage in stages:
+        number = stage.slot.index - first.get(stage.slot.source, 0)
+        layers.append(sources[stage.slot.source][number])
+    stack._modules.clear()
+    stack.extend(layers)
+
+
+def build_layers(anatomy: Anatomy, indices: Sequence[int], config: PreTrainedConfig) -> list[nn.Module]:
+    """Build a donor's layers as in its source model, under whatever device and dtype are in force.
+
+    Args:
+        anatomy: The source model, looked at.
+        indices: Its layers that are wanted.
+        config: The configuration of the model they will run in; they read it from then on.
+    """
+    built = anatomy.model_class(copy.deepcopy(anatomy.config))
+    layers = [decoder_stack(built, anatomy.stack_path)[index] for index in indices]
+    own, new = text_config(built.config).config, text_config(config).config
+    for layer in layers:
+        for module in layer.modules():
+            if getattr(module, "config", None) is own:
+                module.config = new
+    return layers
+
+
+def renumber(layers: Iterable[nn.Module], origins: Sequence[LayerOrigin]) -> None:
+    """Give inserted layers the numbers of the places where they run, which index the cache."""
+    for number, (layer, origin) in enumerate(zip(layers, origins, strict=True)):
+        for module in layer.modules():
+            for name, value in list(vars(module).items()):
+                if is_layer_number(name, value, origin.index):
+                    setattr(module, name, number)
+
+
+def use_config(model: PreTrainedModel, recipient: Anatomy, spliced: SplicedConfig) -> None:
+    """Let a model that was built from the recipient's configuration run with another.
+
+    Args:
+        model: Changed in place, its configuration objects included.
+        recipient: The recipient, looked at.
+        spliced: What to run with.
+    """
+    mine, new = text_config(model.config).config, text_config(spliced.config).config
+    mine.__class__ = new.__class__
+    mine.__dict__.update({k: copy.deepcopy(v) for k, v in new.__dict__.items() if not k.startswith("_")})
+    try:
+        candidate = build_on_meta(recipient.model_class, spliced.config)
+    except BUILD_ERRORS:
+        return
+    before, after = outer_modules(recipient.model, recipient.stack_path), outer_modules(candidate, recipient.stack_path)
+    own = outer_modules(model, recipient.stack_path)
+    for path in before.keys() & after.keys() & own.keys():
+        old = dict(module_attributes(before[path]))
+        for name, value in vars(after[path]).items():
+            if name in old and old[name] != plain(value):
+                setattr(own[path], name, copy.deepcopy(value))
+
+
+def outer_modules(model: nn.Module, stack_path: str) -> dict[str, nn.Module]:
+    """Return the modules outside the decoder layers, by path."""
+    return {path: module for path, module in model.named_modules() if not path.startswith(f"{stack_path}.")}
+
+
+def config_objects(model: nn.Module) -> dict[str, PreTrainedConfig]:
+    """Return every configuration that modules read, once each, by the path of the first that does."""
+    found: dict[int, tuple[str, PreTrainedConfig]] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig):
+                found.setdefault(id(value), (f"{path}:{name}", value))
+    return dict(found.values())
