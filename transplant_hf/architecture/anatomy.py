@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CompatibilityError
 from .build import BUILD_ERRORS, build_on_meta
-from .fingerprint import Fingerprint, fingerprint
+from .fingerprint import Fingerprint, Standing, fingerprint
 from .stack import decoder_stack, find_stack
 
 __all__ = ["Anatomy"]
@@ -61,6 +61,10 @@ class Anatomy:
     def fingerprints(self) -> list[Fingerprint]:
         """What each layer is made of."""
         return [fingerprint(layer) for layer in self.layers]
+
+    def standing(self, index: int) -> Standing:
+        """A layer and its place."""
+        return Standing(self.fingerprints[index], index, self.num_layers)
 
     def kind(self, index: int) -> Any:
         """A value that is equal for two layers of one kind."""

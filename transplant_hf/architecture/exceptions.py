@@ -8,16 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["REFUSED", "REWRITES", "SURGERY_ONLY"]
+__all__ = ["COMPLETIONS", "FIRST_STAYS_FIRST", "REFUSALS", "REWRITES"]
 
 Fields = dict[str, Any]
 
-# Model types whose layers cannot be moved, and why. Refused by name, before any weight is read.
-REFUSED: dict[str, str] = {}
+# Layers that cannot be moved alone, recognised by a field of the configuration. Refused with the reason, before any
+# weight is read. (Weights tied between layers and model-wide tables with an entry for each layer are found by looking.)
+REFUSALS: tuple[tuple[Callable[[Fields], Any], str], ...] = (
+    (
+        lambda fields: fields.get("hidden_size_per_layer_input"),
+        "an embedding table outside them has a part for each layer (hidden_size_per_layer_input), and a donor has none",
+    ),
+    (
+        lambda fields: fields.get("num_kv_shared_layers"),
+        "its last layers have no keys and values of their own but read those of earlier layers (num_kv_shared_layers)",
+    ),
+    (
+        lambda fields: "shared" in (fields.get("indexer_types") or ()),
+        "some layers choose tokens by the indexer of a layer before them (indexer_types has 'shared')",
+    ),
+)
 
-# Model types whose layers look the same everywhere but use their number for more than the cache: the layers are
-# inserted into the built model, each keeping what its number made of it.
-SURGERY_ONLY: dict[str, str] = {}
+
+# Types whose first layer does something on the way in that no other can do, in `forward`, by its number.
+FIRST_STAYS_FIRST: dict[str, str] = {
+    "rwkv": "its layer 0 normalises the embeddings, and only layer 0 can",
+}
 
 
 def _sparse_step_as_list(fields: Fields, num_layers: int) -> Fields:
@@ -34,3 +50,12 @@ REWRITES: dict[str, tuple[Callable[[Fields, int], Fields], ...]] = {
     model_type: (_sparse_step_as_list,)
     for model_type in ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe_text")
 }
+
+
+def _attention_types_from_layers(changed: Fields) -> Fields:
+    """The class computes `attention_layers` anew from `attention_types`, a run-length form of it."""
+    return {**changed, "attention_types": [[changed["attention_layers"], 1]]}
+
+
+# Fields that another field, which has followed the layers, must agree with.
+COMPLETIONS: dict[str, tuple[Callable[[Fields], Fields], ...]] = {"gpt_neo": (_attention_types_from_layers,)}

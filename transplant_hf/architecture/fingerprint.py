@@ -7,6 +7,7 @@ matters.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-__all__ = ["Fingerprint", "differences", "fingerprint", "is_layer_number", "is_structure", "module_attributes", "plain"]
+__all__ = ["Fingerprint", "Standing", "differences", "fingerprint", "is_layer_number", "is_structure", "module_attributes", "plain"]
 
 Fingerprint = dict[str, Any]
 
@@ -90,29 +91,47 @@ def is_layer_number(name: str, value: Any, index: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value == index and bool(_LAYER_NUMBER.search(last))
 
 
-def differences(was: Fingerprint, became: Fingerprint, was_at: int, stands_at: int) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """A layer's fingerprint, its number, and how many layers its model has."""
+
+    fingerprint: Fingerprint
+    number: int
+    num_layers: int
+
+
+def differences(was: Standing, became: Standing) -> list[str]:
     """List how a layer differs from what it was, its number apart.
 
     Args:
-        was: Fingerprint in the source model, at index `was_at`.
-        became: Fingerprint in the candidate, at index `stands_at`.
+        was: The layer in its source model.
+        became: The layer in a candidate.
 
     Returns:
         One line for each difference, both values named.
     """
     lines = []
-    for name in dict.fromkeys([*was, *became]):
-        old, new = was.get(name, "absent"), became.get(name, "absent")
-        if old == new or _renumbered(name, old, new, was_at, stands_at):
+    for name in dict.fromkeys([*was.fingerprint, *became.fingerprint]):
+        old, new = was.fingerprint.get(name, "absent"), became.fingerprint.get(name, "absent")
+        if old == new or _both_nan(old, new) or _renumbered(name, old, new, was, became):
             continue
+        if _one_for_each(old, was) and _one_for_each(new, became):
+            continue  # the model's own list, which follows the layers
         lines.append(f"{name}: {old} became {new}")
     return lines
 
 
-def _renumbered(name: str, old: Any, new: Any, was_at: int, stands_at: int) -> bool:
-    # NaN attributes are equal for this purpose.
-    if isinstance(old, float) and isinstance(new, float) and old != old and new != new:
-        return True
-    return is_layer_number(name, old, was_at) and is_layer_number(name, new, stands_at)
+def _both_nan(old: Any, new: Any) -> bool:
+    return isinstance(old, float) and isinstance(new, float) and old != old and new != new
 
 
+def _one_for_each(value: Any, standing: Standing) -> bool:
+    return isinstance(value, list) and len(value) == standing.num_layers
+
+
+def _renumbered(name: str, old: Any, new: Any, was: Standing, became: Standing) -> bool:
+    # A layer with two attentions numbers them 2n and 2n + 1: each has a cache of its own.
+    return any(
+        is_layer_number(name, old, times * was.number + more) and is_layer_number(name, new, times * became.number + more)
+        for times, more in ((1, 0), (2, 0), (2, 1))
+    )

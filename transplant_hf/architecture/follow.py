@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .build import BUILD_ERRORS
-from .exceptions import REWRITES
+from .exceptions import COMPLETIONS, REWRITES
 from .stack import text_config
 
 __all__ = ["ConfigOrigin", "Follower", "is_rule"]
@@ -24,8 +24,9 @@ __all__ = ["ConfigOrigin", "Follower", "is_rule"]
 Fields = dict[str, Any]
 
 _NUMBERS_OF_LAYERS = re.compile(r"layers?$|layer_i(d|dx|ndex)s?$|_i(dxs?|ndices|ds)$")
+_COUNT = re.compile(r"^(num|n)_?(hidden_|decoder_)?(layers?|blocks?)$|^decoder_layers$")
 # Single numbers that say where a kind of layer begins, ends or recurs.
-_RULE = re.compile(r"dense|period|offset|step|interval|freq|pattern|every|start|first|last|skip|global_attn", re.I)
+_RULE = re.compile(r"dense|period|offset|step|interval|freq|pattern|every|_start|_end|first|last|skip|global_attn", re.I)
 _RUNTIME = ("_attn_implementation_internal", "_experts_implementation_internal", "dtype", "_name_or_path")
 
 
@@ -91,6 +92,9 @@ class Follower:
         config = self._build(fields) or copy.deepcopy(self.recipient)
         text = text_config(config).config
         for name, value in fields.items():
+            if isinstance(getattr(type(text), name, None), property):
+                continue
+            # Past the class's own ideas, such as a last layer that must have full attention.
             text.__dict__[text.attribute_map.get(name, name)] = value
         computed = {
             name: [getattr(text_config(origin.config).config, name)[origin.index] for origin in self.origins]
@@ -120,13 +124,21 @@ class Follower:
                 changed[name] = self._dict(name)
             elif value != before.get(name):
                 changed[name] = value
-        return {**changed, **dict.fromkeys(self._count_fields(), len(self.origins))}
+        for complete in COMPLETIONS.get(self.text.config.model_type, ()):
+            changed = complete(changed)
+        return {**changed, **self._counts()}
 
-    def _count_fields(self) -> list[str]:
+    def _counts(self) -> Fields:
         real = self.text.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        # Decoders of encoder-decoder families are built from the second and size their cache from the first.
-        second = [name for name in ("decoder_layers", "num_decoder_layers") if self.fields.get(name) == self.num_layers]
-        return list(dict.fromkeys([real, *second]))
+        # Decoders of encoder-decoder families size their cache from another count than they are built from, and
+        # some layers hold two attentions, each with a cache of its own.
+        names = {real, *(name for name in self.fields if _COUNT.search(name))}
+        counts: Fields = {real: len(self.origins)}
+        for name in names:
+            value = self.fields.get(name, getattr(self.text.config, name, None))
+            if isinstance(value, int) and value and value % self.num_layers == 0:
+                counts[name] = value // self.num_layers * len(self.origins)
+        return counts
 
     def _are_layer_numbers(self, name: str, value: Sequence[Any]) -> bool:
         whole = all(
@@ -168,12 +180,13 @@ class Follower:
             if isinstance(value, bool) or not isinstance(value, int) or not is_rule(name):
                 continue
             if 0 <= value <= self.num_layers:
-                for number in dict.fromkeys([*borders, 0, 1, len(kinds)]):
+                for number in dict.fromkeys([*borders, *(border - 1 for border in borders), 0, 1, len(kinds)]):
                     if number != value:
                         yield {**followed, name: number}
 
     def _build(self, changed: Fields) -> PreTrainedConfig | None:
-        full = self.recipient.to_dict()
+        # Configuration classes edit the lists they are given.
+        full, changed = self.recipient.to_dict(), copy.deepcopy(changed)
         if self.text.key is None:
             full.update(changed)
         else:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CompatibilityError
 from .anatomy import Anatomy
 from .build import BUILD_ERRORS, build_on_meta
-from .exceptions import SURGERY_ONLY
-from .fingerprint import differences, fingerprint
+from .exceptions import FIRST_STAYS_FIRST
+from .fingerprint import Standing, differences, fingerprint
 from .follow import ConfigOrigin, Follower
 from .stack import decoder_stack, text_config
 
@@ -51,14 +51,12 @@ def splice_config(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> Spliced
     Returns:
         The native configuration, or one to run inserted layers with and the reasons.
     """
+    _refuse_second_first(recipient, origins)
     follower = Follower(
         recipient.config,
         recipient.num_layers,
         [ConfigOrigin(o.anatomy.config, o.index, o.anatomy.num_layers) for o in origins],
     )
-    model_type = text_config(recipient.config).config.model_type
-    if model_type in SURGERY_ONLY:
-        return SplicedConfig(follower.running_config(), False, (SURGERY_ONLY[model_type],))
     reasons: list[str] = []
     kinds = [origin.anatomy.kind(origin.index) for origin in origins]
     for config in follower.candidates(kinds):
@@ -76,12 +74,35 @@ def _how_layers_differ(
     try:
         model = build_on_meta(recipient.model_class, config)
         layers = decoder_stack(model, recipient.stack_path)
-    except (*BUILD_ERRORS, CompatibilityError) as error:
+    except BUILD_ERRORS as error:
         return [f"{recipient.model_class.__name__} cannot be built: {type(error).__name__}: {error}"]
+    _refuse_tables(recipient, model)
     if len(layers) != len(origins):
         return [f"{len(layers)} layers would be built, not {len(origins)}"]
     lines: list[str] = []
     for number, (layer, origin) in enumerate(zip(layers, origins, strict=True)):
-        was = origin.anatomy.fingerprints[origin.index]
-        lines += [f"layer {number}: {line}" for line in differences(was, fingerprint(layer), origin.index, number)]
+        became = Standing(fingerprint(layer), number, len(layers))
+        lines += [f"layer {number}: {line}" for line in differences(origin.anatomy.standing(origin.index), became)]
     return lines
+
+
+def _refuse_tables(recipient: Anatomy, candidate: PreTrainedModel) -> None:
+    """Refuse a model that keeps something for each layer outside its layers: a donor brings no entry of its own."""
+    inside = f"{recipient.stack_path}."
+    before = {name: tuple(p.shape) for name, p in recipient.model.named_parameters() if not name.startswith(inside)}
+    for name, parameter in candidate.named_parameters():
+        if name in before and tuple(parameter.shape) != before[name]:
+            raise CompatibilityError(
+                f"{recipient.what}: {recipient.config.model_type} keeps a table with a part for each layer outside its "
+                f"layers, {name}, {list(before[name])} for {recipient.num_layers} layers. A donor has no part in it."
+            )
+
+
+def _refuse_second_first(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> None:
+    reason = FIRST_STAYS_FIRST.get(text_config(recipient.config).config.model_type)
+    for number, origin in enumerate(origins):
+        if reason is not None and (number == 0) != (origin.index == 0):
+            raise CompatibilityError(
+                f"{recipient.what}: layer {origin.index} of {origin.anatomy.what} cannot run as layer {number}: {reason}. "
+                "Use a position of at least 1, and a donor without layer 0."
+            )

@@ -86,10 +86,9 @@ def _holds_layers(module: nn.ModuleList) -> bool:
 
 
 def _old_block(layer: nn.Module) -> bool:
-    """A layer class that predates `GradientCheckpointingLayer`: it holds attention or a mixer, and a norm."""
-    kinds = [type(child).__name__.lower() for child in layer.children()]
-    has_norm = any("norm" in kind for kind in kinds)
-    return has_norm and any(word in kind for kind in kinds for word in ("attention", "mixer", "xlstm", "mlstm"))
+    """A layer class that predates `GradientCheckpointingLayer`: called a layer or block, with attention in it."""
+    named_so = type(layer).__name__.endswith(("Layer", "Block"))
+    return named_so and any("attention" in type(part).__name__.lower() for part in layer.modules() if part is not layer)
 
 
 def _owner_reads(model: PreTrainedModel, path: str, text: Any) -> bool:

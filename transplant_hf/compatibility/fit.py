@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from ..architecture import Anatomy, LayerNames, text_config
 from ..architecture.build import BUILD_ERRORS
-from ..architecture.exceptions import REFUSED
+from ..architecture.exceptions import REFUSALS
 from ..donor import Donor
 from ..donor.tensors import layer_of
 from ..errors import CompatibilityError
@@ -26,10 +26,11 @@ def refuse_unsupported(recipient: Anatomy) -> None:
     Raises:
         CompatibilityError: With the reason.
     """
-    model_type = text_config(recipient.config).config.model_type
-    for name in (model_type, recipient.config.model_type):
-        if name in REFUSED:
-            raise CompatibilityError(f"{recipient.what}: {name} is not supported: {REFUSED[name]}.")
+    fields = text_config(recipient.config).config.to_dict()
+    model_type = fields.get("model_type")
+    for applies, reason in REFUSALS:
+        if applies(fields):
+            raise CompatibilityError(f"{recipient.what}: layers of this {model_type} cannot be moved: {reason}.")
     path = recipient.stack_path
     tied = [key for key in recipient.model.all_tied_weights_keys if key.startswith(f"{path}.")]
     if tied:

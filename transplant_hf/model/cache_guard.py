@@ -94,7 +94,16 @@ def _caches(*where: Any) -> list[Cache]:
 
 def _filled(cache: Cache) -> bool:
     parts = [cache, getattr(cache, "self_attention_cache", None)]
-    return any(getattr(layer, "is_initialized", False) for part in parts for layer in getattr(part, "layers", ()))
+    layers = [layer for part in parts for layer in getattr(part, "layers", ())]
+    return any(_layer_filled(layer) for layer in layers)
+
+
+def _layer_filled(layer: Any) -> bool:
+    if type(layer).__name__.startswith("Dummy"):  # no cache of its own: initialised from the start
+        return False
+    states = [getattr(layer, name, {}) for name in ("is_conv_states_initialized", "is_recurrent_states_initialized")]
+    linear = [filled for state in states for filled in (state.values() if isinstance(state, dict) else [state])]
+    return bool(getattr(layer, "is_initialized", False)) or any(linear)
 
 
 @functools.cache

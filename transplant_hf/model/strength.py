@@ -24,12 +24,13 @@ class _Scale:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Scale what the donor added, after its last layer."""
-        left = output[0] if isinstance(output, tuple) else output
+        several = isinstance(output, tuple | list)
+        left = output[0] if several else output
         assert self._entered is not None
         entered = self._entered.to(left.device)
         # Not a product with zero: at strength 0 the donor's values must not matter at all, overflow included.
         scaled = entered if self.strength == 0 else entered + self.strength * (left - entered)
-        return (scaled, *output[1:]) if isinstance(output, tuple) else scaled
+        return type(output)([scaled, *output[1:]]) if several else scaled
 
 
 def scale_donor(layers: Sequence[nn.Module], strength: float) -> None:

@@ -78,7 +78,7 @@ def use_config(model: PreTrainedModel, recipient: Anatomy, spliced: SplicedConfi
     """
     mine, new = text_config(model.config).config, text_config(spliced.config).config
     mine.__class__ = new.__class__
-    mine.__dict__.update({k: copy.deepcopy(v) for k, v in new.__dict__.items() if not k.startswith("_")})
+    mine.__dict__.update({k: copy.deepcopy(v) for k, v in new.__dict__.items() if not _own(k)})
     try:
         candidate = build_on_meta(recipient.model_class, spliced.config)
     except BUILD_ERRORS:
@@ -90,6 +90,11 @@ def use_config(model: PreTrainedModel, recipient: Anatomy, spliced: SplicedConfi
         for name, value in vars(after[path]).items():
             if name in old and old[name] != plain(value):
                 setattr(own[path], name, copy.deepcopy(value))
+
+
+def _own(name: str) -> bool:
+    # How attention runs and where the model came from belong to the live configuration, not to the plan.
+    return name.startswith("_") and name != "_heterogeneity_spec"
 
 
 def outer_modules(model: nn.Module, stack_path: str) -> dict[str, nn.Module]:
