@@ -93,9 +93,7 @@ class DonorSpec:
 
     def _check_place(self) -> None:
         if isinstance(self.position, bool) or not isinstance(self.position, int):
-            raise ConfigurationError(
-                f"position of donor {self.donor!r} must be a whole number, got {self.position!r}."
-            )
+            raise ConfigurationError(f"position of donor {self.donor!r} must be a whole number, got {self.position!r}.")
         if self.position < 0:
             raise ConfigurationError(
                 f"position of donor {self.donor!r} is {self.position}; it counts the recipient layers that run "

@@ -21,7 +21,7 @@ class Slot(NamedTuple):
     """Where one running layer came from: the source's name and the layer's index in its source model."""
 
     source: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody misses here
 
 
 class LayerMap(tuple[Slot, ...]):
@@ -38,6 +38,7 @@ class LayerMap(tuple[Slot, ...]):
     """
 
     def __new__(cls, slots: Iterable[tuple[str, int]] = ()) -> LayerMap:
+        """Make a map of (source, index) pairs."""
         return super().__new__(cls, (Slot(*slot) for slot in slots))
 
     def __repr__(self) -> str:

@@ -65,18 +65,19 @@ _TEXT_KEYS = ("text_config", "decoder", "global_config")
 _SIDE_LAYERS = 2
 
 
-def tiny_config(model_type: str, num_layers: int = 4) -> PreTrainedConfig:
+def tiny_config(model_type: str, num_layers: int = 4, **changes: Any) -> PreTrainedConfig:
     """Build a very small configuration of a model type.
 
     Args:
         model_type: A key of the causal language model mapping of transformers.
         num_layers: Number of decoder layers.
+        **changes: Fields that take the place of the tiny ones.
 
     Returns:
         A configuration whose model builds in a fraction of a second.
     """
     config_class = CONFIG_MAPPING[model_type]
-    config = config_class(**_tiny_fields(config_class, model_type, num_layers, {}, {}))
+    config = config_class(**_tiny_fields(config_class, model_type, num_layers, {}, changes))
     return config.decoder if model_type in DECODER_OF_COMPOSITE else config
 
 
@@ -97,18 +98,19 @@ def tiny_inputs(config: PreTrainedConfig, batch: int = 2, length: int = 10, seed
     return torch.randint(8, min(text.vocab_size, VOCAB) - 16, (batch, length), generator=generator)
 
 
-def tiny_model(model_type: str, num_layers: int = 4, seed: int = 0) -> PreTrainedModel:
+def tiny_model(model_type: str, num_layers: int = 4, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Build a very small float32 model in evaluation mode, in which every layer visibly matters.
 
     Args:
         model_type: A key of the causal language model mapping of transformers.
         num_layers: Number of decoder layers.
         seed: Seed of all weights.
+        **changes: Fields that take the place of the tiny configuration's.
 
     Returns:
         The model; two calls with the same arguments give equal weights.
     """
-    config = tiny_config(model_type, num_layers)
+    config = tiny_config(model_type, num_layers, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if model_type in DECODER_OF_COMPOSITE:
@@ -231,9 +233,7 @@ def _squeezed_kinds(config_class: type[PreTrainedConfig], num_layers: int) -> di
         return {}
     default = config_class()
     lists = {name: getattr(default, name, None) for name in names}
-    return {
-        name: squeeze(kinds, num_layers) for name, kinds in lists.items() if kinds and len(set(kinds)) > 1
-    }
+    return {name: squeeze(kinds, num_layers) for name, kinds in lists.items() if kinds and len(set(kinds)) > 1}
 
 
 def squeeze(kinds: Sequence[str], length: int) -> list[str]:

@@ -263,8 +263,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "layer_types": _SLIDING_FULL,
         "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": 10000.0}
-            for kind in ("sliding_attention", "full_attention")
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")
         },
     },
     "llama4_text": {"interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "layer_types": None},
@@ -297,9 +296,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     # Head sizes are rounded up to multiples of 64 in one place only, so both dimensions must be multiples.
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
-    "gpt_neo": {
-        "attention_types": lambda depth: [[["global", "local"], depth // 2], [["global"], depth % 2]]
-    },
+    "gpt_neo": {"attention_types": lambda depth: [[["global", "local"], depth // 2], [["global"], depth % 2]]},
     "reformer": {
         "is_decoder": True,
         "attn_layers": _cycle("local", "lsh"),
@@ -318,9 +315,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "local_attention_window_len": 4,
     },
     "deepseek_v4": {
-        "layer_types": _cycle(
-            "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
-        ),
+        "layer_types": _cycle("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"),
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
         "hc_mult": 2,
     },

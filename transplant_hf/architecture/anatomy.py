@@ -27,7 +27,7 @@ class Anatomy:
         what: What it is, for messages: "recipient X" or "donor Y".
     """
 
-    model_class: type[PreTrainedModel]
+    model_class: Any
     config: PreTrainedConfig
     what: str = "model"
 

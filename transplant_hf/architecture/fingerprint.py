@@ -17,7 +17,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-__all__ = ["Fingerprint", "Standing", "differences", "fingerprint", "is_layer_number", "is_structure", "module_attributes", "plain"]
+__all__ = [
+    "Fingerprint",
+    "Standing",
+    "differences",
+    "fingerprint",
+    "is_layer_number",
+    "is_structure",
+    "module_attributes",
+    "plain",
+]
 
 Fingerprint = dict[str, Any]
 
@@ -80,7 +89,7 @@ def plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, functools.partial):
         return [plain(value.func), plain(value.args), plain(value.keywords)]
-    if isinstance(value, type) or callable(value) and hasattr(value, "__qualname__"):
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return getattr(value, "__qualname__", repr(value))
     return type(value).__qualname__
 
@@ -88,7 +97,9 @@ def plain(value: Any) -> Any:
 def is_layer_number(name: str, value: Any, index: int) -> bool:
     """Whether an attribute holds the number of the layer that stands at `index`."""
     last = name.rpartition(".")[2]
-    return isinstance(value, int) and not isinstance(value, bool) and value == index and bool(_LAYER_NUMBER.search(last))
+    return (
+        isinstance(value, int) and not isinstance(value, bool) and value == index and bool(_LAYER_NUMBER.search(last))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +143,7 @@ def _one_for_each(value: Any, standing: Standing) -> bool:
 def _renumbered(name: str, old: Any, new: Any, was: Standing, became: Standing) -> bool:
     # A layer with two attentions numbers them 2n and 2n + 1: each has a cache of its own.
     return any(
-        is_layer_number(name, old, times * was.number + more) and is_layer_number(name, new, times * became.number + more)
+        is_layer_number(name, old, times * was.number + more)
+        and is_layer_number(name, new, times * became.number + more)
         for times, more in ((1, 0), (2, 0), (2, 1))
     )

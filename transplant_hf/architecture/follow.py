@@ -26,7 +26,9 @@ Fields = dict[str, Any]
 _NUMBERS_OF_LAYERS = re.compile(r"layers?$|layer_i(d|dx|ndex)s?$|_i(dxs?|ndices|ds)$")
 _COUNT = re.compile(r"^(num|n)_?(hidden_|decoder_)?(layers?|blocks?)$|^decoder_layers$")
 # Single numbers that say where a kind of layer begins, ends or recurs.
-_RULE = re.compile(r"dense|period|offset|step|interval|freq|pattern|every|_start|_end|first|last|skip|global_attn", re.I)
+_RULE = re.compile(
+    r"dense|period|offset|step|interval|freq|pattern|every|_start|_end|first|last|skip|global_attn", re.I
+)
 _RUNTIME = ("_attn_implementation_internal", "_experts_implementation_internal", "dtype", "_name_or_path")
 
 

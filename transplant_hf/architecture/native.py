@@ -68,9 +68,7 @@ def splice_config(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> Spliced
     return SplicedConfig(follower.running_config(), False, tuple(reasons))
 
 
-def _how_layers_differ(
-    recipient: Anatomy, config: PreTrainedConfig, origins: Sequence[LayerOrigin]
-) -> list[str]:
+def _how_layers_differ(recipient: Anatomy, config: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> list[str]:
     try:
         model = build_on_meta(recipient.model_class, config)
         layers = decoder_stack(model, recipient.stack_path)
@@ -103,6 +101,6 @@ def _refuse_second_first(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> 
     for number, origin in enumerate(origins):
         if reason is not None and (number == 0) != (origin.index == 0):
             raise CompatibilityError(
-                f"{recipient.what}: layer {origin.index} of {origin.anatomy.what} cannot run as layer {number}: {reason}. "
-                "Use a position of at least 1, and a donor without layer 0."
+                f"{recipient.what}: layer {origin.index} of {origin.anatomy.what} cannot run as layer {number}: "
+                f"{reason}. Use a position of at least 1, and a donor without layer 0."
             )

@@ -56,7 +56,9 @@ def find_stack(model: PreTrainedModel) -> str:
         return of_decoder[0]
     name = f"{type(model).__name__} ({model.config.model_type})"
     if not of_decoder:
-        raise CompatibilityError(f"{name} is not a decoder-only model with one stack of layers: no list of layers found.")
+        raise CompatibilityError(
+            f"{name} is not a decoder-only model with one stack of layers: no list of layers found."
+        )
     raise CompatibilityError(
         f"{name} is not a decoder-only model with one stack of layers: it has several, {', '.join(of_decoder)}."
     )
@@ -82,7 +84,9 @@ def _outer_lists(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Modul
 
 def _holds_layers(module: nn.ModuleList) -> bool:
     # Every decoder layer in Transformers can be checkpointed; lists of projections or norms cannot.
-    return len(module) > 0 and all(isinstance(layer, GradientCheckpointingLayer) or _old_block(layer) for layer in module)
+    return len(module) > 0 and all(
+        isinstance(layer, GradientCheckpointingLayer) or _old_block(layer) for layer in module
+    )
 
 
 def _old_block(layer: nn.Module) -> bool:

@@ -51,7 +51,7 @@ def _class_fields(config: PreTrainedConfig, fields: dict[str, Any]) -> list[str]
 
 def _is_count(value: Any) -> bool:
     # A rule about layers counts layers; "freq" also ends the names of rotary bases.
-    return value is None or isinstance(value, int) and not isinstance(value, bool) and value < 1000
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value < 1000)
 
 
 def _per_layer(value: Any) -> bool:

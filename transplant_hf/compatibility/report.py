@@ -55,7 +55,9 @@ class CompatibilityReport:
             CompatibilityError: With every mismatch.
         """
         if self.mismatches:
-            raise CompatibilityError(f"{self}\nA donor needs a recipient with layers of the same shape.", self.mismatches)
+            raise CompatibilityError(
+                f"{self}\nA donor needs a recipient with layers of the same shape.", self.mismatches
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON."""

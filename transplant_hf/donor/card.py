@@ -12,8 +12,8 @@ __all__ = ["donor_card"]
 _BODY = """
 # {name}
 
-{k} decoder layer{s} of `{recipient}` ({model_type}, layer{s} {layers}), to be inserted at position {position}: {position}
-of the recipient's layers run before {them}. Needs `pip install transplant_hf`.
+{k} decoder layer{s} of `{recipient}` ({model_type}, layer{s} {layers}), to be inserted at position {position}:
+{position} of the recipient's layers run before {them}. Needs `pip install transplant_hf`.
 
 ```python
 import transplant_hf

@@ -123,7 +123,7 @@ class Donor:
 
     @property
     def num_layers(self) -> int:
-        """k."""
+        """K."""
         return len(self.record.layer_indices)
 
     @property

@@ -68,7 +68,9 @@ def checkpoint_tensors(model: PreTrainedModel, path: str, numbers: Sequence[int]
             if tensor.is_meta:
                 raise CheckpointError(f"{path}.{number}.{key} is offloaded; load the model without offload first.")
             if not tensor.is_floating_point() and key.endswith("weight"):
-                raise CheckpointError(f"{path}.{number}.{key} is quantised ({tensor.dtype}); a donor needs full precision.")
+                raise CheckpointError(
+                    f"{path}.{number}.{key} is quantised ({tensor.dtype}); a donor needs full precision."
+                )
             state[f"{path}.{number}.{key}"] = tensor.detach()
     names = LayerNames(model, path)
     tensors = {}

@@ -25,7 +25,15 @@ from .tensors import DONOR_INDEX, TensorStore
 if TYPE_CHECKING:
     from .donor import Donor
 
-__all__ = ["COMPANION_FILES", "copy_companions", "is_artefact_file", "save_donor", "transplant_fields", "write_donor", "written_reference"]
+__all__ = [
+    "COMPANION_FILES",
+    "copy_companions",
+    "is_artefact_file",
+    "save_donor",
+    "transplant_fields",
+    "write_donor",
+    "written_reference",
+]
 
 # What travels with a donor so that `pipeline` needs one name.
 COMPANION_FILES = (

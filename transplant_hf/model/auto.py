@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -13,8 +14,8 @@ from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig
 from ..donor import Donor
 from ..errors import CompatibilityError, ConfigurationError
-from ..sources import HubOptions
-from ..splice import Blueprint, draw_blueprint, report_fit
+from ..sources import HubOptions, Source
+from ..splice import Blueprint, draw_blueprint, follow_quantization, report_fit
 from .loading import Loading, loading
 from .mixin import transplant_class
 from .resolve import Request, open_donors, read_request, recipient_config
@@ -136,13 +137,14 @@ def load_transplant(
         loaded = transplant_class(recipient.model_class).from_pretrained(
             request.config.recipient,
             *model_args,
-            config=spliced.config if spliced.native else recipient.config,
+            config=follow_quantization(spliced.config if spliced.native else recipient.config, blueprint),
             revision=request.config.recipient_revision or "main",
             **hub.as_kwargs(),
             **kwargs,
         )
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     _remember(model, request, hub)
+    _forget_dequantizing(model)
     return loaded
 
 
@@ -153,7 +155,9 @@ def _check_arguments(config: PreTrainedConfig | None, kwargs: dict[str, Any]) ->
             "configuration pass its fields as keyword arguments."
         )
     if kwargs.get("state_dict") is not None:
-        raise ConfigurationError("state_dict= cannot be combined with donors; use transplant_hf.transplant(model, donor, p).")
+        raise ConfigurationError(
+            "state_dict= cannot be combined with donors; use transplant_hf.transplant(model, donor, p)."
+        )
 
 
 def _draw(
@@ -165,7 +169,9 @@ def _draw(
     kwargs: dict[str, Any],
 ) -> tuple[Blueprint, dict[str, Any]]:
     # Applied by the model class, as the Auto classes do; a configuration would only store them.
-    held = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype", "quantization_config") if name in kwargs}
+    held: dict[str, Any] = {
+        name: kwargs.pop(name) for name in ("dtype", "torch_dtype", "quantization_config") if name in kwargs
+    }
     trust = kwargs.get("trust_remote_code")
     config, unused = recipient_config(request, hub, kwargs.pop("trust_remote_code", None), kwargs)
     model_class, config = _class_for(auto_class, config, request.config.recipient, trust, hub)
@@ -175,7 +181,7 @@ def _draw(
 
 def _class_for(
     auto_class: Any, config: PreTrainedConfig, name: str, trust_remote_code: bool | None, hub: HubOptions
-) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+) -> tuple[Any, PreTrainedConfig]:
     """Return the class an Auto class would use, and the configuration it would give it."""
     mapping = auto_class._model_mapping
     known = type(config) in mapping
@@ -211,6 +217,20 @@ def _remember(model: Any, request: Request, hub: HubOptions) -> None:
     request.config._name_or_path = str(request.source.folder) if request.names_transplant else ""
 
 
+def _forget_dequantizing(model: Any) -> None:
+    """Save what was dequantised while loading under its plain names.
+
+    Transformers 5.23 runs the dequantising conversion backwards on saving, which writes full-precision experts of
+    GPT-OSS under the names of packed ones; such a checkpoint loads with random experts.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        model._weight_conversions = [
+            rule
+            for rule in model._weight_conversions
+            if not any(hasattr(operation, "hf_quantizer") for operation in getattr(rule, "operations", ()))
+        ]
+
+
 def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) -> PreTrainedModel:
     """Build a transplant with random weights; see `AutoModelWithTransplant.from_config`."""
     if not isinstance(config, TransplantConfig):
@@ -221,7 +241,9 @@ def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) ->
     request = read_request(asked, donors=None, config=config, revision=None, subfolder=None, hub=hub)
     opened = open_donors(request, hub)
     found, _ = recipient_config(request, hub, kwargs.get("trust_remote_code"), {})
-    model_class, found = _class_for(auto_class, found, request.config.recipient, kwargs.pop("trust_remote_code", None), hub)
+    model_class, found = _class_for(
+        auto_class, found, request.config.recipient, kwargs.pop("trust_remote_code", None), hub
+    )
     blueprint = draw_blueprint(model_class, found, opened, request.config)
     spliced = blueprint.built_config
     with loading(Loading(blueprint)):
@@ -230,7 +252,9 @@ def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) ->
     return model
 
 
-def check_compatibility(recipient: Any, donor: Any, position: int | None = None, **hub_kwargs: Any) -> CompatibilityReport:
+def check_compatibility(
+    recipient: Any, donor: Any, position: int | None = None, **hub_kwargs: Any
+) -> CompatibilityReport:
     """Say whether a donor fits a recipient, from headers and configurations only.
 
     Args:
@@ -254,11 +278,9 @@ def check_compatibility(recipient: Any, donor: Any, position: int | None = None,
         name = recipient.name_or_path or recipient.model_type
         model_class, config = _class_for(AutoModelForCausalLM, recipient, name, trust, hub)
     else:
-        asked = os.fspath(recipient)
         name = os.fspath(recipient)
-        request = Request(name, None, TransplantConfig(recipient=name), names_transplant=False)
+        request = Request(name, Source(name, Path(name)), TransplantConfig(recipient=name), names_transplant=False)
         config, _ = recipient_config(request, hub, trust, {})
         model_class, config = _class_for(AutoModelForCausalLM, config, name, trust, hub)
     spec = DonorSpec(str(opened), place, name=opened.name or "donor")
     return report_fit(model_class, config, name or model_class.__name__, spec, opened)
-

@@ -77,7 +77,8 @@ class CacheGuard:
         for cache in _caches(args, kwargs, output):
             if getattr(cache, _MARK, None) is None:
                 setattr(cache, _MARK, (self, self.disabled))
-                cache.__class__ = _guarded(type(cache))
+                kind: Any = type(cache)
+                cache.__class__ = _guarded(kind)
 
 
 def _off(disabled: frozenset[str]) -> str:
@@ -107,7 +108,7 @@ def _layer_filled(layer: Any) -> bool:
 
 
 @functools.cache
-def _guarded(kind: type[Cache]) -> type[Cache]:
+def _guarded(kind: Any) -> Any:
     def checked(name: str) -> Any:
         original = getattr(kind, name)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..architecture import LayerNames
 from ..errors import CheckpointError
-from ..splice import Blueprint, MergedWeights, merge_weights, open_checkpoint
+from ..splice import Blueprint, MergedWeights, Provenance, merge_weights, open_checkpoint, renumber_metadata
 
 __all__ = ["Loading", "active_loading", "loading"]
 
@@ -52,7 +52,7 @@ class Loading:
     def __init__(self, blueprint: Blueprint, shared: bool = False) -> None:
         self.blueprint = blueprint
         self.shared = shared
-        self.model: PreTrainedModel | None = None
+        self.model: Any = None
         self._merged: MergedWeights | None = None
         self._names: LayerNames | None = None
         # Hashing runs beside loading: both wait for the same bytes, and a changed file is reported before use.
@@ -63,7 +63,7 @@ class Loading:
         """Stop checking files."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def claim(self, model: PreTrainedModel) -> bool:
+    def claim(self, model: Any) -> bool:
         """Take the first model that is built; those it builds inside are its own affair."""
         if self.model is not None:
             return False
@@ -78,17 +78,22 @@ class Loading:
         if self.shared:
             return self._read_shared(model, state_dict or {}, path, config, load)
         if state_dict is not None:
-            tensors, provenance = state_dict, {}
+            tensors, provenance = state_dict, dict[str, Provenance]()
         else:
             tensors, provenance = open_checkpoint(files or [], config.disable_mmap, config.weights_only)
         self._names = LayerNames(model, path, config.weight_mapping or [])
         self._merged = merge_weights(self.blueprint, tensors, provenance, self._names)
+        quantizer = config.hf_quantizer
+        if getattr(quantizer, "metadata", None):
+            quantizer.metadata = renumber_metadata(quantizer.metadata, self._names, self.blueprint)
         config = dataclasses.replace(config, sharded_metadata={"weight_map": self._merged.weight_map()})
         info, offloaded = load(self._merged.tensors, files, config)
         self._merged.restore_offload_names(offloaded)
         return info, offloaded
 
-    def _read_shared(self, model: PreTrainedModel, state_dict: dict[str, Any], path: str, config: Any, load: Any) -> Any:
+    def _read_shared(
+        self, model: PreTrainedModel, state_dict: dict[str, Any], path: str, config: Any, load: Any
+    ) -> Any:
         """Take the recipient's tensors as they are, then the donors' by their checkpoint names."""
         merged = merge_weights(self.blueprint, state_dict, {}, LayerNames(model, path, []))
         own = {name: tensor for name, tensor in merged.tensors.items() if name not in merged.donor_names}
@@ -112,7 +117,8 @@ class Loading:
             for key, found, wanted in sorted(info.mismatched_keys, key=str):
                 if key.startswith(start):
                     raise CheckpointError(
-                        f"donor {name}: {key.removeprefix(start)} has shape {list(found)}, its layer wants {list(wanted)}."
+                        f"donor {name}: {key.removeprefix(start)} has shape {list(found)}, its layer wants "
+                        f"{list(wanted)}."
                     )
             for key, error in sorted(info.conversion_errors.items()):
                 if key.startswith(start):

@@ -105,8 +105,8 @@ def _check_shareable(model: Any) -> None:
         )
 
 
-def _taken_apart(model: Any) -> tuple[list[tuple[DonorSpec, Donor]], type[PreTrainedModel], Any, Any, TransplantConfig]:
-    """Return what a model holds: donors, the recipient's class, configuration and weights, and its own configuration."""
+def _taken_apart(model: Any) -> tuple[list[tuple[DonorSpec, Donor]], Any, Any, Any, TransplantConfig]:
+    """Return what a model holds: donors; the recipient's class, configuration and weights; its own configuration."""
     state = getattr(model, "_transplant", None)
     if state is None:
         known = TransplantConfig(recipient=model.config.name_or_path or "")
@@ -156,11 +156,12 @@ def remove_transplants(model: Any) -> PreTrainedModel:
         ConfigurationError: A donor replaced layers that were not kept.
     """
     state = getattr(model, "_transplant", None)
+    transplanted = isinstance(model, TransplantMixin)
     if state is not None:
         state.switch.check(state.blueprint.splice.names)
         state.switch.remove()
         model.config._name_or_path = model.name_or_path = state.blueprint.config.recipient
-    if isinstance(model, TransplantMixin):
-        model._transplant = None  # type: ignore[attr-defined]
+    if transplanted:
+        model._transplant = None
         model.__class__ = native_class(type(model))
-    return model  # type: ignore[return-value]
+    return model

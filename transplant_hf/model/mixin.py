@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from ..config import TransplantConfig
 from ..donor.record import DonorRecord
 from ..errors import ConfigurationError
@@ -28,12 +26,12 @@ class TransplantMixin:
     Without a transplant, as in `type(model)(config)`, everything works as in the recipient's class.
     """
 
-    _transplant = None  # a TransplantState once the model is loaded
+    _transplant: Any = None  # a TransplantState once the model is loaded
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         load = active_loading()
-        claimed = load is not None and load.claim(self)  # type: ignore[arg-type]
-        super().__init__(config, *args, **kwargs)
+        claimed = load is not None and load.claim(self)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if claimed and load is not None and not load.blueprint.built_config.native:
             insert_layers(self, load.blueprint, load.blueprint.built)  # type: ignore[arg-type]
 
@@ -68,7 +66,9 @@ class TransplantMixin:
         state.switch.check(chosen)
         return state.switch.off(chosen)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, thin: bool = False, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, thin: bool = False, **kwargs: Any
+    ) -> Any:
         """Save the model; see `PreTrainedModel.save_pretrained` for what is not listed.
 
         Args:
@@ -81,7 +81,7 @@ class TransplantMixin:
             ConfigurationError: `thin` where a recipient weight differs from the pinned recipient's.
         """
         native = functools.partial(super().save_pretrained)  # type: ignore[misc]
-        return save_transplant(self, native, save_directory, args, thin, kwargs)  # type: ignore[arg-type]
+        return save_transplant(self, native, save_directory, args, thin, kwargs)
 
     def push_to_hub(self, repo_id: str, *args: Any, thin: bool = False, **kwargs: Any) -> Any:
         """Upload the model as one commit.
@@ -93,7 +93,7 @@ class TransplantMixin:
             **kwargs: `commit_message`, `private`, `token`, `revision`, `create_pr`, and what `save_pretrained` takes.
         """
         native = functools.partial(super().push_to_hub)  # type: ignore[misc]
-        return push_transplant(self, native, repo_id, args, thin, kwargs)  # type: ignore[arg-type]
+        return push_transplant(self, native, repo_id, args, thin, kwargs)
 
     @staticmethod
     def _load_pretrained_model(
@@ -140,7 +140,7 @@ class TransplantMixin:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the recipient's class: this one has its name but cannot be found by it."""
-        function, args, *rest = super().__reduce_ex__(protocol)
+        rest: Any = super().__reduce_ex__(protocol)[2:]
         return (_new, (native_class(type(self)),), *rest)
 
 
@@ -153,20 +153,17 @@ def record_of_layers(
     indices = tuple(slot.index for slot in slots)
     if {slot.source for slot in slots} != {source} or indices != tuple(range(indices[0], indices[0] + len(indices))):
         raise ConfigurationError(
-            f"layers {list(numbers)} come from {', '.join(map(str, map(tuple, slots)))}; a donor is made of consecutive "
-            "layers of one source."
+            f"layers {list(numbers)} come from {', '.join(map(str, map(tuple, slots)))}; a donor is made of "
+            "consecutive layers of one source."
         )
     blueprint = state.blueprint
-    if source == RECIPIENT:
-        config = blueprint.config
-        anatomy, found, revision, metadata, position = (
-            blueprint.recipient, config.recipient, config.recipient_revision, {}, None,
-        )  # fmt: skip
-    else:
-        part = blueprint.part(source)
-        record = part.donor.record
-        anatomy, found, revision = part.anatomy, record.source_id, record.source_revision
-        metadata, position = dict(record.metadata), part.spec.position
+    part = None if source == RECIPIENT else blueprint.part(source)
+    anatomy = part.anatomy if part else blueprint.recipient
+    record = part.donor.record if part else None
+    found = record.source_id if record else blueprint.config.recipient
+    revision = record.source_revision if record else blueprint.config.recipient_revision
+    metadata = dict(record.metadata) if record else {}
+    position = part.spec.position if part else None
     fields = anatomy.config.to_dict()
     fields.pop("_name_or_path", None)
     made = DonorRecord(
@@ -187,13 +184,13 @@ def _state_of(model: Any) -> TransplantState:
     return model._transplant
 
 
-def _new(native: type[PreTrainedModel]) -> PreTrainedModel:
+def _new(native: Any) -> Any:
     made = transplant_class(native)
     return made.__new__(made)
 
 
 @functools.cache
-def transplant_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def transplant_class(native: Any) -> Any:
     """Return the transplanted counterpart of a model class.
 
     It keeps the name and the module of the native class: Transformers tells its own classes by them, and applies
@@ -208,6 +205,8 @@ def transplant_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
     )
 
 
-def native_class(model_class: type[Any]) -> type[PreTrainedModel]:
+def native_class(model_class: Any) -> Any:
     """Return the recipient's own class of a transplanted model's class."""
-    return next(base for base in model_class.__mro__ if not issubclass(base, TransplantMixin) and base is not TransplantMixin)
+    return next(
+        base for base in model_class.__mro__ if not issubclass(base, TransplantMixin) and base is not TransplantMixin
+    )

@@ -31,7 +31,7 @@ class Request:
     """
 
     asked: str
-    source: Source | None
+    source: Source
     config: TransplantConfig
     names_transplant: bool
 

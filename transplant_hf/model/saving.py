@@ -36,7 +36,7 @@ _PUSH_ARGS = ("commit_message", "private", "token", "revision", "create_pr")
 
 
 def save_transplant(
-    model: PreTrainedModel,
+    model: Any,
     native: Callable[..., Any],
     save_directory: str | os.PathLike[str],
     args: tuple[Any, ...],
@@ -73,7 +73,7 @@ def save_transplant(
 
 
 def push_transplant(
-    model: PreTrainedModel,
+    model: Any,
     native: Callable[..., Any],
     repo_id: str,
     args: tuple[Any, ...],
@@ -164,7 +164,9 @@ def _write_full(model: PreTrainedModel, blueprint: Blueprint, staging: Path, kwa
     shell.save_pretrained(staging / RECIPIENT_FOLDER, state_dict=recipient_state(model), **save_args)
     _write_donors(model, blueprint, staging, kwargs.get("max_shard_size", "5GB"))
     specs = [
-        DonorSpec(".", part.spec.position, part.spec.mode, subfolder=folder, name=part.name, strength=part.spec.strength)
+        DonorSpec(
+            ".", part.spec.position, part.spec.mode, subfolder=folder, name=part.name, strength=part.spec.strength
+        )
         for part, folder in zip(blueprint.parts, _folders(blueprint), strict=True)
     ]
     saved = TransplantConfig(recipient=f"./{RECIPIENT_FOLDER}", donors=specs)
@@ -185,7 +187,7 @@ def _shell(model: PreTrainedModel, blueprint: Blueprint) -> PreTrainedModel:
     return shell
 
 
-def recipient_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def recipient_state(model: Any) -> dict[str, torch.Tensor]:
     """Return the recipient's weights in a transplanted model, under the recipient's own names.
 
     Layers that a donor replaced and that were not kept are absent.

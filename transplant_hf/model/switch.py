@@ -149,7 +149,9 @@ class Switch:
             raise ConfigurationError("a model cannot be copied inside disable_transplants(); copy it outside.")
         new = Switch.__new__(Switch)
         memo[id(self)] = new
-        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_guard"})
+        new.__dict__.update(
+            {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_guard"}
+        )
         new._guard = CacheGuard()
         return new
 
@@ -171,7 +173,7 @@ class Switch:
                     _set_differing(inside[path], before, attributes)
         for path, config in new.configs.items():
             if path in live and path in old.configs:
-                _turn_config(live[path].config, old.configs[path], config)
+                _turn_config(_config(live[path]), old.configs[path], config)
 
     def _built(self) -> _Structure:
         return self._structure(None)
@@ -189,7 +191,7 @@ def _structure(blueprint: Blueprint, disabled: Names | None) -> _Structure:
             stage: {name: _attributes(module) for name, module in layer.named_modules()}
             for stage, layer in zip(stages, stack, strict=True)
         },
-        {name: module.config for name, module in outer.items() if isinstance(_config(module), PreTrainedConfig)},
+        {name: _config(module) for name, module in outer.items() if isinstance(_config(module), PreTrainedConfig)},
     )
 
 

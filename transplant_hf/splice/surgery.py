@@ -55,7 +55,7 @@ def build_layers(anatomy: Anatomy, indices: Sequence[int], config: PreTrainedCon
     for layer in layers:
         for module in layer.modules():
             if getattr(module, "config", None) is own:
-                module.config = new
+                vars(module)["config"] = new
     return layers
 
 

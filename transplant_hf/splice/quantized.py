@@ -1,0 +1,98 @@
+"""Quantised recipients: what their files and configuration say by layer number follows the layers too."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+
+from transformers import PreTrainedConfig
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from ..architecture import LayerNames
+from ..layer_map import RECIPIENT
+from .blueprint import Blueprint, DonorPart
+
+__all__ = ["follow_quantization", "renumber_metadata"]
+
+# Where quantisers keep the names of modules that stay in full precision.
+_SKIP_FIELDS = ("modules_to_not_convert", "llm_int8_skip_modules")
+_QUANTISED = ("qdata", "_blocks", "_scales", "scale_inv", "absmax", "qweight", "qzeros", "weight_scale")
+
+
+def follow_quantization(config: PreTrainedConfig, blueprint: Blueprint) -> PreTrainedConfig:
+    """Let full-precision donors stay in full precision inside a recipient whose files are quantised.
+
+    Args:
+        config: The configuration the model is going to be built from.
+        blueprint: What is going to run.
+
+    Returns:
+        The configuration, or a copy whose `quantization_config` names layers by their new numbers.
+    """
+    fields = getattr(config, "quantization_config", None)
+    if not isinstance(fields, dict):
+        return config
+    path = blueprint.recipient.stack_path
+    kept = [f"{path}.{n}" for n, stage in enumerate(blueprint.built) if stage.slot.source in _full_precision(blueprint)]
+    names = LayerNames(blueprint.recipient.model, path, [])
+    fields = copy.deepcopy(fields)
+    for field in _SKIP_FIELDS:
+        listed = fields.get(field)
+        if listed is not None:
+            fields[field] = [*(moved for name in listed for moved in _moved(name, names, blueprint)), *kept]
+        elif field in fields or (field == _SKIP_FIELDS[0] and not any(f in fields for f in _SKIP_FIELDS)):
+            # An absent list means the quantiser's own choice, which naming any module would undo.
+            fields[field] = [*get_keys_to_not_convert(blueprint.recipient.model), *kept]
+    config = copy.deepcopy(config)
+    config.quantization_config = fields
+    return config
+
+
+def _full_precision(blueprint: Blueprint) -> set[str]:
+    return {part.name for part in blueprint.parts if not _is_quantised(part)}
+
+
+def _is_quantised(part: DonorPart) -> bool:
+    return any(marker in name for name in part.donor.infos() for marker in _QUANTISED)
+
+
+def _moved(name: str, names: LayerNames, blueprint: Blueprint) -> list[str]:
+    """A module's name after renumbering; none if its layer is gone, itself if it names no single layer."""
+    parts = names.split(f"{name}.weight")
+    if parts is None:
+        return [name]
+    place = _places(blueprint).get(parts.number)
+    return [] if place is None else [parts.at(place).removesuffix(".weight")]
+
+
+def _places(blueprint: Blueprint) -> dict[int, int]:
+    return {stage.slot.index: n for n, stage in enumerate(blueprint.built) if stage.slot.source == RECIPIENT}
+
+
+def renumber_metadata(metadata: Mapping[str, str], names: LayerNames, blueprint: Blueprint) -> dict[str, str]:
+    """Renumber what torchao writes into the header of a safetensors file: a record for each quantised parameter.
+
+    Args:
+        metadata: The headers' metadata.
+        names: Reads this architecture's checkpoint names.
+        blueprint: What is going to run.
+    """
+    places = _places(blueprint)
+    moved: dict[str, str] = {}
+    for key, value in metadata.items():
+        parts = names.split(key)
+        if parts is None:
+            moved[key] = value
+        elif parts.number in places:
+            moved[parts.at(places[parts.number])] = value
+    if "tensor_names" in metadata:
+        listed = [names.split(name) or name for name in json.loads(metadata["tensor_names"])]
+        moved["tensor_names"] = json.dumps(
+            [
+                name if isinstance(name, str) else name.at(places[name.number])
+                for name in listed
+                if isinstance(name, str) or name.number in places
+            ]
+        )
+    return moved
