@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
@@ -18,6 +19,7 @@ FORMAT_VERSION = 1
 # Which release of transplant_hf first reads which format: what an older release must be upgraded to.
 _RELEASE_OF_FORMAT = {1: "0.1.0"}
 _MODES = ("insert", "replace")
+_PLAIN_NAME = re.compile(r"(?!\.+$)[^/\\\0]+")
 
 
 def check_format_version(found: Any, where: str) -> int:
@@ -88,8 +90,10 @@ class DonorSpec:
             object.__setattr__(self, "layers", _contiguous(self.layers, self.donor))
         if self.name is None:
             object.__setattr__(self, "name", _default_name(self.donor, self.subfolder))
-        elif not isinstance(self.name, str) or not self.name:
-            raise ConfigurationError(f"name of donor {self.donor!r} must be a non-empty string, got {self.name!r}.")
+        elif not isinstance(self.name, str) or not _PLAIN_NAME.fullmatch(self.name):
+            raise ConfigurationError(
+                f"name of donor {self.donor!r} must be a plain name, which can also name a folder, got '{self.name}'."
+            )
 
     def _check_place(self) -> None:
         if isinstance(self.position, bool) or not isinstance(self.position, int):

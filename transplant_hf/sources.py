@@ -20,9 +20,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .errors import ConfigurationError, HubError
+from .errors import CheckpointError, ConfigurationError, HubError
 
-__all__ = ["HubOptions", "Source", "commit_of", "hub_errors", "locate", "points_to_folder"]
+__all__ = ["HubOptions", "Source", "commit_of", "hub_errors", "locate", "points_to_folder", "reading"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,9 @@ class HubOptions:
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> HubOptions:
         """Pick the fields out of the keyword arguments of a `from_pretrained` call."""
-        named = {field.name: kwargs[field.name] for field in dataclasses.fields(cls) if kwargs.get(field.name)}
+        named = {
+            field.name: kwargs[field.name] for field in dataclasses.fields(cls) if kwargs.get(field.name) is not None
+        }
         return cls(**named)
 
     def as_kwargs(self) -> dict[str, Any]:
@@ -159,6 +161,28 @@ def _inside(folder: Path, subfolder: str | None) -> Path:
     if not inside.is_relative_to(folder.resolve()):
         raise ConfigurationError(f"subfolder {subfolder!r} leads out of {folder}.")
     return inside
+
+
+@contextmanager
+def reading(what: str, reference: str, revision: str | None = None) -> Iterator[None]:
+    """Turn what Transformers raises for files it cannot find or read into one sentence.
+
+    Args:
+        what: What is being read, for the message.
+        reference: The Hub id or folder.
+        revision: Its revision.
+    """
+    where = f"{reference}@{revision}" if revision else reference
+    try:
+        yield
+    except OSError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, HfHubHTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled):
+                with hub_errors(reference, revision):
+                    raise cause from error
+            cause = cause.__cause__ or cause.__context__
+        raise CheckpointError(f"{what} of {where} could not be read: {error}") from error
 
 
 @contextmanager

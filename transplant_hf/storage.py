@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ __all__ = ["publish", "read_json", "sha256_of", "write_json"]
 logger = logging.get_logger(__name__)
 
 _CHUNK = 1 << 22
+_ASIDE = ".old.tmp"
 
 
 def sha256_of(path: Path) -> str:
@@ -104,10 +106,14 @@ def publish(target: str | os.PathLike[str], replaces: Callable[[str], bool]) -> 
 
 
 def _sweep(target: Path) -> None:
-    """Remove what a killed process left beside the target."""
-    for stale in target.parent.glob(f".{target.name}.*.tmp"):
+    """Remove what a killed process left beside the target, and put back what it had put aside."""
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         pid = stale.name[len(target.name) + 2 :].partition("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
+        if not pid.isdigit() or _alive(int(pid)):
+            continue
+        if stale.name.endswith(_ASIDE) and not target.exists():
+            stale.rename(target)
+        else:
             shutil.rmtree(stale, ignore_errors=True)
 
 
@@ -157,7 +163,7 @@ def _change_places(new: Path, old: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTSUP, errno.EPERM):
             raise
-        aside = new.with_suffix(".old.tmp")
+        aside = new.with_suffix(_ASIDE)
         old.rename(aside)
         new.rename(old)
         shutil.rmtree(aside, ignore_errors=True)

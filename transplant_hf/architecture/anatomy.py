@@ -45,7 +45,7 @@ class Anatomy:
     @cached_property
     def stack_path(self) -> str:
         """Path of the list of decoder layers, such as `"model.layers"`."""
-        return find_stack(self.model)
+        return find_stack(self.model, self.what)
 
     @property
     def layers(self) -> nn.ModuleList:

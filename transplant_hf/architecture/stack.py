@@ -37,24 +37,30 @@ def text_config(config: PreTrainedConfig) -> TextConfig:
     return TextConfig(config, None)
 
 
-def find_stack(model: PreTrainedModel) -> str:
+def find_stack(model: PreTrainedModel, what: str = "") -> str:
     """Return the path of the `nn.ModuleList` that holds the decoder layers.
 
     Args:
         model: A model, on any device, the meta device included.
+        what: What it is, for messages.
 
     Returns:
         The path inside the model, such as `"model.layers"` or `"transformer.h"`.
 
     Raises:
-        CompatibilityError: There is no such list, or more than one.
+        CompatibilityError: There is no such list, or more than one, or its layers see later tokens.
     """
     found = [path for path, module in _outer_lists(model) if _holds_layers(module)]
     text = text_config(model.config).config
     of_decoder = [path for path in found if _owner_reads(model, path, text)] or found
+    name = f"{what}: {type(model).__name__} ({model.config.model_type})".removeprefix(": ")
     if len(of_decoder) == 1:
+        if any(vars(part).get("is_decoder") is False for part in model.get_submodule(of_decoder[0]).modules()):
+            raise CompatibilityError(
+                f"{name} is not a decoder-only model: its layers are set up as an encoder's (is_decoder=False), each "
+                "token sees the later ones."
+            )
         return of_decoder[0]
-    name = f"{type(model).__name__} ({model.config.model_type})"
     if not of_decoder:
         raise CompatibilityError(
             f"{name} is not a decoder-only model with one stack of layers: no list of layers found."

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from ..architecture.build import BUILD_ERRORS
 from ..architecture.follow import is_rule
 
-__all__ = ["field_mismatches"]
+__all__ = ["field_mismatches", "take_training_fields"]
 
 # Fields that do not reach the arithmetic of a decoder layer: what stands around the layers, training, bookkeeping.
 _OUTSIDE_LAYERS = re.compile(
@@ -22,6 +22,25 @@ _OUTSIDE_LAYERS = re.compile(
     r"layerdrop|jitter|^bos|^eos|^pad|_coef$|scale_embedding|type_vocab|max_window_layers|cross_attention|"
     r"logit_scale|logits_scaling|final_logit|embedding_multiplier|use_kernels|format_version"
 )
+
+
+# Of these, what layers hold but only use in training: here the recipient decides.
+_TRAINING = re.compile(
+    r"dropout|pdrop|^drop|layerdrop|jitter|initializer|init_std|aux_loss|z_loss|^output_|^use_cache$"
+)
+
+
+def take_training_fields(donor: PreTrainedConfig, recipient: PreTrainedConfig) -> None:
+    """Give a donor's source configuration the recipient's settings for training, dropout and the like.
+
+    Args:
+        donor: The decoder's part of the donor's source configuration; changed in place.
+        recipient: The decoder's part of the recipient's.
+    """
+    theirs = donor.to_dict()
+    for name, value in recipient.to_dict().items():
+        if name in theirs and theirs[name] != value and _TRAINING.search(name):
+            setattr(donor, name, value)
 
 
 def field_mismatches(donor: PreTrainedConfig, recipient: PreTrainedConfig) -> Iterator[str]:

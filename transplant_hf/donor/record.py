@@ -108,8 +108,8 @@ class DonorRecord:
                 layer_indices=_indices(_typed(content, "layer_indices", list)),
                 source_id=source.get("id"),
                 source_revision=source.get("revision"),
-                name=content.get("name"),
-                metadata=content.get("metadata") or {},
+                name=_typed(content, "name", str) if content.get("name") is not None else None,
+                metadata=_typed(content, "metadata", dict) if content.get("metadata") is not None else {},
                 files={
                     safe_name(name): FileStamp(_typed(stamp, "sha256", str), _typed(stamp, "size", int))
                     for name, stamp in (content.get("files") or {}).items()

@@ -14,7 +14,7 @@ from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig
 from ..donor import Donor
 from ..errors import CompatibilityError, ConfigurationError
-from ..sources import HubOptions, Source
+from ..sources import HubOptions, Source, reading
 from ..splice import Blueprint, draw_blueprint, follow_quantization, report_fit
 from .loading import Loading, loading
 from .mixin import transplant_class
@@ -133,7 +133,8 @@ def load_transplant(
     if request.names_transplant and "generation_config" not in kwargs:
         with contextlib.suppress(OSError):  # none of its own: the recipient's is loaded
             kwargs["generation_config"] = GenerationConfig.from_pretrained(request.source.folder)
-    with loading(Loading(blueprint)):
+    where = (request.config.recipient, request.config.recipient_revision)
+    with reading("the weights", *where), loading(Loading(blueprint)):
         loaded = transplant_class(recipient.model_class).from_pretrained(
             request.config.recipient,
             *model_args,

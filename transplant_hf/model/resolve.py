@@ -12,8 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..donor import DONOR_FILES, Donor
-from ..errors import ConfigurationError, HubError
-from ..sources import HubOptions, Source, commit_of, hub_errors, locate, points_to_folder
+from ..errors import ConfigurationError
+from ..sources import HubOptions, Source, commit_of, locate, points_to_folder, reading
 from ..storage import read_json
 
 __all__ = ["Request", "open_donors", "read_request", "recipient_config"]
@@ -145,7 +145,7 @@ def recipient_config(
         config.recipient, config.recipient_revision = str(source.folder.resolve()), None
     else:
         config.recipient_revision = commit_of(config.recipient, config.recipient_revision, hub)
-    with hub_errors(config.recipient, config.recipient_revision):
+    with reading("the configuration", config.recipient, config.recipient_revision):
         try:
             found, unused = AutoConfig.from_pretrained(
                 config.recipient,
@@ -155,8 +155,8 @@ def recipient_config(
                 **hub.as_kwargs(),
                 **kwargs,
             )
-        except OSError as error:
-            raise HubError(f"the configuration of recipient {config.recipient} could not be read: {error}") from error
+        except ValueError as error:
+            raise ConfigurationError(f"recipient {config.recipient} is no model that can be loaded: {error}") from error
     if isinstance(found, TransplantConfig):
         raise ConfigurationError(
             f"recipient {config.recipient} is itself a transplant of {found.recipient}. Use {found.recipient} as the "
