@@ -14,10 +14,11 @@ from huggingface_hub import snapshot_download, split_torch_state_dict_into_shard
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from ..config import DonorSpec, TransplantConfig
 from ..errors import CheckpointError, ConfigurationError
-from ..storage import publish, sha256_of, write_json
+from ..storage import publish, read_json, sha256_of, write_json
 from .card import donor_card
 from .record import DONOR_CONFIG, DonorRecord, FileStamp
 from .tensors import DONOR_INDEX, TensorStore
@@ -30,6 +31,7 @@ __all__ = [
     "copy_companions",
     "is_artefact_file",
     "save_donor",
+    "tokenizer_class",
     "transplant_fields",
     "write_donor",
     "written_reference",
@@ -85,8 +87,9 @@ def save_donor(
     )
     with publish(folder, is_artefact_file) as staging:
         record = write_donor(staging, dataclasses.replace(donor.record, name=name), donor.store, max_shard_size)
-        write_json(staging / "config.json", transplant_fields(config))
         copy_companions(recipient, revision, staging)
+        config.tokenizer_class = tokenizer_class(record.model_type, staging)
+        write_json(staging / "config.json", transplant_fields(config))
         donor_card(record, config, folder.name).save(staging / "README.md")
 
 
@@ -167,6 +170,17 @@ def copy_companions(recipient: str, revision: str | None, folder: Path) -> None:
     for path in _matching(source, COMPANION_FILES):
         if not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
+
+
+def tokenizer_class(model_type: str, folder: Path) -> str | None:
+    """Return the tokenizer's class where only the recipient's model type tells it, as for the original GPT-2.
+
+    A transplant has a model type of its own, so its `config.json` must say it.
+    """
+    path = folder / "tokenizer_config.json"
+    if path.exists() and read_json(path, "the tokenizer's configuration").get("tokenizer_class"):
+        return None
+    return TOKENIZER_MAPPING_NAMES.get(model_type) if _matching(folder, COMPANION_FILES[:2]) else None
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:

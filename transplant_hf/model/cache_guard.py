@@ -104,7 +104,9 @@ def _layer_filled(layer: Any) -> bool:
         return False
     states = [getattr(layer, name, {}) for name in ("is_conv_states_initialized", "is_recurrent_states_initialized")]
     linear = [filled for state in states for filled in (state.values() if isinstance(state, dict) else [state])]
-    return bool(getattr(layer, "is_initialized", False)) or any(linear)
+    # A static layer may have its memory before it holds anything.
+    holds = getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0
+    return bool(holds) or any(linear)
 
 
 @functools.cache

@@ -18,7 +18,14 @@ from ..config import DonorSpec, TransplantConfig
 from ..donor.card import donor_card
 from ..donor.extract import checkpoint_tensors
 from ..donor.record import DonorRecord
-from ..donor.save import copy_companions, is_artefact_file, transplant_fields, write_donor, written_reference
+from ..donor.save import (
+    copy_companions,
+    is_artefact_file,
+    tokenizer_class,
+    transplant_fields,
+    write_donor,
+    written_reference,
+)
 from ..donor.tensors import MemoryTensors
 from ..errors import ConfigurationError
 from ..hub import push_folder
@@ -114,8 +121,9 @@ def _write_thin(model: PreTrainedModel, state: Any, staging: Path, target: Path,
         for part, folder in zip(blueprint.parts, _folders(blueprint), strict=True)
     ]
     saved = TransplantConfig(recipient=recipient, recipient_revision=config.recipient_revision, donors=specs)
-    write_json(staging / "config.json", transplant_fields(saved))
     _write_companions(model, config, staging)
+    saved.tokenizer_class = tokenizer_class(blueprint.recipient.config.model_type, staging)
+    write_json(staging / "config.json", transplant_fields(saved))
     if len(records) == 1:
         donor_card(records[0], saved, target.name).save(staging / "README.md")
 
@@ -170,8 +178,9 @@ def _write_full(model: PreTrainedModel, blueprint: Blueprint, staging: Path, kwa
         for part, folder in zip(blueprint.parts, _folders(blueprint), strict=True)
     ]
     saved = TransplantConfig(recipient=f"./{RECIPIENT_FOLDER}", donors=specs)
-    write_json(staging / "config.json", transplant_fields(saved))
     _write_companions(model, blueprint.config, staging)
+    saved.tokenizer_class = tokenizer_class(blueprint.recipient.config.model_type, staging)
+    write_json(staging / "config.json", transplant_fields(saved))
 
 
 def _shell(model: PreTrainedModel, blueprint: Blueprint) -> PreTrainedModel:

@@ -30,6 +30,7 @@ __all__ = ["Switch"]
 
 Names = frozenset[str]
 _NOTHING: Names = frozenset()
+_RECORDED = "_output_capturing_hooks_installed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Switch:
         self._set_for: Names | None = None
         self._structures: dict[Names | None, _Structure] = {}
         self._guard = CacheGuard()
+        self._unrecorded: set[nn.Module] | None = None
 
     @property
     def disabled(self) -> Names:
@@ -115,11 +117,12 @@ class Switch:
     def _go(self, disabled: Names) -> None:
         if disabled == self._set_for:
             return
-        if disabled:
-            self._record_all()
+        self._note_recorded()
         old, new = self._structure(self._set_for), self._structure(disabled)
         self._set_attributes(old, new)
-        self._fill([self._layers[stage] for stage in self._blueprint.running(disabled)])
+        layers = [self._layers[stage] for stage in self._blueprint.running(disabled)]
+        self._record(layers)
+        self._fill(layers)
         self._set_for = disabled
         owner = self._model.get_submodule(self._blueprint.recipient.stack_path.rpartition(".")[0])
         self._guard.stand(owner, disabled)
@@ -135,14 +138,28 @@ class Switch:
             if layer not in present and layer.training != stack.training:
                 layer.train(stack.training)
 
-    def _record_all(self) -> None:
-        """Have the hooks that record hidden states put on every layer: Transformers puts them once, where it looks."""
-        if not getattr(self._model, "_output_capturing_hooks_installed", False):
-            stack = decoder_stack(self._model, self._blueprint.recipient.stack_path)
-            running = list(stack)
-            self._fill(list(self._layers.values()))
-            maybe_install_capturing_hooks(self._model)
-            self._fill(running)
+    def _note_recorded(self) -> None:
+        """Remember which layers lack the hooks that record hidden states: Transformers puts them where it looks."""
+        if self._unrecorded is None and getattr(self._recorder(), _RECORDED, False):
+            running = set(decoder_stack(self._model, self._blueprint.recipient.stack_path))
+            self._unrecorded = {layer for layer in self._layers.values() if layer not in running}
+
+    def _record(self, layers: Sequence[nn.Module]) -> None:
+        """Have those hooks put on layers that come in without them, and on no other a second time."""
+        lacking = [layer for layer in layers if layer in (self._unrecorded or ())]
+        if lacking:
+            recorder = self._recorder()
+            self._fill(lacking)
+            setattr(recorder, _RECORDED, False)
+            maybe_install_capturing_hooks(recorder)
+            self._unrecorded = (self._unrecorded or set()) - set(lacking)
+
+    def _recorder(self) -> Any:
+        """The innermost model around the layers, whose forward records hidden states."""
+        owners: list[Any] = [self._model]
+        for part in self._blueprint.recipient.stack_path.split(".")[:-1]:
+            owners.append(getattr(owners[-1], part))
+        return next(owner for owner in reversed(owners) if isinstance(owner, PreTrainedModel))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Switch:
         if self.disabled:
