@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
 from ..config import TransplantConfig
 from ..errors import CheckpointError, ConfigurationError
+from ..hub import push_folder
 from ..sources import HubOptions, Source, locate
 from ..storage import read_json
 from .extract import layers_of_model
 from .record import DONOR_CONFIG, DonorRecord
-from .save import save_donor
+from .save import is_artefact_file, save_donor
 from .tensors import TensorInfo, TensorStore, layer_of, open_donor_files
 
 __all__ = ["DONOR_FILES", "Donor"]
@@ -202,6 +205,38 @@ class Donor:
             ConfigurationError: No position or no recipient is known.
         """
         save_donor(self, Path(save_directory), position, recipient, recipient_revision, max_shard_size)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        position: int | None = None,
+        recipient: str | None = None,
+        recipient_revision: str | None = None,
+        max_shard_size: int | str = "5GB",
+        commit_message: str = "Upload donor",
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Upload the donor repo as one commit.
+
+        Args:
+            repo_id: The repository; made if it does not exist.
+            position: As in `save_pretrained`.
+            recipient: The same.
+            recipient_revision: The same.
+            max_shard_size: The same.
+            commit_message: Its first line.
+            **kwargs: `token`, `private`, `revision` and `create_pr`, as in huggingface_hub.
+
+        Returns:
+            The commit.
+
+        Raises:
+            HubError: Missing, gated, private or out of reach.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / repo_id.rpartition("/")[2]
+            save_donor(self, target, position, recipient, recipient_revision, max_shard_size)
+            return push_folder(target, repo_id, commit_message=commit_message, replaces=is_artefact_file, **kwargs)
 
     def __str__(self) -> str:
         return str(self.source or self.name or "in memory")

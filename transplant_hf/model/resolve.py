@@ -60,7 +60,7 @@ def read_request(
         HubError: Out of reach.
     """
     asked = os.fspath(asked)
-    source = locate(asked, files=("config.json",), revision=revision, subfolder=subfolder, hub=hub)
+    source = locate(asked, files=("config.json", "generation_config.json"), revision=revision, subfolder=subfolder, hub=hub)
     path = source.folder / "config.json"
     if config is None and not path.exists():
         raise ConfigurationError(
