@@ -55,7 +55,8 @@ class Switch:
         self._model = model
         self._blueprint = blueprint
         self._layers = layers
-        self._asked: list[Names] = []
+        # By a key of their own: blocks may end in another order than they began (generators, callbacks).
+        self._asked: dict[object, Names] = {}
         # Which layers the live model is set up for; `None` while it holds all it was built with.
         self._set_for: Names | None = None
         self._structures: dict[Names | None, _Structure] = {}
@@ -65,7 +66,7 @@ class Switch:
     @property
     def disabled(self) -> Names:
         """The donors that are switched off now."""
-        return _NOTHING.union(*self._asked)
+        return _NOTHING.union(*self._asked.values())
 
     def settle(self) -> None:
         """Put layers aside that do not run when every donor does."""
@@ -77,12 +78,13 @@ class Switch:
     @contextmanager
     def off(self, names: Collection[str]) -> Iterator[None]:
         """Switch donors off inside a `with` block; blocks nest."""
-        self._asked.append(frozenset(names))
+        block = object()
+        self._asked[block] = frozenset(names)
         try:
             self._go(self.disabled)
             yield
         finally:
-            self._asked.pop()
+            del self._asked[block]
             self._go(self.disabled)
 
     def remove(self) -> None:
