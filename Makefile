@@ -1,0 +1,44 @@
+# The environment in use, else the one in .venv, else whatever python3 is.
+PYTHON ?= $(if $(VIRTUAL_ENV),python,$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
+
+.PHONY: help install check format test test-slow demo bench clean
+
+help:
+	@echo "make install     a virtual environment in .venv with the tested versions of everything"
+	@echo "make check       lint, formatting, types, order of imports"
+	@echo "make format      let ruff mend what it can"
+	@echo "make test        all but the slow tests, and the examples in docstrings"
+	@echo "make test-slow   the slow tests: every architecture"
+	@echo "make demo        the demonstration"
+	@echo "make bench       the measurements"
+	@echo "make clean       remove what the tools left behind"
+
+install:
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+
+check:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -q tests/test_import_layers.py
+
+format:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+test:
+	$(PYTHON) -m pytest
+
+test-slow:
+	$(PYTHON) -m pytest -m slow
+
+demo:
+	$(PYTHON) -c 'import sys; from transplant_hf.cli import main; sys.exit(main(["demo"]))'
+
+bench:
+	$(PYTHON) benchmarks/load.py
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
+	find transplant_hf tests -name __pycache__ -type d -prune -exec rm -rf {} +
