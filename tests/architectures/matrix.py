@@ -68,8 +68,6 @@ REFUSED = {
     "hy_v4": "indexer",
     "inkling2_text": "number is computed while loading",
     "xlm": "no list of layers",
-    "zamba": "share weights",
-    "zamba2": "share weights",
 }
 # Types that work, but not at every position.
 NOT_AT = {"rwkv": {0: "normalises the embeddings"}}
@@ -82,6 +80,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hy_v4:full": {"indexer_types": ["full"] * 4},
 }
 DONOR_LAYERS = (1, 2)
+# Types of which those layers cannot leave their model, and layers that can.
+OTHER_LAYERS: dict[str, tuple[int, ...]] = {"zamba": (2,), "zamba2": (2,)}
 TOLERANCE = 2e-4
 
 
@@ -93,6 +93,7 @@ class Pair:
     recipient: PreTrainedModel
     source: PreTrainedModel
     ids: torch.Tensor
+    layers: tuple[int, ...]
 
     @property
     def num_layers(self) -> int:
@@ -120,9 +121,10 @@ def prepare(model_type: str, folder: Path, num_layers: int = 4) -> Pair:
         tiny_config(model_type, num_layers).save_pretrained(folder / "recipient")
     recipient = AutoModelForCausalLM.from_pretrained(folder / "recipient", dtype=torch.float32)
     source = tiny_model(model_type, num_layers, seed=2, **changes)
-    donor = Donor.from_model(source, list(DONOR_LAYERS), name="donor")
+    layers = OTHER_LAYERS.get(model_type, DONOR_LAYERS)
+    donor = Donor.from_model(source, list(layers), name="donor")
     donor.save_pretrained(folder / "donor", position=1, recipient=str(folder / "recipient"))
-    return Pair(folder, recipient, source, tiny_inputs(recipient.config))
+    return Pair(folder, recipient, source, tiny_inputs(recipient.config), layers)
 
 
 @torch.no_grad()
@@ -134,7 +136,7 @@ def check(pair: Pair, position: int, replace: bool = False) -> Checked:
     )
     seen = Checked(native=model._transplant.blueprint.native)
     ids, own = pair.ids, pair.recipient
-    expected = reference_logits(own, pair.source, ids, layers=DONOR_LAYERS, position=position, replace=replace)
+    expected = reference_logits(own, pair.source, ids, layers=pair.layers, position=position, replace=replace)
     logits = model(ids, use_cache=False).logits
     seen.difference = float((logits - expected).abs().max())
     untouched = own(ids, use_cache=False).logits
@@ -187,9 +189,10 @@ def _check_saved(model: Any, folder: Path, ids: torch.Tensor, seen: Checked) -> 
         seen.failures.append("saved thin and reloaded, logits differ")
 
 
-def places(num_layers: int) -> list[tuple[int, bool]]:
-    """Positions 0, 1, middle and L, and a replacement."""
-    return [*((p, False) for p in dict.fromkeys((0, 1, num_layers // 2, num_layers))), (1, True)]
+def places(pair: Pair) -> list[tuple[int, bool]]:
+    """Positions 0, 1, middle and L, and a replacement of the recipient's layers of the same numbers."""
+    inserted = dict.fromkeys((0, 1, pair.num_layers // 2, pair.num_layers))
+    return [*((position, False) for position in inserted), (pair.layers[0], True)]
 
 
 def survey(model_type: str) -> dict[str, Any]:
@@ -200,8 +203,8 @@ def survey(model_type: str) -> dict[str, Any]:
             pair = prepare(model_type, Path(folder))
         except TransplantError as error:
             return {"refused": str(error)}
-        for position, replace in places(pair.num_layers):
-            name = f"{'replace' if replace else 'insert'} {position}"
+        for position, replace in places(pair):
+            name = "replace" if replace else f"insert {position}"
             try:
                 results[name] = dataclasses.asdict(check(pair, position, replace))
             except TransplantError as error:

@@ -22,13 +22,13 @@ def _check_all_places(model_type: str, folder: Path) -> None:
         return
     pair = prepare(model_type, folder)
     failures = []
-    for position, replace in places(pair.num_layers):
+    for position, replace in places(pair):
         if not replace and position in NOT_AT.get(model_type, {}):
             with pytest.raises(CompatibilityError, match=NOT_AT[model_type][position]):
                 check(pair, position)
             continue
         seen = check(pair, position, replace)
-        failures += [f"{'replace' if replace else 'insert'} {position}: {line}" for line in seen.failures]
+        failures += [f"{'replacing at' if replace else 'inserted at'} {position}: {line}" for line in seen.failures]
     assert not failures
 
 

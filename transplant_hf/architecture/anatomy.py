@@ -58,6 +58,13 @@ class Anatomy:
         return len(self.layers)
 
     @cached_property
+    def sharing_layers(self) -> set[int]:
+        """The layers that share weights with each other."""
+        tied = self.model.all_tied_weights_keys
+        names = [name for name in (*tied, *tied.values()) if name.startswith(f"{self.stack_path}.")]
+        return {int(name.removeprefix(f"{self.stack_path}.").partition(".")[0]) for name in names}
+
+    @cached_property
     def fingerprints(self) -> list[Fingerprint]:
         """What each layer is made of."""
         return [fingerprint(layer) for layer in self.layers]

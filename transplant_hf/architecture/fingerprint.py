@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -111,12 +111,16 @@ class Standing:
     num_layers: int
 
 
-def differences(was: Standing, became: Standing) -> list[str]:
+Places = Mapping[int, Collection[int]]
+
+
+def differences(was: Standing, became: Standing, places: Places) -> list[str]:
     """List how a layer differs from what it was, its number apart.
 
     Args:
         was: The layer in its source model.
         became: The layer in a candidate.
+        places: Where layers of its source model run in the candidate, by their numbers.
 
     Returns:
         One line for each difference, both values named.
@@ -128,6 +132,8 @@ def differences(was: Standing, became: Standing) -> list[str]:
             continue
         if _one_for_each(old, was) and _one_for_each(new, became):
             continue  # the model's own list, which follows the layers
+        if _numbers_moved(old, new, places):
+            continue
         lines.append(f"{name}: {old} became {new}")
     return lines
 
@@ -138,6 +144,19 @@ def _both_nan(old: Any, new: Any) -> bool:
 
 def _one_for_each(value: Any, standing: Standing) -> bool:
     return isinstance(value, list) and len(value) == standing.num_layers
+
+
+def _numbers_moved(old: Any, new: Any, places: Places) -> bool:
+    """Whether both list the same layers, or key something by them, under the numbers they have in each model."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return list(old.values()) == list(new.values()) and _numbers_moved(_as_numbers(old), _as_numbers(new), places)
+    if not (isinstance(old, list) and isinstance(new, list) and len(old) == len(new)):
+        return False
+    return all(isinstance(n, int) and after in places.get(n, ()) for n, after in zip(old, new, strict=True))
+
+
+def _as_numbers(keyed: dict[str, Any]) -> list[Any]:
+    return [int(key) if key.isdigit() else key for key in keyed]
 
 
 def _renumbered(name: str, old: Any, new: Any, was: Standing, became: Standing) -> bool:

@@ -78,9 +78,12 @@ def _how_layers_differ(recipient: Anatomy, config: PreTrainedConfig, origins: Se
     if len(layers) != len(origins):
         return [f"{len(layers)} layers would be built, not {len(origins)}"]
     lines: list[str] = []
+    places: dict[int, dict[int, set[int]]] = {}
+    for number, origin in enumerate(origins):
+        places.setdefault(id(origin.anatomy), {}).setdefault(origin.index, set()).add(number)
     for number, (layer, origin) in enumerate(zip(layers, origins, strict=True)):
-        became = Standing(fingerprint(layer), number, len(layers))
-        lines += [f"layer {number}: {line}" for line in differences(origin.anatomy.standing(origin.index), became)]
+        was, became = origin.anatomy.standing(origin.index), Standing(fingerprint(layer), number, len(layers))
+        lines += [f"layer {number}: {line}" for line in differences(was, became, places[id(origin.anatomy)])]
     return lines
 
 

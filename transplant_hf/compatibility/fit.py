@@ -31,13 +31,7 @@ def refuse_unsupported(recipient: Anatomy) -> None:
     for applies, reason in REFUSALS:
         if applies(fields):
             raise CompatibilityError(f"{recipient.what}: layers of this {model_type} cannot be moved: {reason}.")
-    path = recipient.stack_path
-    tied = [key for key in recipient.model.all_tied_weights_keys if key.startswith(f"{path}.")]
-    if tied:
-        raise CompatibilityError(
-            f"{recipient.what}: layers of {model_type} share weights with each other ({tied[0]} and "
-            f"{len(tied) - 1} more), so none of them can be moved alone."
-        )
+    _ = recipient.stack_path  # raises where there is no one stack of layers
 
 
 def donor_anatomy(donor: Donor, recipient: Anatomy) -> Anatomy:
@@ -96,6 +90,11 @@ def mismatches(donor: Donor, theirs: Anatomy, recipient: Anatomy) -> list[str]:
     if donor.layer_indices[-1] >= theirs.num_layers:
         lines.append(f"layer_indices: donor {donor.layer_indices}, its source model has {theirs.num_layers} layers")
     else:
+        shared = sorted(theirs.sharing_layers & set(donor.layer_indices))
+        if shared:
+            lines.append(
+                f"layer_indices: layers {shared} share weights with other layers of their model, and cannot leave"
+            )
         lines += _tensor_mismatches(donor, theirs)
     return lines
 

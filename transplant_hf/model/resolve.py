@@ -60,7 +60,8 @@ def read_request(
         HubError: Out of reach.
     """
     asked = os.fspath(asked)
-    source = locate(asked, files=("config.json", "generation_config.json"), revision=revision, subfolder=subfolder, hub=hub)
+    files = ("config.json", "generation_config.json")
+    source = locate(asked, files=files, revision=revision, subfolder=subfolder, hub=hub)
     path = source.folder / "config.json"
     if config is None and not path.exists():
         raise ConfigurationError(

@@ -149,8 +149,18 @@ def draw_blueprint(
         CompatibilityReport(_named(recipient), str(spec.name), spec.position, found).raise_for_mismatches()
         parts.append(DonorPart(spec, chosen, anatomy))
     blueprint = Blueprint(recipient, tuple(parts), config, keep_replaced)
-    _ = blueprint.splice  # raises for positions that cannot be
+    _refuse_removing_shared(recipient, blueprint.splice)
     return blueprint
+
+
+def _refuse_removing_shared(recipient: Anatomy, splice: Splice) -> None:
+    for placement in splice.placements:
+        shared = sorted(recipient.sharing_layers & set(placement.replaced))
+        if shared:
+            raise CompatibilityError(
+                f"donor {placement.name!r} would replace layers {shared} of {recipient.what}, which share weights with "
+                'its other layers. Use mode="insert", or another position.'
+            )
 
 
 def _named(recipient: Anatomy) -> str:
