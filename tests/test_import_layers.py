@@ -106,9 +106,7 @@ def wrong_imports(package: Path, rooms: tuple[str, ...] = ROOMS) -> list[str]:
             place = f"{path.relative_to(package.parent).as_posix()}:{line}"
             if not target:
                 if room not in USERS:
-                    problems.append(
-                        f"{place}: import from the room that defines the name, not {package.name} itself"
-                    )
+                    problems.append(f"{place}: import from the room that defines the name, not {package.name} itself")
             elif target in rooms and rooms.index(target) > rooms.index(room):
                 problems.append(
                     f"{place}: {room} imports {target}, which stands to its right. Move what both need "
@@ -312,7 +310,5 @@ def test_a_room_without_a_place_is_named(small_package: Callable[[dict[str, str]
         (loads_that_unpickle, "torch.load(path, weights_only=True, mmap=True)", []),
     ],
 )
-def test_the_house_rules_see_it(
-    find: Callable[[ast.AST], Iterator[int]], text: str, lines: list[int]
-) -> None:
+def test_the_house_rules_see_it(find: Callable[[ast.AST], Iterator[int]], text: str, lines: list[int]) -> None:
     assert list(find(ast.parse(text))) == lines

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -21,7 +21,7 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    replaces: Any = None,
+    replaced: Callable[[Sequence[str]], set[str]] = lambda names: set(),
 ) -> CommitInfo:
     """Upload every file of a folder as one commit on top of the branch as it was found.
 
@@ -33,7 +33,7 @@ def push_folder(
         private: The same.
         revision: The branch; made if it does not exist.
         create_pr: Open a pull request instead.
-        replaces: Whether a file of the repository belongs to the old artefact and must go.
+        replaced: Tells which of the repository's files belong to the old artefact, and go.
 
     Returns:
         The commit.
@@ -50,7 +50,7 @@ def push_folder(
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
         names = [path.relative_to(folder).as_posix() for path in files]
         old = [sibling.rfilename for sibling in info.siblings or ()]
-        gone = [name for name in old if replaces is not None and replaces(name) and name not in names]
+        gone = sorted(replaced(old) - set(names))
         operations = [CommitOperationDelete(name) for name in gone] + [
             CommitOperationAdd(name, str(path)) for name, path in zip(names, files, strict=True)
         ]

@@ -143,7 +143,8 @@ def points_to_folder(reference: str, relative_to: Source | None = None) -> Path 
         beside = (base / path).resolve()
         if relative_to.from_hub:
             # Files in a snapshot are links into the cache, but folders are not: resolve() keeps them inside.
-            if looks_local and not beside.is_relative_to(base):
+            inside = len(Path(relative_to.subfolder or "").parts)
+            if looks_local and not beside.is_relative_to(base.parents[inside - 1] if inside else base):
                 raise ConfigurationError(
                     f"{relative_to} refers to {reference!r}, a folder outside that repository. A repository may "
                     "only name Hub ids and its own folders."

@@ -22,8 +22,7 @@ def whoami(hub: HubState, request: Request) -> Response:
     name = hub.users.check_login(request.caller)
     role = "write" if request.caller.can_write else "read"
     organizations = [
-        {"type": "org", "name": org, "fullname": org, "roleInOrg": role}
-        for org in hub.users.organizations_of(name)
+        {"type": "org", "name": org, "fullname": org, "roleInOrg": role} for org in hub.users.organizations_of(name)
     ]
     return json_response(
         {
@@ -68,9 +67,7 @@ def create_repo(hub: HubState, request: Request) -> Response:
             raise ApiError(409, "You already created this model repo", extra={"url": url})
         repo = hub.store.create(repo_id, private=private)
         entry = FileEntry(hub.blobs.add_bytes(DEFAULT_GITATTRIBUTES), lfs=False)
-        commit = hub.store.commit(
-            repo, {".gitattributes": entry}, parent=None, title="initial commit", author=caller
-        )
+        commit = hub.store.commit(repo, {".gitattributes": entry}, parent=None, title="initial commit", author=caller)
         repo.branches["main"] = commit.id
     return json_response({"url": url, "name": repo_id, "id": repo_id, "private": private})
 

@@ -84,10 +84,7 @@ def refs(hub: HubState, request: Request, repo: str) -> Response:
     target = hub.visible_repo(request, repo)
 
     def rows(names: Mapping[str, str], prefix: str) -> list[dict[str, str]]:
-        return [
-            {"name": name, "ref": f"{prefix}{name}", "targetCommit": sha}
-            for name, sha in sorted(names.items())
-        ]
+        return [{"name": name, "ref": f"{prefix}{name}", "targetCommit": sha} for name, sha in sorted(names.items())]
 
     answer = {
         "branches": rows(target.branches, "refs/heads/"),
@@ -175,9 +172,7 @@ def _with_history(repo: Repo, commit: Commit, entry: dict[str, Any]) -> dict[str
     path = entry["path"]
 
     def content(files: Mapping[str, FileEntry]) -> list[tuple[str, str]]:
-        return sorted(
-            (name, e.oid) for name, e in files.items() if name == path or name.startswith(f"{path}/")
-        )
+        return sorted((name, e.oid) for name, e in files.items() if name == path or name.startswith(f"{path}/"))
 
     last = commit
     for earlier in repo.history(commit):

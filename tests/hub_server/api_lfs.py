@@ -33,9 +33,7 @@ def batch(hub: HubState, request: Request, repo: str) -> Response:
     if wanted.get("operation") != "upload":
         raise ApiError(422, "The test Hub takes uploads only; downloads go through resolve")
     objects = [_instructions(hub, target, str(item["oid"]), int(item["size"])) for item in wanted["objects"]]
-    multipart = any(
-        "chunk_size" in item.get("actions", {}).get("upload", {}).get("header", {}) for item in objects
-    )
+    multipart = any("chunk_size" in item.get("actions", {}).get("upload", {}).get("header", {}) for item in objects)
     answer = {"transfer": "multipart" if multipart else "basic", "objects": objects, "hash_algo": "sha256"}
     return json_response(answer, headers={"Content-Type": "application/vnd.git-lfs+json"})
 

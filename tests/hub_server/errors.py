@@ -87,9 +87,7 @@ def gated_repo(repo_id: str, page: str, *, anonymous: bool) -> ApiError:
     """The content of a gated repository, asked for by somebody who is not on its list."""
     restricted = f"Access to model {repo_id} is restricted"
     if anonymous:
-        message = (
-            f"{restricted}. You must have access to it and be authenticated to access it. Please log in."
-        )
+        message = f"{restricted}. You must have access to it and be authenticated to access it. Please log in."
         return ApiError(401, message, code="GatedRepo")
     message = f"{restricted} and you are not in the authorized list. Visit {page} to ask for access."
     return ApiError(403, message, code="GatedRepo")

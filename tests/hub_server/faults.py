@@ -61,9 +61,7 @@ class Fault:
             self.delay,
         )
         if not any(effects):
-            raise ValueError(
-                "A fault needs an effect: status, drop_connection, truncate_to, wrong_bytes or delay"
-            )
+            raise ValueError("A fault needs an effect: status, drop_connection, truncate_to, wrong_bytes or delay")
 
     @property
     def drops_before(self) -> bool:

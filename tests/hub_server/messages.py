@@ -167,9 +167,7 @@ def error_response(error: ApiError) -> Response:
     """A refusal, said in the headers and again in the body."""
     headers = dict(error.headers)
     # A header cannot hold line breaks, nor anything beyond latin-1.
-    headers["X-Error-Message"] = (
-        " ".join(error.message.split()).encode("latin-1", "replace").decode("latin-1")
-    )
+    headers["X-Error-Message"] = " ".join(error.message.split()).encode("latin-1", "replace").decode("latin-1")
     if error.code is not None:
         headers["X-Error-Code"] = error.code
     return json_response({"error": error.message, **error.extra}, error.status, headers)

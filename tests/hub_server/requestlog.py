@@ -46,9 +46,7 @@ class RequestRecord:
 
     def __str__(self) -> str:
         marks = "".join(f" {mark}" for mark in (self.range, self.user and f"as {self.user}") if mark)
-        flow = (
-            f"{self.status} in={self.bytes_received} out={self.bytes_sent}{' FAULT' if self.faulty else ''}"
-        )
+        flow = f"{self.status} in={self.bytes_received} out={self.bytes_sent}{' FAULT' if self.faulty else ''}"
         return f"{self.origin} {self.method} {self.path}{marks} -> {flow}"
 
 

@@ -14,10 +14,7 @@ __all__ = ["Router"]
 Handler = Callable[..., Response]
 
 # What may follow the id of a repository: without it, `gpt2/refs` could be read as such an id.
-_VERBS = (
-    "auth-check|branch|commit|commits|discussions|paths-info|preupload|"
-    "refs|resolve|revision|settings|tag|tree"
-)
+_VERBS = "auth-check|branch|commit|commits|discussions|paths-info|preupload|refs|resolve|revision|settings|tag|tree"
 _PLACEHOLDERS = {
     "{repo}": rf"(?P<repo>(?!api/)[^/]+(?:/(?!(?:{_VERBS})(?:/|$))[^/]+)?)",
     "{revision}": r"(?P<revision>[^/]+)",

@@ -287,7 +287,5 @@ def _named(files: Files | None) -> dict[str, bytes | Path]:
     if isinstance(files, Path):
         if not files.is_dir():
             raise NotADirectoryError(files)
-        return {
-            path.relative_to(files).as_posix(): path for path in sorted(files.rglob("*")) if path.is_file()
-        }
+        return {path.relative_to(files).as_posix(): path for path in sorted(files.rglob("*")) if path.is_file()}
     return dict(files or {})

@@ -100,9 +100,7 @@ class Origin(ThreadingHTTPServer):
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
         # A short poll: it bounds how long `shutdown` takes.
-        self._thread = threading.Thread(
-            target=self.serve_forever, args=(0.02,), name=f"hub-{name}", daemon=True
-        )
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), name=f"hub-{name}", daemon=True)
 
     @property
     def url(self) -> str:

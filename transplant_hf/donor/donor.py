@@ -20,7 +20,7 @@ from ..sources import HubOptions, Source, locate
 from ..storage import read_json
 from .extract import layers_of_model
 from .record import DONOR_CONFIG, DonorRecord
-from .save import is_artefact_file, save_donor
+from .save import replaced_among, save_donor
 from .tensors import TensorInfo, TensorStore, layer_of, open_donor_files
 
 __all__ = ["DONOR_FILES", "Donor"]
@@ -235,8 +235,8 @@ class Donor:
         """
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / repo_id.rpartition("/")[2]
-            save_donor(self, target, position, recipient, recipient_revision, max_shard_size)
-            return push_folder(target, repo_id, commit_message=commit_message, replaces=is_artefact_file, **kwargs)
+            save_donor(self, target, position, recipient, recipient_revision, max_shard_size, repo_id)
+            return push_folder(target, repo_id, commit_message=commit_message, replaced=replaced_among, **kwargs)
 
     def __str__(self) -> str:
         return str(self.source or self.name or "in memory")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +30,13 @@ __all__ = [
     "COMPANION_FILES",
     "copy_companions",
     "is_artefact_file",
+    "refuse_recipients_place",
+    "replaced_among",
+    "replaced_in",
     "save_donor",
     "tokenizer_class",
     "transplant_fields",
+    "vocabulary_of",
     "write_donor",
     "written_reference",
 ]
@@ -58,6 +62,44 @@ def is_artefact_file(name: str) -> bool:
     return (weights and name.startswith(("model", "donor"))) or name in (DONOR_CONFIG, "config.json")
 
 
+def replaced_in(folder: Path) -> Callable[[str], bool]:
+    """Return what tells the old artefact's files and folders in a folder from all else in it."""
+    path = folder / "config.json"
+    fields = read_json(path, "the old config.json") if path.exists() else {}
+    folders: set[str] = set()
+    if fields.get("model_type") == TransplantConfig.model_type:
+        own = [spec.get("subfolder") for spec in fields.get("donors", ()) if spec.get("donor") == "."]
+        recipient = str(fields.get("recipient", ""))
+        folders = {str(name) for name in own if name} | ({recipient[2:]} if recipient.startswith("./") else set())
+    return lambda name: is_artefact_file(name) or name in folders
+
+
+def replaced_among(names: Sequence[str]) -> set[str]:
+    """Return the old artefact's files among a repository's: at its root, and in folders that hold a donor."""
+    holders = {name.rpartition("/")[0] for name in names if name.endswith(f"/{DONOR_CONFIG}")}
+    holders |= {"recipient"} if holders or DONOR_CONFIG in names else set()
+    parts = [(name, *name.rpartition("/")[::2]) for name in names]
+    return {name for name, folder, last in parts if is_artefact_file(last) and (not folder or folder in holders)}
+
+
+def refuse_recipients_place(recipient: str, folder: Path) -> None:
+    """Refuse to replace a recipient by what refers to it.
+
+    Raises:
+        ConfigurationError: The folder is the recipient's own.
+    """
+    if Path(recipient).expanduser().is_dir() and Path(recipient).expanduser().resolve() == folder.resolve():
+        raise ConfigurationError(
+            f"{folder} is the folder of the recipient itself, whose weights would be lost. Choose another folder."
+        )
+
+
+def vocabulary_of(fields: Mapping[str, Any]) -> int | None:
+    """Return the vocabulary's size, by which adapters trained on a transplant see whether it was changed."""
+    nested = [part for part in fields.values() if isinstance(part, Mapping)]
+    return next((part["vocab_size"] for part in [fields, *nested] if isinstance(part.get("vocab_size"), int)), None)
+
+
 def save_donor(
     donor: Donor,
     folder: Path,
@@ -65,8 +107,9 @@ def save_donor(
     recipient: str | None,
     recipient_revision: str | None,
     max_shard_size: int | str,
+    repo_id: str | None = None,
 ) -> None:
-    """Write a donor repo; see `Donor.save_pretrained`."""
+    """Write a donor repo; see `Donor.save_pretrained`. `repo_id` is where it is going to be loaded from."""
     position = donor.position if position is None else position
     if position is None:
         raise ConfigurationError(
@@ -78,6 +121,7 @@ def save_donor(
             f"donor {donor} does not know its recipient: its model was not loaded by name. Pass "
             "save_pretrained(..., recipient='user/model or folder')."
         )
+    refuse_recipients_place(recipient, folder)
     name = donor.name or folder.name
     revision = recipient_revision or (donor.record.source_revision if recipient == donor.record.source_id else None)
     config = TransplantConfig(
@@ -85,12 +129,13 @@ def save_donor(
         recipient_revision=revision,
         donors=[DonorSpec(".", position=position, name=name)],
     )
-    with publish(folder, is_artefact_file) as staging:
+    config.vocab_size = vocabulary_of(donor.record.source_config)
+    with publish(folder, replaced_in(folder)) as staging:
         record = write_donor(staging, dataclasses.replace(donor.record, name=name), donor.store, max_shard_size)
         copy_companions(recipient, revision, staging)
         config.tokenizer_class = tokenizer_class(record.model_type, staging)
         write_json(staging / "config.json", transplant_fields(config))
-        donor_card(record, config, folder.name).save(staging / "README.md")
+        donor_card(record, config, repo_id or folder.name).save(staging / "README.md")
 
 
 def write_donor(folder: Path, record: DonorRecord, store: TensorStore, max_shard_size: int | str) -> DonorRecord:
@@ -159,12 +204,12 @@ def written_reference(recipient: str, folder: Path) -> str:
     return str(path)
 
 
-def copy_companions(recipient: str, revision: str | None, folder: Path) -> None:
+def copy_companions(recipient: str, revision: str | None, folder: Path, cache_dir: str | None = None) -> None:
     """Copy the recipient's tokenizer and generation config, when they are at hand; nothing is downloaded."""
     source = Path(recipient).expanduser()
     if not source.is_dir():
         try:
-            source = Path(snapshot_download(recipient, revision=revision, local_files_only=True))
+            source = Path(snapshot_download(recipient, revision=revision, cache_dir=cache_dir, local_files_only=True))
         except (LocalEntryNotFoundError, HFValidationError):
             return
     for path in _matching(source, COMPANION_FILES):

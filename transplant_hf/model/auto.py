@@ -16,7 +16,7 @@ from ..donor import Donor
 from ..errors import CompatibilityError, ConfigurationError
 from ..sources import HubOptions, Source, reading
 from ..splice import Blueprint, draw_blueprint, follow_quantization, report_fit
-from .loading import Loading, loading
+from .loading import FileChecks, Loading, loading
 from .mixin import transplant_class
 from .resolve import Request, open_donors, read_request, recipient_config
 from .state import finish
@@ -24,6 +24,7 @@ from .state import finish
 __all__ = ["AutoModelWithTransplant", "check_compatibility", "config_to_model", "load_transplant"]
 
 _HUB_NAMES = ("token", "cache_dir", "local_files_only", "force_download")
+_LABELS = ("id2label", "label2id", "problem_type")
 # About the repo that was asked for, never the recipient's.
 _NOT_FOR_RECIPIENT = ("adapter_kwargs", "code_revision", "_commit_hash")
 
@@ -122,20 +123,41 @@ def load_transplant(
 ) -> Any:
     """Load a transplant with the head of one Auto class; see `AutoModelWithTransplant.from_pretrained`."""
     _check_arguments(config, kwargs)
+    for name in set(_LABELS) & set(config.to_diff_dict() if config is not None else ()):
+        # Set on a configuration that was read beforehand; they are about the head, which is the recipient's.
+        kwargs.setdefault(name, getattr(config, name))
     hub = HubOptions.from_kwargs(kwargs)
     request = read_request(
         asked, donors=donors, config=config, revision=revision, subfolder=subfolder or None, hub=hub  # type: ignore[arg-type]
     )  # fmt: skip
     kwargs = {name: value for name, value in kwargs.items() if name not in (*_HUB_NAMES, *_NOT_FOR_RECIPIENT)}
     opened = open_donors(request, hub)
+    with FileChecks(donor for _, donor in opened) as checks:
+        loaded = _load(auto_class, request, opened, checks, hub, keep_replaced, model_args, kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    _remember(model, request, hub)
+    _forget_dequantizing(model)
+    return loaded
+
+
+def _load(
+    auto_class: Any,
+    request: Request,
+    opened: list[tuple[DonorSpec, Donor]],
+    checks: FileChecks,
+    hub: HubOptions,
+    keep_replaced: bool,
+    model_args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     blueprint, kwargs = _draw(auto_class, request, opened, hub, keep_replaced, kwargs)
     recipient, spliced = blueprint.recipient, blueprint.built_config
     if request.names_transplant and "generation_config" not in kwargs:
         with contextlib.suppress(OSError):  # none of its own: the recipient's is loaded
             kwargs["generation_config"] = GenerationConfig.from_pretrained(request.source.folder)
     where = (request.config.recipient, request.config.recipient_revision)
-    with reading("the weights", *where), loading(Loading(blueprint)):
-        loaded = transplant_class(recipient.model_class).from_pretrained(
+    with reading("the weights", *where), loading(Loading(blueprint, checks)):
+        return transplant_class(recipient.model_class).from_pretrained(
             request.config.recipient,
             *model_args,
             config=follow_quantization(spliced.config if spliced.native else recipient.config, blueprint),
@@ -143,10 +165,6 @@ def load_transplant(
             **hub.as_kwargs(),
             **kwargs,
         )
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
-    _remember(model, request, hub)
-    _forget_dequantizing(model)
-    return loaded
 
 
 def _check_arguments(config: PreTrainedConfig | None, kwargs: dict[str, Any]) -> None:
@@ -247,7 +265,7 @@ def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) ->
     )
     blueprint = draw_blueprint(model_class, found, opened, request.config)
     spliced = blueprint.built_config
-    with loading(Loading(blueprint)):
+    with FileChecks(donor for _, donor in opened) as checks, loading(Loading(blueprint, checks)):
         model: Any = transplant_class(model_class)._from_config(spliced.config if spliced.native else found, **kwargs)
     model._transplant = finish(model, blueprint)
     return model

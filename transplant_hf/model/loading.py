@@ -8,7 +8,7 @@ is travels in a context variable, so that the class itself stays like the native
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,10 +17,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..architecture import LayerNames
+from ..donor import Donor
 from ..errors import CheckpointError
 from ..splice import Blueprint, MergedWeights, Provenance, merge_weights, open_checkpoint, renumber_metadata
 
-__all__ = ["Loading", "active_loading", "loading"]
+__all__ = ["FileChecks", "Loading", "active_loading", "loading"]
 
 _active: ContextVar[Loading | None] = ContextVar("transplant_hf_loading", default=None)
 
@@ -38,7 +39,33 @@ def loading(load: Loading) -> Iterator[Loading]:
         yield load
     finally:
         _active.reset(token)
-        load.close()
+
+
+class FileChecks:
+    """Compares donor files with their recorded sha256 beside the loading: both wait for the same bytes.
+
+    Args:
+        donors: The donors whose files are hashed.
+    """
+
+    def __init__(self, donors: Iterable[Donor]) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._checks: list[Future[None]] = [self._pool.submit(donor.verify) for donor in donors]
+
+    def __enter__(self) -> FileChecks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def result(self) -> None:
+        """Wait for every file.
+
+        Raises:
+            IntegrityError: The bytes of one differ.
+        """
+        for check in self._checks:
+            check.result()
 
 
 class Loading:
@@ -46,22 +73,17 @@ class Loading:
 
     Args:
         blueprint: What is going to run.
+        checks: The checks of its donors' files, under way.
         shared: Whether the recipient's weights come from a model in memory, under the model's own names.
     """
 
-    def __init__(self, blueprint: Blueprint, shared: bool = False) -> None:
+    def __init__(self, blueprint: Blueprint, checks: FileChecks, shared: bool = False) -> None:
         self.blueprint = blueprint
+        self._checks = checks
         self.shared = shared
         self.model: Any = None
         self._merged: MergedWeights | None = None
         self._names: LayerNames | None = None
-        # Hashing runs beside loading: both wait for the same bytes, and a changed file is reported before use.
-        self._pool = ThreadPoolExecutor(max_workers=1)
-        self._checks: list[Future[None]] = [self._pool.submit(part.donor.verify) for part in blueprint.parts]
-
-    def close(self) -> None:
-        """Stop checking files."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def claim(self, model: Any) -> bool:
         """Take the first model that is built; those it builds inside are its own affair."""
@@ -144,8 +166,7 @@ class Loading:
                     listed = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
                     extra = ", which such a layer does not have" if kind == "brings" else ""
                     raise CheckpointError(f"donor {name} {kind} {listed}{extra}.")
-        for check in self._checks:
-            check.result()
+        self._checks.result()
 
     def _donor_layers(self) -> list[tuple[int, str]]:
         return [

@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from ..config import DonorSpec, TransplantConfig
 from ..donor import Donor
+from ..donor.tensors import MemoryTensors
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..splice import draw_blueprint
-from .loading import Loading, loading
+from .loading import FileChecks, Loading, loading
 from .mixin import TransplantMixin, native_class, transplant_class
 from .saving import recipient_state
 
@@ -55,6 +56,10 @@ def transplant(
     """
     opened = donor if isinstance(donor, Donor) else Donor.from_pretrained(donor)
     _check_shareable(model)
+    if opened.source is None:
+        # Else training the donor would train the layers it was taken from, and every other model it is in.
+        copies = MemoryTensors({name: tensor.clone() for name, tensor in opened.tensors().items()})
+        opened = Donor(opened.record, copies, position=opened.position)
     spec = DonorSpec(
         str(opened.source.reference if opened.source else opened.name or "."),
         position=position,
@@ -72,7 +77,7 @@ def transplant(
     replaces = any(part.mode == "replace" for part, _ in donors)
     blueprint = draw_blueprint(recipient_class, recipient_config, donors, config, keep_replaced=replaces)
     spliced = blueprint.built_config
-    with loading(Loading(blueprint, shared=True)):
+    with FileChecks(part for _, part in donors) as checks, loading(Loading(blueprint, checks, shared=True)):
         made: Any = transplant_class(recipient_class).from_pretrained(
             None,
             config=spliced.config if spliced.native else recipient_config,

@@ -92,7 +92,9 @@ class TransplantMixin:
             thin: As in `save_pretrained`.
             **kwargs: `commit_message`, `private`, `token`, `revision`, `create_pr`, and what `save_pretrained` takes.
         """
-        native = functools.partial(super().push_to_hub)  # type: ignore[misc]
+        if self._transplant is None or (getattr(self, "_hf_peft_config_loaded", False) and not thin):
+            return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]
+        native = functools.partial(super().save_pretrained)  # type: ignore[misc]
         return push_transplant(self, native, repo_id, args, thin, kwargs)
 
     @staticmethod

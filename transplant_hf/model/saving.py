@@ -20,9 +20,12 @@ from ..donor.extract import checkpoint_tensors
 from ..donor.record import DonorRecord
 from ..donor.save import (
     copy_companions,
-    is_artefact_file,
+    refuse_recipients_place,
+    replaced_among,
+    replaced_in,
     tokenizer_class,
     transplant_fields,
+    vocabulary_of,
     write_donor,
     written_reference,
 )
@@ -49,6 +52,7 @@ def save_transplant(
     args: tuple[Any, ...],
     thin: bool,
     kwargs: dict[str, Any],
+    repo_id: str | None = None,
 ) -> Any:
     """Do the work of `save_pretrained`; `native` is the recipient class's own."""
     state = model._transplant
@@ -58,20 +62,22 @@ def save_transplant(
     if state is None or (adapters_only and not thin):
         return native(save_directory, *args, **kwargs)
     if kwargs.pop("push_to_hub", False):
-        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        target = kwargs.pop("repo_id", Path(save_directory).name)
         pushed = {name: kwargs.pop(name) for name in _PUSH_ARGS if name in kwargs}
-        save_transplant(model, native, save_directory, args, thin, dict(kwargs))
-        return push_transplant(model, native, repo_id, (), thin, {**kwargs, **pushed})
+        save_transplant(model, native, save_directory, args, thin, dict(kwargs), target)
+        return push_transplant(model, native, target, (), thin, {**kwargs, **pushed})
     if thin:
         _refuse_unless_all_on(state.blueprint, state.switch.disabled)
-        with publish(save_directory, is_artefact_file) as staging:
-            _write_thin(model, state, staging, Path(save_directory), kwargs.get("max_shard_size", "5GB"))
+        target = Path(save_directory)
+        refuse_recipients_place(state.blueprint.config.recipient or "", target)
+        with publish(target, replaced_in(target)) as staging:
+            _write_thin(model, state, staging, target, kwargs.get("max_shard_size", "5GB"), repo_id)
         return None
     is_main = kwargs.get("is_main_process", args[0] if args else True)
     if not is_main or kwargs.get("distributed_checkpoint"):
         return native(save_directory, *args, **kwargs)
     variant = kwargs.get("variant")
-    with publish(save_directory, (lambda name: False) if variant else is_artefact_file) as staging:
+    with publish(save_directory, (lambda name: False) if variant else replaced_in(Path(save_directory))) as staging:
         if state.blueprint.native or state.switch.disabled == set(state.blueprint.splice.names):
             return native(staging, *args, **kwargs)
         _refuse_unless_all_on(state.blueprint, state.switch.disabled)
@@ -87,15 +93,13 @@ def push_transplant(
     thin: bool,
     kwargs: dict[str, Any],
 ) -> Any:
-    """Do the work of `push_to_hub`; `native` is the recipient class's own."""
-    if model._transplant is None or (getattr(model, "_hf_peft_config_loaded", False) and not thin):
-        return native(repo_id, *args, **kwargs)
+    """Upload a model with a transplant; `native` is the recipient class's own `save_pretrained`."""
     pushed = {name: kwargs.pop(name) for name in _PUSH_ARGS if name in kwargs}
     message = pushed.pop("commit_message", None) or f"Upload {type(model).__name__} transplant"
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / repo_id.rpartition("/")[2]
-        model.save_pretrained(target, *args, thin=thin, **kwargs)
-        return push_folder(target, repo_id, commit_message=message, replaces=is_artefact_file, **pushed)
+        save_transplant(model, native, target, args, thin, kwargs, repo_id)
+        return push_folder(target, repo_id, commit_message=message, replaced=replaced_among, **pushed)
 
 
 def _refuse_unless_all_on(blueprint: Blueprint, disabled: frozenset[str]) -> None:
@@ -105,7 +109,9 @@ def _refuse_unless_all_on(blueprint: Blueprint, disabled: frozenset[str]) -> Non
         )
 
 
-def _write_thin(model: PreTrainedModel, state: Any, staging: Path, target: Path, max_shard_size: int | str) -> None:
+def _write_thin(
+    model: PreTrainedModel, state: Any, staging: Path, target: Path, max_shard_size: int | str, repo_id: str | None
+) -> None:
     blueprint = state.blueprint
     config = blueprint.config
     if not config.recipient:
@@ -121,23 +127,24 @@ def _write_thin(model: PreTrainedModel, state: Any, staging: Path, target: Path,
         for part, folder in zip(blueprint.parts, _folders(blueprint), strict=True)
     ]
     saved = TransplantConfig(recipient=recipient, recipient_revision=config.recipient_revision, donors=specs)
-    _write_companions(model, config, staging)
+    _write_companions(model, config, staging, state.cache_dir)
+    saved.vocab_size = vocabulary_of(blueprint.recipient.config.to_dict())
     saved.tokenizer_class = tokenizer_class(blueprint.recipient.config.model_type, staging)
     write_json(staging / "config.json", transplant_fields(saved))
     if len(records) == 1:
-        donor_card(records[0], saved, target.name).save(staging / "README.md")
+        donor_card(records[0], saved, repo_id or target.name).save(staging / "README.md")
 
 
 def _reference(config: TransplantConfig, target: Path) -> str:
     return config.recipient if config.recipient_revision else written_reference(config.recipient, target)
 
 
-def _write_companions(model: PreTrainedModel, config: TransplantConfig, staging: Path) -> None:
+def _write_companions(model: Any, config: TransplantConfig, staging: Path, cache_dir: str | None) -> None:
     if model.can_generate():
         model.generation_config.save_pretrained(staging)
     for holder, revision in ((config.name_or_path, None), (config.recipient, config.recipient_revision)):
         if holder:
-            copy_companions(holder, revision, staging)
+            copy_companions(holder, revision, staging, cache_dir)
 
 
 def _folders(blueprint: Blueprint) -> list[str | None]:
@@ -160,7 +167,7 @@ def _write_donors(
     return records
 
 
-def _write_full(model: PreTrainedModel, blueprint: Blueprint, staging: Path, kwargs: dict[str, Any]) -> None:
+def _write_full(model: Any, blueprint: Blueprint, staging: Path, kwargs: dict[str, Any]) -> None:
     """Write the recipient and the donors side by side, for layers that no native configuration can describe."""
     reason = "; ".join(blueprint.state(()).reasons[:2]) or f"strength of {', '.join(blueprint.scaled)} is not 1"
     logger.warning(
@@ -178,7 +185,8 @@ def _write_full(model: PreTrainedModel, blueprint: Blueprint, staging: Path, kwa
         for part, folder in zip(blueprint.parts, _folders(blueprint), strict=True)
     ]
     saved = TransplantConfig(recipient=f"./{RECIPIENT_FOLDER}", donors=specs)
-    _write_companions(model, blueprint.config, staging)
+    _write_companions(model, blueprint.config, staging, model._transplant.cache_dir)
+    saved.vocab_size = vocabulary_of(blueprint.recipient.config.to_dict())
     saved.tokenizer_class = tokenizer_class(blueprint.recipient.config.model_type, staging)
     write_json(staging / "config.json", transplant_fields(saved))
 

@@ -1,0 +1,116 @@
+"""Layers taken out of a loaded model, named and typed as its checkpoint would be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+
+from tests.helpers import TOKENS, loaded, plain, refused, tiny_gpt2_model
+from transplant_hf import CheckpointError, ConfigurationError, Donor
+
+PREFIXES = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_oss": "model.layers"}
+
+
+def layers_in(path: Path, prefix: str, layers: list[int]) -> dict[str, torch.Tensor]:
+    """Read a checkpoint's layers under a donor's names."""
+    tensors = load_file(path)
+    return {
+        f"layers.{number}.{name.removeprefix(f'{prefix}.{layer}.')}": tensor
+        for number, layer in enumerate(layers)
+        for name, tensor in tensors.items()
+        if name.startswith(f"{prefix}.{layer}.")
+    }
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("layers", [[0], [1, 2], [0, 1, 2, 3], [3]])
+def test_names_are_the_checkpoints(tiny: Path, layers: list[int]) -> None:
+    donor = Donor.from_model(plain(tiny / "source"), layers)
+    prefix = PREFIXES[donor.model_type]
+    assert (donor.num_layers, donor.layer_indices) == (len(layers), layers)
+    assert_same(donor.tensors(), layers_in(tiny / "source" / "model.safetensors", prefix, layers))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes_are_the_models(tiny_llama: Path, dtype: torch.dtype) -> None:
+    donor = Donor.from_model(plain(tiny_llama / "source", dtype=dtype), [1])
+    assert {tensor.dtype for tensor in donor.tensors().values()} == {dtype}
+
+
+@pytest.mark.parametrize("config_class", [MixtralConfig, Qwen3MoeConfig])
+def test_experts_are_separate_as_in_the_checkpoint(tmp_path: Path, config_class: Any) -> None:
+    """In memory they are one tensor."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 1, "head_dim": 8, "num_experts_per_tok": 2}
+    experts |= (
+        {"num_local_experts": 3} if config_class is MixtralConfig else {"num_experts": 3, "moe_intermediate_size": 12}
+    )
+    model = AutoModelForCausalLM.from_config(config_class(**sizes, **experts, **TOKENS))
+    model.save_pretrained(tmp_path)
+    donor = Donor.from_model(model, [1, 2])
+    assert any(".experts.2." in name for name in donor.tensors())
+    assert_same(donor.tensors(), layers_in(tmp_path / "model.safetensors", "model.layers", [1, 2]))
+
+
+@pytest.mark.parametrize("layers", [[], [0, 2], [2, 1], [1, 1]])
+def test_layers_are_consecutive(layers: list[int]) -> None:
+    with refused(ConfigurationError, "consecutive", str(layers)):
+        Donor.from_model(tiny_gpt2_model(0), layers)
+
+
+@pytest.mark.parametrize("layers", [[-1, 0], [3, 4], [7]])
+def test_layers_exist(layers: list[int]) -> None:
+    with refused(ConfigurationError, str(layers), "0..3", "4 layers"):
+        Donor.from_model(tiny_gpt2_model(0), layers)
+
+
+def test_offloaded_layers_are_refused() -> None:
+    model = tiny_gpt2_model(0)
+    model.transformer.h[2].to("meta")
+    with refused(CheckpointError, "transformer.h.2.", "offloaded", "without offload"):
+        Donor.from_model(model, [1, 2])
+
+
+def test_quantised_layers_are_refused() -> None:
+    model = tiny_gpt2_model(0)
+    weight = model.transformer.h[1].mlp.c_fc.weight
+    model.transformer.h[1].mlp.c_fc.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with refused(CheckpointError, "transformer.h.1.mlp.c_fc.weight", "quantised", "int8"):
+        Donor.from_model(model, [1])
+
+
+def test_a_donor_taken_back_out_of_a_transplant(tiny: Path) -> None:
+    """It knows its own source, not the spliced configuration it ran in."""
+    original = Donor.from_pretrained(tiny / "donor")
+    model = loaded(tiny, position=3, name="law")
+    donor = Donor.from_model(model, [3, 4])
+    assert_same(donor.tensors(), original.tensors())
+    assert (donor.layer_indices, donor.name, donor.position) == ([1, 2], "law", 3)
+    assert donor.record.source_config["model_type"] == original.model_type
+    assert json.loads(json.dumps(donor.record.source_config)) == original.record.source_config
+
+
+def test_recipient_layers_of_a_transplant(tiny: Path) -> None:
+    model = loaded(tiny, position=1)
+    donor = Donor.from_model(model, [3, 4])
+    prefix = PREFIXES[donor.model_type]
+    assert donor.layer_indices == [1, 2]
+    assert_same(donor.tensors(), layers_in(tiny / "recipient" / "model.safetensors", prefix, [1, 2]))
+    assert donor.record.source_id == str(tiny / "recipient")
+
+
+def test_layers_of_two_sources_are_no_donor(tiny_gpt2: Path) -> None:
+    with refused(ConfigurationError, "[2, 3]", "('donor', 2)", "('recipient', 1)", "one source"):
+        Donor.from_model(loaded(tiny_gpt2, position=1), [2, 3])

@@ -1,0 +1,207 @@
+"""Full saves: what the recipient's class can express loads without this package, the rest says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import (
+    NUM_LAYERS,
+    cast_weights,
+    copied,
+    generated,
+    layers_of,
+    loaded,
+    logits_of,
+    plain,
+    refused,
+    run_python,
+    two_donors,
+)
+from transplant_hf import (
+    AutoModelWithTransplant,
+    ConfigurationError,
+    Donor,
+)
+
+load = AutoModelWithTransplant.from_pretrained
+
+
+# -- Full ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_save_needs_nothing_of_ours(
+    tiny_gpt2: Path, tiny_llama: Path, tiny_gpt_oss: Path, tmp_path: Path
+) -> None:
+    cases: dict[str, Any] = {}
+    for family in (tiny_gpt2, tiny_llama, tiny_gpt_oss):
+        for position, mode in ((1, "insert"), (4, "insert"), (1, "replace")):
+            folder = tmp_path / f"{family.name}-{position}-{mode}"
+            model = loaded(family, position, mode)
+            model.save_pretrained(folder)
+            cases[folder.name] = (logits_of(model), generated(model))
+    code = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+cases = torch.load(sys.argv[1])
+for folder in Path(sys.argv[2]).iterdir():
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), (folder, info)
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    logits, tokens = cases.pop(folder.name)
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, logits), folder
+    again = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert torch.equal(again, tokens), folder
+assert not cases, list(cases)
+assert not [name for name in sys.modules if name.startswith("transplant")]
+"""
+    torch.save(cases, tmp_path.parent / f"{tmp_path.name}.pt")
+    run_python(code, tmp_path.parent / f"{tmp_path.name}.pt", tmp_path)
+
+
+def test_a_full_save_is_a_native_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    model = loaded(tiny, 1)
+    model.save_pretrained(tmp_path / "full")
+    config = json.loads((tmp_path / "full" / "config.json").read_text())
+    assert config["model_type"] == model.config.model_type != "transplant"
+    assert config["architectures"] == [type(model).__name__]
+    assert "transplant" not in json.dumps(config)
+    assert "auto_map" not in config
+    names = sorted(path.name for path in (tmp_path / "full").iterdir())
+    assert names == ["config.json", "generation_config.json", "model.safetensors"]
+    again = load_file(tmp_path / "full" / "model.safetensors")
+    donor = Donor.from_pretrained(tiny / "donor").tensors()
+    inserted = {name for name in again if ".1." in name or ".2." in name}
+    for name, tensor in donor.items():
+        _, number, rest = name.split(".", 2)
+        match = [key for key in inserted if key.endswith(f".{1 + int(number)}.{rest}")]
+        assert len(match) == 1
+        assert torch.equal(again[match[0]], tensor)
+
+
+def test_two_donors_in_full(tiny: Path, tmp_path: Path) -> None:
+    model = two_donors(tiny, "replace")
+    model.save_pretrained(tmp_path / "full")
+    assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(model))
+    assert not hasattr(plain(tmp_path / "full"), "transplant_config")
+
+
+def test_in_shards(tiny: Path, tmp_path: Path) -> None:
+    model = loaded(tiny, 1)
+    model.save_pretrained(tmp_path / "full", max_shard_size="40KB")
+    assert len(list((tmp_path / "full").glob("model-*.safetensors"))) > 2
+    assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(model))
+    model.save_pretrained(tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_a_variant_stands_beside_the_rest(tiny_gpt2: Path, tmp_path: Path) -> None:
+    model = loaded(tiny_gpt2, 1)
+    model.save_pretrained(tmp_path / "full")
+    model.save_pretrained(tmp_path / "full", variant="fp16")
+    names = {path.name for path in (tmp_path / "full").glob("*.safetensors")}
+    assert names == {"model.safetensors", "model.fp16.safetensors"}
+    assert torch.equal(logits_of(plain(tmp_path / "full", variant="fp16")), logits_of(model))
+
+
+def test_into_the_recipients_own_folder(tiny: Path, tmp_path: Path) -> None:
+    """A full save replaces it; its weights are mapped into memory meanwhile."""
+    family = copied(tiny, tmp_path / "family")
+    model = load(family / "donor")
+    before = logits_of(model)
+    model.save_pretrained(family / "recipient")
+    assert torch.equal(logits_of(model), before)
+    assert torch.equal(logits_of(plain(family / "recipient")), before)
+    assert (family / "recipient" / "tokenizer.json").exists()
+
+
+def test_with_a_state_dict_as_a_trainer_does(tiny: Path, tmp_path: Path) -> None:
+    model = loaded(tiny, 1)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    changed = next(name for name in state if "norm" in name or "ln_" in name)
+    state[changed] += 1
+    model.save_pretrained(tmp_path / "full", state_dict=state)
+    again = plain(tmp_path / "full")
+    assert torch.equal(again.state_dict()[changed], state[changed])
+    assert not torch.equal(logits_of(again), logits_of(model))
+
+
+def test_replaced_layers_that_are_kept_are_not_saved(tiny: Path, tmp_path: Path) -> None:
+    model = loaded(tiny, 1, "replace", keep_replaced=True)
+    model.save_pretrained(tmp_path / "full")
+    again = plain(tmp_path / "full")
+    assert len(layers_of(again)) == NUM_LAYERS
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_switched_off_the_recipient_is_saved(tiny: Path, tmp_path: Path) -> None:
+    model = loaded(tiny, 1)
+    with model.disable_transplants():
+        model.save_pretrained(tmp_path / "recipient")
+    assert torch.equal(logits_of(plain(tmp_path / "recipient")), logits_of(plain(tiny / "recipient")))
+    with model.disable_transplants(), refused(ConfigurationError, "donor", "outside disable_transplants()"):
+        model.save_pretrained(tmp_path / "thin", thin=True)
+    assert not (tmp_path / "thin").exists()
+
+
+def test_with_one_of_two_switched_off(tiny: Path, tmp_path: Path) -> None:
+    """What runs is what is saved, or it is refused; never something between."""
+    model = two_donors(tiny)
+    with model.disable_transplants("a"):
+        inside = logits_of(model)
+        try:
+            model.save_pretrained(tmp_path / "full")
+        except ConfigurationError as error:
+            assert "switched off" in str(error)
+            return
+    assert torch.equal(logits_of(plain(tmp_path / "full")), inside)
+
+
+@pytest.mark.parametrize("thin", [False, True])
+def test_memory_format_and_dtype_are_kept(tiny_llama: Path, tmp_path: Path, thin: bool) -> None:
+    family = copied(tiny_llama, tmp_path / "family")
+    cast_weights(family / "recipient", torch.bfloat16)
+    model = loaded(family, 1, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved", thin=thin)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+# -- Scaled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("thin", [False, True])
+def test_a_strength_is_saved(tiny: Path, tmp_path: Path, warned: list[str], thin: bool) -> None:
+    """No native checkpoint can say it, so a full save is in the transplant format."""
+    model = loaded(tiny, 2, strength=0.5)
+    model.save_pretrained(tmp_path / "saved", thin=thin)
+    if not thin:
+        text = " ".join(warned)
+        assert "strength of donor is not 1" in text
+        assert "needs transplant_hf" in text
+        shutil.move(tmp_path / "saved", tmp_path / "elsewhere")
+    again = load(tmp_path / ("saved" if thin else "elsewhere"))
+    assert torch.equal(logits_of(again), logits_of(model))
+    assert again.transplant_config.donors[0].strength == 0.5
+    with again.disable_transplants():
+        assert torch.equal(logits_of(again), logits_of(plain(tiny / "recipient")))
+
+
+def test_a_scaled_and_a_replacing_donor_in_full(tiny: Path, tmp_path: Path) -> None:
+    model = two_donors(tiny, "replace", strength=0.25)
+    model.save_pretrained(tmp_path / "full")
+    again, info = load(tmp_path / "full", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(logits_of(again), logits_of(model))
+    assert again.layer_map == model.layer_map

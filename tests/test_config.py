@@ -1,0 +1,195 @@
+"""`DonorSpec` and `TransplantConfig`: what a configuration may say, and what is said when it may not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from tests.helpers import refused
+from transplant_hf import ConfigurationError, DonorSpec, TransplantConfig
+from transplant_hf.config import check_format_version, donor_specs
+
+ALL_FIELDS = {
+    "donor": "user/law",
+    "position": 3,
+    "mode": "insert",
+    "revision": "v1",
+    "subfolder": "inner",
+    "name": "law",
+    "layers": [1, 2],
+    "strength": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("donor", "subfolder", "name"),
+    [
+        ("user/law", None, "law"),
+        ("/data/donors/law/", None, "law"),
+        ("law", None, "law"),
+        (".", None, "donor"),
+        ("user/many", "law", "law"),
+    ],
+)
+def test_name_is_the_last_part(donor: str, subfolder: str | None, name: str) -> None:
+    assert DonorSpec(donor, 0, subfolder=subfolder).name == name
+
+
+def test_spec_round_trips_through_json() -> None:
+    spec = DonorSpec.from_dict(json.loads(json.dumps(ALL_FIELDS)))
+    assert spec.to_dict() == ALL_FIELDS
+    assert DonorSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    short = DonorSpec("user/law", 1)
+    assert short.to_dict() == {"donor": "user/law", "position": 1, "mode": "insert", "name": "law"}
+    assert DonorSpec.from_dict(short.to_dict()) == short
+
+
+def test_spec_is_frozen_and_hashable() -> None:
+    spec = DonorSpec("user/law", 1, layers=[0, 1])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.position = 2  # type: ignore[misc]
+    assert hash(spec) == hash(DonorSpec("user/law", 1, layers=(0, 1)))
+
+
+def test_unknown_donor_fields_are_all_named() -> None:
+    with refused(ConfigurationError, "'posision'", "'sterngth'", "'user/law'", "known fields", "strength"):
+        DonorSpec.from_dict({"donor": "user/law", "position": 1, "posision": 2, "sterngth": 1})
+
+
+def test_missing_donor_fields_are_all_named() -> None:
+    with refused(ConfigurationError, "'donor' and 'position'", "strength"):
+        DonorSpec.from_dict({"strength": 1.0})
+    with refused(ConfigurationError, "lacks 'position'", "user/law"):
+        TransplantConfig(recipient="r", donors=[{"donor": "user/law"}])
+
+
+@pytest.mark.parametrize("position", [-1, 1.0, "1", True, None])
+def test_position_is_a_whole_number_from_zero(position: Any) -> None:
+    with refused(ConfigurationError, "position", "'user/law'", str(position)):
+        DonorSpec("user/law", position)
+
+
+@pytest.mark.parametrize("layers", [[0, 2], [2, 1], [], [-1, 0], [True, 2], ["0"], 3, [1, 1]])
+def test_layers_are_consecutive(layers: Any) -> None:
+    with refused(ConfigurationError, "consecutive", "'user/law'", repr(layers)):
+        DonorSpec("user/law", 0, layers=layers)
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf"), "1", None, True])
+def test_strength_is_a_finite_number(strength: Any) -> None:
+    with refused(ConfigurationError, "strength", "finite", "'user/law'", repr(strength)):
+        DonorSpec("user/law", 0, strength=strength)
+
+
+def test_replacing_goes_with_full_strength_only() -> None:
+    with refused(ConfigurationError, "replace", "0.5", 'mode="insert"'):
+        DonorSpec("user/law", 0, mode="replace", strength=0.5)
+    assert DonorSpec("user/law", 0, mode="replace", strength=1).strength == 1.0
+
+
+def test_mode_is_one_of_two() -> None:
+    with refused(ConfigurationError, "'append'", "insert", "replace", "'user/law'"):
+        DonorSpec("user/law", 0, mode="append")
+
+
+@pytest.mark.parametrize("name", ["", 3, "recipient"])
+def test_name_is_usable(name: Any) -> None:
+    with refused(ConfigurationError, "name", "user/law", repr(name)):
+        donor_specs([{"donor": "user/law", "position": 0, "name": name}])
+
+
+@pytest.mark.parametrize("name", ["../law", "a/b", "..", "/law", "a\\b", "."])
+def test_name_is_no_path(name: str) -> None:
+    """A thin repo gives each of several donors a folder of its name."""
+    with refused(ConfigurationError, "name", name):
+        donor_specs([{"donor": "user/law", "position": 0, "name": name}])
+
+
+def test_empty_donor_is_refused() -> None:
+    with refused(ConfigurationError, "empty", "Hub id"):
+        DonorSpec("", 0)
+
+
+@pytest.mark.parametrize(
+    "donors",
+    [
+        {"user/law": 2},
+        {"donor": "user/law", "position": 2},
+        DonorSpec("user/law", 2),
+        [DonorSpec("user/law", 2)],
+        [{"donor": "user/law", "position": 2}],
+        ({"donor": "user/law", "position": 2},),
+        {Path("user/law"): 2},
+    ],
+)
+def test_every_way_to_name_donors(donors: Any) -> None:
+    assert donor_specs(donors) == [DonorSpec("user/law", 2)]
+
+
+def test_order_of_donors_is_kept() -> None:
+    specs = donor_specs({"user/c": 1, "user/a": 1, "user/b": 0})
+    assert [spec.name for spec in specs] == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize("donors", ["user/law", 3, ["user/law"], [3]])
+def test_other_ways_to_name_donors(donors: Any) -> None:
+    entry = donors[0] if isinstance(donors, list) else donors
+    with refused(ConfigurationError, repr(entry), "DonorSpec"):
+        donor_specs(donors)
+
+
+def test_names_are_unique() -> None:
+    with refused(ConfigurationError, "'law'", "one/law", "position 1", "two/law", "position 2", "name="):
+        donor_specs({"one/law": 1, "two/law": 2})
+    renamed = donor_specs([DonorSpec("one/law", 1), DonorSpec("two/law", 2, name="law2")])
+    assert [spec.name for spec in renamed] == ["law", "law2"]
+
+
+def test_config_round_trips_through_a_folder(tmp_path: Path) -> None:
+    config = TransplantConfig(
+        recipient="user/base", recipient_revision="a" * 40, donors=[ALL_FIELDS, {"donor": "x/y", "position": 0}]
+    )
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model_type"] == "transplant"
+    assert written["format_version"] == 1
+    assert written["donors"][0] == ALL_FIELDS
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert type(again) is TransplantConfig
+    assert (again.recipient, again.recipient_revision) == ("user/base", "a" * 40)
+    assert again.donors == config.donors
+    assert again.donors[0].layers == (1, 2)
+    assert "x/y" in repr(again)
+
+
+def test_config_without_anything_can_be_built() -> None:
+    """Transformers builds an empty configuration to find what differs from it."""
+    config = TransplantConfig()
+    assert (config.recipient, config.donors, config.architectures) == ("", [], ["TransplantForCausalLM"])
+
+
+def test_newer_format_names_the_version_needed(tmp_path: Path) -> None:
+    """Said before anything else, for a newer format may hold fields that look like mistakes."""
+    TransplantConfig(recipient="user/base", donors={"user/law": 1}).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    content["format_version"] = 7
+    content["donors"][0]["warp"] = 9
+    path.write_text(json.dumps(content))
+    with refused(ConfigurationError, "format_version 7", "up to 1", "pip install --upgrade transplant_hf"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("version", [0, -1, "1", 1.5, True, [1]])
+def test_format_version_is_a_whole_number(version: Any) -> None:
+    with refused(ConfigurationError, "format_version", "there.json", repr(version)):
+        check_format_version(version, "there.json")
+
+
+def test_missing_format_version_is_the_first() -> None:
+    assert check_format_version(None, "config.json") == 1

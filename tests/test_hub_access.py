@@ -1,0 +1,214 @@
+"""Who may load a transplant from the Hub, what is said to the others, and what works without the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import (
+    NUM_LAYERS,
+    Shelf,
+    logits_of,
+    refused,
+    refused_by_hub,
+)
+from tests.hub_server import ALICE, BOB, EXPIRED, json_result, run_with_hub
+from transplant_hf import (
+    AutoModelWithTransplant,
+    ConfigurationError,
+    Donor,
+    DonorSpec,
+    HubError,
+    IntegrityError,
+    TransplantConfig,
+    check_compatibility,
+)
+
+pytestmark = pytest.mark.hub
+
+load = AutoModelWithTransplant.from_pretrained
+
+
+# -- Who may ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_", [AutoModelWithTransplant, AutoModelForCausalLM])
+def test_a_private_recipient(shelf: Shelf, as_user: Any, class_: Any) -> None:
+    shelf.put_base(private=True).put_law()
+    for token in (None, BOB):
+        with refused_by_hub(shelf.base, "private", "token=", cause=RepositoryNotFoundError):
+            class_.from_pretrained(shelf.law, token=token)
+    assert len(class_.from_pretrained(shelf.law, token=ALICE).layer_map) == NUM_LAYERS + 2
+    as_user(ALICE)
+    assert len(class_.from_pretrained(shelf.law).layer_map) == NUM_LAYERS + 2
+
+
+@pytest.mark.parametrize("class_", [AutoModelWithTransplant, AutoModelForCausalLM])
+def test_a_gated_recipient(shelf: Shelf, as_user: Any, class_: Any) -> None:
+    shelf.put_base(gated=True).put_law()
+    for token in (None, BOB):
+        with refused_by_hub(shelf.base, "gated", "access", "hf auth login", "token=", cause=GatedRepoError):
+            class_.from_pretrained(shelf.law, token=token)
+    shelf.hub.grant(shelf.base, "bob")
+    assert len(class_.from_pretrained(shelf.law, token=BOB).layer_map) == NUM_LAYERS + 2
+
+
+@pytest.mark.parametrize(("how", "cause"), [("private", RepositoryNotFoundError), ("gated", GatedRepoError)])
+def test_a_donor_that_is_not_open(shelf: Shelf, as_user: Any, how: str, cause: Any) -> None:
+    shelf.put_base().put_law(**{how: True})
+    for call in (
+        lambda: load(shelf.law),
+        lambda: load(shelf.base, donors={shelf.law: 1}),
+        lambda: Donor.from_pretrained(shelf.law),
+        lambda: check_compatibility(shelf.base, shelf.law),
+    ):
+        with refused_by_hub(shelf.law, how, cause=cause):
+            call()
+    assert shelf.weights(shelf.base) == 0
+    assert Donor.from_pretrained(shelf.law, token=ALICE).num_layers == 2
+    assert check_compatibility(shelf.base, shelf.law, token=ALICE)
+
+
+def test_a_gated_asked_for_repo_through_an_auto_class(shelf: Shelf, as_user: Any) -> None:
+    """Transformers reads its configuration first, and says so in its own words; the cause is the client's."""
+    shelf.put_base().put_law(gated=True)
+    with pytest.raises((OSError, HubError), match="gated"):
+        AutoModelForCausalLM.from_pretrained(shelf.law)
+
+
+def test_no_token_is_sent_when_told_so(shelf: Shelf, as_user: Any) -> None:
+    shelf.put_base(private=True).put_law()
+    as_user(ALICE)
+    with refused_by_hub(shelf.base, cause=RepositoryNotFoundError):
+        load(shelf.law, token=False)
+
+
+def test_an_expired_token(both: Shelf, as_user: Any) -> None:
+    with refused_by_hub(both.law, "401", cause=HfHubHTTPError):
+        load(both.law, token=EXPIRED)
+
+
+def test_a_repository_that_is_not_there(shelf: Shelf, as_user: Any) -> None:
+    shelf.put_base().put_law(recipient="alice/nowhere")
+    with refused_by_hub("alice/nowhere", "not found", "private", cause=RepositoryNotFoundError):
+        load(shelf.law)
+    with refused_by_hub("alice/no-donor", "not found", cause=RepositoryNotFoundError):
+        load(shelf.base, donors={"alice/no-donor": 1})
+
+
+def test_a_revision_that_is_not_there(both: Shelf) -> None:
+    with refused_by_hub(both.law, "'v9'", cause=RevisionNotFoundError):
+        load(both.law, revision="v9")
+    with refused_by_hub(both.law, "'v9'", cause=RevisionNotFoundError):
+        load(both.base, donors=[DonorSpec(both.law, 1, revision="v9")])
+    config = TransplantConfig(recipient=both.base, recipient_revision="v9", donors={both.law: 1})
+    with refused_by_hub(both.base, "'v9'", cause=RevisionNotFoundError):
+        load(both.law, config=config)
+
+
+def test_a_repository_that_is_neither(shelf: Shelf) -> None:
+    shelf.hub.add_repo(shelf.law, {"notes.txt": b"hello"})
+    with refused(ConfigurationError, shelf.law, "neither a model nor a transplant"):
+        load(shelf.law)
+
+
+def test_a_server_that_fails(both: Shelf) -> None:
+    both.hub.fail("*", f"*{both.base}*", status=400, message="broken", times=None)
+    with refused_by_hub(both.base, cause=HfHubHTTPError):
+        load(both.law)
+
+
+def test_bytes_that_arrive_wrong(both: Shelf) -> None:
+    """Of the right size, so that the client does not notice."""
+    both.hub.fail("GET", "*donor.safetensors", wrong_bytes=True, times=None)
+    with pytest.raises(Exception, match=r"donor\.safetensors") as caught:
+        load(both.law)
+    assert type(caught.value).__module__.startswith("transplant_hf"), repr(caught.value)
+    both.hub.clear_faults()
+    load(both.law, force_download=True)
+
+
+def test_a_cached_donor_that_was_changed(both: Shelf) -> None:
+    load(both.law)
+    donor = Donor.from_pretrained(both.law)
+    path = donor.weight_files()[0].resolve()
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with refused(IntegrityError, "donor.safetensors", "sha256", "force_download=True"):
+        load(both.law)
+    load(both.law, force_download=True)
+
+
+# -- Without the Hub -------------------------------------------------------------------------------------------------
+
+
+def test_local_files_only(both: Shelf) -> None:
+    for class_ in (AutoModelWithTransplant, AutoModelForCausalLM):
+        with pytest.raises((HubError, OSError), match="cache"):
+            class_.from_pretrained(both.law, local_files_only=True)
+    with refused_by_hub(both.law, "local_files_only", "offline", cause=LocalEntryNotFoundError):
+        load(both.law, local_files_only=True)
+    model = load(both.law)
+    both.hub.requests.clear()
+    for class_ in (AutoModelWithTransplant, AutoModelForCausalLM):
+        again = class_.from_pretrained(both.law, local_files_only=True)
+        assert torch.equal(logits_of(again), logits_of(model))
+        assert again.transplant_config.recipient_revision == both.base_commit
+        assert again.transplant_config.donors[0].revision == both.law_commit
+    assert len(both.hub.requests) == 0
+
+
+def test_local_files_only_without_the_recipient(both: Shelf) -> None:
+    both.hub.fail("*", f"*{both.base}*", status=400, times=None)
+    with refused(HubError, both.base):
+        load(both.law)
+    with refused_by_hub(both.base, "local cache", "local_files_only", cause=LocalEntryNotFoundError):
+        load(both.law, local_files_only=True)
+
+
+def test_a_thin_save_without_the_hub(both: Shelf, tmp_path: Path) -> None:
+    load(both.law)
+    model = load(both.law, local_files_only=True)
+    both.hub.requests.clear()
+    model.save_pretrained(tmp_path / "thin", thin=True)
+    assert len(both.hub.requests) == 0
+    assert json.loads((tmp_path / "thin" / "config.json").read_text())["recipient_revision"] == both.base_commit
+
+
+def test_offline_mode(both: Shelf) -> None:
+    """The switch that users set in the environment, with what this process has downloaded and with something else."""
+    model = load(both.law)
+    code = f"""
+        import json, torch
+        from transplant_hf import AutoModelWithTransplant, HubError
+        model = AutoModelWithTransplant.from_pretrained({both.law!r})
+        total = model(torch.arange(6)[None], use_cache=False).logits.sum().item()
+        try:
+            AutoModelWithTransplant.from_pretrained("alice/never-seen")
+        except HubError as error:
+            print(json.dumps([total, model.transplant_config.recipient_revision, str(error), repr(error.__cause__)]))
+    """
+    both.hub.requests.clear()
+    run = run_with_hub(both.hub, code, cache=Path(constants.HF_HOME), offline=True)
+    total, revision, message, cause = json_result(run)
+    assert len(both.hub.requests) == 0
+    assert revision == both.base_commit
+    assert total == pytest.approx(float(logits_of(model, torch.arange(6)[None]).sum()), rel=1e-4)
+    assert "alice/never-seen" in message
+    assert "offline mode" in message
+    assert cause != "None"

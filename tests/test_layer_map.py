@@ -1,0 +1,108 @@
+"""Positions, against a slow and obvious way of counting."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from tests.helpers import refused
+from transplant_hf import ConfigurationError
+from transplant_hf.layer_map import LayerMap, Placement, Splice
+
+
+def obvious_map(num_layers: int, placements: list[Placement], off: set[str]) -> list[tuple[str, int]]:
+    """Write down every recipient layer, then what stands before it."""
+    gone = {
+        p.position + number
+        for p in placements
+        if p.replaces and p.name not in off
+        for number in range(len(p.layer_indices))
+    }
+    slots: list[tuple[str, int]] = []
+    for number in range(num_layers + 1):
+        for placement in placements:
+            if placement.position == number and placement.name not in off:
+                slots += [(placement.name, index) for index in placement.layer_indices]
+        if number < num_layers and number not in gone:
+            slots.append(("recipient", number))
+    return slots
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 4])
+def test_every_pair_of_placements(num_layers: int) -> None:
+    tried = 0
+    places = itertools.product(range(num_layers + 1), (1, 2), (False, True))
+    for (p, k, first_replaces), (q, m, second_replaces) in itertools.product(list(places), repeat=2):
+        one = Placement("one", p, tuple(range(7, 7 + k)), first_replaces)
+        two = Placement("two", q, tuple(range(3, 3 + m)), second_replaces)
+        too_long = any(x.replaces and x.position + len(x.layer_indices) > num_layers for x in (one, two))
+        if too_long or set(one.replaced) & set(two.replaced):
+            with pytest.raises(ConfigurationError):
+                Splice(num_layers, [one, two])
+            continue
+        splice = Splice(num_layers, [one, two])
+        for off in (set(), {"one"}, {"two"}, {"one", "two"}):
+            assert list(splice.layer_map(off)) == obvious_map(num_layers, [one, two], off)
+            tried += 1
+        assert list(splice.layer_map({"one", "two"})) == [("recipient", n) for n in range(num_layers)]
+    assert tried > 20
+
+
+def test_donors_at_one_position_run_in_list_order() -> None:
+    splice = Splice(2, [Placement("b", 1, (0,)), Placement("a", 1, (5,))])
+    assert [slot.source for slot in splice.layer_map()] == ["recipient", "b", "a", "recipient"]
+
+
+def test_an_insertion_beside_a_replacement() -> None:
+    """Both count the untouched recipient's layers, whatever else is transplanted."""
+    splice = Splice(4, [Placement("in", 2, (9,)), Placement("re", 1, (4, 5), replaces=True)])
+    assert splice.layer_map() == (("recipient", 0), ("re", 4), ("re", 5), ("in", 9), ("recipient", 3))
+
+
+@pytest.mark.parametrize("position", [-1, 5, 99])
+def test_position_outside(position: int) -> None:
+    with refused(ConfigurationError, f"position {position}", "'law'", "0..4", "4 layers"):
+        Splice(4, [Placement("law", position, (0,))])
+
+
+def test_replacement_past_the_end() -> None:
+    with refused(ConfigurationError, "'law' of 3 layers", "position 2", "up to 4", "last is 3", "at most 1"):
+        Splice(4, [Placement("law", 2, (0, 1, 2), replaces=True)])
+    Splice(4, [Placement("law", 1, (0, 1, 2), replaces=True)])
+
+
+def test_overlapping_replacements() -> None:
+    with refused(ConfigurationError, "'law'", "'code'", "recipient layer 2", "overlap"):
+        Splice(4, [Placement("law", 1, (0, 1), replaces=True), Placement("code", 2, (0,), replaces=True)])
+
+
+def test_map_compares_as_tuples_and_prints_a_picture() -> None:
+    layer_map = Splice(3, [Placement("law", 1, (4, 5))]).layer_map()
+    assert layer_map == (("recipient", 0), ("law", 4), ("law", 5), ("recipient", 1), ("recipient", 2))
+    assert layer_map.sources == ("recipient", "law")
+    assert layer_map.layers_of("law") == [1, 2]
+    assert str(layer_map).splitlines() == [
+        "layer  from",
+        "    0  recipient 0",
+        "    1  |  law 4",
+        "    2  |  law 5",
+        "    3  recipient 1",
+        "    4  recipient 2",
+        "5 layers run: 3 recipient, 2 law",
+    ]
+    assert eval(repr(layer_map), {"LayerMap": LayerMap}) == layer_map  # noqa: S307
+
+
+def test_long_recipients_are_shortened_in_print() -> None:
+    picture = str(Splice(80, [Placement("law", 40, (4,))]).layer_map())
+    assert len(picture.splitlines()) < 16
+    for line in (
+        "    0  recipient 0",
+        "   39  recipient 39",
+        "   40  |  law 4",
+        "   41  recipient 40",
+        "   80  recipient 79",
+    ):
+        assert line in picture
+    assert "81 layers run: 80 recipient, 1 law" in picture

@@ -1,0 +1,98 @@
+"""What a name refers to: folders and Hub ids, relative names, and names that lead out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import refused
+from transplant_hf import ConfigurationError
+from transplant_hf.sources import HubOptions, Source, locate, points_to_folder
+
+COMMIT = "a" * 40
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a transplant and its recipient side by side; the working directory is another."""
+    for name in ("set/thin/inner", "set/recipient", "elsewhere/models/base"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+@pytest.mark.parametrize("reference", ["user/base", "base", "gpt2"])
+def test_hub_ids(tree: Path, reference: str) -> None:
+    assert points_to_folder(reference) is None
+    assert points_to_folder(reference, Source("x", tree / "set" / "thin")) is None
+    assert points_to_folder(reference, Source("x/y", tree / "set" / "thin", COMMIT)) is None
+
+
+def test_relative_names_stand_beside_the_configuration(tree: Path) -> None:
+    thin = Source("thin", tree / "set" / "thin")
+    assert points_to_folder("../recipient", thin) == tree / "set" / "recipient"
+    assert points_to_folder(".", thin) == tree / "set" / "thin"
+    assert points_to_folder("inner", thin) == tree / "set" / "thin" / "inner"
+    found = locate("../recipient", files=("config.json",), relative_to=thin)
+    assert found.folder == tree / "set" / "recipient"
+    assert found.revision is None
+    assert not found.from_hub
+
+
+def test_then_in_the_working_directory(tree: Path) -> None:
+    thin = Source("thin", tree / "set" / "thin")
+    assert points_to_folder("models/base", thin) == Path("models/base")
+    assert points_to_folder("models/base") == Path("models/base")
+
+
+def test_a_home_folder(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tree / "set"))
+    assert points_to_folder("~/thin") == tree / "set" / "thin"
+
+
+def test_a_folder_that_is_not_there(tree: Path) -> None:
+    with refused(ConfigurationError, "'./nowhere'", "neither a folder", "nor a Hub id"):
+        locate("./nowhere", files=("config.json",))
+    with refused(ConfigurationError, "'../nowhere'", str(tree / "set" / "nowhere")):
+        locate("../nowhere", files=("config.json",), relative_to=Source("thin", tree / "set" / "thin"))
+
+
+@pytest.mark.parametrize("reference", ["/etc", "..", "../other", "~", "./../../x", "a/b/../../../.."])
+def test_a_repository_points_only_into_itself(tree: Path, reference: str) -> None:
+    source = Source("user/thin", tree / "set" / "thin", COMMIT)
+    with refused(ConfigurationError, f"user/thin@{COMMIT}", repr(reference), "outside that repository"):
+        points_to_folder(reference, source)
+    assert points_to_folder("./inner", source) == tree / "set" / "thin" / "inner"
+
+
+@pytest.mark.parametrize("subfolder", ["..", "../other", "inner/../..", "/etc"])
+def test_a_subfolder_stays_inside(tree: Path, subfolder: str) -> None:
+    with refused(ConfigurationError, f"subfolder {subfolder!r}", "leads out of", str(tree / "set" / "thin")):
+        locate(str(tree / "set" / "thin"), files=("config.json",), subfolder=subfolder)
+
+
+def test_a_link_out_of_a_folder_is_no_subfolder(tree: Path) -> None:
+    (tree / "set" / "thin" / "way").symlink_to(tree / "elsewhere")
+    with refused(ConfigurationError, "'way'", "leads out of"):
+        locate(str(tree / "set" / "thin"), files=("config.json",), subfolder="way")
+
+
+@pytest.mark.parametrize("reference", ["user/with space", "-bad-/x", "a--b/..c"])
+def test_neither_a_folder_nor_a_hub_id(tree: Path, reference: str) -> None:
+    with refused(ConfigurationError, repr(reference), "neither a folder nor a Hub id"):
+        locate(reference, files=("config.json",))
+
+
+def test_hub_options_are_picked_out_of_a_call() -> None:
+    options = HubOptions.from_kwargs({"token": "hf_x", "local_files_only": True, "dtype": "auto", "cache_dir": None})
+    assert options == HubOptions(token="hf_x", local_files_only=True)
+    assert options.as_kwargs() == {
+        "token": "hf_x", "cache_dir": None, "local_files_only": True, "force_download": False,
+    }  # fmt: skip
+    assert HubOptions.from_kwargs({"token": False}).token is False
+
+
+def test_sources_print_what_the_user_wrote() -> None:
+    assert str(Source("user/thin", Path("/cache/x"), COMMIT)) == f"user/thin@{COMMIT}"
+    assert str(Source("../thin", Path("/data/thin"))) == "../thin"
