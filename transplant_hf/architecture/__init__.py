@@ -1,6 +1,7 @@
 """Find, describe and compare decoder layers, and the configuration that builds them: by looking."""
 
 from .anatomy import Anatomy
+from .classes import native_class
 from .names import LayerNames, LayerTensorName
 from .native import LayerOrigin, SplicedConfig, splice_config
 from .stack import decoder_stack, find_stack, text_config
@@ -13,6 +14,7 @@ __all__ = [
     "SplicedConfig",
     "decoder_stack",
     "find_stack",
+    "native_class",
     "splice_config",
     "text_config",
 ]

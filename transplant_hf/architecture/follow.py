@@ -120,7 +120,7 @@ class Follower:
         for name, value in self.fields.items():
             if isinstance(value, list | tuple) and self._are_layer_numbers(name, value):
                 changed[name] = self._numbers(name)
-            elif isinstance(value, list | tuple) and len(value) == self.num_layers:
+            elif isinstance(value, list | tuple) and self._has_entry_per_layer(name, value):
                 changed[name] = self._list(name)
             elif _is_by_number(value, self.num_layers):
                 changed[name] = self._dict(name)
@@ -147,6 +147,13 @@ class Follower:
             isinstance(item, int) and not isinstance(item, bool) and 0 <= item < self.num_layers for item in value
         )
         return whole and len(set(value)) == len(value) and bool(_NUMBERS_OF_LAYERS.search(name))
+
+    def _has_entry_per_layer(self, name: str, value: Sequence[Any]) -> bool:
+        # In every source model: in a recipient of one layer any list of one would look like it.
+        theirs = [(self._of(origin, name), origin.num_layers) for origin in self.origins]
+        return len(value) == self.num_layers and all(
+            len(other) == count for other, count in theirs if isinstance(other, list | tuple)
+        )
 
     def _of(self, origin: ConfigOrigin, name: str) -> Any:
         return self._sources[id(origin.config)].get(name)

@@ -19,6 +19,7 @@ from ..hub import push_folder
 from ..sources import HubOptions, Source, locate
 from ..storage import read_json
 from .extract import layers_of_model
+from .from_pt import open_pt
 from .record import DONOR_CONFIG, DonorRecord
 from .save import replaced_among, save_donor
 from .tensors import TensorInfo, TensorStore, layer_of, open_donor_files
@@ -31,13 +32,14 @@ DONOR_FILES = (DONOR_CONFIG, "donor*.safetensors", "donor.safetensors.index.json
 class Donor:
     """Contiguous decoder layers, and what is known of their making.
 
-    Made by `from_pretrained` or `from_model`; the tensors of a donor from files stay on disk until asked for.
+    Made by `from_pretrained`, `from_model` or `from_pt`; tensors of a donor in files stay there until asked for.
 
     Args:
         record: What is known of it.
         store: Its tensors.
         position: The recommended position, if any.
         source: Where it was read from, if anywhere.
+        companions: The recipient whose tokenizer goes along when the donor is saved, if it is at hand.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -48,12 +50,19 @@ class Donor:
     """
 
     def __init__(
-        self, record: DonorRecord, store: TensorStore, *, position: int | None = None, source: Source | None = None
+        self,
+        record: DonorRecord,
+        store: TensorStore,
+        *,
+        position: int | None = None,
+        source: Source | None = None,
+        companions: Source | None = None,
     ) -> None:
         self.record = record
         self.store = store
         self.position = position
         self.source = source
+        self._companions = companions
         self._check_layer_numbers()
 
     @classmethod
@@ -119,6 +128,51 @@ class Donor:
         record, store, position = layers_of_model(model, layers, name)
         return cls(record, store, position=position)
 
+    @classmethod
+    def from_pt(
+        cls,
+        path: str | os.PathLike[str],
+        recipient: str | os.PathLike[str],
+        metadata: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        layers: Sequence[int] | None = None,
+        name: str | None = None,
+        recipient_revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Donor:
+        """Open a `.pt` file of decoder layers, without unpickling it.
+
+        The layout is recognised by the tensors' names and shapes, held against the source model: lists of state
+        dicts, `{index: state_dict}`, whole models, wrappers and pickled modules are all read. Of the recipient only
+        the configuration and the tokenizer are fetched.
+
+        Args:
+            path: The file.
+            recipient: The model the layers came from: Hub id, folder or `config.json`.
+            metadata: What the author recorded, or a JSON file with it; by default `donor_metadata.json` beside the
+                file, if there is one.
+            layers: The layer indices in the source model; by default those that the metadata or the file names.
+            name: What to call the donor; by default after its file or folder.
+            recipient_revision: The recipient's revision.
+            token: As in `from_pretrained` of Transformers.
+            cache_dir: The same.
+            local_files_only: The same.
+            force_download: The same.
+
+        Returns:
+            The donor; `position` is the best that the metadata knows, else the first quarter of the recipient.
+
+        Raises:
+            CheckpointError: Not a `torch.save` file, damaged, or no such layers in it.
+            ConfigurationError: Nothing says which layers they are.
+            HubError: The recipient is out of reach.
+        """
+        hub = HubOptions(token, cache_dir, local_files_only, force_download)
+        found = open_pt(path, recipient, metadata, layers, name, recipient_revision, hub)
+        return cls(found.record, found.store, position=found.position, companions=found.recipient)
+
     @property
     def name(self) -> str | None:
         """What the donor is called."""
@@ -174,6 +228,11 @@ class Donor:
     def weight_files(self) -> list[Path]:
         """The files of a donor on disk that have a recorded sha256."""
         return [self.source.folder / name for name in self.record.files] if self.source else []
+
+    def companions_in(self, recipient: str) -> str:
+        """Where the tokenizer of a recipient is at hand: the folder it was read from, else what names it."""
+        known = self._companions
+        return str(known.folder) if known is not None and known.reference == recipient else recipient
 
     def verify(self) -> None:
         """Compare every weight file with its recorded sha256.

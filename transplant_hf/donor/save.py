@@ -4,55 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from safetensors.torch import save_file
+from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from ..config import DonorSpec, TransplantConfig
-from ..errors import CheckpointError, ConfigurationError
-from ..storage import publish, read_json, sha256_of, write_json
+from ..errors import ConfigurationError
+from ..storage import publish, read_json, write_json
 from .card import donor_card
+from .companions import copy_companions, tokenizer_class
+from .dtypes import loaded_dtype
 from .record import DONOR_CONFIG, DonorRecord, FileStamp
+from .stream import size_of, write_safetensors
 from .tensors import DONOR_INDEX, TensorStore
 
 if TYPE_CHECKING:
     from .donor import Donor
 
 __all__ = [
-    "COMPANION_FILES",
-    "copy_companions",
     "is_artefact_file",
     "refuse_recipients_place",
     "replaced_among",
     "replaced_in",
     "save_donor",
-    "tokenizer_class",
     "transplant_fields",
     "vocabulary_of",
     "write_donor",
     "written_reference",
 ]
 
-# What travels with a donor so that `pipeline` needs one name.
-COMPANION_FILES = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "spiece.model",
-    "sentencepiece*",
-    "generation_config.json",
-)
 _PROGRESS_FROM = 1 << 28
 
 
@@ -108,8 +92,20 @@ def save_donor(
     recipient_revision: str | None,
     max_shard_size: int | str,
     repo_id: str | None = None,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write a donor repo; see `Donor.save_pretrained`. `repo_id` is where it is going to be loaded from."""
+    """Write a donor repo; see `Donor.save_pretrained`.
+
+    Args:
+        donor: The donor.
+        folder: The folder.
+        position: The recommended position.
+        recipient: The recipient it is meant for.
+        recipient_revision: Its revision.
+        max_shard_size: Largest weight file.
+        repo_id: Where it is going to be loaded from.
+        check: Looks at the written folder before it takes its place, and raises if anything is wrong.
+    """
     position = donor.position if position is None else position
     if position is None:
         raise ConfigurationError(
@@ -132,52 +128,33 @@ def save_donor(
     config.vocab_size = vocabulary_of(donor.record.source_config)
     with publish(folder, replaced_in(folder)) as staging:
         record = write_donor(staging, dataclasses.replace(donor.record, name=name), donor.store, max_shard_size)
-        copy_companions(recipient, revision, staging)
+        copy_companions(donor.companions_in(recipient), revision, staging)
         config.tokenizer_class = tokenizer_class(record.model_type, staging)
         write_json(staging / "config.json", transplant_fields(config))
         donor_card(record, config, repo_id or folder.name).save(staging / "README.md")
+        check(staging)
 
 
 def write_donor(folder: Path, record: DonorRecord, store: TensorStore, max_shard_size: int | str) -> DonorRecord:
     """Write a donor's weights and record into a folder, and return the record with the files' sha256."""
-    tensors = {name: part[...] for name, part in store.slices().items()}
+    infos, parts = store.infos(), store.slices()
     split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="donor{suffix}.safetensors", max_shard_size=max_shard_size
+        {name: torch.empty(info.shape, dtype=loaded_dtype(info.dtype), device="meta") for name, info in infos.items()},
+        filename_pattern="donor{suffix}.safetensors",
+        max_shard_size=max_shard_size,
     )
     stamps: dict[str, FileStamp] = {}
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    for filename, names in tqdm(
-        sorted(split.filename_to_tensors.items()), desc="Writing donor", unit="file", disable=total < _PROGRESS_FROM
-    ):
-        save_file(_storable({name: tensors[name] for name in names}), folder / filename, metadata={"format": "pt"})
-        stamps[filename] = FileStamp(sha256_of(folder / filename), (folder / filename).stat().st_size)
+    total = sum(map(size_of, infos.values()))
+    with tqdm(total=total, desc="Writing donor", unit="B", unit_scale=True, disable=total < _PROGRESS_FROM) as progress:
+        for filename, names in sorted(split.filename_to_tensors.items()):
+            digest = write_safetensors(folder / filename, {name: infos[name] for name in names}, parts, progress)
+            stamps[filename] = FileStamp(digest, (folder / filename).stat().st_size)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / DONOR_INDEX, index)
     record = dataclasses.replace(record, files=stamps)
     record.write(folder)
     return record
-
-
-def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Check that weights are finite, and give tied or strided ones memory of their own."""
-    seen: set[int] = set()
-    stored = {}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel() and not _finite(tensor):
-            raise CheckpointError(f"donor tensor {name!r} holds NaN or infinity; it is not saved.")
-        tensor = tensor.detach().to("cpu").contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        stored[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return stored
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    if tensor.element_size() == 1:  # float8 has no reductions
-        tensor = tensor.to(torch.float32)
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def transplant_fields(config: TransplantConfig) -> dict[str, Any]:
@@ -202,31 +179,3 @@ def written_reference(recipient: str, folder: Path) -> str:
         relative = os.path.relpath(path, folder)
         return relative if relative.startswith(".") else f"./{relative}"
     return str(path)
-
-
-def copy_companions(recipient: str, revision: str | None, folder: Path, cache_dir: str | None = None) -> None:
-    """Copy the recipient's tokenizer and generation config, when they are at hand; nothing is downloaded."""
-    source = Path(recipient).expanduser()
-    if not source.is_dir():
-        try:
-            source = Path(snapshot_download(recipient, revision=revision, cache_dir=cache_dir, local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError):
-            return
-    for path in _matching(source, COMPANION_FILES):
-        if not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
-
-
-def tokenizer_class(model_type: str, folder: Path) -> str | None:
-    """Return the tokenizer's class where only the recipient's model type tells it, as for the original GPT-2.
-
-    A transplant has a model type of its own, so its `config.json` must say it.
-    """
-    path = folder / "tokenizer_config.json"
-    if path.exists() and read_json(path, "the tokenizer's configuration").get("tokenizer_class"):
-        return None
-    return TOKENIZER_MAPPING_NAMES.get(model_type) if _matching(folder, COMPANION_FILES[:2]) else None
-
-
-def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})

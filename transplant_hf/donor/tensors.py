@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..storage import read_json
+from .dtypes import stored_dtype
 
 __all__ = ["DONOR_FILE", "DONOR_INDEX", "MemoryTensors", "TensorInfo", "TensorStore", "layer_of", "open_donor_files"]
 
@@ -81,7 +82,7 @@ class MemoryTensors:
     def infos(self) -> Mapping[str, TensorInfo]:
         """Describe every tensor."""
         return {
-            name: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            name: TensorInfo(tuple(tensor.shape), stored_dtype(tensor.dtype, name))
             for name, tensor in self._tensors.items()
         }
 

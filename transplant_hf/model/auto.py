@@ -10,10 +10,11 @@ from typing import Any
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 
+from ..architecture import native_class
 from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig
 from ..donor import Donor
-from ..errors import CompatibilityError, ConfigurationError
+from ..errors import ConfigurationError
 from ..sources import HubOptions, Source, reading
 from ..splice import Blueprint, draw_blueprint, follow_quantization, report_fit
 from .loading import FileChecks, Loading, loading
@@ -202,29 +203,11 @@ def _class_for(
     auto_class: Any, config: PreTrainedConfig, name: str, trust_remote_code: bool | None, hub: HubOptions
 ) -> tuple[Any, PreTrainedConfig]:
     """Return the class an Auto class would use, and the configuration it would give it."""
-    mapping = auto_class._model_mapping
-    known = type(config) in mapping
+    known = type(config) in auto_class._model_mapping
     reference = getattr(config, "auto_map", {}).get(auto_class.__name__) if hasattr(config, "auto_map") else None
     if reference is not None and resolve_trust_remote_code(trust_remote_code, name, known, True):
         return get_class_from_dynamic_module(reference, name, **hub.as_kwargs()), config
-    if not known:
-        raise CompatibilityError(
-            f"recipient {name} ({config.model_type}) is not a decoder-only model: {auto_class.__name__} has no class "
-            f"for {type(config).__name__}."
-        )
-    found = mapping[type(config)]
-    if isinstance(found, list | tuple):
-        by_name = {option.__name__: option for option in found}
-        found = next((by_name[a] for a in config.architectures or () if a in by_name), found[0])
-    text = config.sub_configs.get("text_config")
-    if text is not None and getattr(found, "config_class", None) == text:
-        quantization = getattr(config, "quantization_config", None)
-        config = config.get_text_config()
-        if quantization is not None:
-            config.quantization_config = quantization
-    if config.is_encoder_decoder and not getattr(config, "is_decoder", False):
-        config.is_encoder_decoder, config.is_decoder = False, True
-    return found, config
+    return native_class(auto_class, config, name)
 
 
 def _remember(model: Any, request: Request, hub: HubOptions) -> None:

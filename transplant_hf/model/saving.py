@@ -16,14 +16,13 @@ from transformers.utils import logging
 
 from ..config import DonorSpec, TransplantConfig
 from ..donor.card import donor_card
+from ..donor.companions import copy_companions, tokenizer_class
 from ..donor.extract import checkpoint_tensors
 from ..donor.record import DonorRecord
 from ..donor.save import (
-    copy_companions,
     refuse_recipients_place,
     replaced_among,
     replaced_in,
-    tokenizer_class,
     transplant_fields,
     vocabulary_of,
     write_donor,

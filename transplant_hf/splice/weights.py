@@ -14,6 +14,7 @@ from safetensors.torch import load as load_safetensors_bytes
 from transformers.modeling_utils import load_state_dict
 
 from ..architecture import LayerNames
+from ..donor.stream import is_finite
 from ..donor.tensors import layer_of
 from ..errors import CheckpointError
 from ..layer_map import RECIPIENT
@@ -72,12 +73,7 @@ class FiniteCheck:
 
     def look(self, name: str, tensor: torch.Tensor) -> None:
         """Remember a tensor that holds NaN or infinity."""
-        if not tensor.is_floating_point() or tensor.numel() == 0:
-            return
-        if tensor.element_size() == 1:  # float8 has no reductions
-            tensor = tensor.to(torch.float32)
-        low, high = torch.aminmax(tensor.detach())
-        if not (torch.isfinite(low) and torch.isfinite(high)):
+        if not is_finite(tensor.detach()):
             self.not_finite.append(name)
 
 

@@ -1,0 +1,43 @@
+"""The class an Auto class builds for a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..errors import CompatibilityError
+
+__all__ = ["native_class"]
+
+
+def native_class(auto_class: Any, config: PreTrainedConfig, name: str) -> tuple[Any, PreTrainedConfig]:
+    """Return the class an Auto class would use, and the configuration it would give it.
+
+    Args:
+        auto_class: Such as `AutoModelForCausalLM`.
+        config: A configuration of Transformers' own.
+        name: The model it belongs to, for messages.
+
+    Raises:
+        CompatibilityError: The Auto class has none.
+    """
+    mapping = auto_class._model_mapping
+    if type(config) not in mapping:
+        raise CompatibilityError(
+            f"recipient {name} ({config.model_type}) is not a decoder-only model: {auto_class.__name__} has no class "
+            f"for {type(config).__name__}."
+        )
+    found = mapping[type(config)]
+    if isinstance(found, list | tuple):
+        by_name = {option.__name__: option for option in found}
+        found = next((by_name[a] for a in config.architectures or () if a in by_name), found[0])
+    text = config.sub_configs.get("text_config")
+    if text is not None and getattr(found, "config_class", None) == text:
+        quantization = getattr(config, "quantization_config", None)
+        config = config.get_text_config()
+        if quantization is not None:
+            config.quantization_config = quantization
+    if config.is_encoder_decoder and not getattr(config, "is_decoder", False):
+        config.is_encoder_decoder, config.is_decoder = False, True
+    return found, config

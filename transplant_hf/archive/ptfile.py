@@ -1,0 +1,195 @@
+"""`PtFile`: the tensors of a `.pt` file, described at once and read a piece at a time."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from .container import Region, open_container
+from .tree import Content, flatten
+from .unpickle import TensorRef
+
+__all__ = ["PtFile", "PtTensor"]
+
+_STEP = 1 << 24
+
+
+class PtFile:
+    """A file that `torch.save` wrote, of any size.
+
+    Opening it reads descriptions only. Bytes are read on demand, and a storage's checksum is compared before anything
+    is taken from it.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: Not such a file, cut short, compressed, or inconsistent.
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = Path(tempfile.mkdtemp()) / "layers.pt"
+        >>> torch.save([{"weight": torch.ones(2, 3)}], path)
+        >>> PtFile(path)["0.weight"][1:]
+        tensor([[1., 1., 1.]])
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).expanduser()
+        container = open_container(self.path)
+        self._storages = container.storages
+        self._content: Content = flatten(container.content, str(self.path))
+        self._size = self.path.stat().st_size
+        self._checked: set[str] = set()
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRef]:
+        """Descriptions of all tensors, by dotted name."""
+        return self._content.tensors
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Plain values beside the tensors, by dotted name."""
+        return self._content.values
+
+    @property
+    def classes(self) -> set[str]:
+        """Classes of pickled objects; nothing of them was run."""
+        return self._content.classes
+
+    def __getitem__(self, name: str) -> PtTensor:
+        return PtTensor(self, name, self.tensors[name])
+
+    def region(self, name: str) -> Region:
+        """Return where a tensor's storage lies, once what the tensor claims has been compared with it.
+
+        Raises:
+            CheckpointError: The storage is missing, or smaller than the tensor.
+        """
+        ref = self.tensors[name]
+        storage = self._storages.get(ref.storage.key)
+        if storage is None:
+            raise CheckpointError(
+                f"{self.path}: the bytes of tensor {name!r} are missing (storage {ref.storage.key!r})."
+            )
+        claimed = ref.storage.num_elements * ref.storage.dtype.itemsize
+        if claimed != storage.size:
+            raise CheckpointError(
+                f"{self.path}: the storage of tensor {name!r} claims {claimed} bytes, the file holds {storage.size}."
+            )
+        last = (ref.last_element + 1) * ref.dtype.itemsize if ref.num_elements else 0
+        if ref.nbytes > storage.size or last > storage.size:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} of shape {list(ref.shape)} claims {max(ref.nbytes, last)} bytes, its "
+                f"storage holds {storage.size}. An expanded tensor must be saved with .contiguous()."
+            )
+        return storage
+
+    def check(self, name: str) -> Region:
+        """Compare the checksum of a tensor's storage with its bytes, once.
+
+        Raises:
+            CheckpointError: They differ.
+        """
+        region, key = self.region(name), self.tensors[name].storage.key
+        if key not in self._checked:
+            if region.crc is not None and self._crc(region) != region.crc:
+                raise CheckpointError(
+                    f"{self.path}: the bytes of tensor {name!r} do not have the checksum recorded for them: the file "
+                    "was changed or damaged. Get it again from its author."
+                )
+            self._checked.add(key)
+        return region
+
+    def _crc(self, region: Region) -> int:
+        value = 0
+        buffer = bytearray(min(_STEP, region.size))
+        with self.path.open("rb", buffering=0) as file:
+            for start in range(region.start, region.end, _STEP):
+                part = memoryview(buffer)[: min(_STEP, region.end - start)]
+                self._fill(file, start, part)
+                value = zlib.crc32(part, value)
+        return value
+
+    def read(self, start: int, size: int) -> bytearray:
+        """Read bytes of the file.
+
+        Raises:
+            CheckpointError: The file became shorter.
+        """
+        buffer = bytearray(size)
+        with self.path.open("rb", buffering=0) as file:
+            self._fill(file, start, memoryview(buffer))
+        return buffer
+
+    def _fill(self, file: Any, start: int, view: memoryview) -> None:
+        file.seek(start)
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise CheckpointError(f"{self.path} became shorter while it was read.")
+            done += count
+
+    def mapped(self, start: int, size: int) -> torch.Tensor:
+        """Map bytes of the file, for tensors whose elements are not in order.
+
+        Returns:
+            `[size]` uint8, read from disk as it is used.
+        """
+        if self.path.stat().st_size != self._size:
+            raise CheckpointError(f"{self.path} changed its size while it was read.")
+        if not size:
+            return torch.empty(0, dtype=torch.uint8)
+        first = start - start % mmap.ALLOCATIONGRANULARITY
+        with self.path.open("rb") as file:
+            view = mmap.mmap(file.fileno(), start - first + size, access=mmap.ACCESS_COPY, offset=first)
+        return torch.frombuffer(view, dtype=torch.uint8, offset=start - first, count=size)
+
+
+class PtTensor:
+    """A tensor of a `.pt` file; `[...]`, or a slice of the first dimension, reads it."""
+
+    def __init__(self, file: PtFile, name: str, ref: TensorRef) -> None:
+        self._file, self._name, self._ref = file, name, ref
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its elements."""
+        return self._ref.dtype
+
+    def get_shape(self) -> list[int]:
+        """Its dimensions, as safetensors' slices tell them."""
+        return list(self._ref.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        region, ref = self._file.check(self._name), self._ref
+        if not ref.is_contiguous or not ref.num_elements:
+            return self._strided(region)[index].contiguous()
+        if isinstance(index, slice) and ref.shape and index.step in (None, 1):
+            start, stop, _ = index.indices(ref.shape[0])
+            return self._rows(region, start, max(start, stop))
+        return self._rows(region, 0, ref.shape[0] if ref.shape else 1)[index if ref.shape else ...]
+
+    def _rows(self, region: Region, start: int, stop: int) -> torch.Tensor:
+        ref = self._ref
+        row = ref.nbytes // ref.shape[0] if ref.shape else ref.nbytes
+        first = region.start + ref.offset * ref.dtype.itemsize + start * row
+        if stop == start:
+            return torch.empty((0, *ref.shape[1:]), dtype=ref.dtype)
+        data = torch.frombuffer(self._file.read(first, (stop - start) * row), dtype=torch.uint8)
+        return data.view(ref.dtype).reshape((stop - start, *ref.shape[1:]) if ref.shape else ())
+
+    def _strided(self, region: Region) -> torch.Tensor:
+        ref = self._ref
+        whole = self._file.mapped(region.start, region.size)
+        if whole.data_ptr() % ref.dtype.itemsize:  # files from before torch 1.6 are not aligned
+            whole = whole.clone()
+        return whole.view(ref.dtype).as_strided(ref.shape, ref.stride, ref.offset)

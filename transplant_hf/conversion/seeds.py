@@ -1,0 +1,115 @@
+"""The author's three donors: what they came from, and where they go."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, ConfigurationError
+from ..sources import HubOptions, locate
+from .convert import Conversion, convert
+
+__all__ = ["CHECKPOINTS", "SEEDS", "Seed", "convert_seeds"]
+
+CHECKPOINTS = "zuraiqi/neural-organ-transplantation-checkpoints"
+_WEIGHTS = "donor_layers.pt"
+_METADATA = "donor_metadata.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Seed:
+    """One of the author's donors.
+
+    Args:
+        folder: Its folder in the author's repository.
+        recipient: The model its layers came from.
+        layers: Their indices in it.
+        position: The best position the author found.
+        name: What the converted donor is called.
+    """
+
+    folder: str
+    recipient: str
+    layers: tuple[int, ...]
+    position: int
+    name: str
+
+
+SEEDS = (
+    Seed("gpt2", "openai-community/gpt2", (4, 5, 6), 1, "not-gpt2"),
+    Seed("tinyllama", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", (7, 8, 9), 3, "not-tinyllama"),
+    Seed("gptoss", "openai/gpt-oss-20b", (8, 9, 10), 4, "not-gpt-oss-20b"),
+)
+
+
+def convert_seeds(
+    output: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] = CHECKPOINTS,
+    seeds: Iterable[Seed] = SEEDS,
+    revision: str | None = None,
+    push_to: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+    **options: Any,
+) -> list[Conversion]:
+    """Convert the author's donors into one donor repo each.
+
+    Args:
+        output: The folder that receives a folder for each donor.
+        source: The author's repository, which is gated, or a folder with its files.
+        seeds: Which donors.
+        revision: The revision of the author's repository.
+        push_to: A user or organisation; each donor is pushed to a repository of its own there.
+        token: As in `from_pretrained`.
+        cache_dir: The same.
+        local_files_only: The same.
+        **options: `max_shard_size`, `verify` and `private`, as in `convert`.
+
+    Returns:
+        What was done, for each donor.
+
+    Raises:
+        HubError: No access to the repository, or out of reach.
+        CheckpointError: A file is missing, or is not what it should be.
+    """
+    hub = HubOptions(token, cache_dir, local_files_only)
+    done = []
+    for seed in seeds:
+        files = (f"{seed.folder}/{_WEIGHTS}", f"{seed.folder}/{_METADATA}")
+        found = locate(os.fspath(source), files=files, revision=revision, hub=hub)
+        path = found.folder / seed.folder / _WEIGHTS
+        if not path.exists():
+            raise CheckpointError(f"{found} has no {files[0]}; a folder as in {CHECKPOINTS} is needed.")
+        done.append(
+            convert(
+                path,
+                seed.recipient,
+                Path(output) / seed.name,
+                layers=seed.layers,
+                position=seed.position,
+                name=seed.name,
+                push_to=f"{push_to}/{seed.name}" if push_to else None,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                **options,
+            )
+        )
+    return done
+
+
+def seed_named(name: str) -> Seed:
+    """Return the donor in a folder of the author's repository.
+
+    Raises:
+        ConfigurationError: There is none of that name.
+    """
+    for seed in SEEDS:
+        if seed.folder == name:
+            return seed
+    raise ConfigurationError(f"the author's donors are {', '.join(seed.folder for seed in SEEDS)}, not {name!r}.")

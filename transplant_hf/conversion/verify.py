@@ -1,0 +1,89 @@
+"""Run one layer with the weights of two donors, and compare what comes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..architecture import Anatomy, LayerOrigin, decoder_stack, native_class, splice_config
+from ..donor import Donor
+from ..errors import CheckpointError, ConfigurationError
+from ..model.memory import transplant
+
+__all__ = ["compare_outputs", "first_layer_output"]
+
+_TOKENS = 16
+
+
+def compare_outputs(one: Donor, other: Donor) -> None:
+    """Run the first layer of two donors on the same random hidden states.
+
+    Raises:
+        CheckpointError: The outputs differ in any bit.
+    """
+    first, second = first_layer_output(one), first_layer_output(other)
+    if not torch.equal(first, second):
+        worst = float((first.float() - second.float()).abs().max())
+        raise CheckpointError(
+            f"layer 0 of {other} gives other hidden states than that of {one} (largest difference {worst:.3g})."
+        )
+
+
+def first_layer_output(donor: Donor, seed: int = 0) -> torch.Tensor:
+    """Run a donor's first layer alone, in a model that has no other.
+
+    Args:
+        donor: The donor.
+        seed: Of the random hidden states.
+
+    Returns:
+        `[1, 16, hidden]`.
+
+    Raises:
+        CheckpointError: What comes out is not finite.
+        ConfigurationError: No configuration of this architecture builds that layer alone.
+    """
+    fields = {**donor.record.source_config, "model_type": donor.model_type}
+    fields.pop("quantization_config", None)  # a donor's weights are in full precision
+    model_class, config = native_class(AutoModelForCausalLM, AutoConfig.for_model(**fields), str(donor))
+    anatomy = Anatomy(model_class, config, f"the source model of donor {donor}")
+    model = transplant(_shell(anatomy, donor), donor.part([0]), 0, mode="replace")
+    seen: list[torch.Tensor] = []
+
+    def keep(_module: Any, _inputs: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = decoder_stack(model, anatomy.stack_path)[0].register_forward_hook(keep)
+    size = config.get_text_config().hidden_size
+    hidden = torch.randn(1, _TOKENS, size, generator=torch.Generator().manual_seed(seed)).to(model.dtype)
+    with torch.no_grad():
+        model.base_model(inputs_embeds=hidden, use_cache=False)
+    handle.remove()
+    if not torch.isfinite(seen[0]).all():
+        raise CheckpointError(f"layer 0 of {donor} turns random hidden states into NaN or infinity.")
+    return seen[0]
+
+
+def _shell(anatomy: Anatomy, donor: Donor) -> PreTrainedModel:
+    """A model with the donor's first layer and no other; memory for embeddings is reserved but never touched."""
+    spliced = splice_config(anatomy, [LayerOrigin(anatomy, donor.layer_indices[0])])
+    if not spliced.native:
+        raise ConfigurationError(
+            f"layer {donor.layer_indices[0]} of {donor} cannot be run alone ({spliced.reasons[0]}); convert it without "
+            "verifying outputs."
+        )
+    dtype = next(iter(donor.part([0]).store.slices().values()))[...].dtype
+    with no_init_weights():
+        shell: PreTrainedModel = anatomy.model_class._from_config(spliced.config, dtype=dtype)
+    large = {
+        id(part.weight) for part in (shell.get_input_embeddings(), shell.get_output_embeddings()) if part is not None
+    }
+    with torch.no_grad():
+        for parameter in shell.parameters():
+            if id(parameter) not in large:
+                parameter.zero_()
+    shell.tie_weights()
+    return shell.eval()

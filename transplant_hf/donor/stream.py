@@ -1,0 +1,112 @@
+"""Write safetensors files a piece at a time, so that memory does not grow with the file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from ..errors import CheckpointError
+from .dtypes import loaded_dtype
+from .tensors import TensorInfo
+
+__all__ = ["is_finite", "pieces", "size_of", "write_safetensors"]
+
+_PIECE = 1 << 24
+_ALIGNMENT = 8
+_T = TypeVar("_T")
+
+
+def size_of(info: TensorInfo) -> int:
+    """Return how many bytes a tensor takes in a file."""
+    return info.num_elements * loaded_dtype(info.dtype).itemsize
+
+
+def pieces(info: TensorInfo, part: Any) -> Iterator[torch.Tensor]:
+    """Read a lazy tensor, some entries of its first dimension at a time.
+
+    Yields:
+        Contiguous parts, in order, of about 16 MiB; at least one entry each.
+    """
+    if not info.shape or size_of(info) <= _PIECE:
+        yield part[...].detach().to("cpu").contiguous()
+        return
+    rows = max(1, _PIECE // (size_of(info) // info.shape[0]))
+    for start in range(0, info.shape[0], rows):
+        yield part[start : min(start + rows, info.shape[0])].detach().to("cpu").contiguous()
+
+
+def write_safetensors(
+    path: Path, infos: Mapping[str, TensorInfo], parts: Mapping[str, Any], progress: tqdm[Any]
+) -> str:
+    """Write tensors into one file.
+
+    Args:
+        path: The file.
+        infos: What they are.
+        parts: Lazy tensors of the same names.
+        progress: Told of every byte.
+
+    Returns:
+        The file's sha256, in hexadecimal.
+
+    Raises:
+        CheckpointError: A tensor that is not finite.
+    """
+    names = sorted(infos, key=lambda name: (-loaded_dtype(infos[name].dtype).itemsize, name))
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        header = _header({name: infos[name] for name in names})
+        digest.update(header)
+        file.write(header)
+        for data in _ahead(_checked_bytes(infos, parts, names)):
+            file.write(data)
+            digest.update(data)
+            progress.update(len(data))
+    return digest.hexdigest()
+
+
+def _header(infos: Mapping[str, TensorInfo]) -> bytes:
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, info in infos.items():
+        end = start + size_of(info)
+        fields[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _checked_bytes(infos: Mapping[str, TensorInfo], parts: Mapping[str, Any], names: list[str]) -> Iterator[memoryview]:
+    for name in names:
+        for piece in pieces(infos[name], parts[name]):
+            if not is_finite(piece):
+                raise CheckpointError(f"donor tensor {name!r} holds NaN or infinity; it is not saved.")
+            yield piece.reshape(-1).view(torch.uint8).numpy().data
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.element_size() == 1:  # float8 has no reductions
+        tensor = tensor.to(torch.float32)
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def _ahead(items: Iterator[_T]) -> Iterator[_T]:
+    """Have the next item made while the present one is used: reading and checking run beside writing and hashing."""
+    end = object()
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]

@@ -1,0 +1,103 @@
+"""The names of tensors in `.pt` files: taken apart where a layer's number stands."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from ..architecture import Anatomy, LayerNames
+
+__all__ = ["LayerPart", "NameReader", "is_adapter"]
+
+# What wrappers put into names: DataParallel, torch.compile, FSDP, activation checkpointing, PEFT.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
+_NUMBER = re.compile(r"(.*?)(\d+)")
+# What older Transformers versions stored in layers besides weights, and computes today.
+_COMPUTED = re.compile(
+    r"(?:.*\.)?(?:masked_bias|inv_freq|original_inv_freq|cos_cached|sin_cached|attn\.bias|causal_mask)"
+)
+_PACKED = ("_blocks", "_scales")
+_ADAPTER = re.compile(r"(?:^|\.)(?:lora_|ia3_|hada_|lokr_|oft_|boft_|vera_|adalora)")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPart:
+    """A file's name of a layer's tensor.
+
+    Args:
+        prefix: What stands before the layer's number.
+        number: The number; 0 where the file holds one layer without any.
+        rest: The name inside the layer, as a checkpoint has it.
+        inside: The name inside the layer, as the model has it; `None` for what the layer computes itself.
+        packed: "_blocks" or "_scales" for a part of an MXFP4 tensor.
+    """
+
+    prefix: str
+    number: int
+    rest: str
+    inside: str | None
+    packed: str = ""
+
+
+class NameReader:
+    """Finds the layer's number in names of an architecture's tensors.
+
+    Args:
+        anatomy: The source model, looked at.
+    """
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.names = LayerNames(anatomy.model, anatomy.stack_path)
+        self._path = anatomy.stack_path
+        self._known = {name for layer in anatomy.layers for name in layer.state_dict()}
+
+    def part(self, name: str) -> LayerPart | None:
+        """Take a name apart; `None` when nothing after a number in it names a tensor of a layer."""
+        pieces = name.split(".")
+        for at, piece in enumerate(pieces):
+            match = _NUMBER.fullmatch(piece)
+            if match is not None:
+                prefix = ".".join([*pieces[:at], *([match[1]] if match[1] else [])])
+                found = self._inside(prefix, int(match[2]), pieces[at + 1 :])
+                if found is not None:
+                    return found
+        return None
+
+    def part_of_only_layer(self, name: str) -> LayerPart | None:
+        """The same for a file that holds one layer, without a number."""
+        pieces = name.split(".")
+        for at in range(len(pieces)):
+            found = self._inside(".".join(pieces[:at]), 0, pieces[at:])
+            if found is not None:
+                return found
+        return None
+
+    def _inside(self, prefix: str, number: int, pieces: list[str]) -> LayerPart | None:
+        for rest in _unwrapped(pieces):
+            packed = next((end for end in _PACKED if rest.endswith(end)), "")
+            plain = rest.removesuffix(packed)
+            inside = self.names.inside_layer(f"{self._path}.0.{plain}")
+            if inside in self._known:
+                return LayerPart(prefix, number, plain, inside, packed)
+            if _COMPUTED.fullmatch(rest) or self.names.is_ignored(f"{self._path}.0.{rest}"):
+                return LayerPart(prefix, number, rest, None)
+        return None
+
+
+def _unwrapped(pieces: list[str]) -> Iterator[str]:
+    if pieces:
+        yield ".".join(pieces)
+        clean = [piece for piece in pieces if piece not in _WRAPPERS]
+        if clean and clean != pieces:
+            yield ".".join(clean)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor belongs to an adapter that was not merged into the layers.
+
+    Example:
+        >>> is_adapter("base_model.model.h.0.attn.c_attn.lora_A.default.weight")
+        True
+    """
+    return bool(_ADAPTER.search(name))
