@@ -1,0 +1,64 @@
+"""Convert the three donors of the author of Neural Organ Transplantation (arXiv 2601.13580) into donor repos.
+
+The author's repository is gated: ask for access on its page and log in with `hf auth login`, or name a folder with
+the same files. Of the recipients only the configuration and the tokenizer are fetched.
+
+example: python conversion_scripts/convert_not_checkpoints.py donors --only gpt2 --verify
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from transplant_hf import TransplantError
+from transplant_hf.conversion import CHECKPOINTS, SEEDS, convert_seeds
+
+
+def main() -> int:
+    """Convert what the command line names."""
+    options = _parser().parse_args()
+    recipients = dict(pair.split("=", 1) for pair in options.recipient)
+    seeds = [
+        dataclasses.replace(seed, recipient=recipients.get(seed.folder, seed.recipient))
+        for seed in SEEDS
+        if seed.folder in options.only
+    ]
+    try:
+        done = convert_seeds(
+            options.output,
+            source=options.source,
+            seeds=seeds,
+            push_to=options.push_to_hub,
+            private=options.private or None,
+            verify=options.verify,
+            max_shard_size=options.max_shard_size,
+        )
+    except TransplantError as error:
+        print(f"convert_not_checkpoints: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps([one.to_dict() for one in done], indent=2) if options.json else "\n".join(map(str, done)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    folders = [seed.folder for seed in SEEDS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("output", type=Path, help="folder that receives a donor repo for each donor")
+    add("--source", default=CHECKPOINTS, help="the author's repository, or a folder (default: %(default)s)")
+    add("--only", nargs="+", choices=folders, default=folders, help="default: all three")
+    add("--recipient", action="append", default=[], metavar="FOLDER=MODEL", help="another recipient for a donor")
+    add("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
+    add("--verify", action="store_true", help="also run one layer with the weights of both files")
+    add("--push-to-hub", metavar="NAMESPACE", help="upload each donor to a repository of its own there")
+    add("--private", action="store_true", help="make those repositories private if they are new")
+    add("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

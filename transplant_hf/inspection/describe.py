@@ -1,0 +1,222 @@
+"""An inspection as a person reads it: a title, aligned lines, and the layer map as a picture."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..layer_map import LayerMap
+
+if TYPE_CHECKING:
+    from .findings import DonorInspection, Inspection, ModelInspection, PtInspection, TransplantInspection, Weights
+
+__all__ = ["bytes_text", "describe", "numbers_text"]
+
+Row = tuple[str, str]
+
+_MOST = 12
+_FEW = 6
+_WIDEST = 100
+
+
+def describe(found: Inspection) -> str:
+    """Return an inspection as text.
+
+    Args:
+        found: Any kind of inspection.
+    """
+    title, rows = _TELLERS[found.kind](found)
+    told = [
+        *((label, text) for label, text in rows),
+        *(("note" if number == 0 else "", note) for number, note in enumerate(found.notes)),
+        *(("problem", problem) for problem in found.problems),
+    ]
+    width = max(len(label) for label, _ in told)
+    lines = [_safe(f"{_named(found.what, found.revision)}: {title}")]
+    for label, text in told:
+        first, *rest = text.splitlines() or [""]
+        lines.append(_safe(f"  {label:{width}}  {first}").rstrip())
+        lines += [_safe(f"  {'':{width}}  {line}") for line in rest]
+    layer_map = getattr(found, "layer_map", None)
+    if layer_map:
+        # A donor's name may hold line breaks, and draw layers that are not there.
+        lines += ["", str(LayerMap((_safe(source), index) for source, index in layer_map))]
+    return "\n".join(lines)
+
+
+def bytes_text(count: int) -> str:
+    """Return a size as a person says it.
+
+    Example:
+        >>> bytes_text(85_053_440), bytes_text(812)
+        ('81.1 MiB', '812 bytes')
+    """
+    size, unit = float(count), "bytes"
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{count:,} bytes" if unit == "bytes" else f"{size:,.1f} {unit}"
+
+
+def numbers_text(numbers: Sequence[int]) -> str:
+    """Return layer numbers as a person says them.
+
+    Example:
+        >>> numbers_text([4, 5, 6]), numbers_text(range(24)), numbers_text([])
+        ('4, 5, 6', '0..23', 'none')
+    """
+    if len(numbers) > _FEW and list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
+        return f"{numbers[0]}..{numbers[-1]}"
+    return _listed(list(map(str, numbers)))
+
+
+def _safe(line: str) -> str:
+    """Take what could steer a terminal out of strangers' words."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+
+
+def _listed(items: Sequence[str], most: int = _MOST) -> str:
+    more = f", ... and {len(items) - most:,} more" if len(items) > most else ""
+    return (", ".join(items[:most]) or "none") + more
+
+
+def _named(name: str | None, revision: str | None) -> str:
+    return f"{name}@{revision}" if name and revision else name or "unknown"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+# -- Donors and transplants --------------------------------------------------------------------------------------
+
+
+def _donor(found: DonorInspection) -> tuple[str, Iterator[Row]]:
+    def rows() -> Iterator[Row]:
+        if found.name:
+            yield "name", found.name
+        source = _named(found.source, found.source_revision) if found.source else "a model that is not recorded"
+        yield "layers", f"{numbers_text(found.layer_indices)} of {source} ({found.model_type})"
+        yield from _weights(found.weights)
+        yield "recipient", _named(found.recipient, found.recipient_revision) if found.recipient else "not recorded"
+        yield "position", _position(found.position, found.placed_at)
+        yield from _values("metadata", found.metadata)
+        if found.compatibility is not None and found.compatibility:
+            yield "fit", str(found.compatibility)
+
+    return f"a donor of {_counted(len(found.layer_indices), 'layer')}", rows()
+
+
+def _position(recommended: int | None, placed_at: int | None) -> str:
+    known = "none is recommended" if recommended is None else f"{recommended} is recommended"
+    if placed_at is None or placed_at == recommended:
+        return known if recommended is None else f"{recommended} (recommended)"
+    return f"{placed_at} (asked for; {known})"
+
+
+def _transplant(found: TransplantInspection) -> tuple[str, Iterator[Row]]:
+    def rows() -> Iterator[Row]:
+        where = " (inside it)" if found.full else ""
+        yield "recipient", _named(found.recipient, found.recipient_revision) + where
+        yield "donors", f"{_counted(found.parameters, 'parameter')}, {bytes_text(found.size)}"
+        for donor in found.donors:
+            how = "in place of recipient layers from" if donor.mode == "replace" else "at"
+            strength = "" if donor.strength == 1 else f", strength {donor.strength:g}"
+            yield "", ""
+            yield donor.name, _named(donor.donor, donor.revision)
+            yield "", f"layers {numbers_text(donor.layer_indices)} {how} position {donor.position}{strength}"
+            for label, text in _weights(donor.weights):
+                yield "", f"{label}: {text}"
+            for _, text in _values("", donor.metadata):
+                yield "", text
+        for number, report in enumerate(found.compatibility):
+            if report:
+                yield ("" if number else "fit"), str(report)
+
+    return f"a {'full' if found.full else 'thin'} transplant of {_counted(len(found.donors), 'donor')}", rows()
+
+
+def _weights(weights: Weights) -> Iterator[Row]:
+    per_layer = sorted(set(weights.per_layer))
+    ends = dict.fromkeys([per_layer[0], per_layer[-1]] if per_layer else ())
+    each = f", {' to '.join(f'{count:,}' for count in ends)} per layer" if ends else ""
+    yield "parameters", f"{weights.parameters:,}{each and ' in all'}{each} ({_dtypes(weights.dtypes)})"
+    files = weights.files[0].name if len(weights.files) == 1 else _counted(len(weights.files), "file")
+    yield "weights", f"{bytes_text(weights.size)} in {files}, {_counted(weights.tensors, 'tensor')}"
+    yield (
+        "sha256",
+        {
+            "recorded": "recorded, not compared",
+            "same on the Hub": "recorded, and the same on the Hub",
+            "verified": "verified",
+        }.get(weights.sha256, weights.sha256),
+    )
+
+
+def _dtypes(dtypes: Mapping[str, int]) -> str:
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return _listed([f"{name} {count:,}" for name, count in dtypes.items()], _FEW) if dtypes else "empty"
+
+
+def _values(label: str, values: Mapping[str, Any]) -> Iterator[Row]:
+    for number, (name, value) in enumerate(values.items()):
+        if number == _MOST:
+            yield "", f"... and {len(values) - _MOST:,} more"
+            return
+        text = value if isinstance(value, str) else reprlib.repr(value)
+        short = " ".join(f"{name}: {text}".split())
+        yield ("" if number else label), short if len(short) <= _WIDEST else f"{short[: _WIDEST - 3]}..."
+
+
+# -- Models and files --------------------------------------------------------------------------------------------
+
+
+def _model(found: ModelInspection) -> tuple[str, Iterator[Row]]:
+    def rows() -> Iterator[Row]:
+        yield "class", found.architecture or "none that is known here"
+        if found.num_layers is not None and found.positions is not None:
+            yield "layers", f"{found.num_layers:,}"
+            yield "positions", f"{found.positions[0]}..{found.positions[1]}"
+        if found.hidden_size is not None:
+            yield "hidden size", f"{found.hidden_size:,}"
+        yield "donors", "can be put between its layers" if found.movable else f"cannot: {found.reason}"
+        if found.sharing_layers:
+            yield "shared", f"layers {numbers_text(found.sharing_layers)} share weights, and stay where they are"
+        if found.weights is not None:
+            yield from _weights(found.weights)
+
+    return f"a model of type {found.model_type}", rows()
+
+
+def _pt(found: PtInspection) -> tuple[str, Iterator[Row]]:
+    def rows() -> Iterator[Row]:
+        yield "size", bytes_text(found.size)
+        yield "parameters", f"{found.parameters:,} ({_dtypes(found.dtypes)})"
+        yield "tensors", f"{len(found.tensors):,}"
+        shown = list(found.tensors.items())[:_FEW]
+        for name, tensor in shown:
+            yield "", f"{name} {list(tensor.shape)} {tensor.dtype}"
+        if len(found.tensors) > len(shown):
+            yield "", f"... and {len(found.tensors) - len(shown):,} more"
+        for number, group in enumerate(found.numbering[:3]):
+            place = f"after {group.prefix!r}" if group.prefix else "at the top"
+            counted = _counted(group.tensors, "tensor")
+            yield ("" if number else "numbered"), f"{numbers_text(group.numbers)} {place}, {counted}"
+        if found.classes:
+            yield "classes", f"{_listed(found.classes, _FEW)}; pickled, nothing of them was run"
+        yield from _values("values", found.values)
+        yield from _values("metadata", found.metadata)
+        if found.layer_indices:
+            source = f"{found.recipient} ({found.model_type})"
+            yield "layers", f"{numbers_text(found.layer_indices)} of {source}"
+            yield "position", str(found.placed_at)
+            if found.dropped:
+                yield "left out", f"{_counted(len(found.dropped), 'tensor')}: {_listed(found.dropped, 4)}"
+
+    return "a .pt file, read without unpickling", rows()
+
+
+_TELLERS: Mapping[str, Any] = {"donor": _donor, "transplant": _transplant, "model": _model, "pt": _pt}

@@ -1,0 +1,259 @@
+"""Donors and transplants, by their configuration and the headers of the donors' weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..architecture.build import BUILD_ERRORS
+from ..compatibility import CompatibilityReport
+from ..config import DonorSpec, TransplantConfig
+from ..donor import DONOR_CONFIG, Donor, DonorRecord
+from ..donor.tensors import DONOR_FILE, DONOR_INDEX, layer_of
+from ..errors import ConfigurationError, TransplantError
+from ..layer_map import LayerMap, Placement, Splice
+from ..model.auto import check_compatibility
+from ..sources import HubOptions, Source, points_to_folder
+from .files import Files, parsing
+from .findings import DonorInspection, PlacedDonor, TransplantInspection, Weights
+from .headers import HeaderTensors
+from .recipients import look_at
+from .weights import read_weights, summary
+
+__all__ = ["Asked", "carries_recipient", "inspect_donor", "inspect_transplant", "read_transplant"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the caller wants to know.
+
+    Args:
+        what: What is inspected.
+        recipient: A recipient to hold it against.
+        position: Where it would go.
+        verify: Whether files are hashed.
+        hub: How to reach the Hub.
+    """
+
+    what: str
+    recipient: str | None
+    position: int | None
+    verify: bool
+    hub: HubOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A donor by its headers, its weights summed up, and what is wrong with them."""
+
+    donor: Donor
+    weights: Weights
+    problems: tuple[str, ...]
+
+
+def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> DonorInspection:
+    """Inspect a donor.
+
+    Args:
+        files: Its files.
+        fields: Its `config.json`; empty when there is none.
+        asked: What is wanted.
+
+    Raises:
+        TransplantError: Malformed, or out of reach.
+    """
+    config = read_transplant(fields, files.source) if fields.get("model_type") == TransplantConfig.model_type else None
+    spec = next((spec for spec in config.donors if spec.donor == "."), None) if config is not None else None
+    opened = _open(files, spec.position if spec is not None else None, asked.verify)
+    donor, record = opened.donor, opened.donor.record
+    named = config.recipient if config is not None and config.recipient else None
+    recipient = named or record.source_id
+    revision = config.recipient_revision if config is not None and named else record.source_revision
+    place = donor.position if asked.position is None else asked.position
+    notes: list[str] = []
+    problems = list(opened.problems)
+    report, layer_map = None, LayerMap()
+    name = _running_name(spec, donor, asked.what)
+    if asked.recipient is not None:
+        report = _fit(asked.recipient, donor, place, asked.hub)
+        layer_map = report.layer_map
+        problems += [] if report else [str(report)]
+    elif place is not None and recipient is not None:
+        # A reference in `config.json` is relative to it; one in the record is not.
+        base = files.source if named else None
+        mode = spec.mode == "replace" if spec is not None else False
+        placement = Placement(name, place, record.layer_indices, mode)
+        layer_map, notes = _map_of(recipient, revision, base, [placement], asked.hub)
+    else:
+        known = {"recipient": recipient, "position": place}
+        missing = " and ".join(f"no {name}" for name, value in known.items() if value is None)
+        notes.append(f"{missing} is recorded, so there is no layer map.")
+    return DonorInspection(
+        what=asked.what,
+        revision=files.source.revision,
+        notes=tuple(notes),
+        problems=tuple(problems),
+        name=donor.name,
+        model_type=donor.model_type,
+        layer_indices=record.layer_indices,
+        source=record.source_id,
+        source_revision=record.source_revision,
+        recipient=recipient,
+        recipient_revision=revision,
+        position=donor.position,
+        placed_at=place,
+        metadata=donor.metadata,
+        weights=opened.weights,
+        layer_map=layer_map,
+        compatibility=report,
+    )
+
+
+def inspect_transplant(files: Files, fields: Mapping[str, Any], asked: Asked) -> TransplantInspection:
+    """Inspect a transplant.
+
+    Args:
+        files: Its files.
+        fields: Its `config.json`.
+        asked: What is wanted.
+
+    Raises:
+        TransplantError: Malformed, or a donor out of reach.
+    """
+    config = read_transplant(fields, files.source)
+    if not config.recipient or not config.donors:
+        missing = "donors" if config.recipient else "recipient"
+        raise ConfigurationError(f"the transplant configuration of {files.source} names no {missing}.")
+    if asked.position is not None and len(config.donors) > 1:
+        raise ConfigurationError(
+            f"{files.source} holds {len(config.donors)} donors, each at its own position; a position can be asked for "
+            "where there is one."
+        )
+    donors: list[PlacedDonor] = []
+    problems: list[str] = []
+    reports = []
+    for written in config.donors:
+        spec = written if asked.position is None else dataclasses.replace(written, position=asked.position)
+        part = Files.find(
+            spec.donor, asked.hub, revision=spec.revision, subfolder=spec.subfolder, relative_to=files.source
+        )
+        opened = _open(part, None, asked.verify)
+        chosen = opened.donor if spec.layers is None else opened.donor.part(spec.layers)
+        problems += [f"donor {spec.name}: {problem}" for problem in opened.problems]
+        donors.append(_placed(spec, _running_name(spec, chosen, asked.what), chosen, opened.weights, part.source))
+        if asked.recipient is not None:
+            report = _fit(asked.recipient, chosen, spec.position, asked.hub)
+            reports.append(report)
+            problems += [] if report else [str(report)]
+    placements = [Placement(d.name, d.position, d.layer_indices, d.mode == "replace") for d in donors]
+    recipient, revision, base = config.recipient, config.recipient_revision, files.source
+    if asked.recipient is None:
+        layer_map, notes = _map_of(recipient, revision, base, placements, asked.hub)
+    elif problems:
+        layer_map, notes = LayerMap(), []
+    else:
+        layer_map, notes = _map_of(asked.recipient, None, None, placements, asked.hub)
+    # One donor may run in two places.
+    once = {(donor.donor, donor.revision, donor.subfolder): donor.weights for donor in donors}
+    return TransplantInspection(
+        what=asked.what,
+        revision=files.source.revision,
+        notes=tuple(notes),
+        problems=tuple(problems),
+        recipient=recipient,
+        recipient_revision=revision,
+        full=carries_recipient(config, files.source),
+        donors=tuple(donors),
+        parameters=sum(weights.parameters for weights in once.values()),
+        size=sum(weights.size for weights in once.values()),
+        layer_map=layer_map,
+        compatibility=tuple(reports),
+    )
+
+
+def read_transplant(fields: Mapping[str, Any], source: Source) -> TransplantConfig:
+    """Read the `config.json` of a transplant.
+
+    Raises:
+        ConfigurationError: Fields of the wrong kind.
+    """
+    try:
+        return TransplantConfig(**{**fields, "name_or_path": str(source)})
+    except BUILD_ERRORS as error:
+        raise ConfigurationError(f"the config.json of {source} is no transplant's: {error}") from error
+
+
+def carries_recipient(config: TransplantConfig, source: Source) -> bool:
+    """Whether a transplant's recipient is a folder inside it."""
+    folder = points_to_folder(config.recipient, source)
+    return folder is not None and folder.resolve().is_relative_to(source.folder.resolve())
+
+
+def _fit(recipient: str, donor: Donor, position: int | None, hub: HubOptions) -> CompatibilityReport:
+    try:
+        return check_compatibility(recipient, donor, position, trust_remote_code=False, **hub.as_kwargs())
+    except ValueError as error:  # Transformers' refusal to run code from the repository
+        raise ConfigurationError(f"recipient {recipient} cannot be looked at: {error}") from error
+
+
+def _map_of(
+    recipient: str, revision: str | None, base: Source | None, placements: list[Placement], hub: HubOptions
+) -> tuple[LayerMap, list[str]]:
+    """Draw the layer map, or say why there is none: a recipient may be out of reach of who has the donor.
+
+    Args:
+        recipient: The recipient.
+        revision: Its revision.
+        base: What holds the `config.json` in which the reference stands.
+        placements: The donors in their places.
+        hub: How to reach the Hub.
+
+    Raises:
+        ConfigurationError: A position the recipient does not have.
+    """
+    try:
+        layers = look_at(recipient, revision, base, hub).anatomy.num_layers
+    except TransplantError as error:
+        return LayerMap(), [f"no layer map: {error}"]
+    return Splice(layers, placements).layer_map(), []
+
+
+def _open(files: Files, position: int | None, verify: bool) -> _Opened:
+    with parsing(f"the donor's record ({files.folder / DONOR_CONFIG})"):
+        record = DonorRecord.read(files.folder)
+    name = DONOR_INDEX if files.has(DONOR_INDEX) else DONOR_FILE
+    headers = read_weights(files, name, DONOR_INDEX)
+    tensors = headers.flat()
+    donor = Donor(record, HeaderTensors(tensors, str(files.source)), position=position, source=files.source)
+    weights, problems = summary(files, headers, record.files, verify)
+    unlisted = sorted(set(headers.files) - set(record.files))
+    if unlisted and (record.files or files.source.from_hub):
+        problems.append(f"{', '.join(unlisted)}: no sha256 is recorded, so that its bytes cannot be checked on loading")
+    per_layer = [0] * donor.num_layers
+    for tensor, header in tensors.items():
+        per_layer[layer_of(tensor)[0]] += header.num_elements
+    return _Opened(donor, dataclasses.replace(weights, per_layer=tuple(per_layer)), tuple(problems))
+
+
+def _running_name(spec: DonorSpec | None, donor: Donor, what: str) -> str:
+    """What the layer map calls a donor: one that is written as "." and has no name of its own is named later."""
+    if spec is not None and (spec.donor != "." or spec.name != "donor"):
+        return str(spec.name)
+    return donor.name or Path(what).name or "donor"
+
+
+def _placed(spec: DonorSpec, name: str, donor: Donor, weights: Weights, source: Source) -> PlacedDonor:
+    return PlacedDonor(
+        name=name,
+        donor=source.reference,
+        revision=source.revision,
+        subfolder=source.subfolder,
+        position=spec.position,
+        mode=spec.mode,
+        strength=spec.strength,
+        layer_indices=donor.record.layer_indices,
+        metadata=donor.metadata,
+        weights=weights,
+    )

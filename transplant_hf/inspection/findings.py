@@ -1,0 +1,315 @@
+"""What an inspection finds: plain values, as JSON or as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ..compatibility import CompatibilityReport
+from ..layer_map import LayerMap
+from .describe import describe
+
+__all__ = [
+    "DonorInspection",
+    "FileFinding",
+    "Inspection",
+    "ModelInspection",
+    "Numbering",
+    "PlacedDonor",
+    "PtInspection",
+    "PtTensorFinding",
+    "TransplantInspection",
+    "Weights",
+]
+
+_DEEPEST = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class FileFinding:
+    """A weight file.
+
+    Args:
+        name: Its name.
+        size: In bytes; `None` when it is not there.
+        sha256: As recorded beside it; `None` when nothing is.
+        hub_sha256: As the Hub lists it; `None` for files that are not on the Hub, or when it was not asked.
+        state: "not recorded", "recorded", "same on the Hub", "verified" (the bytes were hashed) or "differs".
+    """
+
+    name: str
+    size: int | None
+    sha256: str | None
+    hub_sha256: str | None
+    state: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What the headers of weight files say.
+
+    Args:
+        files: The files.
+        tensors: How many tensors they hold.
+        parameters: How many numbers.
+        size: The files' sizes together, in bytes.
+        dtypes: Parameters by type, as safetensors names it; the most frequent first.
+        per_layer: Parameters of each decoder layer, in order; empty when not known.
+    """
+
+    files: tuple[FileFinding, ...]
+    tensors: int
+    parameters: int
+    size: int
+    dtypes: Mapping[str, int]
+    per_layer: tuple[int, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """The state of all files: that of the worst."""
+        order = ("differs", "not recorded", "recorded", "same on the Hub", "verified")
+        return min((file.state for file in self.files), key=order.index, default="not recorded")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What was found.
+
+    Args:
+        what: What was asked about.
+        revision: Its commit, on the Hub.
+        notes: What could not be found out, and why.
+        problems: Why it would be refused: a mismatch with the recipient asked about, or bytes that differ.
+    """
+
+    kind: ClassVar[str] = ""
+
+    what: str
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        return describe(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        found: dict[str, Any] = _plain({"kind": self.kind, **fields, "ok": bool(self)})
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DonorInspection(Inspection):
+    """A donor.
+
+    Args:
+        name: What it is called.
+        model_type: The source model's type.
+        layer_indices: Its layers' numbers in the source model.
+        source: The source model, if known.
+        source_revision: Its commit, if known.
+        recipient: The model it is meant for, if known.
+        recipient_revision: Its commit, if known.
+        position: The recommended position, if any.
+        placed_at: The position of `layer_map` and `compatibility`: the one asked for, else the recommended one.
+        metadata: What the author recorded.
+        weights: What its weight files hold.
+        layer_map: What would run; empty when the recipient is out of reach.
+        compatibility: Whether it fits the recipient asked about; `None` when none was.
+    """
+
+    kind = "donor"
+
+    name: str | None
+    model_type: str
+    layer_indices: tuple[int, ...]
+    source: str | None
+    source_revision: str | None
+    recipient: str | None
+    recipient_revision: str | None
+    position: int | None
+    placed_at: int | None
+    metadata: Mapping[str, Any]
+    weights: Weights
+    layer_map: LayerMap
+    compatibility: CompatibilityReport | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedDonor:
+    """A donor of a transplant.
+
+    Args:
+        name: Its name in the transplant.
+        donor: Hub id or folder.
+        revision: Its commit, on the Hub.
+        subfolder: The folder inside it.
+        position: Recipient layers that run before it.
+        mode: "insert" or "replace".
+        strength: What its layers' outputs are scaled by.
+        layer_indices: The layers that run, by their numbers in the source model.
+        metadata: What the author recorded.
+        weights: What its weight files hold.
+    """
+
+    name: str
+    donor: str
+    revision: str | None
+    subfolder: str | None
+    position: int
+    mode: str
+    strength: float
+    layer_indices: tuple[int, ...]
+    metadata: Mapping[str, Any]
+    weights: Weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransplantInspection(Inspection):
+    """A recipient with donors in place.
+
+    Args:
+        recipient: The recipient.
+        recipient_revision: Its commit, if pinned.
+        full: Whether the recipient lies inside it, weights and all.
+        donors: The donors, in their order.
+        parameters: Of all donors together.
+        size: In bytes, the same.
+        layer_map: What runs; empty when the recipient is out of reach.
+        compatibility: For each donor, whether it fits the recipient asked about; empty when none was.
+    """
+
+    kind = "transplant"
+
+    recipient: str
+    recipient_revision: str | None
+    full: bool
+    donors: tuple[PlacedDonor, ...]
+    parameters: int
+    size: int
+    layer_map: LayerMap
+    compatibility: tuple[CompatibilityReport, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelInspection(Inspection):
+    """A model of Transformers' own kind: a recipient.
+
+    Args:
+        model_type: Its type.
+        architecture: The class that loads it; `None` when there is none.
+        num_layers: L; `None` when its layers cannot be found.
+        positions: The first and the last position of a donor: 0 and L.
+        hidden_size: What its layers pass on.
+        movable: Whether donors can be put between its layers.
+        reason: Why not.
+        sharing_layers: Layers that share weights with each other, and stay where they are.
+        weights: What its weight files hold; `None` when they cannot be read by headers.
+    """
+
+    kind = "model"
+
+    model_type: str
+    architecture: str | None
+    num_layers: int | None
+    positions: tuple[int, int] | None
+    hidden_size: int | None
+    movable: bool
+    reason: str | None
+    sharing_layers: tuple[int, ...]
+    weights: Weights | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PtTensorFinding:
+    """A tensor of a `.pt` file.
+
+    Args:
+        shape: Its dimensions.
+        dtype: Its type, as torch names it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbering:
+    """Tensors of a `.pt` file whose names go on with a number.
+
+    Args:
+        prefix: What stands before the number; empty at the top.
+        numbers: The numbers.
+        tensors: How many tensors there are.
+    """
+
+    prefix: str
+    numbers: tuple[int, ...]
+    tensors: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PtInspection(Inspection):
+    """A file that `torch.save` wrote.
+
+    Args:
+        size: In bytes.
+        tensors: All tensors, by dotted name.
+        parameters: How many numbers they hold; tensors that show the same bytes count once.
+        dtypes: Parameters by type.
+        numbering: How its names are numbered, the most tensors first.
+        classes: Classes of pickled objects, of which nothing was run.
+        values: Plain values beside the tensors, by dotted name.
+        metadata: What the author recorded beside the file.
+        recipient: The recipient asked about, with its commit; this and all below only when one was.
+        model_type: Its type.
+        layer_indices: The layers of that model that the file holds, as `Donor.from_pt` sees them.
+        prefix: What stands before their numbers in the file.
+        dropped: Tensors that belong to none of them.
+        placed_at: The position asked for, else the best that is recorded, else the first quarter.
+        layer_map: What would run.
+    """
+
+    kind = "pt"
+
+    size: int
+    tensors: Mapping[str, PtTensorFinding]
+    parameters: int
+    dtypes: Mapping[str, int]
+    numbering: tuple[Numbering, ...]
+    classes: tuple[str, ...]
+    values: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    recipient: str | None = None
+    model_type: str | None = None
+    layer_indices: tuple[int, ...] = ()
+    prefix: str | None = None
+    dropped: tuple[str, ...] = ()
+    placed_at: int | None = None
+    layer_map: LayerMap = dataclasses.field(default_factory=LayerMap)
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """Return what JSON can say: strangers' values may be anything."""
+    if depth > _DEEPEST:
+        return reprlib.repr(value)
+    if isinstance(value, CompatibilityReport):
+        value = value.to_dict()
+    elif isinstance(value, Weights):
+        value = {**vars(value), "sha256": value.sha256}
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth + 1) for item in value]
+    return reprlib.repr(value)

@@ -1,0 +1,116 @@
+"""`inspect`: what something is, and what there is to know of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..config import TransplantConfig
+from ..donor import DONOR_CONFIG
+from ..errors import ConfigurationError
+from ..sources import HubOptions
+from .donors import Asked, carries_recipient, inspect_donor, inspect_transplant, read_transplant
+from .files import Files, read_fields
+from .findings import Inspection
+from .pt_files import inspect_pt
+from .recipients import inspect_model
+
+__all__ = ["inspect"]
+
+_FILES_OF_TORCH = (".pt", ".pth")
+
+
+def inspect(
+    what: str | os.PathLike[str],
+    *,
+    recipient: str | os.PathLike[str] | None = None,
+    position: int | None = None,
+    verify: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> Inspection:
+    """Say what a donor, a transplant, a model or a `.pt` file is, from headers and configurations alone.
+
+    No weights are read, but for `verify`. Of a repository only the configurations are downloaded; the headers of its
+    weights are fetched by range requests. Nothing in a `.pt` file is run.
+
+    Args:
+        what: Hub id, folder, or a file that `torch.save` wrote.
+        recipient: A recipient to hold it against: Hub id or folder.
+        position: Where it would go, 0..L; by default where it is recommended or placed.
+        verify: Hash the weight files that are on this machine, and compare them with what is recorded.
+        revision: Branch, tag or commit of the repository.
+        subfolder: A folder inside it.
+        token: As in `from_pretrained`.
+        cache_dir: The same.
+        local_files_only: The same.
+
+    Returns:
+        What was found. It is false when something would be refused: bytes that are not as recorded, or a recipient
+        that does not fit; `problems` says what.
+
+    Raises:
+        CheckpointError: Malformed, hostile or missing files.
+        ConfigurationError: Not a model, a donor or a transplant, or a position outside the recipient.
+        HubError: Missing, gated, private or out of reach.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from transplant_hf import Donor
+        >>> folder = tempfile.mkdtemp()
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+        >>> model.save_pretrained(f"{folder}/recipient")
+        >>> donor = Donor.from_model(model, layers=[1, 2], name="tail")
+        >>> donor.save_pretrained(f"{folder}/donor", position=1, recipient=f"{folder}/recipient")
+        >>> found = inspect(f"{folder}/donor", verify=True)
+        >>> found.kind, found.layer_indices, found.weights.parameters, found.weights.sha256
+        ('donor', (1, 2), 1744, 'verified')
+        >>> print(found.layer_map)
+        layer  from
+            0  recipient 0
+            1  |  tail 1
+            2  |  tail 2
+            3  recipient 1
+            4  recipient 2
+        5 layers run: 3 recipient, 2 tail
+    """
+    asked = Asked(
+        what=os.fspath(what),
+        recipient=os.fspath(recipient) if recipient is not None else None,
+        position=position,
+        verify=verify,
+        hub=HubOptions(token, cache_dir, local_files_only),
+    )
+    path = Path(asked.what).expanduser()
+    if path.is_file() or (path.suffix in _FILES_OF_TORCH and not path.is_dir()):
+        return inspect_pt(path, asked)
+    files = Files.find(asked.what, asked.hub, revision=revision, subfolder=subfolder)
+    config = files.folder / "config.json"
+    fields = read_fields(config, "config.json") if config.exists() else {}
+    if (files.folder / DONOR_CONFIG).exists() and _is_donor(files, fields):
+        return inspect_donor(files, fields, asked)
+    if not config.exists():
+        raise ConfigurationError(
+            f"{files.source} is neither a model, a donor nor a transplant: it has no config.json and no {DONOR_CONFIG}."
+        )
+    if fields.get("model_type") == TransplantConfig.model_type:
+        return inspect_transplant(files, fields, asked)
+    if asked.recipient is not None or asked.position is not None:
+        raise ConfigurationError(
+            f"{files.source} is a model of type {fields.get('model_type')!r}, not a donor: recipient and position are "
+            "asked of donors, transplants and .pt files."
+        )
+    return inspect_model(files, fields, asked.what, verify)
+
+
+def _is_donor(files: Files, fields: dict[str, object]) -> bool:
+    """Whether a folder is a donor's, and not a transplant that has one of its donors at the top."""
+    if fields.get("model_type") != TransplantConfig.model_type:
+        return True
+    config = read_transplant(fields, files.source)
+    own = [spec for spec in config.donors if spec.donor == "." and spec.subfolder is None]
+    return len(config.donors) == len(own) == 1 and not carries_recipient(config, files.source)
