@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 # Which release of transplant_hf first reads which format: what an older release must be upgraded to.
 _RELEASE_OF_FORMAT = {1: "0.1.0"}
 _MODES = ("insert", "replace")
-_PLAIN_NAME = re.compile(r"(?!\.+$)[^/\\\0]+")
+_PLAIN_NAME = re.compile(r"(?!\.+$)[^/\\\x00-\x1f\x7f]+")
 
 
 def check_format_version(found: Any, where: str) -> int:
@@ -263,7 +263,13 @@ class TransplantConfig(PreTrainedConfig):
         self.donors: list[DonorSpec] = donor_specs(donors)
         # Without it `pipeline` falls back to native classes named after the task.
         kwargs.setdefault("architectures", ["TransplantForCausalLM"])
+        # It names code that stands in for this class until the class is there; whoever writes a repo writes it anew.
+        kwargs.pop("auto_map", None)
         super().__init__(**kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing: a class found through `auto_map` is this installed one, and saving must not copy its code."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

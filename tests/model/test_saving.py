@@ -78,7 +78,7 @@ def test_a_full_save_is_a_native_checkpoint(tiny: Path, tmp_path: Path) -> None:
     assert "transplant" not in json.dumps(config)
     assert "auto_map" not in config
     names = sorted(path.name for path in (tmp_path / "full").iterdir())
-    assert names == ["config.json", "generation_config.json", "model.safetensors"]
+    assert names == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
     again = load_file(tmp_path / "full" / "model.safetensors")
     donor = Donor.from_pretrained(tiny / "donor").tensors()
     inserted = {name for name in again if ".1." in name or ".2." in name}

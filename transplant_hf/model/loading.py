@@ -133,7 +133,11 @@ class Loading:
 
         Raises:
             CheckpointError: Naming the first ones.
+            IntegrityError: A file's sha256 is not the recorded one.
         """
+        bad = self._merged.check.not_finite if self._merged else []
+        if bad or info.mismatched_keys or info.conversion_errors:
+            self._checks.result()  # changed bytes look like any of these
         for number, name in self._donor_layers():
             start = f"{self.blueprint.recipient.stack_path}.{number}."
             for key, found, wanted in sorted(info.mismatched_keys, key=str):
@@ -145,7 +149,6 @@ class Loading:
             for key, error in sorted(info.conversion_errors.items()):
                 if key.startswith(start):
                     raise CheckpointError(f"donor {name}: {key.removeprefix(start)} could not be converted: {error}")
-        bad = self._merged.check.not_finite if self._merged else []
         if bad:
             raise CheckpointError(
                 f"donor tensor {bad[0]!r}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} holds NaN or infinity."

@@ -75,7 +75,8 @@ class TransplantMixin:
             save_directory: The folder; an old artefact in it is replaced in one step.
             *args: As in Transformers.
             thin: Save the donors and a pinned reference to the recipient instead of every weight.
-            **kwargs: As in Transformers.
+            **kwargs: As in Transformers; and `license`, which the model card then names. A `README.md` that a person
+                wrote or edited is kept.
 
         Raises:
             ConfigurationError: `thin` where a recipient weight differs from the pinned recipient's.

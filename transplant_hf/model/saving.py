@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import DonorSpec, TransplantConfig
-from ..donor.card import donor_card
+from ..donor.card import write_donor_card
 from ..donor.companions import copy_companions, tokenizer_class
+from ..donor.entry import write_entry
 from ..donor.extract import checkpoint_tensors
 from ..donor.record import DonorRecord
 from ..donor.save import (
     refuse_recipients_place,
     replaced_among,
     replaced_in,
-    transplant_fields,
     vocabulary_of,
     write_donor,
     written_reference,
@@ -33,7 +33,8 @@ from ..errors import ConfigurationError
 from ..hub import push_folder
 from ..layer_map import RECIPIENT
 from ..splice import Blueprint
-from ..storage import publish, write_json
+from ..storage import publish
+from .card import write_full_card
 from .unchanged import check_unchanged
 
 __all__ = ["push_transplant", "recipient_state", "save_transplant"]
@@ -55,6 +56,7 @@ def save_transplant(
 ) -> Any:
     """Do the work of `save_pretrained`; `native` is the recipient class's own."""
     state = model._transplant
+    license = kwargs.pop("license", None) if state is not None else None
     adapters_only = getattr(model, "_hf_peft_config_loaded", False)
     if thin and state is None:
         raise ConfigurationError("thin=True saves donors, but this model holds no transplant.")
@@ -63,6 +65,7 @@ def save_transplant(
     if kwargs.pop("push_to_hub", False):
         target = kwargs.pop("repo_id", Path(save_directory).name)
         pushed = {name: kwargs.pop(name) for name in _PUSH_ARGS if name in kwargs}
+        kwargs |= {"license": license}
         save_transplant(model, native, save_directory, args, thin, dict(kwargs), target)
         return push_transplant(model, native, target, (), thin, {**kwargs, **pushed})
     if thin:
@@ -70,17 +73,23 @@ def save_transplant(
         target = Path(save_directory)
         refuse_recipients_place(state.blueprint.config.recipient or "", target)
         with publish(target, replaced_in(target)) as staging:
-            _write_thin(model, state, staging, target, kwargs.get("max_shard_size", "5GB"), repo_id)
+            _write_thin(model, state, staging, target, kwargs.get("max_shard_size", "5GB"), repo_id, license)
         return None
     is_main = kwargs.get("is_main_process", args[0] if args else True)
     if not is_main or kwargs.get("distributed_checkpoint"):
         return native(save_directory, *args, **kwargs)
     variant = kwargs.get("variant")
-    with publish(save_directory, (lambda name: False) if variant else replaced_in(Path(save_directory))) as staging:
-        if state.blueprint.native or state.switch.disabled == set(state.blueprint.splice.names):
-            return native(staging, *args, **kwargs)
-        _refuse_unless_all_on(state.blueprint, state.switch.disabled)
-        _write_full(model, state.blueprint, staging, kwargs)
+    target = Path(save_directory)
+    with publish(target, (lambda name: False) if variant else replaced_in(target)) as staging:
+        all_off = state.switch.disabled == set(state.blueprint.splice.names)
+        if state.blueprint.native or all_off:
+            native(staging, *args, **kwargs)
+            records = [part.donor.record for part in state.blueprint.parts]
+        else:
+            _refuse_unless_all_on(state.blueprint, state.switch.disabled)
+            records = _write_full(model, state.blueprint, staging, kwargs)
+        if not all_off and not variant:  # a variant's weights stand beside a model that has its card
+            write_full_card(model, staging, target, records, repo_id, license)
     return None
 
 
@@ -109,7 +118,13 @@ def _refuse_unless_all_on(blueprint: Blueprint, disabled: frozenset[str]) -> Non
 
 
 def _write_thin(
-    model: PreTrainedModel, state: Any, staging: Path, target: Path, max_shard_size: int | str, repo_id: str | None
+    model: PreTrainedModel,
+    state: Any,
+    staging: Path,
+    target: Path,
+    max_shard_size: int | str,
+    repo_id: str | None,
+    license: str | None,
 ) -> None:
     blueprint = state.blueprint
     config = blueprint.config
@@ -129,9 +144,18 @@ def _write_thin(
     _write_companions(model, config, staging, state.cache_dir)
     saved.vocab_size = vocabulary_of(blueprint.recipient.config.to_dict())
     saved.tokenizer_class = tokenizer_class(blueprint.recipient.config.model_type, staging)
-    write_json(staging / "config.json", transplant_fields(saved))
-    if len(records) == 1:
-        donor_card(records[0], saved, repo_id or target.name).save(staging / "README.md")
+    write_entry(staging, saved)
+    write_donor_card(
+        staging,
+        target,
+        saved,
+        records,
+        repo_id,
+        recipient_folder=config.recipient,
+        layer_map=blueprint.layer_map(),
+        cache_dir=state.cache_dir,
+        license=license,
+    )
 
 
 def _reference(config: TransplantConfig, target: Path) -> str:
@@ -166,7 +190,7 @@ def _write_donors(
     return records
 
 
-def _write_full(model: Any, blueprint: Blueprint, staging: Path, kwargs: dict[str, Any]) -> None:
+def _write_full(model: Any, blueprint: Blueprint, staging: Path, kwargs: dict[str, Any]) -> list[DonorRecord]:
     """Write the recipient and the donors side by side, for layers that no native configuration can describe."""
     reason = "; ".join(blueprint.state(()).reasons[:2]) or f"strength of {', '.join(blueprint.scaled)} is not 1"
     logger.warning(
@@ -176,7 +200,7 @@ def _write_full(model: Any, blueprint: Blueprint, staging: Path, kwargs: dict[st
     save_args = {name: value for name, value in kwargs.items() if name in ("max_shard_size", "save_original_format")}
     shell = _shell(model, blueprint)
     shell.save_pretrained(staging / RECIPIENT_FOLDER, state_dict=recipient_state(model), **save_args)
-    _write_donors(model, blueprint, staging, kwargs.get("max_shard_size", "5GB"))
+    records = _write_donors(model, blueprint, staging, kwargs.get("max_shard_size", "5GB"))
     specs = [
         DonorSpec(
             ".", part.spec.position, part.spec.mode, subfolder=folder, name=part.name, strength=part.spec.strength
@@ -187,7 +211,8 @@ def _write_full(model: Any, blueprint: Blueprint, staging: Path, kwargs: dict[st
     _write_companions(model, blueprint.config, staging, model._transplant.cache_dir)
     saved.vocab_size = vocabulary_of(blueprint.recipient.config.to_dict())
     saved.tokenizer_class = tokenizer_class(blueprint.recipient.config.model_type, staging)
-    write_json(staging / "config.json", transplant_fields(saved))
+    write_entry(staging, saved)
+    return records
 
 
 def _shell(model: PreTrainedModel, blueprint: Blueprint) -> PreTrainedModel:

@@ -1,0 +1,225 @@
+"""`trust_remote_code=True` without the import: a few lines in the repository, run only where they are needed."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.helpers import Shelf, copied, edit_json, loaded, logits_of, run_python, two_donors
+from tests.hub_server.client import run_with_hub
+from transplant_hf import AutoModelWithTransplant, Donor
+from transplant_hf.donor.entry import AUTO_MAP, CODE_FILE
+
+load = AutoModelWithTransplant.from_pretrained
+
+# Loads by every class that `auto_map` names, and says what was found.
+PROBE = """
+import json, sys
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
+    AutoModelForTokenClassification, pipeline,
+)
+from transformers.utils import logging
+logging.disable_progress_bar()
+assert "transplant_hf" not in sys.modules
+name, options = sys.argv[1], json.loads(sys.argv[2])
+only = options.pop("only", None)
+found = {}
+classes = (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
+           AutoModelForTokenClassification)
+for class_ in classes:
+    if only in (None, class_.__name__):
+        loaded = class_.from_pretrained(name, trust_remote_code=True, **options)
+        found[class_.__name__] = [type(loaded).__name__, len(getattr(loaded, "layer_map", ()))]
+if only in (None, "pipeline"):
+    generate = pipeline("text-generation", model=name, trust_remote_code=True, **options)
+    assert generate("Hi", do_sample=False)[0]["generated_text"].startswith("Hi")
+    found["pipeline"] = [type(generate.model).__name__, len(generate.model.layer_map)]
+print(json.dumps(found))
+"""
+ALL = {
+    "AutoConfig": ["TransplantConfig", 0],
+    "AutoModel": ["LlamaModel", 6],
+    "AutoModelForCausalLM": ["LlamaForCausalLM", 6],
+    "AutoModelForSequenceClassification": ["LlamaForSequenceClassification", 6],
+    "AutoModelForTokenClassification": ["LlamaForTokenClassification", 6],
+    "pipeline": ["LlamaForCausalLM", 6],
+}
+# As on a machine where nobody installed it; an entry of None in sys.modules would raise something else.
+NOT_INSTALLED = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "transplant_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def probe(name: object, only: str | None = None, **options: object) -> dict[str, list[object]]:
+    printed = run_python(PROBE, str(name), json.dumps({"only": only, **options}))
+    return json.loads(printed.splitlines()[-1])
+
+
+# -- In folders ------------------------------------------------------------------------------------------------------
+
+
+def test_a_donor_repo_by_every_class(tiny_llama: Path) -> None:
+    assert probe(tiny_llama / "donor") == ALL
+
+
+@pytest.mark.parametrize("only", ["AutoModelForTokenClassification", "pipeline"])
+def test_each_class_may_be_the_first(tiny_llama: Path, only: str) -> None:
+    assert probe(tiny_llama / "donor", only) == {only: ALL[only]}
+
+
+def test_other_transplants(tiny_llama: Path, inverse_gpt2: Path, tmp_path: Path) -> None:
+    two_donors(tiny_llama).save_pretrained(tmp_path / "two", thin=True)
+    assert probe(tmp_path / "two", "pipeline") == {"pipeline": ["LlamaForCausalLM", 7]}
+    loaded(inverse_gpt2).save_pretrained(tmp_path / "surgery")
+    assert probe(tmp_path / "surgery", "pipeline") == {"pipeline": ["GPT2LMHeadModel", 6]}
+
+
+def test_arguments_mean_the_same_as_with_the_import(tiny_llama: Path) -> None:
+    code = """
+import sys
+{}
+from transformers import AutoConfig, AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(
+    sys.argv[1], trust_remote_code=True, num_labels=5, attn_implementation="eager", dtype="bfloat16",
+)
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True, num_labels=5)
+other = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], config=config, trust_remote_code=True)
+print(model.config.num_labels, other.config.num_labels, model.config._attn_implementation, model.dtype)
+print(config.to_dict())
+"""
+    printed = [
+        run_python(code.format(start), tiny_llama / "donor")
+        for start in ("import transplant_hf", "import transformers")
+    ]
+    assert printed[0] == printed[1]
+    assert printed[0].startswith("5 5 eager torch.bfloat16")
+
+
+def test_without_the_package_one_reads_what_to_install(tiny_llama: Path) -> None:
+    code = """
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+except ImportError as error:
+    print(error)
+"""
+    assert "pip install transplant_hf" in run_python(NOT_INSTALLED + code, tiny_llama / "donor")
+
+
+def test_without_trust_nothing_is_run(tiny_llama: Path) -> None:
+    code = """
+import sys
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)
+except ValueError as error:
+    print(error)
+assert "transplant_hf" not in sys.modules
+"""
+    assert "trust_remote_code=True" in run_python(code, tiny_llama / "donor")
+
+
+def test_with_the_import_the_repositorys_code_is_never_run(tiny_llama: Path, tmp_path: Path) -> None:
+    """And nobody is asked: input is closed here."""
+    family = copied(tiny_llama, tmp_path / "family")
+    (family / "donor" / CODE_FILE).write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise RuntimeError('was run')\n"
+    )
+    code = """
+import builtins, sys
+builtins.input = None
+import transplant_hf
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+for trust in ({}, {"trust_remote_code": True}, {"trust_remote_code": False}):
+    AutoConfig.from_pretrained(sys.argv[1], **trust)
+    AutoModelForCausalLM.from_pretrained(sys.argv[1], **trust)
+    pipeline("text-generation", model=sys.argv[1], **trust)("Hi")
+"""
+    run_python(code, family / "donor")
+    assert not (tmp_path / "ran").exists()
+
+
+# -- On the Hub ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.hub
+def test_on_the_hub_pinned_and_offline(both: Shelf, tmp_path: Path) -> None:
+    both.hub.commit(both.law, {CODE_FILE: b"raise RuntimeError('a later commit')\n"})
+
+    def run(options: dict[str, object], offline: bool = False) -> str:
+        code = f"import sys\nsys.argv = ['', {both.law!r}, {json.dumps(options)!r}]\n{PROBE}"
+        done = run_with_hub(both.hub, code, cache=tmp_path / "cache", offline=offline)
+        return done.stdout if done.returncode == 0 else done.stderr
+
+    pinned = {"revision": both.law_commit}
+    for options, offline in (({**pinned, "only": "AutoModelForCausalLM"}, False), (pinned, False), (pinned, True)):
+        found = json.loads(run(options, offline).splitlines()[-1])
+        assert found == (ALL if "only" not in options else {"AutoModelForCausalLM": ALL["AutoModelForCausalLM"]})
+    assert "a later commit" in run({})
+
+
+# -- What is written -------------------------------------------------------------------------------------------------
+
+
+def written(folder: Path) -> dict[str, str] | None:
+    """The `auto_map` of a folder, all of whose names are in its file of code."""
+    found = json.loads((folder / "config.json").read_text()).get("auto_map")
+    assert (folder / CODE_FILE).exists() == bool(found)
+    if found:
+        names = runpy.run_path(str(folder / CODE_FILE))
+        assert all(reference.partition(".")[2] in names for reference in found.values())
+    return found
+
+
+def test_round_trips_keep_it_right(tiny_llama: Path, tmp_path: Path) -> None:
+    """Whoever loaded by it, thin saves name the file beside them, and native ones name none."""
+    code = """
+import sys
+from transformers import AutoConfig, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+model.save_pretrained(f"{sys.argv[2]}/thin", thin=True)
+again = AutoModelForCausalLM.from_pretrained(f"{sys.argv[2]}/thin", trust_remote_code=True)
+again.save_pretrained(f"{sys.argv[2]}/again", thin=True)
+again.save_pretrained(f"{sys.argv[2]}/full")
+AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained(f"{sys.argv[2]}/config")
+"""
+    run_python(code, tiny_llama / "donor", tmp_path)
+    assert written(tiny_llama / "donor") == written(tmp_path / "thin") == written(tmp_path / "again") == AUTO_MAP
+    assert (tmp_path / "thin" / CODE_FILE).read_bytes() == (tmp_path / "again" / CODE_FILE).read_bytes()
+    assert written(tmp_path / "full") is None
+    assert written(tmp_path / "config") is None, "a configuration alone is no repository"
+    assert [path.name for path in (tmp_path / "config").iterdir()] == ["config.json"], "no copy of our own code"
+    assert torch.equal(logits_of(load(tmp_path / "again")), logits_of(load(tiny_llama / "donor")))
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    assert not hasattr(full.config, "auto_map")
+
+
+def test_every_writer(tiny_llama: Path, inverse_gpt2: Path, tmp_path: Path) -> None:
+    Donor.from_pretrained(tiny_llama / "donor").save_pretrained(
+        tmp_path / "donor", recipient=str(tiny_llama / "recipient")
+    )
+    loaded(tiny_llama).save_pretrained(tmp_path / "thin", thin=True)
+    two_donors(tiny_llama).save_pretrained(tmp_path / "two", thin=True)
+    loaded(inverse_gpt2).save_pretrained(tmp_path / "surgery")
+    assert all(written(tmp_path / name) == AUTO_MAP for name in ("donor", "thin", "two", "surgery"))
+    loaded(tiny_llama).save_pretrained(tmp_path / "thin")
+    assert written(tmp_path / "thin") is None
+
+
+def test_a_foreign_auto_map_is_not_taken_over(tiny_llama: Path, tmp_path: Path) -> None:
+    family = copied(tiny_llama, tmp_path / "family")
+    edit_json(family / "donor" / "config.json", auto_map={"AutoConfig": "evil/repo--code.Config"})
+    assert not hasattr(AutoConfig.from_pretrained(family / "donor"), "auto_map")
+    load(family / "donor").save_pretrained(tmp_path / "thin", thin=True)
+    assert written(tmp_path / "thin") == AUTO_MAP

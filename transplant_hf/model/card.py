@@ -1,0 +1,89 @@
+"""The card of a transplant that is saved with every weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..cards import CARD_FILE, CardFacts, full_card, keeps_its_card, license_named
+from ..donor.card import chosen_license, donor_facts
+from ..donor.companions import at_hand, has_tokenizer
+from ..donor.entry import CODE_FILE
+from ..donor.record import DonorRecord
+
+__all__ = ["write_full_card"]
+
+# What heads are called in class names, the Auto class that finds them, and the pipeline that runs them.
+_HEADS = (
+    ("ForSequenceClassification", "AutoModelForSequenceClassification", "text-classification"),
+    ("ForTokenClassification", "AutoModelForTokenClassification", "token-classification"),
+)
+
+
+def write_full_card(
+    model: Any,
+    staging: Path,
+    target: Path,
+    records: Sequence[DonorRecord],
+    repo_id: str | None = None,
+    license: str | None = None,
+) -> None:
+    """Write the card of a full save, unless a person wrote one.
+
+    Args:
+        model: The transplanted model.
+        staging: The folder that its weights are in by now.
+        target: The folder that it is going to replace.
+        records: What is known of each donor; where donors have files of their own, with their sha256.
+        repo_id: Where it is going to be loaded from, if not from the target.
+        license: What was passed.
+    """
+    named = license_named(license) if license is not None else None
+    if keeps_its_card(target):
+        return
+    state = model._transplant
+    blueprint = state.blueprint
+    config = blueprint.config
+    native = not (staging / CODE_FILE).exists()
+    auto_class, task = _head(model)
+    donors = []
+    for part, record in zip(blueprint.parts, records, strict=True):
+        if part.name in state.switch.disabled:
+            continue
+        several = len(blueprint.parts) > 1
+        known = donor_facts(record, dataclasses.replace(part.spec, subfolder=part.name if several else None))
+        from_hub = part.spec.revision is not None
+        donors.append(
+            dataclasses.replace(
+                known,
+                reference=part.spec.donor if from_hub else None,
+                revision=part.spec.revision,
+                files=() if native else known.files,
+            )
+        )
+    recipient = config.recipient or None
+    folder = at_hand(recipient, config.recipient_revision, state.cache_dir) if recipient else None
+    facts = CardFacts(
+        repo=repo_id or target.absolute().name,
+        model_type=blueprint.recipient.config.model_type,
+        donors=tuple(donors),
+        layer_map=model.layer_map,
+        recipient=recipient,
+        recipient_revision=config.recipient_revision,
+        license=named or chosen_license(records, folder, of_all=True),
+        with_tokenizer=has_tokenizer(staging),
+        native=native,
+        auto_class=auto_class,
+        task=task,
+    )
+    full_card(facts).save(staging / CARD_FILE)
+
+
+def _head(model: Any) -> tuple[str, str | None]:
+    """The Auto class that loads a model like this one, and its pipeline."""
+    if model.can_generate():
+        return "AutoModelForCausalLM", "text-generation"
+    name = type(model).__name__
+    return next(((auto, task) for end, auto, task in _HEADS if name.endswith(end)), ("AutoModel", None))
