@@ -45,7 +45,7 @@ def test_push_thin(both: Shelf, as_user: Any) -> None:
     assert info.oid == both.hub.head(target)
     paths = set(both.hub.paths(target))
     assert {"config.json", "donor_config.json", "donor.safetensors", "README.md", "generation_config.json"} <= paths
-    assert not {path for path in paths if path.startswith("model")}
+    assert not {path for path in paths if path.startswith("model") and "safetensors" in path}
     config = json.loads(both.hub.read(target, "config.json"))
     assert (config["recipient"], config["recipient_revision"]) == (both.base, both.base_commit)
     again = load(target)
@@ -63,6 +63,20 @@ def test_the_card_of_a_pushed_donor_loads_it_by_its_full_name(both: Shelf, as_us
         target = f"{both.law}-card{number}"
         pushed.push_to_hub(target, **({"position": 1, "recipient": both.base} if number else {"thin": True}))
         assert f'model="{target}"' in both.hub.read(target, "README.md").decode()
+
+
+@pytest.mark.parametrize("thin", [True, False])
+def test_a_persons_card_on_the_hub_is_kept(both: Shelf, as_user: Any, thin: bool, warned: list[str]) -> None:
+    as_user(ALICE)
+    model, target = load(both.law), f"{both.law}-mine-{thin}"
+    both.hub.add_repo(target, {"README.md": b"mine"})
+    model.push_to_hub(target, thin=thin)
+    assert both.hub.read(target, "README.md") == b"mine"
+    assert [text for text in warned if target in text and "kept" in text]
+    both.hub.commit(target, delete=["README.md"])
+    for position in (1, 2):
+        load(both.base, donors={both.law: position}).push_to_hub(target, thin=thin)
+        assert f"position {position}" in both.hub.read(target, "README.md").decode()
 
 
 def test_push_full(both: Shelf, as_user: Any) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import stat
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from tests.helpers import refused
 from transplant_hf import CheckpointError, ConfigurationError, storage
@@ -95,10 +99,60 @@ def test_a_full_disk_is_not_swallowed(target: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(storage, "_exchange", full)
     before = content_of(target)
-    with pytest.raises(OSError, match="no space left"):
+    with refused(CheckpointError, str(target), "disk is full", "unchanged", "Free some space") as caught:
         renew(target)
+    assert isinstance(caught.value.__cause__, OSError)
     assert content_of(target) == before
     assert names_in(target.parent) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("code", "facts"),
+    [
+        (errno.ENOSPC, ("disk is full", "Free some space")),
+        (errno.EDQUOT, ("quota", "Free some space")),
+        (errno.EFBIG, ("larger than", "max_shard_size=")),
+        (errno.EROFS, ("read-only", "another folder")),
+        (errno.EACCES, ("permission is denied", "another folder")),
+    ],
+)
+@pytest.mark.parametrize("native", [False, True])
+def test_what_a_disk_refuses(tmp_path: Path, code: int, facts: tuple[str, ...], native: bool) -> None:
+    """By Python, and by safetensors, which has only the system's number in its text."""
+    error: Exception = OSError(code, os.strerror(code))
+    if native:
+        error = SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+
+    def fail() -> None:
+        with publish(tmp_path / "place" / "model", is_old) as staging:
+            (staging / "new").write_text("half")
+            raise error
+
+    with refused(CheckpointError, str(tmp_path / "place" / "model"), "Nothing was left behind", *facts) as caught:
+        fail()
+    assert caught.value.__cause__ is error
+    assert names_in(tmp_path / "place") == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "broken"),
+        SafetensorError("header too large"),
+        PermissionError(errno.EACCES, "no", "/elsewhere/source.pt"),
+    ],
+)
+def test_other_errors_are_not_renamed(tmp_path: Path, error: Exception) -> None:
+    """Among them, a file that may not be read."""
+
+    def fail() -> None:
+        with publish(tmp_path / "model", is_old):
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        fail()
+    assert caught.value is error
+    assert names_in(tmp_path) == []
 
 
 def test_the_working_directory_is_renewed_in_place(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +172,36 @@ def test_a_link_stays_a_link(target: Path) -> None:
     assert link.is_symlink()
     assert content_of(target) == AFTER
     assert names_in(target.parent) == ["link", "model"]
+
+
+def test_a_link_to_another_disk(target: Path, small_disk: Path) -> None:
+    """Files cannot be renamed from one disk to another."""
+    (small_disk / "model").mkdir()
+    (small_disk / "model" / "old1").write_text("old1")
+    link = target.parent / "link"
+    link.symlink_to(small_disk / "model", target_is_directory=True)
+    renew(link)
+    assert content_of(link) == {"new": "new", "old1": "renewed"}
+    assert names_in(small_disk) == ["model"]
+    assert names_in(target.parent) == ["link", "model"]
+
+
+def test_a_mounted_folder_is_renewed_in_place(small_disk: Path) -> None:
+    """As in a container whose output folder is a volume: the folder around it may be read-only."""
+    (small_disk / "mine").mkdir()
+    (small_disk / "part").mkdir()
+    for name in ("old1", "old2", "notes.txt", "mine/deep.txt", "part/old"):
+        (small_disk / name).write_text(name)
+    around = names_in(small_disk.parent)
+    with publish(small_disk, is_old) as staging:
+        assert staging.parent == small_disk
+        (staging / "new").write_text("new")
+        (staging / "old1").write_text("renewed")
+        (staging / "part").mkdir()
+        (staging / "part" / "fresh").write_text("fresh")
+    assert content_of(small_disk) == {**AFTER, "part/fresh": "fresh"}
+    assert names_in(small_disk) == ["mine", "new", "notes.txt", "old1", "part"]
+    assert names_in(small_disk.parent) == around
 
 
 def test_links_inside_are_carried_over(target: Path) -> None:
@@ -151,6 +235,70 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path, name: str) -> None:
         (folder / "half").write_text("")
     renew(target)
     assert names_in(tmp_path) == sorted([foreign.name, running.name, name])
+
+
+def test_what_another_container_is_writing_stays(tmp_path: Path) -> None:
+    """Its process has no number here; its lock tells that it runs."""
+    foreign = tmp_path / f".model.{dead_process()}-0011aabb.tmp"
+    foreign.mkdir()
+    handle = os.open(foreign, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        renew(tmp_path / "model")
+        assert names_in(tmp_path) == [foreign.name, "model"]
+    finally:
+        os.close(handle)
+    renew(tmp_path / "model")
+    assert names_in(tmp_path) == ["model"]
+
+
+def test_two_that_appear_at_once(tmp_path: Path) -> None:
+    """Both saw that there was nothing; the second one renews what the first one made."""
+    target = tmp_path / "model"
+    with publish(target, is_old) as outer:
+        (outer / "old1").write_text("outer")
+        with publish(target, is_old) as inner:
+            (inner / "old2").write_text("inner")
+    assert content_of(target) == {"old1": "outer"}
+    assert names_in(tmp_path) == ["model"]
+
+
+def test_the_second_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look whether there is something already and the renaming, nothing may appear."""
+    target, exists = tmp_path / "model", Path.exists
+    other = threading.Thread(target=renew, args=(target,))
+
+    def slow(path: Path) -> bool:
+        found = exists(path)
+        if path == target and threading.current_thread() is threading.main_thread() and other.ident is None:
+            other.start()
+            other.join(0.3)
+        return found
+
+    with publish(target, is_old) as staging:
+        (staging / "old2").write_text("first")
+        monkeypatch.setattr(Path, "exists", slow)
+    other.join()
+    assert content_of(target) == {"new": "new", "old1": "renewed"}
+    assert names_in(tmp_path) == ["model"]
+
+
+def test_many_threads_at_once(tmp_path: Path) -> None:
+    """Each writes two files that belong together, over and over."""
+    target = tmp_path / "model"
+
+    def write(number: int) -> None:
+        for turn in range(40):
+            with publish(target, is_old) as staging:
+                for name in ("old1", "old2"):
+                    (staging / name).write_text(f"{number} {turn}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    found = content_of(target)
+    assert set(found) == {"old1", "old2"}
+    assert found["old1"] == found["old2"]
+    assert names_in(tmp_path) == ["model"]
 
 
 def test_the_only_copy_is_never_swept(tmp_path: Path) -> None:

@@ -1,15 +1,27 @@
-"""Upload a folder as one commit."""
+"""Upload a folder as one commit that holds what changed, and nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
+from transformers.utils import logging
 
+from .cards import CARD_FILE, written_by_us
+from .errors import ConfigurationError, HubError
 from .sources import hub_errors
+from .storage import sha256_of
 
 __all__ = ["push_folder"]
+
+logger = logging.get_logger(__name__)
+
+# What the Hub answers when the branch has moved on since its files were read.
+_MOVED_ON = (409, 412)
 
 
 def push_folder(
@@ -22,43 +34,140 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     replaced: Callable[[Sequence[str]], set[str]] = lambda names: set(),
+    only: Collection[str] | None = None,
 ) -> CommitInfo:
-    """Upload every file of a folder as one commit on top of the branch as it was found.
+    """Upload a folder as one commit on top of the branch as it was found; files it has already are not sent.
+
+    Hidden files and folders stay behind. While large files are sent, huggingface_hub shows its progress bars.
 
     Args:
         folder: A folder this process has just written.
         repo_id: The repository; made if it does not exist.
         commit_message: Its first line.
         token: As in huggingface_hub.
-        private: The same.
+        private: The same; a public repository that exists is not made private, but refused.
         revision: The branch; made if it does not exist.
         create_pr: Open a pull request instead.
         replaced: Tells which of the repository's files belong to the old artefact, and go.
+        only: The names in the folder that are meant; by default all.
 
     Returns:
-        The commit.
+        The commit; the present one when nothing has changed.
 
     Raises:
-        HubError: Missing, gated, private or out of reach.
+        ConfigurationError: The folder holds a link: what it leads to is not published by accident.
+        HubError: Missing, gated, private or out of reach, or changed by someone else meanwhile.
     """
+    files = _files_in(folder, only)
     api = HfApi(token=token)
     with hub_errors(repo_id, revision):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        info = api.model_info(repo_id, revision=revision)
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-        names = [path.relative_to(folder).as_posix() for path in files]
-        old = [sibling.rfilename for sibling in info.siblings or ()]
-        gone = sorted(replaced(old) - set(names))
-        operations = [CommitOperationDelete(name) for name in gone] + [
-            CommitOperationAdd(name, str(path)) for name, path in zip(names, files, strict=True)
-        ]
-        return api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=info.sha,
-        )
+        found = api.model_info(repo_id, revision=revision, files_metadata=True)
+        if private and not found.private:
+            raise HubError(
+                f"{repo_id} exists and is public: private=True cannot hide what is pushed to it. Make it private in "
+                "its settings, or push to another name. Nothing was uploaded."
+            )
+        if _keeps_its_card(api, repo_id, found):
+            files.pop(CARD_FILE, None)
+        operations = _changes(files, found, replaced)
+        if not operations:
+            return _present(api, repo_id, found, commit_message)
+        try:
+            # The repository's own .gitignore must not leave the weights out of the commit.
+            additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
+            api.preupload_lfs_files(
+                repo_id, additions, revision=revision, create_pr=create_pr, free_memory=False, gitignore_content=""
+            )
+            return api.create_commit(
+                repo_id,
+                operations,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=found.sha,
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code not in _MOVED_ON:
+                raise
+            # The client repeats a request whose answer was lost: then what happened since is this very commit.
+            now = api.model_info(repo_id, revision=revision, files_metadata=True)
+            if not create_pr and not _changes(files, now, replaced):
+                return _present(api, repo_id, now, commit_message)
+            raise HubError(
+                f"{repo_id} was changed by someone else since this push began (it was at {found.sha}, now at "
+                f"{now.sha}): nothing was committed. Look at what changed, and push again. ({error})"
+            ) from error
+        except RuntimeError as error:
+            # The client's word for a large file that could not be sent.
+            raise HubError(
+                f"{repo_id}: {error} ({error.__cause__ or 'no further reason given'}). Nothing was committed; push "
+                "again."
+            ) from error
+
+
+def _keeps_its_card(api: HfApi, repo_id: str, found: ModelInfo) -> bool:
+    """Whether a repository has a README.md that a person wrote or edited, and that must stay."""
+    if not any(sibling.rfilename == CARD_FILE for sibling in found.siblings or ()):
+        return False
+    path = api.hf_hub_download(repo_id, CARD_FILE, revision=found.sha)
+    if written_by_us(Path(path).read_text(encoding="utf-8", errors="replace")):
+        return False
+    logger.warning(f"{CARD_FILE} of {repo_id} was not written by transplant_hf, or was edited since: it is kept.")
+    return True
+
+
+def _files_in(folder: Path, only: Collection[str] | None) -> dict[str, Path]:
+    """The files below a folder by their names in the repository, hidden ones left out.
+
+    Raises:
+        ConfigurationError: A link among them.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if any(part.startswith(".") for part in inside.parts) or (only is not None and inside.parts[0] not in only):
+            continue
+        if path.is_symlink():
+            raise ConfigurationError(
+                f"{path} is a link to {path.readlink()}; links are not uploaded. Put a copy of the file in its place, "
+                "or remove it. Nothing was uploaded."
+            )
+        if path.is_file():
+            found[inside.as_posix()] = path
+    return found
+
+
+def _changes(
+    files: Mapping[str, Path], found: ModelInfo, replaced: Callable[[Sequence[str]], set[str]]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What turns a repository's files into those of a folder, by their hashes."""
+    present = {sibling.rfilename: sibling for sibling in found.siblings or ()}
+    gone = sorted(replaced(list(present)) - set(files))
+    changed = {name: path for name, path in files.items() if not _is_same(path, present.get(name))}
+    return [
+        *(CommitOperationDelete(name) for name in gone),
+        *(CommitOperationAdd(name, str(path)) for name, path in changed.items()),
+    ]
+
+
+def _is_same(path: Path, sibling: RepoSibling | None) -> bool:
+    """Whether a repository holds a file's bytes already; git knows small files by sha1, large ones by sha256."""
+    size = path.stat().st_size
+    if sibling is None or sibling.size != size:
+        return False
+    if sibling.lfs is not None:
+        return sibling.lfs.sha256 == sha256_of(path)
+    return sibling.blob_id == hashlib.sha1(b"blob %d\0" % size + path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def _present(api: HfApi, repo_id: str, found: ModelInfo, commit_message: str) -> CommitInfo:
+    logger.info(f"{repo_id} holds all of this already, at {found.sha}; nothing was uploaded.")
+    return CommitInfo(
+        commit_url=f"{api.endpoint}/{repo_id}/commit/{found.sha}",
+        commit_message=commit_message,
+        commit_description="",
+        oid=str(found.sha),
+    )

@@ -6,10 +6,11 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -21,6 +22,11 @@ from huggingface_hub.errors import (
 )
 
 from .errors import CheckpointError, ConfigurationError, HubError
+from .storage import writing
+
+# What the client's HTTP library raises without an answer: no connection, or one that broke. Which library it is
+# depends on the client's version.
+_HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 
 __all__ = ["HubOptions", "Source", "commit_of", "hub_errors", "locate", "points_to_folder", "reading"]
 
@@ -85,7 +91,8 @@ def locate(
 
     Args:
         reference: Hub id, folder, or "." for `relative_to` itself.
-        files: Names or patterns of the files that are needed; only these are downloaded.
+        files: Names or patterns of the files that are needed; only these are downloaded. The first one, if a name,
+            must be in the cache when the Hub cannot be asked.
         revision: Branch, tag or commit of a repository; ignored for folders.
         subfolder: A folder inside it.
         relative_to: What holds the `config.json` in which the reference stands.
@@ -117,15 +124,22 @@ def locate(
             )
         return Source(str(folder) if reference == "." else reference, _inside(folder, subfolder), subfolder=subfolder)
     patterns = [f"{subfolder}/{name}" for name in files] if subfolder else list(files)
-    with hub_errors(reference, revision):
+    with _downloading(reference, revision, hub):
         snapshot = snapshot_download(reference, revision=revision, allow_patterns=patterns, **hub.as_kwargs())
-    commit = Path(snapshot).name
-    return Source(reference, _inside(Path(snapshot), subfolder), commit, subfolder)
+    source = Source(reference, _inside(Path(snapshot), subfolder), Path(snapshot).name, subfolder)
+    offline = hub.local_files_only or constants.HF_HUB_OFFLINE
+    if offline and "*" not in files[0] and not (source.folder / files[0]).exists():
+        # Without the repository's listing the client takes what is there for all.
+        raise HubError(
+            f"{files[0]} of {source} is not in the local cache and the Hub cannot be asked: offline mode or "
+            "local_files_only. Load it once with a connection."
+        )
+    return source
 
 
 def commit_of(reference: str, revision: str | None, hub: HubOptions) -> str:
     """Return the commit that a branch, tag or commit of a repository stands for, by its `config.json`."""
-    with hub_errors(reference, revision):
+    with _downloading(reference, revision, hub):
         path = hf_hub_download(reference, "config.json", revision=revision, **hub.as_kwargs())
     return Path(path).parent.name
 
@@ -175,15 +189,40 @@ def reading(what: str, reference: str, revision: str | None = None) -> Iterator[
     """
     where = f"{reference}@{revision}" if revision else reference
     try:
-        yield
-    except OSError as error:
+        with writing(constants.HF_HUB_CACHE, _kept(where)):
+            yield
+    except (OSError, _HTTP_ERROR) as error:
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, HfHubHTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled):
+            if isinstance(cause, (_HTTP_ERROR, LocalEntryNotFoundError, OfflineModeIsEnabled)):
                 with hub_errors(reference, revision):
                     raise cause from error
             cause = cause.__cause__ or cause.__context__
         raise CheckpointError(f"{what} of {where} could not be read: {error}") from error
+    except ValueError as error:
+        _refuse_if_hostile(where, error)
+        raise
+
+
+@contextmanager
+def _downloading(reference: str, revision: str | None, hub: HubOptions) -> Iterator[None]:
+    """Like `hub_errors`, for what is written into the local cache."""
+    where = f"{reference}@{revision}" if revision else reference
+    try:
+        with hub_errors(reference, revision), writing(hub.cache_dir or constants.HF_HUB_CACHE, _kept(where)):
+            yield
+    except ValueError as error:
+        _refuse_if_hostile(where, error)
+        raise
+
+
+def _kept(where: str) -> str:
+    return f"Of {where} nothing is kept but files that arrived whole."
+
+
+def _refuse_if_hostile(where: str, error: ValueError) -> None:
+    if "Invalid filename" in str(error):  # the client's words for a name that leads out of the cache
+        raise CheckpointError(f"{where} is refused, nothing of that file was written: {error}") from error
 
 
 @contextmanager
@@ -205,9 +244,33 @@ def hub_errors(reference: str, revision: str | None = None) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise HubError(f"{reference} has no revision {revision!r}.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise HubError(f"{_refusal(where, error.__cause__)} It is not in the local cache either.") from error
+        # Of its kinds, the one that says more: some files are there.
+        partly = isinstance(error, LocalEntryNotFoundError) and type(error) is not LocalEntryNotFoundError
         raise HubError(
-            f"{where} is not in the local cache and the Hub cannot be asked: offline mode, local_files_only or no "
-            "connection."
+            f"{where} is {'only partly' if partly else 'not'} in the local cache and the Hub cannot be asked: offline "
+            f"mode, local_files_only or no connection.{f' Load it once with a connection. {error}' if partly else ''}"
         ) from error
     except HfHubHTTPError as error:
-        raise HubError(f"the Hub refused {where}: {error}") from error
+        raise HubError(_refusal(where, error)) from error
+    except (_HTTP_ERROR, ConnectionError) as error:
+        raise HubError(
+            f"the Hub cannot be reached for {where}, or the connection broke: {error!r}. Check the connection, and try "
+            "again."
+        ) from error
+
+
+def _refusal(where: str, error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        wait = error.response.headers.get("Retry-After")
+        return f"the Hub refused {where}: too many requests (429). Try again in {wait or 'some'} seconds."
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return f"the Hub is in trouble and did not serve {where} ({status}). Try again later. {error}"
+    if status == HTTPStatus.UNAUTHORIZED:
+        return (
+            f"the Hub refused {where} (401): the token is not valid, or has expired. Log in anew with `hf auth login`, "
+            f"or pass another token=. {error}"
+        )
+    return f"the Hub refused {where}: {error}"

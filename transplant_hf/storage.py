@@ -10,24 +10,38 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from .errors import CheckpointError, ConfigurationError
 
-__all__ = ["publish", "read_json", "sha256_of", "write_json"]
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["publish", "read_json", "sha256_of", "write_json", "writing"]
 
 logger = logging.get_logger(__name__)
 
 _STEP = 1 << 26
 _ASIDE = ".old.tmp"
+_ELSEWHERE = "Choose another folder, or change who may write here"
+# What a disk can refuse: how it is said, and what helps.
+_REFUSALS = {
+    errno.ENOSPC: ("the disk is full", "Free some space, or choose another folder"),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space, or choose another folder"),
+    errno.EFBIG: ("a file is larger than this disk or process may write", "Save smaller files with max_shard_size="),
+    errno.EROFS: ("the disk is read-only", _ELSEWHERE),
+    errno.EACCES: ("permission is denied", _ELSEWHERE),
+}
 
 
 def sha256_of(path: Path) -> str:
@@ -59,7 +73,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{what} is missing: {path}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError, IsADirectoryError) as error:  # also numbers without end, nests without floor
         raise CheckpointError(f"{what} is not JSON: {path}: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{what} must hold a JSON object: {path} holds {type(content).__name__}.")
@@ -72,11 +86,46 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 @contextmanager
+def writing(what: str | os.PathLike[str], kept: str = "Nothing was left behind.") -> Iterator[None]:
+    """Turn what a disk refuses into one sentence that says what to do; the original is the `__cause__`.
+
+    Args:
+        what: What is being written.
+        kept: What became of it, for the message.
+
+    Raises:
+        CheckpointError: The disk is full or may not be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = error.filename if isinstance(error.filename, str) else None
+        elsewhere = named is not None and not Path(named).absolute().is_relative_to(Path(what).absolute().parent)
+        if error.errno not in _REFUSALS or (error.errno == errno.EACCES and elsewhere):
+            raise  # among them: something that is read for the writing
+        _refused(what, error.errno, kept, error)
+    except SafetensorError as error:
+        # It has no number of its own, only that of the system in its text.
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None or int(found[1]) not in _REFUSALS:
+            raise
+        _refused(what, int(found[1]), kept, error)
+
+
+def _refused(what: str | os.PathLike[str], code: int, kept: str, error: Exception) -> NoReturn:
+    reason, advice = _REFUSALS[code]
+    raise CheckpointError(
+        f"{os.fspath(what)} could not be written: {reason} ({error}). {kept} {advice}, and try again."
+    ) from error
+
+
+@contextmanager
 def publish(target: str | os.PathLike[str], replaces: Callable[[str], bool]) -> Iterator[Path]:
     """Write a folder whole or not at all.
 
     The block writes into a folder beside the target. When it ends well, the files of an existing target that the
-    new artefact does not replace are carried over, and the two folders change places in one step.
+    new artefact does not replace are carried over, and the two folders change places in one step. Of several
+    processes that do so at once, the last one's artefact stays.
 
     Args:
         target: The folder to make or to renew.
@@ -87,37 +136,87 @@ def publish(target: str | os.PathLike[str], replaces: Callable[[str], bool]) -> 
 
     Raises:
         ConfigurationError: The target is a file.
+        CheckpointError: The disk is full or may not be written to; the target is as it was.
     """
     target = Path(target).expanduser().absolute()
+    if target.is_symlink():
+        target = target.resolve()  # the link stays, the folder it leads to is renewed
     if target.exists() and not target.is_dir():
         raise ConfigurationError(f"{target} is a file; a folder to save into is needed.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
-    staging = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    staging.mkdir()
+    kept = "What was there before is unchanged." if target.exists() else "Nothing was left behind."
+    with writing(target, kept):
+        # What is mounted cannot change places with a folder outside, nor can files be renamed into it.
+        place = target if target.is_mount() else target.parent
+        place.mkdir(parents=True, exist_ok=True)
+        with _alone(place):
+            _sweep(target, place)
+        staging = place / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        staging.mkdir()
+        try:
+            with _locked(staging):
+                yield staging
+                _open_to_others(staging)
+                with _alone(place):
+                    _take_place(staging, target, replaces)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _take_place(staging: Path, target: Path, replaces: Callable[[str], bool]) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    if target.is_mount() or Path.cwd().is_relative_to(target.resolve()):
+        _replace_files(staging, target, replaces)
+        return
+    _carry_over(target, staging, replaces)
+    shutil.copymode(target, staging)
+    _change_places(staging, target)
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Let one process at a time change what a folder holds, for a moment."""
+    with _locked(place, wait=True):
+        yield
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a folder's lock, which ends with the process, whatever ends it.
+
+    Yields:
+        Whether it is held; also true where the system knows no such locks.
+    """
+    if sys.platform == "win32":
+        yield True
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield staging
-        _open_to_others(staging)
-        if not target.exists():
-            staging.rename(target)
-            return
-        _carry_over(target, staging, replaces)
-        shutil.copymode(target, staging)
-        _change_places(staging, target)
+        held = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:  # some network disks know no locks
+            held = error.errno not in (errno.EAGAIN, errno.EACCES)
+        yield held
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        os.close(handle)
 
 
-def _sweep(target: Path) -> None:
+def _sweep(target: Path, place: Path) -> None:
     """Remove what a killed process left beside the target, and put back what it had put aside."""
-    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+    for stale in place.glob(f".{glob.escape(target.name)}.*.tmp"):
         pid = stale.name[len(target.name) + 2 :].partition("-")[0]
         if not pid.isdigit() or _alive(int(pid)):
             continue
-        if stale.name.endswith(_ASIDE) and not target.exists():
-            stale.rename(target)
-        else:
-            shutil.rmtree(stale, ignore_errors=True)
+        with _locked(stale) as left_behind:
+            # Held by a process that this one cannot see: in another container.
+            if not left_behind:
+                continue
+            if stale.name.endswith(_ASIDE) and not target.exists():
+                stale.rename(target)
+            else:
+                shutil.rmtree(stale, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:
@@ -158,9 +257,6 @@ def _link(source: str | Path, copy: str | Path) -> str | Path:
 
 def _change_places(new: Path, old: Path) -> None:
     """Exchange two folders in one step where the system can, else in two renames."""
-    if Path.cwd().is_relative_to(old.resolve()) or old.is_mount() or old.is_symlink():
-        _replace_files(new, old)
-        return
     try:
         _exchange(new, old)
     except OSError as error:
@@ -172,17 +268,19 @@ def _change_places(new: Path, old: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _replace_files(new: Path, old: Path) -> None:
-    """Renew a folder that cannot be exchanged: a working directory, a mount point or a link."""
-    logger.warning(f"{old} is in use as a working directory, mount or link: its files are replaced one by one.")
+def _replace_files(new: Path, old: Path, replaces: Callable[[str], bool]) -> None:
+    """Renew a folder that cannot be exchanged: a working directory or a mount point."""
+    logger.warning(f"{old} is in use as a working directory or mount: its files are replaced one by one.")
+    gone = new / ".gone"
+    gone.mkdir()
     kept = {path.name for path in new.iterdir()}
-    for path in new.iterdir():
-        if path.is_dir():
-            shutil.rmtree(old / path.name, ignore_errors=True)
-        os.replace(path, old / path.name)
     for path in old.iterdir():
-        if path.name not in kept and not path.is_dir():
-            path.unlink()
+        # Folders cannot be renamed onto others; the old artefact's other files would belong to no artefact.
+        if path != new and (replaces(path.name) if path.name not in kept else path.is_dir()):
+            path.rename(gone / path.name)
+    for path in new.iterdir():
+        if path != gone:
+            path.replace(old / path.name)
 
 
 def _exchange(one: Path, other: Path) -> None:

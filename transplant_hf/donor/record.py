@@ -33,8 +33,12 @@ class FileStamp:
     sha256: str
     size: int
 
-    def check_size(self, path: Path) -> None:
+    def check_size(self, path: Path, where: str = "") -> None:
         """Compare sizes, which costs nothing.
+
+        Args:
+            path: The file.
+            where: The folder or repository it is of, for the message.
 
         Raises:
             IntegrityError: Missing, or of another size.
@@ -43,15 +47,21 @@ class FileStamp:
         if found != self.size:
             seen = "is missing" if found is None else f"has {found} bytes"
             raise IntegrityError(
-                f"{path} {seen}, {DONOR_CONFIG} records {self.size}. Download it again (force_download=True)."
+                f"{_named(path, where)} {seen}, {DONOR_CONFIG} records {self.size}. Download it again "
+                "(force_download=True)."
             )
 
-    def check_bytes(self, path: Path) -> None:
+    def check_bytes(self, path: Path, where: str = "") -> None:
         """Compare the sha256.
+
+        Args:
+            path: The file.
+            where: The folder or repository it is of, for the message.
 
         Raises:
             IntegrityError: The bytes differ.
         """
+        self.check_size(path, where)
         stat = path.stat()
         state = (stat.st_size, stat.st_mtime_ns, self.sha256)
         if _VERIFIED.get(path) == state:
@@ -59,8 +69,8 @@ class FileStamp:
         found = sha256_of(path)
         if found != self.sha256:
             raise IntegrityError(
-                f"{path} has sha256 {found}, {DONOR_CONFIG} records {self.sha256}: its bytes were changed. Download "
-                "it again (force_download=True), or ask its author."
+                f"{_named(path, where)} has sha256 {found}, {DONOR_CONFIG} records {self.sha256}: its bytes were "
+                "changed. Download it again (force_download=True), or ask its author."
             )
         _VERIFIED[path] = state
 
@@ -133,6 +143,11 @@ class DonorRecord:
                 "source_config": dict(self.source_config),
             },
         )
+
+
+def _named(path: Path, where: str) -> str:
+    """Name a file by its repository where it has one, and by its place on this disk."""
+    return f"{path.name} of {where} ({path})" if where and where != str(path.parent) else str(path)
 
 
 def finite(value: Any) -> Any:

@@ -1,0 +1,191 @@
+"""Every call that reaches the Hub, in every state the Hub can be in: it works, or one sentence says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+from tests.faults.looping import pt_file
+from tests.helpers import DONOR_LAYERS, NUM_LAYERS, Shelf, copied, edit_json, refused, refused_by_hub
+from tests.hub_server import ALICE, BOB, EXPIRED, HubServer, json_result, run_with_hub
+from transplant_hf import AutoModelWithTransplant, Donor, HubError
+from transplant_hf.conversion import convert
+
+pytestmark = pytest.mark.hub
+
+Call = Callable[..., Any]
+
+
+def call_donor(shelf: Shelf, **kwargs: Any) -> Any:
+    return Donor.from_pretrained(shelf.law, **kwargs)
+
+
+def call_load(shelf: Shelf, **kwargs: Any) -> Any:
+    return AutoModelWithTransplant.from_pretrained(shelf.law, **kwargs)
+
+
+def call_from_pt(shelf: Shelf, **kwargs: Any) -> Any:
+    return Donor.from_pt(pt_file(shelf.family), shelf.base, layers=list(DONOR_LAYERS), **kwargs)
+
+
+def call_convert(shelf: Shelf, **kwargs: Any) -> Any:
+    layers = list(DONOR_LAYERS)
+    return convert(pt_file(shelf.family), shelf.base, layers=layers, push_to=f"{shelf.law}-converted", **kwargs)
+
+
+def call_push(shelf: Shelf, **kwargs: Any) -> Any:
+    donor = Donor.from_pretrained(shelf.family / "donor")
+    return donor.push_to_hub(f"{shelf.law}-mine", position=1, recipient=shelf.base, **kwargs)
+
+
+READS_LAW, READS_BASE, PUSHES = [call_donor, call_load], [call_load, call_from_pt, call_convert], [call_push]
+ALL = [call_donor, call_load, call_from_pt, call_convert, call_push]
+
+
+@pytest.mark.parametrize("call", READS_LAW)
+@pytest.mark.parametrize(("how", "cause"), [("gated", GatedRepoError), ("private", RepositoryNotFoundError)])
+def test_a_donor_that_is_not_open(shelf: Shelf, as_user: Any, call: Call, how: str, cause: Any) -> None:
+    shelf.put_base().put_law(**{how: True})
+    for token in (None, BOB):
+        with refused_by_hub(shelf.law, how, cause=cause):
+            call(shelf, token=token)
+    shelf.hub.grant(shelf.law, "bob")
+    assert call(shelf, token=BOB)
+
+
+@pytest.mark.parametrize("call", READS_BASE)
+@pytest.mark.parametrize(("how", "cause"), [("gated", GatedRepoError), ("private", RepositoryNotFoundError)])
+def test_a_recipient_that_is_not_open(shelf: Shelf, as_user: Any, call: Call, how: str, cause: Any) -> None:
+    shelf.put_base(**{how: True}).put_law()
+    for token in (None, BOB):
+        with refused_by_hub(shelf.base, how, cause=cause):
+            call(shelf, token=token)
+    assert not shelf.hub.exists(f"{shelf.law}-converted")
+    assert call(shelf, token=ALICE)
+
+
+@pytest.mark.parametrize("call", READS_BASE)
+def test_a_recipient_that_is_missing(shelf: Shelf, as_user: Any, call: Call) -> None:
+    edit_json(shelf.family / "donor" / "config.json", recipient=shelf.base)
+    shelf.put_law()
+    with refused_by_hub(shelf.base, "not found", "Check the name", cause=RepositoryNotFoundError):
+        call(shelf)
+
+
+@pytest.mark.parametrize("call", ALL)
+def test_an_expired_token(both: Shelf, as_user: Any, call: Call) -> None:
+    with refused_by_hub("401", "hf auth login", cause=HfHubHTTPError):
+        call(both, token=EXPIRED)
+    as_user(EXPIRED)
+    with refused_by_hub("401", "hf auth login", cause=HfHubHTTPError):
+        call(both)
+    assert not both.hub.exists(f"{both.law}-mine")
+
+
+@pytest.mark.parametrize("call", [call_convert, call_push])
+def test_a_place_that_is_someone_elses(both: Shelf, as_user: Any, call: Call) -> None:
+    with refused_by_hub(both.law, "403", "alice", cause=HfHubHTTPError):
+        call(both, token=BOB)
+
+
+@pytest.mark.parametrize("call", ALL)
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_hub(both: Shelf, as_user: Any, call: Call, status: int) -> None:
+    """Where the client asks again it works, where it does not the waiting time is named; later it works."""
+    as_user(ALICE)
+    both.hub.fail("GET", "/api/models/*", status=status, headers={"Retry-After": "23"}, times=None)
+    facts = ("429", "23 seconds") if status == 429 else ("503", "Try again later")
+    with refused_by_hub(*facts, cause=HfHubHTTPError):
+        call(both)
+    both.hub.clear_faults()
+    both.hub.fail("*", "*/resolve/*", status=status, headers={"Retry-After": "0"}, times=1)
+    assert call(both)
+
+
+def test_a_busy_commit(both: Shelf, as_user: Any) -> None:
+    as_user(ALICE)
+    for status, fact in ((429, "3 seconds"), (503, "Try again later")):
+        both.hub.fail("POST", "*/commit/*", status=status, headers={"Retry-After": "3"}, times=None)
+        with refused_by_hub(f"{both.law}-mine", fact, cause=HfHubHTTPError):
+            call_push(both)
+        both.hub.clear_faults()
+        assert both.hub.paths(f"{both.law}-mine") == [".gitattributes"]
+    assert call_push(both).oid == both.hub.head(f"{both.law}-mine")
+
+
+# -- Nobody there ----------------------------------------------------------------------------------------------------
+
+EVERY_CALL = """
+    import json, sys, time
+    from pathlib import Path
+    from tests.helpers import Shelf
+    from tests.test_hub_every_call import ALL
+    from transplant_hf import TransplantError
+    shelf = Shelf(None, Path({family!r}), "alice/base", "alice/law")
+    said = {{}}
+    for call in ALL:
+        began = time.time()
+        try:
+            call(shelf)
+            text = "done"
+        except TransplantError as error:
+            text = f"{{type(error).__name__}}: {{error}}"
+        said[call.__name__] = [text, time.time() - began]
+    print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What every call says without a server or without permission to ask it, before and after a first use."""
+    folder = tmp_path_factory.mktemp("nobody")
+    family = copied(tiny_llama, folder / "family")
+    edit_json(family / "donor" / "config.json", recipient="alice/base")
+    code = EVERY_CALL.format(family=str(family))
+    found = {}
+    with HubServer() as server:
+        server.add_repo("alice/base", family / "recipient")
+        server.add_repo("alice/law", family / "donor")
+        found["offline, cold"] = json_result(run_with_hub(server, code, cache=folder / "cold", offline=True))
+        found["up"] = json_result(run_with_hub(server, code, token=ALICE, cache=folder / "warm"))
+        found["offline, warm"] = json_result(run_with_hub(server, code, cache=folder / "warm", offline=True))
+    found["down, warm"] = json_result(run_with_hub(server, code, token=ALICE, cache=folder / "warm"))
+    found["down, cold"] = json_result(run_with_hub(server, code, token=ALICE, cache=folder / "cold"))
+    return found
+
+
+READS = ["call_donor", "call_load", "call_from_pt"]
+WRITES = ["call_convert", "call_push"]
+
+
+@pytest.mark.parametrize("state", ["offline", "down"])
+def test_without_the_hub(said: dict[str, dict[str, Any]], state: str) -> None:
+    """What was used before works, fast; what was not says so; nothing can be pushed."""
+    assert {text for text, _ in said["up"].values()} == {"done"}
+    for name in READS:
+        text, seconds = said[f"{state}, warm"][name]
+        assert text == "done", name
+        assert seconds < 5, name
+    for name in [*READS, *WRITES]:
+        text, seconds = said[f"{state}, cold"][name]
+        assert text.startswith("HubError: "), (name, text)
+        assert "alice/" in text
+        assert "connection" in text
+        assert "offline" in text or "cannot be reached" in text
+        assert seconds < 20, (name, seconds)
+    for name in WRITES:
+        text, _ = said[f"{state}, warm"][name]
+        assert text.startswith("HubError: "), (name, text)
+
+
+def test_a_token_that_is_not_sent(shelf: Shelf, as_user: Any) -> None:
+    as_user(ALICE)
+    shelf.put_base(private=True).put_law()
+    with refused(HubError, shelf.base, "private"):
+        call_from_pt(shelf, token=False)
+    assert call_from_pt(shelf).num_layers == len(DONOR_LAYERS)
+    assert len(call_load(shelf).layer_map) == NUM_LAYERS + len(DONOR_LAYERS)
