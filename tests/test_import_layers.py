@@ -18,6 +18,7 @@ ROOMS = (
     "errors",
     "config",
     "layer_map",  # up to here pure: what reads or writes files stands to the right
+    "cards",  # needs no more than facts that others hand over
     "storage",
     "sources",
     "hub",
@@ -31,6 +32,7 @@ ROOMS = (
     "registration",
     "export",
     "conversion",
+    "inspection",
     "training",
     "evaluation",
     "plots",

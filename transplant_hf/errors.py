@@ -40,7 +40,7 @@ class CompatibilityError(TransplantError):
 
 
 class CheckpointError(TransplantError):
-    """Weights that are malformed, truncated, missing, unexpected, mis-shaped, unsafe or not finite."""
+    """Weights that are malformed, cut short, missing, mis-shaped, unsafe or not finite, or could not be written."""
 
 
 class IntegrityError(CheckpointError):

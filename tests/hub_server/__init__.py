@@ -11,7 +11,7 @@ imitated.
 
 from __future__ import annotations
 
-from .client import hub_environment, json_result, run_with_hub, start_session_server
+from .client import ENDPOINT, hub_environment, json_result, run_with_hub, start_session_server
 from .faults import Fault
 from .requestlog import RequestLog, RequestRecord
 from .script import run_script
@@ -22,6 +22,7 @@ __all__ = [
     "ALICE",
     "ALICE_READ_ONLY",
     "BOB",
+    "ENDPOINT",
     "EXPIRED",
     "Fault",
     "HubServer",

@@ -31,7 +31,10 @@ from typing import Any
 
 from .server import HubServer
 
-__all__ = ["hub_environment", "json_result", "run_with_hub", "start_session_server"]
+__all__ = ["ENDPOINT", "hub_environment", "json_result", "run_with_hub", "start_session_server"]
+
+# A Hub to run some of the tests against instead, with the token in `HF_TOKEN`; see CONTRIBUTING.md.
+ENDPOINT = os.environ.get("TRANSPLANT_HF_TEST_ENDPOINT")
 
 # Settings of the person who runs the tests must not leak into them.
 _FOREIGN_PREFIXES = (
@@ -43,6 +46,8 @@ _FOREIGN_PREFIXES = (
     "DO_NOT_TRACK",
 )
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+_OWN = ("HF_TOKEN", "HF_HUB_DISABLE_XET", "TRANSPLANT_HF_TEST_ENDPOINT")
 
 _session_server: HubServer | None = None
 
@@ -158,6 +163,11 @@ def start_session_server(**options: int) -> HubServer:
     server = HubServer(**options).start()
     home = tempfile.TemporaryDirectory(prefix="test-hub-home-")
     environment = hub_environment(server, Path(home.name))
+    if ENDPOINT:
+        # The network, the token and Xet are then the person's own; the cache is not.
+        del environment["HF_HUB_DISABLE_XET"]
+        own = {name: os.environ[name] for name in (*_OWN, *_PROXIES, *map(str.upper, _PROXIES)) if name in os.environ}
+        environment = {**environment, **own, "HF_ENDPOINT": ENDPOINT}
     # Assigning one by one, rather than clearing first, never leaves the process without a PATH.
     for name in set(os.environ) - set(environment):
         del os.environ[name]

@@ -1,6 +1,6 @@
 """Files that `torch.save` wrote, read without unpickling: nothing in them can run."""
 
-from .ptfile import PtFile
-from .unpickle import StorageRef, TensorRef
+from .descriptions import StorageRef, TensorRef
+from .ptfile import PtFile, PtTensor
 
-__all__ = ["PtFile", "StorageRef", "TensorRef"]
+__all__ = ["PtFile", "PtTensor", "StorageRef", "TensorRef"]

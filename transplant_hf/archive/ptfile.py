@@ -5,20 +5,21 @@ from __future__ import annotations
 import mmap
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from ..errors import CheckpointError
-from .container import Region, open_container
+from .container import Region, Stamp, open_container
+from .descriptions import TensorRef
 from .tree import Content, flatten
-from .unpickle import TensorRef
 
 __all__ = ["PtFile", "PtTensor"]
 
-_STEP = 1 << 24
+_STEP = 1 << 22
 
 
 class PtFile:
@@ -46,7 +47,7 @@ class PtFile:
         container = open_container(self.path)
         self._storages = container.storages
         self._content: Content = flatten(container.content, str(self.path))
-        self._size = self.path.stat().st_size
+        self._stamp = container.stamp
         self._checked: set[str] = set()
 
     @property
@@ -77,12 +78,14 @@ class PtFile:
         storage = self._storages.get(ref.storage.key)
         if storage is None:
             raise CheckpointError(
-                f"{self.path}: the bytes of tensor {name!r} are missing (storage {ref.storage.key!r})."
+                f"{self.path}: the bytes of tensor {name!r} are missing (storage {ref.storage.key[:80]!r}). Get the "
+                "file again from its author."
             )
         claimed = ref.storage.num_elements * ref.storage.dtype.itemsize
         if claimed != storage.size:
             raise CheckpointError(
-                f"{self.path}: the storage of tensor {name!r} claims {claimed} bytes, the file holds {storage.size}."
+                f"{self.path}: the storage of tensor {name!r} claims {claimed} bytes, the file holds {storage.size}. "
+                "Get it again from its author."
             )
         last = (ref.last_element + 1) * ref.dtype.itemsize if ref.num_elements else 0
         if ref.nbytes > storage.size or last > storage.size:
@@ -111,45 +114,55 @@ class PtFile:
     def _crc(self, region: Region) -> int:
         value = 0
         buffer = bytearray(min(_STEP, region.size))
-        with self.path.open("rb", buffering=0) as file:
+        with self._opened() as file:
             for start in range(region.start, region.end, _STEP):
                 part = memoryview(buffer)[: min(_STEP, region.end - start)]
                 self._fill(file, start, part)
                 value = zlib.crc32(part, value)
         return value
 
-    def read(self, start: int, size: int) -> bytearray:
+    def read(self, start: int, size: int) -> torch.Tensor:
         """Read bytes of the file.
 
-        Raises:
-            CheckpointError: The file became shorter.
-        """
-        buffer = bytearray(size)
-        with self.path.open("rb", buffering=0) as file:
-            self._fill(file, start, memoryview(buffer))
-        return buffer
+        Returns:
+            `[size]` uint8.
 
-    def _fill(self, file: Any, start: int, view: memoryview) -> None:
+        Raises:
+            CheckpointError: The file was changed since it was opened.
+        """
+        data = torch.empty(size, dtype=torch.uint8)
+        with self._opened() as file:
+            self._fill(file, start, data.numpy().data)
+        return data
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        """Open the file again, if it is still the one whose description was read."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if Stamp.of(file) != self._stamp:
+                    raise CheckpointError(f"{self.path} was changed or replaced after it was opened. Open it again.")
+                yield file
+        except OSError as error:
+            raise CheckpointError(f"{self.path} can no longer be read: {error}. Open it again.") from error
+
+    def _fill(self, file: BinaryIO, start: int, view: memoryview) -> None:
         file.seek(start)
         done = 0
         while done < len(view):
-            count = file.readinto(view[done:])
+            count = file.readinto(view[done:])  # type: ignore[attr-defined]
             if not count:
-                raise CheckpointError(f"{self.path} became shorter while it was read.")
+                raise CheckpointError(f"{self.path} became shorter while it was read. Open it again.")
             done += count
 
     def mapped(self, start: int, size: int) -> torch.Tensor:
-        """Map bytes of the file, for tensors whose elements are not in order.
+        """Map bytes of the file, at least one, for tensors whose elements are not in order.
 
         Returns:
             `[size]` uint8, read from disk as it is used.
         """
-        if self.path.stat().st_size != self._size:
-            raise CheckpointError(f"{self.path} changed its size while it was read.")
-        if not size:
-            return torch.empty(0, dtype=torch.uint8)
         first = start - start % mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb") as file:
+        with self._opened() as file:
             view = mmap.mmap(file.fileno(), start - first + size, access=mmap.ACCESS_COPY, offset=first)
         return torch.frombuffer(view, dtype=torch.uint8, offset=start - first, count=size)
 
@@ -161,6 +174,11 @@ class PtTensor:
         self._file, self._name, self._ref = file, name, ref
 
     @property
+    def path(self) -> Path:
+        """The file it is in."""
+        return self._file.path
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of its elements."""
         return self._ref.dtype
@@ -169,10 +187,38 @@ class PtTensor:
         """Its dimensions, as safetensors' slices tell them."""
         return list(self._ref.shape)
 
+    def in_order(self, size: int) -> Iterator[torch.Tensor]:
+        """Read every element in order, whatever the dimensions.
+
+        Args:
+            size: The most bytes to read at once.
+
+        Yields:
+            `[elements]`, as far as the elements lie in order in the file; else some rows at a time.
+        """
+        region, ref = self._file.check(self._name), self._ref
+        if not ref.num_elements:
+            return
+        if not ref.is_contiguous:
+            yield from self._strided_rows(region, size)
+            return
+        start = region.start + ref.offset * ref.dtype.itemsize
+        step = size - size % ref.dtype.itemsize
+        for at in range(0, ref.nbytes, step):
+            yield self._file.read(start + at, min(step, ref.nbytes - at)).view(ref.dtype)
+
+    def _strided_rows(self, region: Region, size: int) -> Iterator[torch.Tensor]:
+        whole = self._strided(region)
+        rows = max(1, size // max(1, self._ref.nbytes // max(1, self._ref.shape[0])))
+        for start in range(0, self._ref.shape[0], rows):
+            yield _in_order(whole[start : start + rows])
+
     def __getitem__(self, index: Any) -> torch.Tensor:
         region, ref = self._file.check(self._name), self._ref
-        if not ref.is_contiguous or not ref.num_elements:
-            return self._strided(region)[index].contiguous()
+        if not ref.num_elements:
+            return torch.empty(ref.shape, dtype=ref.dtype)[index]
+        if not ref.is_contiguous:
+            return _in_order(self._strided(region)[index])
         if isinstance(index, slice) and ref.shape and index.step in (None, 1):
             start, stop, _ = index.indices(ref.shape[0])
             return self._rows(region, start, max(start, stop))
@@ -184,12 +230,17 @@ class PtTensor:
         first = region.start + ref.offset * ref.dtype.itemsize + start * row
         if stop == start:
             return torch.empty((0, *ref.shape[1:]), dtype=ref.dtype)
-        data = torch.frombuffer(self._file.read(first, (stop - start) * row), dtype=torch.uint8)
+        data = self._file.read(first, (stop - start) * row)
         return data.view(ref.dtype).reshape((stop - start, *ref.shape[1:]) if ref.shape else ())
 
     def _strided(self, region: Region) -> torch.Tensor:
         ref = self._ref
-        whole = self._file.mapped(region.start, region.size)
+        whole = self._file.mapped(region.start, region.size - region.size % ref.dtype.itemsize)
         if whole.data_ptr() % ref.dtype.itemsize:  # files from before torch 1.6 are not aligned
             whole = whole.clone()
         return whole.view(ref.dtype).as_strided(ref.shape, ref.stride, ref.offset)
+
+
+def _in_order(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a view; `contiguous` would keep the odd strides of one that shows a single element."""
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import CheckpointError
-from .unpickle import Inert, TensorRef
+from .descriptions import Inert, TensorRef
 
 __all__ = ["Content", "flatten"]
 
 _DEEPEST = 64
-_MOST_ENTRIES = 1_000_000
+_MOST_STEPS = 1 << 22
+_LONGEST_NAME = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,65 +41,75 @@ def flatten(content: Any, what: str) -> Content:
     Raises:
         CheckpointError: Nested too deeply or without end, or two tensors of one name.
     """
-    flat = Content({}, {}, set())
-    for count, (path, value) in enumerate(_walk(content, ())):
-        if len(path) > _DEEPEST or count > _MOST_ENTRIES:
-            raise CheckpointError(f"{what} is nested without end or holds over {_MOST_ENTRIES} entries; no donor is.")
-        name = ".".join(path)
+    walk = _Walk(what)
+    walk.enter(content, "", 0)
+    return walk.flat
+
+
+class _Walk:
+    """Goes through a tree that may hold the same part any number of times, itself included."""
+
+    def __init__(self, what: str) -> None:
+        self.flat = Content({}, {}, set())
+        self._what = what
+        self._left = _MOST_STEPS
+
+    def enter(self, value: Any, name: str, depth: int) -> None:
+        self._spend(1 + len(name) // 16)
+        if depth > _DEEPEST or len(name) > _LONGEST_NAME:
+            raise CheckpointError(
+                f"{self._what} is nested without end: {name[:80]!r}... is {depth} deep and its name {len(name)} long; "
+                "no donor is. Save the layers' state dicts alone."
+            )
         if isinstance(value, TensorRef):
-            if flat.tensors.get(name, value) != value:
-                raise CheckpointError(f"{what} holds two tensors named {name!r}.")
-            flat.tensors[name] = value
+            self._keep(name, value)
         elif isinstance(value, Inert):
-            flat.classes.add(value.made_of)
+            self.flat.classes.add(value.made_of)
+            self._enter_all(_module_children(value.state), name, depth)
+        elif isinstance(value, dict):
+            self._spend(len(value))
+            self._enter_all(((key, child) for key, child in value.items() if isinstance(key, str | int)), name, depth)
+        elif isinstance(value, list | tuple):
+            self._spend(len(value))
+            if all(isinstance(item, int | float | str | None) for item in value):
+                self.flat.values[name] = list(value)
+            else:
+                self._enter_all(enumerate(value), name, depth)
         else:
-            flat.values[name] = value
-    return flat
+            self.flat.values[name] = value
+
+    def _enter_all(self, children: Iterable[tuple[str | int, Any]], name: str, depth: int) -> None:
+        for key, child in children:
+            self.enter(child, f"{name}.{key}" if depth else str(key), depth + 1)
+
+    def _keep(self, name: str, tensor: TensorRef) -> None:
+        if not name.isprintable():
+            raise CheckpointError(f"{self._what}: a tensor's name {name[:80]!r} has characters that cannot be printed.")
+        if self.flat.tensors.setdefault(name, tensor) != tensor:
+            raise CheckpointError(f"{self._what} holds two tensors named {name!r}; save the file again with one.")
+
+    def _spend(self, steps: int) -> None:
+        self._left -= steps
+        if self._left < 0:
+            raise CheckpointError(
+                f"{self._what} is nested without end or takes over {_MOST_STEPS} steps to go through; no donor does. "
+                "Save the layers' state dicts alone."
+            )
 
 
-def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if len(path) > _DEEPEST + 1:
-        yield path, None
-        return
-    if _is_plain_list(value):
-        yield path, list(value)
-        return
-    children = _children(value)
-    if children is None:
-        yield path, value
-        return
-    if isinstance(value, Inert):
-        yield path, value
-    for key, child in children:
-        yield from _walk(child, (*path, *key.split(".")))
-
-
-def _is_plain_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(item, int | float | str | None) for item in value)
-
-
-def _children(value: Any) -> list[tuple[str, Any]] | None:
-    if isinstance(value, dict):
-        return [(str(key), child) for key, child in value.items() if isinstance(key, str | int)]
-    if isinstance(value, list | tuple):
-        return [(str(number), child) for number, child in enumerate(value)]
-    if isinstance(value, Inert):
-        return _module_children(value.state)
-    return None
-
-
-def _module_children(state: Any) -> list[tuple[str, Any]]:
+def _module_children(state: Any) -> list[tuple[str | int, Any]]:
     """What `nn.Module.state_dict` would hold: parameters, buffers that are saved, and sub-modules."""
     if not isinstance(state, dict) or not isinstance(state.get("_modules"), dict):
         return []
-    unsaved = state.get("_non_persistent_buffers_set") or ()
-    children: list[tuple[str, Any]] = []
+    unsaved = state.get("_non_persistent_buffers_set")
+    unsaved = unsaved if isinstance(unsaved, set | frozenset) else ()
+    children: list[tuple[str | int, Any]] = []
     for part in ("_parameters", "_buffers", "_modules"):
         held = state.get(part)
         if isinstance(held, dict):
             children += [
-                (str(key), child)
+                (key, child)
                 for key, child in held.items()
-                if child is not None and not (part == "_buffers" and key in unsaved)
+                if isinstance(key, str) and child is not None and not (part == "_buffers" and key in unsaved)
             ]
     return children

@@ -3,23 +3,29 @@
 `torch.load(weights_only=True)` refuses files that hold whole modules, and reads every tensor it does not refuse. Here
 one reader serves both: the few functions that torch uses to describe tensors are replaced by ours, which build
 descriptions, and every other global by a class that remembers its arguments and does nothing. The interpreter's
-Python version of the machine is used on purpose: the C version can be made to reserve gigabytes by a few bytes.
+Python version of the machine is used on purpose: the C version can be made to reserve gigabytes by a few bytes. Every
+step that could change what already exists, or take much time or memory for few bytes, is replaced by one that cannot.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
+import struct
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import torch
 
 from ..errors import CheckpointError
+from .descriptions import KNOWN, STORAGE_TYPES, Inert, Mapping, StorageRef, hashable, is_count
 
-__all__ = ["PICKLE_LIMIT", "Inert", "StorageRef", "TensorRef", "inert_load"]
+__all__ = ["PICKLE_LIMIT", "inert_load"]
 
 PICKLE_LIMIT = 1 << 26
+_MOST_STEPS = 1 << 22
+_MOST_GLOBALS = 10_000
+_LONGEST_NAME = 500
+_LONGEST_REASON = 300
 
 # What the machine raises for a pickle that is cut short or makes no sense.
 _PICKLE_ERRORS = (
@@ -33,100 +39,8 @@ _PICKLE_ERRORS = (
     TypeError,
     ValueError,
     pickle.UnpicklingError,
+    struct.error,
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StorageRef:
-    """The description of a storage.
-
-    Args:
-        key: What the file calls it.
-        dtype: The type of its elements.
-        num_elements: How many it claims to hold.
-    """
-
-    key: str
-    dtype: torch.dtype
-    num_elements: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TensorRef:
-    """The description of a tensor.
-
-    Args:
-        storage: Where its elements are.
-        dtype: Their type.
-        offset: Elements of the storage before the first.
-        shape: Its dimensions.
-        stride: Elements from one entry to the next, for each dimension.
-    """
-
-    storage: StorageRef
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def num_elements(self) -> int:
-        """How many numbers it shows."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes it takes when written out."""
-        return self.num_elements * self.dtype.itemsize
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether its elements lie one after the other, in order."""
-        expected = 1
-        for length, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if length != 1 and step != expected:
-                return False
-            expected *= length
-        return True
-
-    @property
-    def last_element(self) -> int:
-        """The number, in the storage, of the last element it shows."""
-        return self.offset + sum((length - 1) * step for length, step in zip(self.shape, self.stride, strict=True))
-
-
-class Inert:
-    """An object of a class that is not known here: its state, and no behaviour."""
-
-    made_of = ""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args: tuple[Any, ...] = args
-        self.state: Any = None
-        self.items: list[Any] = []
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def append(self, item: Any) -> None:
-        """Keep what a list would."""
-        self.items.append(item)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.items.append((key, value))
-
-    def __repr__(self) -> str:
-        return f"<{self.made_of}>"
-
-
-class Mapping(dict[Any, Any]):
-    """A dictionary of any kind; `OrderedDict` may carry attributes."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Forget attributes such as `_metadata`."""
 
 
 def inert_load(file: BinaryIO, what: str, storages: dict[str, StorageRef] | None = None) -> Any:
@@ -146,9 +60,10 @@ def inert_load(file: BinaryIO, what: str, storages: dict[str, StorageRef] | None
     try:
         return _Machine(_Limited(file), {} if storages is None else storages).load()
     except _PICKLE_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{what} could not be read as a pickle ({type(error).__name__}: {error}): it is cut short, damaged, or not "
-            "what torch.save writes."
+            f"{what} could not be read as a pickle ({reason[:_LONGEST_REASON]}): it is cut short, damaged, or not what "
+            "torch.save writes. Get it again from its author, or save the layers' state dicts anew."
         ) from error
 
 
@@ -169,104 +84,159 @@ class _Limited:
         return found
 
 
+class _Steps(dict[int, Callable[[Any], None]]):
+    """What to do for each code, handed out a limited number of times."""
+
+    left = _MOST_STEPS
+
+    def spend(self, steps: int) -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise ValueError(f"it takes over {_MOST_STEPS} steps")
+
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self.spend(1)
+        return super().__getitem__(code)
+
+
 class _Machine(pickle._Unpickler):
+    stack: list[Any]
+    append: Callable[[Any], None]
+
     def __init__(self, file: _Limited, storages: dict[str, StorageRef]) -> None:
         super().__init__(file, encoding="utf-8", errors="replace")
         self._storages = storages
+        self._globals: dict[tuple[str, str], Any] = {}
+        self.dispatch = self._steps = _Steps(_CODES)  # type: ignore[misc]
+
+    # -- Names and references ------------------------------------------------------------------------------------
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a stand-in; nothing is imported."""
-        known = _KNOWN.get(f"{module}.{name}")
-        if known is not None:
-            return known
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
-        if module in ("torch", "torch.storage") and name.endswith("Storage"):
-            return _storage_type(name)
-        return type(name.rpartition(".")[2] or "object", (Inert,), {"made_of": f"{module}.{name}"})
+        found = self._globals.get((module, name))
+        if found is None:
+            if len(self._globals) >= _MOST_GLOBALS:
+                raise ValueError(f"it names over {_MOST_GLOBALS} classes and functions")
+            found = self._globals[module, name] = _stand_in(module, name)
+        return found
 
-    def persistent_load(self, pid: Any) -> StorageRef:
-        """Describe the storage that a tensor's description names."""
-        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
-            raise ValueError(f"unknown reference {pid!r}")
+    def persistent_load(self, pid: Any) -> Any:
+        """Describe the storage that a tensor's description names; old files name classes of modules here too."""
+        if not isinstance(pid, tuple) or not pid or not isinstance(pid[0], str):
+            raise ValueError("unknown reference")
+        if pid[0] == "module" and len(pid) == 4 and isinstance(pid[1], type):
+            return pid[1]
+        if pid[0] != "storage" or len(pid) not in (5, 6):
+            raise ValueError(f"unknown reference to a {pid[0][:80]!r}")
         if len(pid) == 6 and pid[5] is not None:
             raise ValueError("views of storages, as torch before 0.4 wrote them; save the file again")
         dtype, key, count = pid[1], pid[2], pid[4]
-        if not isinstance(dtype, torch.dtype) or not isinstance(key, str) or not _is_count(count):
-            raise ValueError(f"unknown storage {pid!r}")
+        if not isinstance(dtype, torch.dtype) or not isinstance(key, str) or not is_count(count):
+            raise ValueError("unknown kind of storage")
         ref = StorageRef(key, dtype, count)
         if self._storages.setdefault(key, ref) != ref:
-            raise ValueError(f"storage {key!r} is described twice, differently")
+            raise ValueError(f"storage {key[:80]!r} is described twice, differently")
         return ref
 
+    # -- Steps that differ from the interpreter's ------------------------------------------------------------------
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    def _call(self, function: Any, args: Any) -> Any:
+        if not isinstance(args, list | tuple):
+            raise ValueError(f"arguments are a {type(args).__name__}")
+        self._steps.spend(len(args) + sum(len(arg) for arg in args if isinstance(arg, list | tuple | dict)))
+        return function(*args)
+
+    def _instantiate(self, klass: Any, args: Any) -> None:
+        self.append(self._call(klass, args))
+
+    def _reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self._call(self.stack[-1], args)
+
+    def _reduce_with_names(self) -> None:
+        self.stack.pop()
+        self._reduce()
+
+    def _build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if isinstance(target, Inert):
+            target.state = state
+        elif not isinstance(target, Mapping):
+            raise ValueError(f"it gives a state to a {type(target).__name__}")
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if isinstance(target, dict):
+                target[hashable(key)] = value
+            elif isinstance(target, Inert):
+                target.append((key, value))
+            else:
+                raise ValueError(f"it sets items of a {type(target).__name__}")
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key, value])
+
+    def _set_many(self) -> None:
+        self._set_items(self.pop_mark())  # type: ignore[attr-defined]
+
+    def _dict(self) -> None:
+        items = self.pop_mark()  # type: ignore[attr-defined]
+        self.append({})
+        self._set_items(items)
+
+    def _frozen_set(self) -> None:
+        self.append(frozenset(map(hashable, self.pop_mark())))  # type: ignore[attr-defined]
+
+    def _add_items(self) -> None:
+        items = self.pop_mark()  # type: ignore[attr-defined]
+        target = self.stack[-1]
+        if isinstance(target, set):
+            target.update(map(hashable, items))
+        elif isinstance(target, Inert):
+            target.items += items
+        else:
+            raise ValueError(f"it adds items to a {type(target).__name__}")
+
+    def _bytearray(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))  # type: ignore[attr-defined]
+        self.append(bytearray(self.read(size)))  # type: ignore[attr-defined]
 
 
-def _tensor(
-    storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype: torch.dtype | None = None
-) -> TensorRef:
-    if rest[2:] and rest[2]:
-        raise ValueError(f"a tensor is stored as a view ({rest[2]!r}); save it with .resolve_neg().resolve_conj()")
-    sizes, steps = tuple(shape), tuple(stride)
-    if not isinstance(storage, StorageRef) or not _is_count(offset) or len(sizes) != len(steps):
-        raise ValueError(f"a tensor is described by {storage!r}, {offset!r}, {shape!r}, {stride!r}")
-    if not all(map(_is_count, (*sizes, *steps))):
-        raise ValueError(f"a tensor has shape {shape!r} and strides {stride!r}")
-    return TensorRef(storage, dtype or storage.dtype, offset, sizes, steps)
+def _stand_in(module: str, name: str) -> Any:
+    if not (module + name).isprintable() or len(module + name) > _LONGEST_NAME:
+        raise ValueError(f"it names a class or function {(module + '.' + name)[:80]!r}")
+    known = KNOWN.get(f"{module}.{name}")
+    if known is not None:
+        return known
+    if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
+        return found
+    if module in ("torch", "torch.cuda", "torch.storage") and name.endswith("Storage"):
+        return STORAGE_TYPES.get(name, name)
+    return type(name.rpartition(".")[2] or "object", (Inert,), {"made_of": f"{module}.{name}"})
 
 
-def _tensor_v3(
-    storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, *metadata: Any
-) -> TensorRef:
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"a tensor is of type {dtype!r}")
-    return _tensor(storage, offset, shape, stride, requires_grad, hooks, *metadata, dtype=dtype)
+def _codes() -> dict[int, Callable[[Any], None]]:
+    codes: dict[int, Callable[[Any], None]] = dict(pickle._Unpickler.dispatch)
+    ours: dict[bytes, Callable[[Any], None]] = {
+        pickle.ADDITEMS: _Machine._add_items,
+        pickle.BUILD: _Machine._build,
+        pickle.BYTEARRAY8: _Machine._bytearray,
+        pickle.DICT: _Machine._dict,
+        pickle.FROZENSET: _Machine._frozen_set,
+        pickle.NEWOBJ: _Machine._reduce,
+        pickle.NEWOBJ_EX: _Machine._reduce_with_names,
+        pickle.REDUCE: _Machine._reduce,
+        pickle.SETITEM: _Machine._set_item,
+        pickle.SETITEMS: _Machine._set_many,
+    }
+    codes.update({code[0]: step for code, step in ours.items()})
+    # The registry of extensions belongs to the whole process; buffers lie outside the file.
+    for code in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER):
+        del codes[code[0]]
+    return codes
 
 
-def _first(value: Any, *_: Any) -> Any:
-    return value
-
-
-def _rebuilt_from_type(build: Any, kind: Any, args: Any, *_: Any) -> Any:
-    if build not in _TENSOR_BUILDERS:
-        return Inert(build, kind, args)
-    return build(*args)
-
-
-def _storage_type(name: str) -> Any:
-    return _STORAGE_TYPES.get(name, name)
-
-
-_STORAGE_TYPES = {
-    "BFloat16Storage": torch.bfloat16,
-    "BoolStorage": torch.bool,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "ComplexDoubleStorage": torch.complex128,
-    "ComplexFloatStorage": torch.complex64,
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-    "ShortStorage": torch.int16,
-    "UntypedStorage": torch.uint8,
-}
-_TENSOR_BUILDERS: tuple[Callable[..., Any], ...] = (_tensor, _tensor_v3)
-_KNOWN: dict[str, Any] = {
-    "collections.OrderedDict": Mapping,
-    "collections.defaultdict": lambda *_: Mapping(),
-    "__builtin__.set": frozenset,
-    "builtins.set": frozenset,
-    "__builtin__.frozenset": frozenset,
-    "builtins.frozenset": frozenset,
-    "torch.Size": tuple,
-    "torch._tensor._rebuild_from_type_v2": _rebuilt_from_type,
-    "torch._utils._rebuild_parameter": _first,
-    "torch._utils._rebuild_parameter_with_state": _first,
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_v3,
-}
+_CODES = _codes()

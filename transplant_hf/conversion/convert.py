@@ -14,6 +14,7 @@ from huggingface_hub import CommitInfo
 from ..donor import Donor
 from ..donor.from_pt import OpenedPt, open_pt
 from ..donor.save import replaced_among, save_donor
+from ..errors import CompatibilityError
 from ..hub import push_folder
 from ..sources import HubOptions
 from ..storage import read_json
@@ -107,7 +108,7 @@ def convert(
         metadata: As in `Donor.from_pt`.
         layers: The same.
         position: The recommended position; by default the best known one, else the first quarter.
-        name: What to call the donor.
+        name: What to call the donor; by default after the folder or repository it is written to.
         recipient_revision: The recipient's revision.
         max_shard_size: Largest weight file.
         verify: Also run one layer on random hidden states with the weights of both files.
@@ -123,15 +124,24 @@ def convert(
 
     Raises:
         CheckpointError: The file is damaged, or holds no such layers.
+        CompatibilityError: The recipient has no such position.
         ConfigurationError: Nothing says which layers they are.
         HubError: The recipient or the repository is out of reach.
     """
     opened = open_pt(
         path, recipient, metadata, layers, name, recipient_revision, HubOptions(token, cache_dir, local_files_only)
     )
+    if position is not None and not 0 <= position <= opened.num_layers:
+        raise CompatibilityError(
+            f"position {position} is outside 0..{opened.num_layers}: recipient {opened.recipient} has "
+            f"{opened.num_layers} layers."
+        )
     donor = Donor(opened.record, opened.store, position=opened.position, companions=opened.recipient)
 
+    written_names: set[str] = set()
+
     def check(folder: Path) -> None:
+        written_names.update(path.name for path in folder.iterdir())
         written = Donor.from_pretrained(folder)
         compare_tensors(donor.store, written.store, str(path), str(folder))
         if verify:
@@ -146,11 +156,12 @@ def convert(
         commit: CommitInfo = push_folder(
             target,
             push_to,
-            commit_message=f"Upload donor {donor.name}",
+            commit_message=f"Upload donor {donor.name or target.name}",
             token=token,
             private=private,
             revision=revision,
             replaced=replaced_among,
+            only=written_names,  # the folder may hold other files of the user's
         )
         return dataclasses.replace(
             done, folder=str(target) if output is not None else None, commit=str(commit.commit_url)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
 import torch
 from tqdm import tqdm
 
 from ..donor.stream import pieces, size_of
-from ..donor.tensors import TensorStore
+from ..donor.tensors import TensorInfo, TensorStore
 from ..errors import CheckpointError
 
 __all__ = ["compare_tensors"]
@@ -15,11 +20,13 @@ _PROGRESS_FROM = 1 << 28
 
 
 def compare_tensors(source: TensorStore, written: TensorStore, source_name: str, written_name: str) -> None:
-    """Compare two donors' tensors bit for bit, a piece at a time.
+    """Compare a donor's files with the tensors they were written from, bit for bit.
+
+    The files are read anew, through their own headers and without mapping them, so that memory does not grow.
 
     Args:
         source: Where the tensors came from.
-        written: Where they went.
+        written: Where they went: safetensors files, by their headers.
         source_name: For messages.
         written_name: The same.
 
@@ -30,24 +37,51 @@ def compare_tensors(source: TensorStore, written: TensorStore, source_name: str,
     if set(wanted) != set(found):
         strays = sorted(set(wanted) ^ set(found))
         raise CheckpointError(f"{written_name} and {source_name} hold other tensors, first {strays[0]!r}.")
-    ours, theirs = source.slices(), written.slices()
+    parts = source.slices()
     total = sum(map(size_of, wanted.values()))
     with tqdm(total=total, desc="Reading back", unit="B", unit_scale=True, disable=total < _PROGRESS_FROM) as progress:
-        for name, info in wanted.items():
-            if (info.shape, info.dtype) != (found[name].shape, found[name].dtype):
-                raise CheckpointError(f"{written_name}: {name} became {found[name].dtype} {list(found[name].shape)}.")
-            for one, other in zip(pieces(info, ours[name]), pieces(info, theirs[name]), strict=True):
-                if not _same_bits(one, other):
+        for path in sorted({info.file for info in found.values() if info.file is not None}):
+            inside = {name: wanted[name] for name, info in found.items() if info.file == path}
+            for name, info in inside.items():
+                if (info.shape, info.dtype) != (found[name].shape, found[name].dtype):
+                    raise CheckpointError(
+                        f"{written_name}: {name} became {found[name].dtype} {list(found[name].shape)}."
+                    )
+            _compare_file(path, inside, parts, f"{written_name}/{path.name}", source_name, progress)
+
+
+def _compare_file(
+    path: Path,
+    infos: Mapping[str, TensorInfo],
+    parts: Mapping[str, Any],
+    written_name: str,
+    source_name: str,
+    progress: tqdm[Any],
+) -> None:
+    with path.open("rb", buffering=0) as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for name, info in infos.items():
+            file.seek(8 + length + header[name]["data_offsets"][0])
+            for piece in pieces(info, parts[name]):
+                if not _next_are(file, piece.reshape(-1).view(torch.uint8)):
                     raise CheckpointError(
                         f"{written_name}: {name} was read back with other bits than {source_name} has. The disk or "
                         "memory may be faulty; nothing was kept."
                     )
-                progress.update(one.nbytes)
+                progress.update(piece.nbytes)
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    first, second = one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
-    even = first.numel() - first.numel() % 8
-    return torch.equal(first[:even].clone().view(torch.int64), second[:even].clone().view(torch.int64)) and torch.equal(
-        first[even:], second[even:]
-    )
+def _next_are(file: BinaryIO, expected: torch.Tensor) -> bool:
+    """Whether the next bytes of a file are these."""
+    found = torch.empty(expected.numel(), dtype=torch.uint8)
+    view = found.numpy().data
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            return False
+        done += count
+    even = len(view) - len(view) % 8
+    as_words = torch.equal(found[:even].view(torch.int64), expected[:even].clone().view(torch.int64))
+    return as_words and torch.equal(found[even:], expected[even:])

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError
 from ..sources import HubOptions, locate
 from .convert import Conversion, convert
 
@@ -101,15 +101,3 @@ def convert_seeds(
             )
         )
     return done
-
-
-def seed_named(name: str) -> Seed:
-    """Return the donor in a folder of the author's repository.
-
-    Raises:
-        ConfigurationError: There is none of that name.
-    """
-    for seed in SEEDS:
-        if seed.folder == name:
-            return seed
-    raise ConfigurationError(f"the author's donors are {', '.join(seed.folder for seed in SEEDS)}, not {name!r}.")

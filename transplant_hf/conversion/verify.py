@@ -10,6 +10,7 @@ from transformers.initialization import no_init_weights
 
 from ..architecture import Anatomy, LayerOrigin, decoder_stack, native_class, splice_config
 from ..donor import Donor
+from ..donor.dtypes import loaded_dtype
 from ..errors import CheckpointError, ConfigurationError
 from ..model.memory import transplant
 
@@ -75,7 +76,7 @@ def _shell(anatomy: Anatomy, donor: Donor) -> PreTrainedModel:
             f"layer {donor.layer_indices[0]} of {donor} cannot be run alone ({spliced.reasons[0]}); convert it without "
             "verifying outputs."
         )
-    dtype = next(iter(donor.part([0]).store.slices().values()))[...].dtype
+    dtype = _main_dtype(donor.part([0]))
     with no_init_weights():
         shell: PreTrainedModel = anatomy.model_class._from_config(spliced.config, dtype=dtype)
     large = {
@@ -87,3 +88,14 @@ def _shell(anatomy: Anatomy, donor: Donor) -> PreTrainedModel:
                 parameter.zero_()
     shell.tie_weights()
     return shell.eval()
+
+
+def _main_dtype(donor: Donor) -> torch.dtype:
+    """The type of most numbers: some norms are kept in another, and the order of tensors says nothing."""
+    counts: dict[str, int] = {}
+    for info in donor.infos().values():
+        counts[info.dtype] = counts.get(info.dtype, 0) + info.num_elements
+    dtype = loaded_dtype(max(sorted(counts), key=lambda name: counts[name]))
+    if dtype.itemsize == 1:
+        raise ConfigurationError(f"donor {donor}: no layer runs in {dtype}; convert it without verifying outputs.")
+    return dtype

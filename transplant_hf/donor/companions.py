@@ -12,7 +12,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from ..storage import read_json
 
-__all__ = ["COMPANION_FILES", "copy_companions", "tokenizer_class"]
+__all__ = ["COMPANION_FILES", "at_hand", "copy_companions", "has_tokenizer", "tokenizer_class"]
 
 COMPANION_FILES = (
     "tokenizer*",
@@ -25,19 +25,32 @@ COMPANION_FILES = (
     "sentencepiece*",
     "generation_config.json",
 )
+# Any of them is a tokenizer; its configuration alone is none.
+_TOKENIZERS = ("tokenizer.*", "vocab.*", "spiece.model", "sentencepiece*")
 
 
 def copy_companions(recipient: str, revision: str | None, folder: Path, cache_dir: str | None = None) -> None:
     """Copy the recipient's tokenizer and generation config, when they are at hand; nothing is downloaded."""
-    source = Path(recipient).expanduser()
-    if not source.is_dir():
-        try:
-            source = Path(snapshot_download(recipient, revision=revision, cache_dir=cache_dir, local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError):
-            return
-    for path in _matching(source, COMPANION_FILES):
+    source = at_hand(recipient, revision, cache_dir)
+    for path in _matching(source, COMPANION_FILES) if source else ():
         if not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
+
+
+def at_hand(recipient: str, revision: str | None, cache_dir: str | None = None) -> Path | None:
+    """Return the folder in which a recipient's files are, as far as they are on this machine."""
+    source = Path(recipient).expanduser()
+    if source.is_dir():
+        return source
+    try:
+        return Path(snapshot_download(recipient, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return bool(_matching(folder, _TOKENIZERS))
 
 
 def tokenizer_class(model_type: str, folder: Path) -> str | None:

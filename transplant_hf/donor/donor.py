@@ -14,12 +14,13 @@ from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
 from ..config import TransplantConfig
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError, ConfigurationError, IntegrityError
 from ..hub import push_folder
 from ..sources import HubOptions, Source, locate
 from ..storage import read_json
 from .extract import layers_of_model
 from .from_pt import open_pt
+from .pt_tensors import PtTensors
 from .record import DONOR_CONFIG, DonorRecord
 from .save import replaced_among, save_donor
 from .tensors import TensorInfo, TensorStore, layer_of, open_donor_files
@@ -102,12 +103,30 @@ class Donor:
     @classmethod
     def open(cls, source: Source) -> Donor:
         """Open a donor whose files are at hand."""
+        if source.from_hub and not (source.folder / DONOR_CONFIG).exists():
+            raise CheckpointError(
+                f"{source} is no donor: it holds no {DONOR_CONFIG}, or the local cache holds only a part of it; then "
+                "load it once with a connection."
+            )
         record = DonorRecord.read(source.folder)
         for name, stamp in record.files.items():
-            stamp.check_size(source.folder / name)
+            stamp.check_size(source.folder / name, str(source))
         config = source.folder / "config.json"
         position = _recommended_position(config) if config.exists() else None
-        return cls(record, open_donor_files(source.folder), position=position, source=source)
+        try:
+            store = open_donor_files(source.folder)
+        except CheckpointError:
+            # Changed bytes may look like any other fault; which it is, the record knows.
+            for name, stamp in record.files.items():
+                stamp.check_bytes(source.folder / name, str(source))
+            raise
+        unlisted = sorted({path.name for path in store.files} - set(record.files))
+        if unlisted and (record.files or source.from_hub):
+            raise IntegrityError(
+                f"{', '.join(unlisted)} of donor {source} has no sha256 in {DONOR_CONFIG}, so that its bytes cannot "
+                "be checked. Save the donor again with save_pretrained."
+            )
+        return cls(record, store, position=position, source=source)
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, layers: Sequence[int], name: str | None = None) -> Donor:
@@ -154,7 +173,7 @@ class Donor:
             metadata: What the author recorded, or a JSON file with it; by default `donor_metadata.json` beside the
                 file, if there is one.
             layers: The layer indices in the source model; by default those that the metadata or the file names.
-            name: What to call the donor; by default after its file or folder.
+            name: What to call the donor; by default after the folder or repo it is saved to.
             recipient_revision: The recipient's revision.
             token: As in `from_pretrained` of Transformers.
             cache_dir: The same.
@@ -207,7 +226,11 @@ class Donor:
 
         Returns:
             `{"layers.{i}.{name inside the layer}": tensor}`, i = 0..k-1.
+
+        Raises:
+            IntegrityError: A weight file's bytes are not the recorded ones.
         """
+        self.verify()
         return {name: part[...] for name, part in self.store.slices().items()}
 
     def part(self, layers: Sequence[int]) -> Donor:
@@ -241,7 +264,7 @@ class Donor:
             IntegrityError: The bytes differ.
         """
         for path in self.weight_files():
-            self.record.files[path.name].check_bytes(path)
+            self.record.files[path.name].check_bytes(path, str(self.source))
 
     def save_pretrained(
         self,
@@ -250,20 +273,26 @@ class Donor:
         recipient: str | None = None,
         recipient_revision: str | None = None,
         max_shard_size: int | str = "5GB",
+        license: str | None = None,
     ) -> None:
         """Write the donor as a repo that `from_pretrained` and `pipeline` load as it stands.
 
         Args:
-            save_directory: The folder; an old donor in it is replaced in one step.
+            save_directory: The folder; an old donor in it is replaced in one step. A `README.md` that a person
+                wrote or edited is kept.
             position: The recommended position; by default the one it came with.
             recipient: The recipient it is meant for; by default the model its layers came from.
             recipient_revision: The recipient's revision.
             max_shard_size: Largest weight file.
+            license: The licence that the card names, such as "apache-2.0"; by default what the author recorded or
+                the recipient's card says, if that is at hand.
 
         Raises:
             ConfigurationError: No position or no recipient is known.
+            IntegrityError: A weight file that the donor is read from has not the recorded bytes.
         """
-        save_donor(self, Path(save_directory), position, recipient, recipient_revision, max_shard_size)
+        self.verify()
+        save_donor(self, Path(save_directory), position, recipient, recipient_revision, max_shard_size, license=license)
 
     def push_to_hub(
         self,
@@ -273,6 +302,7 @@ class Donor:
         recipient_revision: str | None = None,
         max_shard_size: int | str = "5GB",
         commit_message: str = "Upload donor",
+        license: str | None = None,
         **kwargs: Any,
     ) -> CommitInfo:
         """Upload the donor repo as one commit.
@@ -284,6 +314,7 @@ class Donor:
             recipient_revision: The same.
             max_shard_size: The same.
             commit_message: Its first line.
+            license: As in `save_pretrained`.
             **kwargs: `token`, `private`, `revision` and `create_pr`, as in huggingface_hub.
 
         Returns:
@@ -291,14 +322,17 @@ class Donor:
 
         Raises:
             HubError: Missing, gated, private or out of reach.
+            IntegrityError: A weight file that the donor is read from has not the recorded bytes.
         """
+        self.verify()
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / repo_id.rpartition("/")[2]
-            save_donor(self, target, position, recipient, recipient_revision, max_shard_size, repo_id)
+            save_donor(self, target, position, recipient, recipient_revision, max_shard_size, repo_id, license=license)
             return push_folder(target, repo_id, commit_message=commit_message, replaced=replaced_among, **kwargs)
 
     def __str__(self) -> str:
-        return str(self.source or self.name or "in memory")
+        file = self.store.path if isinstance(self.store, PtTensors) else None
+        return str(self.source or file or self.name or "in memory")
 
     def __repr__(self) -> str:
         return f"Donor({str(self)!r}, {self.model_type}, layers {self.layer_indices})"

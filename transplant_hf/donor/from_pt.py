@@ -25,7 +25,6 @@ from .record import DonorRecord
 __all__ = ["METADATA_FILE", "OpenedPt", "open_pt"]
 
 METADATA_FILE = "donor_metadata.json"
-_AUTHORS_FILE = "donor_layers"
 _UNPLAIN = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -37,6 +36,7 @@ class OpenedPt:
         record: What is known of the donor.
         store: Its tensors.
         position: The best known position, else the first quarter of the recipient.
+        num_layers: L, the recipient's layers.
         layout: Where its tensors are in the file.
         recipient: The source model's configuration and tokenizer.
         classes: Pickled classes in the file, of which nothing was run.
@@ -45,6 +45,7 @@ class OpenedPt:
     record: DonorRecord
     store: PtTensors
     position: int
+    num_layers: int
     layout: Layout
     recipient: Source
     classes: tuple[str, ...]
@@ -72,11 +73,13 @@ def open_pt(
         layer_indices=layout.layers,
         source_id=source.reference,
         source_revision=source.revision,
-        name=name or _name(known, file.path),
+        name=name or _name(known),
         metadata=known,
     )
     position = _position(known, anatomy.num_layers, str(file.path))
-    return OpenedPt(record, PtTensors(file, layout), position, layout, source, tuple(sorted(file.classes)))
+    return OpenedPt(
+        record, PtTensors(file, layout), position, anatomy.num_layers, layout, source, tuple(sorted(file.classes))
+    )
 
 
 def _source_model(
@@ -132,9 +135,7 @@ def _position(known: Mapping[str, Any], num_layers: int, what: str) -> int:
     return best
 
 
-def _name(known: Mapping[str, Any], path: Path) -> str:
+def _name(known: Mapping[str, Any]) -> str | None:
+    """What the author calls the donor; one without a name is called after the folder it is saved to."""
     named = known.get("name")
-    if isinstance(named, str) and named:
-        return named
-    last = path.resolve().parent.name if path.stem == _AUTHORS_FILE else path.stem
-    return _UNPLAIN.sub("-", last).strip("-.") or _AUTHORS_FILE
+    return _UNPLAIN.sub("-", named).strip("-.") or None if isinstance(named, str) else None

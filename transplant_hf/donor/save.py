@@ -12,12 +12,14 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
+from ..cards import CARD_FILE, written_by_us
 from ..config import DonorSpec, TransplantConfig
 from ..errors import ConfigurationError
 from ..storage import publish, read_json, write_json
-from .card import donor_card
+from .card import write_donor_card
 from .companions import copy_companions, tokenizer_class
 from .dtypes import loaded_dtype
+from .entry import CODE_FILE, write_entry
 from .record import DONOR_CONFIG, DonorRecord, FileStamp
 from .stream import size_of, write_safetensors
 from .tensors import DONOR_INDEX, TensorStore
@@ -31,7 +33,6 @@ __all__ = [
     "replaced_among",
     "replaced_in",
     "save_donor",
-    "transplant_fields",
     "vocabulary_of",
     "write_donor",
     "written_reference",
@@ -43,7 +44,7 @@ _PROGRESS_FROM = 1 << 28
 def is_artefact_file(name: str) -> bool:
     """Whether a file belongs to a saved model or donor, and goes when it is saved anew."""
     weights = name.endswith((".safetensors", ".safetensors.index.json"))
-    return (weights and name.startswith(("model", "donor"))) or name in (DONOR_CONFIG, "config.json")
+    return (weights and name.startswith(("model", "donor"))) or name in (DONOR_CONFIG, "config.json", CODE_FILE)
 
 
 def replaced_in(folder: Path) -> Callable[[str], bool]:
@@ -55,6 +56,9 @@ def replaced_in(folder: Path) -> Callable[[str], bool]:
         own = [spec.get("subfolder") for spec in fields.get("donors", ()) if spec.get("donor") == "."]
         recipient = str(fields.get("recipient", ""))
         folders = {str(name) for name in own if name} | ({recipient[2:]} if recipient.startswith("./") else set())
+    card = folder / CARD_FILE
+    if card.is_file() and written_by_us(card.read_text(encoding="utf-8", errors="replace")):
+        folders.add(CARD_FILE)
     return lambda name: is_artefact_file(name) or name in folders
 
 
@@ -93,6 +97,7 @@ def save_donor(
     max_shard_size: int | str,
     repo_id: str | None = None,
     check: Callable[[Path], None] = lambda folder: None,
+    license: str | None = None,
 ) -> None:
     """Write a donor repo; see `Donor.save_pretrained`.
 
@@ -105,6 +110,7 @@ def save_donor(
         max_shard_size: Largest weight file.
         repo_id: Where it is going to be loaded from.
         check: Looks at the written folder before it takes its place, and raises if anything is wrong.
+        license: What the card names as the licence; by default what the author or the recipient's card says.
     """
     position = donor.position if position is None else position
     if position is None:
@@ -130,8 +136,10 @@ def save_donor(
         record = write_donor(staging, dataclasses.replace(donor.record, name=name), donor.store, max_shard_size)
         copy_companions(donor.companions_in(recipient), revision, staging)
         config.tokenizer_class = tokenizer_class(record.model_type, staging)
-        write_json(staging / "config.json", transplant_fields(config))
-        donor_card(record, config, repo_id or folder.name).save(staging / "README.md")
+        write_entry(staging, config)
+        write_donor_card(
+            staging, folder, config, [record], repo_id, recipient_folder=donor.companions_in(recipient), license=license
+        )
         check(staging)
 
 
@@ -155,14 +163,6 @@ def write_donor(folder: Path, record: DonorRecord, store: TensorStore, max_shard
     record = dataclasses.replace(record, files=stamps)
     record.write(folder)
     return record
-
-
-def transplant_fields(config: TransplantConfig) -> dict[str, Any]:
-    """Return what `config.json` of a transplant holds, the fields a person looks for first."""
-    fields = config.to_diff_dict()
-    order = ["architectures", "model_type", "format_version", "recipient", "recipient_revision", "donors"]
-    full = {**config.to_dict(), **fields}
-    return {key: full[key] for key in order} | {key: fields[key] for key in sorted(fields) if key not in order}
 
 
 def written_reference(recipient: str, folder: Path) -> str:

@@ -12,13 +12,15 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from ..archive import PtTensor
 from ..errors import CheckpointError
 from .dtypes import loaded_dtype
 from .tensors import TensorInfo
 
 __all__ = ["is_finite", "pieces", "size_of", "write_safetensors"]
 
-_PIECE = 1 << 24
+# Small enough for memory that is used again and stays in the processor's cache.
+_PIECE = 1 << 22
 _ALIGNMENT = 8
 _T = TypeVar("_T")
 
@@ -29,11 +31,15 @@ def size_of(info: TensorInfo) -> int:
 
 
 def pieces(info: TensorInfo, part: Any) -> Iterator[torch.Tensor]:
-    """Read a lazy tensor, some entries of its first dimension at a time.
+    """Read a lazy tensor a piece at a time.
 
     Yields:
-        Contiguous parts, in order, of about 16 MiB; at least one entry each.
+        Contiguous parts, in order, of about 4 MiB; at least one entry of the first dimension where no smaller part
+        can be read.
     """
+    if isinstance(part, PtTensor) and size_of(info) > _PIECE:
+        yield from part.in_order(_PIECE)
+        return
     if not info.shape or size_of(info) <= _PIECE:
         yield part[...].detach().to("cpu").contiguous()
         return
@@ -88,8 +94,20 @@ def _checked_bytes(infos: Mapping[str, TensorInfo], parts: Mapping[str, Any], na
     for name in names:
         for piece in pieces(infos[name], parts[name]):
             if not is_finite(piece):
-                raise CheckpointError(f"donor tensor {name!r} holds NaN or infinity; it is not saved.")
-            yield piece.reshape(-1).view(torch.uint8).numpy().data
+                where = f" in {parts[name].path}" if isinstance(parts[name], PtTensor) else ""
+                raise CheckpointError(
+                    f"donor tensor {name!r}{where} holds NaN or infinity; it is not saved. Take a checkpoint from "
+                    "before its training diverged."
+                )
+            yield _bytes_of(piece)
+
+
+def _bytes_of(piece: torch.Tensor) -> memoryview:
+    flat = piece.reshape(-1)
+    if flat.numel() == 1:  # a single element may keep the odd stride of the view it was taken from
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    data: memoryview = flat.view(torch.uint8).numpy().data
+    return data
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

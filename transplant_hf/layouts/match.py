@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from ..architecture import Anatomy
 from ..archive import TensorRef
 from ..errors import CheckpointError
@@ -91,7 +93,7 @@ def match_layers(
     chosen = choose_layers(sorted(group.layers), anatomy.num_layers, known, wanted, what)
     found = {source: group.weights(number) for number, source in chosen.items()}
     _refuse_misfits(found, tensors, anatomy, reader, what)
-    _refuse_adapters(group, chosen, tensors, what)
+    _refuse_adapters(tensors, what)
     names: dict[str, str | Packed] = {}
     for place, (_, parts) in enumerate(sorted(found.items())):
         names.update({f"layers.{place}.{rest}": name for rest, name in _by_rest(parts).items()})
@@ -159,51 +161,56 @@ def _refuse_misfits(
 ) -> None:
     lines: list[str] = []
     for source, parts in found.items():
-        shapes = {name: tensor for name, tensor in anatomy.layers[source].state_dict().items()}
+        wanted = anatomy.layers[source].state_dict()
         seen: dict[str, list[str]] = {}
         for name, part in parts.items():
             assert part.inside is not None
             seen.setdefault(part.inside, []).append(part.packed)
-            if part.inside not in shapes:
+            if part.inside not in wanted:
                 lines.append(f"{name}: unexpected; layer {source} of the source model has no {part.inside}")
                 continue
             one_to_one = reader.names.is_one_to_one(f"{anatomy.stack_path}.0.{part.rest}")
-            shape = tuple(shapes[part.inside].shape)
-            want = _packed_shape(shape, part.packed) if part.packed else shape
-            if one_to_one and tensors[name].shape != want:
-                lines.append(f"{name}: seen {list(tensors[name].shape)}, wanted {list(want)}")
-            elif (
-                not part.packed
-                and not tensors[name].dtype.is_floating_point
-                and shapes[part.inside].is_floating_point()
-            ):
-                lines.append(f"{name}: seen {_plain(tensors[name].dtype)}, wanted floating point numbers")
-        for inside in sorted(shapes):
-            if inside not in seen and not reader.names.may_be_converted(inside):
-                lines.append(f"layer {source}: {inside} {list(shapes[inside].shape)} is missing")
-            elif len(set(seen.get(inside, [""]))) == 1 and seen.get(inside, [""])[0]:
-                lines.append(f"layer {source}: {inside} has only its{seen[inside][0].replace('_', ' ')}")
-            elif (
-                len(seen.get(inside, [])) > 1
-                and "" in seen[inside]
-                and reader.names.is_one_to_one(f"{anatomy.stack_path}.0.{inside}")
-            ):
-                lines.append(f"layer {source}: {inside} is there {len(seen[inside])} times")
+            lines += _misfits(name, part, tensors[name], wanted[part.inside], one_to_one)
+        for inside in sorted(wanted):
+            kinds = sorted(seen.get(inside, []))
+            one_to_one = reader.names.is_one_to_one(f"{anatomy.stack_path}.0.{inside}")
+            if not kinds and not reader.names.may_be_converted(inside):
+                lines.append(f"layer {source}: {inside} {list(wanted[inside].shape)} is missing")
+            elif kinds in (["_blocks"], ["_scales"]):
+                lines.append(f"layer {source}: {inside} has only its{kinds[0].replace('_', ' ')}")
+            elif len(kinds) > 1 and kinds != ["_blocks", "_scales"] and one_to_one:
+                lines.append(f"layer {source}: {inside} is there {len(kinds)} times")
     if lines:
         raise CheckpointError(
             f"{what} does not hold layers {sorted(found)} of this {anatomy.config.model_type} model:\n  - "
             + _listed(lines, "\n  - ")
+            + "\nIs this the model that they came from, and are these the layers?"
         )
+
+
+def _misfits(name: str, part: LayerPart, tensor: TensorRef, wanted: torch.Tensor, one_to_one: bool) -> list[str]:
+    shape = tuple(wanted.shape)
+    if part.packed:
+        if not one_to_one or len(shape) != 3 or shape[1] % 32:
+            return [f"{name}: seen a part of a tensor packed as MXFP4, wanted all of {list(shape)}"]
+        if tensor.dtype != torch.uint8:
+            return [f"{name}: seen {_plain(tensor.dtype)}, wanted uint8"]
+        shape = _packed_shape(shape, part.packed)
+    elif wanted.is_floating_point() and not tensor.dtype.is_floating_point:
+        return [f"{name}: seen {_plain(tensor.dtype)}, wanted floating point numbers"]
+    if one_to_one and tensor.shape != shape:
+        return [f"{name}: seen {list(tensor.shape)}, wanted {list(shape)}"]
+    return []
 
 
 def _packed_shape(shape: tuple[int, ...], packed: str) -> tuple[int, ...]:
     """The shape of MXFP4 parts of `[experts, in, out]`: 32 values share a scale, and two share a byte."""
-    *outer, inner, out = shape
-    scales = (*outer, out, inner // 32)
+    experts, inner, out = shape
+    scales = (experts, out, inner // 32)
     return (*scales, 16) if packed == "_blocks" else scales
 
 
-def _refuse_adapters(group: _Group, chosen: Mapping[int, int], tensors: Mapping[str, TensorRef], what: str) -> None:
+def _refuse_adapters(tensors: Mapping[str, TensorRef], what: str) -> None:
     adapters = [name for name in tensors if is_adapter(name)]
     if adapters:
         raise CheckpointError(
@@ -217,24 +224,15 @@ def _refuse_strangers(
 ) -> None:
     """Refuse tensors inside a chosen layer that its class knows nothing of: the layer is then another one."""
     placed = {name for parts in group.layers.values() for name in parts}
-    starts = tuple(_start(name, part) for number in chosen for name, part in group.weights(number).items())
+    starts = tuple({part.start for number in chosen for part in group.weights(number).values()})
     strangers = sorted(
         name for name in tensors if name not in placed and name.startswith(starts) and not is_adapter(name)
     )
     if strangers:
         raise CheckpointError(
-            f"{what}: layers of a {anatomy.config.model_type} model have no such tensors: {_listed(strangers)}"
+            f"{what}: layers of a {anatomy.config.model_type} model have no such tensors: {_listed(strangers)}. "
+            "Without them the layers are not what was trained; is this the model that they came from?"
         )
-
-
-def _start(name: str, part: LayerPart) -> str:
-    """A name up to and with the layer's number; the whole of one without a number."""
-    pieces = name.split(".")
-    depth = len(part.prefix.split(".")) if part.prefix else 0
-    for at in range(max(0, depth - 1), len(pieces)):
-        if pieces[at].endswith(str(part.number)) and pieces[at][-len(str(part.number)) :].isdigit():
-            return ".".join(pieces[: at + 1]) + "."
-    return name
 
 
 def _shown(tensors: Mapping[str, TensorRef]) -> list[str]:

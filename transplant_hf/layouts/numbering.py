@@ -51,6 +51,8 @@ def choose_layers(
 
 
 def _check(layers: list[int], num_layers: int, origin: str, what: str) -> None:
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in layers):
+        raise ConfigurationError(f"{what}: {origin} must be whole numbers, such as [4, 5, 6], got {layers}.")
     if not layers or layers != list(range(layers[0], layers[0] + len(layers))):
         raise ConfigurationError(f"{what}: {origin} must be consecutive, such as [4, 5, 6], got {layers}.")
     if layers[0] < 0 or layers[-1] >= num_layers:
