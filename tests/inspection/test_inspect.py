@@ -192,7 +192,8 @@ def test_strangers_words_do_not_steer_the_terminal(family: Path) -> None:
 def test_a_name_draws_no_layers(family: Path) -> None:
     donors = [{"donor": ".", "position": 1, "name": "law 1\n   99  recipient"}]
     edit_json(family / "donor" / "config.json", donors=donors)
-    assert "\\n   99  recipient 1" in str(inspect(family / "donor"))
+    with refused(ConfigurationError, "plain name"):
+        inspect(family / "donor")
 
 
 def test_a_recipient_whose_code_would_have_to_run(family: Path, tmp_path: Path) -> None:
