@@ -103,13 +103,46 @@ class PtFile:
         """
         region, key = self.region(name), self.tensors[name].storage.key
         if key not in self._checked:
-            if region.crc is not None and self._crc(region) != region.crc:
-                raise CheckpointError(
-                    f"{self.path}: the bytes of tensor {name!r} do not have the checksum recorded for them: the file "
-                    "was changed or damaged. Get it again from its author."
-                )
-            self._checked.add(key)
+            self._compare(name, region, self._crc(region) if region.crc is not None else 0)
         return region
+
+    def stream(self, name: str, start: int, size: int, step: int) -> Iterator[torch.Tensor]:
+        """Read a run of bytes of a tensor's storage, a piece at a time, checksum included.
+
+        Args:
+            name: The tensor.
+            start: Where the run begins in the storage, in bytes.
+            size: How many bytes it has.
+            step: How many to read at once.
+
+        Yields:
+            `[step]` uint8; the memory of a piece is used again for the one after the next.
+
+        Raises:
+            CheckpointError: The checksum differs, at the latest after the last piece.
+        """
+        region, key = self.region(name), self.tensors[name].storage.key
+        on_the_way = (start, size) == (0, region.size) and key not in self._checked
+        if not on_the_way:
+            self.check(name)
+        buffers = [torch.empty(min(step, size), dtype=torch.uint8) for _ in range(2)]
+        crc = 0
+        with self._opened() as file:
+            for number, at in enumerate(range(0, size, step)):
+                piece = buffers[number % 2][: min(step, size - at)]
+                self._fill(file, region.start + start + at, piece.numpy().data)
+                crc = zlib.crc32(piece.numpy().data, crc) if on_the_way else 0
+                yield piece
+        if on_the_way:
+            self._compare(name, region, crc)
+
+    def _compare(self, name: str, region: Region, crc: int) -> None:
+        if region.crc is not None and crc != region.crc:
+            raise CheckpointError(
+                f"{self.path}: the bytes of tensor {name!r} do not have the checksum recorded for them: the file "
+                "was changed or damaged. Get it again from its author."
+            )
+        self._checked.add(self.tensors[name].storage.key)
 
     def _crc(self, region: Region) -> int:
         value = 0
@@ -194,18 +227,17 @@ class PtTensor:
             size: The most bytes to read at once.
 
         Yields:
-            `[elements]`, as far as the elements lie in order in the file; else some rows at a time.
+            `[elements]`, as far as the elements lie in order in the file; else some rows at a time. The memory of a
+            piece is used again for the one after the next.
         """
-        region, ref = self._file.check(self._name), self._ref
-        if not ref.num_elements:
+        ref = self._ref
+        if not ref.num_elements or not ref.is_contiguous:
+            region = self._file.check(self._name)
+            yield from self._strided_rows(region, size) if ref.num_elements else ()
             return
-        if not ref.is_contiguous:
-            yield from self._strided_rows(region, size)
-            return
-        start = region.start + ref.offset * ref.dtype.itemsize
         step = size - size % ref.dtype.itemsize
-        for at in range(0, ref.nbytes, step):
-            yield self._file.read(start + at, min(step, ref.nbytes - at)).view(ref.dtype)
+        for piece in self._file.stream(self._name, ref.offset * ref.dtype.itemsize, ref.nbytes, step):
+            yield piece.view(ref.dtype)
 
     def _strided_rows(self, region: Region, size: int) -> Iterator[torch.Tensor]:
         whole = self._strided(region)

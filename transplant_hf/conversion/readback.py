@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
+import numpy as np
 from tqdm import tqdm
 
-from ..donor.stream import pieces, size_of
+from ..donor.stream import bytes_of, pieces, read_ahead, size_of
 from ..donor.tensors import TensorInfo, TensorStore
 from ..errors import CheckpointError
 
@@ -63,25 +63,26 @@ def _compare_file(
         header = json.loads(file.read(length))
         for name, info in infos.items():
             file.seek(8 + length + header[name]["data_offsets"][0])
-            for piece in pieces(info, parts[name]):
-                if not _next_are(file, piece.reshape(-1).view(torch.uint8)):
+            found = bytearray()
+            for expected in read_ahead(map(bytes_of, pieces(info, parts[name]))):
+                found = found if len(found) >= len(expected) else bytearray(len(expected))
+                if not _next_are(file, expected, memoryview(found)[: len(expected)]):
                     raise CheckpointError(
                         f"{written_name}: {name} was read back with other bits than {source_name} has. The disk or "
                         "memory may be faulty; nothing was kept."
                     )
-                progress.update(piece.nbytes)
+                progress.update(len(expected))
 
 
-def _next_are(file: BinaryIO, expected: torch.Tensor) -> bool:
-    """Whether the next bytes of a file are these."""
-    found = torch.empty(expected.numel(), dtype=torch.uint8)
-    view = found.numpy().data
+def _next_are(file: BinaryIO, expected: memoryview, found: memoryview) -> bool:
+    """Whether the next bytes of a file are these; `found` receives them."""
     done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+    while done < len(found):
+        count = file.readinto(found[done:])  # type: ignore[attr-defined]
         if not count:
             return False
         done += count
-    even = len(view) - len(view) % 8
-    as_words = torch.equal(found[:even].view(torch.int64), expected[:even].clone().view(torch.int64))
-    return as_words and torch.equal(found[even:], expected[even:])
+    words = len(found) - len(found) % 8
+    one, other = np.frombuffer(found, np.uint8), np.frombuffer(expected, np.uint8)
+    same_words = np.array_equal(one[:words].view(np.uint64), other[:words].view(np.uint64))
+    return same_words and np.array_equal(one[words:], other[words:])

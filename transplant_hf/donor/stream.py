@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from .dtypes import loaded_dtype
 from .tensors import TensorInfo
 
-__all__ = ["is_finite", "pieces", "size_of", "write_safetensors"]
+__all__ = ["bytes_of", "is_finite", "pieces", "read_ahead", "size_of", "write_safetensors"]
 
 # Small enough for memory that is used again and stays in the processor's cache.
 _PIECE = 1 << 22
@@ -35,7 +35,7 @@ def pieces(info: TensorInfo, part: Any) -> Iterator[torch.Tensor]:
 
     Yields:
         Contiguous parts, in order, of about 4 MiB; at least one entry of the first dimension where no smaller part
-        can be read.
+        can be read. The memory of a piece may be used again for the one after the next.
     """
     if isinstance(part, PtTensor) and size_of(info) > _PIECE:
         yield from part.in_order(_PIECE)
@@ -67,13 +67,14 @@ def write_safetensors(
     """
     names = sorted(infos, key=lambda name: (-loaded_dtype(infos[name].dtype).itemsize, name))
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(1, "hash") as hashing:
         header = _header({name: infos[name] for name in names})
         digest.update(header)
         file.write(header)
-        for data in _ahead(_checked_bytes(infos, parts, names)):
+        for data in read_ahead(_checked_bytes(infos, parts, names)):
+            hashed = hashing.submit(digest.update, data)
             file.write(data)
-            digest.update(data)
+            hashed.result()
             progress.update(len(data))
     return digest.hexdigest()
 
@@ -99,10 +100,11 @@ def _checked_bytes(infos: Mapping[str, TensorInfo], parts: Mapping[str, Any], na
                     f"donor tensor {name!r}{where} holds NaN or infinity; it is not saved. Take a checkpoint from "
                     "before its training diverged."
                 )
-            yield _bytes_of(piece)
+            yield bytes_of(piece)
 
 
-def _bytes_of(piece: torch.Tensor) -> memoryview:
+def bytes_of(piece: torch.Tensor) -> memoryview:
+    """Return a contiguous tensor's memory."""
     flat = piece.reshape(-1)
     if flat.numel() == 1:  # a single element may keep the odd stride of the view it was taken from
         flat = flat.clone(memory_format=torch.contiguous_format)
@@ -120,7 +122,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
-def _ahead(items: Iterator[_T]) -> Iterator[_T]:
+def read_ahead(items: Iterator[_T]) -> Iterator[_T]:
     """Have the next item made while the present one is used: reading and checking run beside writing and hashing."""
     end = object()
     with ThreadPoolExecutor(1, "read-ahead") as pool:
