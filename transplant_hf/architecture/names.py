@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ..errors import CheckpointError
+from ..errors import CompatibilityError
 
 __all__ = ["LayerNames", "LayerTensorName"]
 
@@ -103,7 +103,7 @@ class LayerNames:
         for at, mark in marks.items():
             if match[1] == mark:
                 return at
-        raise CheckpointError(
+        raise CompatibilityError(
             f"checkpoint tensor {name!r} becomes {self._renamed(name)!r}: its layer's number is computed while "
             "loading, so it cannot be moved."
         )

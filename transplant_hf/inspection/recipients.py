@@ -12,7 +12,7 @@ from ..architecture import Anatomy, LayerNames, native_class, text_config
 from ..architecture.build import BUILD_ERRORS
 from ..compatibility import refuse_unsupported
 from ..config import TransplantConfig
-from ..errors import CheckpointError, CompatibilityError, ConfigurationError
+from ..errors import CompatibilityError, ConfigurationError
 from ..sources import HubOptions, Source, reading
 from .files import BIN_FILES, MODEL_FILE, MODEL_INDEX, Files, read_fields
 from .findings import ModelInspection
@@ -161,7 +161,7 @@ def _per_layer(anatomy: Anatomy | None, tensors: Mapping[str, TensorHeader]) -> 
     for name, tensor in tensors.items():
         try:
             parts = names.split(name)
-        except CheckpointError:  # its layer's number is computed while loading: it stays with none
+        except CompatibilityError:  # its layer's number is computed while loading: it stays with none
             continue
         if parts is not None and parts.number < len(counts):
             counts[parts.number] += tensor.num_elements
