@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from safetensors import SafetensorError
 from transformers.utils import logging
@@ -27,7 +27,7 @@ from .errors import CheckpointError, ConfigurationError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["publish", "read_json", "sha256_of", "write_json", "writing"]
+__all__ = ["fill", "publish", "read_json", "sha256_of", "write_json", "writing"]
 
 logger = logging.get_logger(__name__)
 
@@ -59,6 +59,17 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def fill(file: BinaryIO, view: memoryview) -> bool:
+    """Read from an unbuffered file until a piece of memory is full; `False` when the file ends before."""
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            return False
+        done += count
+    return True
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -73,8 +84,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{what} is missing: {path}") from error
-    except (ValueError, RecursionError, IsADirectoryError) as error:  # also numbers without end, nests without floor
-        raise CheckpointError(f"{what} is not JSON: {path}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:  # also numbers without end, nests without floor
+        raise CheckpointError(f"{what} is not JSON that can be read: {path}: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{what} must hold a JSON object: {path} holds {type(content).__name__}.")
     return content

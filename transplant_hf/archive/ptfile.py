@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import CheckpointError
+from ..storage import fill
 from .container import Region, Stamp, open_container
 from .descriptions import TensorRef
 from .tree import Content, flatten
@@ -102,8 +103,9 @@ class PtFile:
             CheckpointError: They differ.
         """
         region, key = self.region(name), self.tensors[name].storage.key
-        if key not in self._checked:
-            self._compare(name, region, self._crc(region) if region.crc is not None else 0)
+        if key not in self._checked and region.crc is not None:
+            for _ in self.stream(name, 0, region.size, _STEP):
+                pass
         return region
 
     def stream(self, name: str, start: int, size: int, step: int) -> Iterator[torch.Tensor]:
@@ -122,7 +124,8 @@ class PtFile:
             CheckpointError: The checksum differs, at the latest after the last piece.
         """
         region, key = self.region(name), self.tensors[name].storage.key
-        on_the_way = (start, size) == (0, region.size) and key not in self._checked
+        whole = (start, size) == (0, region.size)
+        on_the_way = whole and key not in self._checked and region.crc is not None
         if not on_the_way:
             self.check(name)
         buffers = [torch.empty(min(step, size), dtype=torch.uint8) for _ in range(2)]
@@ -133,26 +136,14 @@ class PtFile:
                 self._fill(file, region.start + start + at, piece.numpy().data)
                 crc = zlib.crc32(piece.numpy().data, crc) if on_the_way else 0
                 yield piece
-        if on_the_way:
-            self._compare(name, region, crc)
-
-    def _compare(self, name: str, region: Region, crc: int) -> None:
-        if region.crc is not None and crc != region.crc:
+        if not on_the_way:
+            return
+        if crc != region.crc:
             raise CheckpointError(
                 f"{self.path}: the bytes of tensor {name!r} do not have the checksum recorded for them: the file "
                 "was changed or damaged. Get it again from its author."
             )
-        self._checked.add(self.tensors[name].storage.key)
-
-    def _crc(self, region: Region) -> int:
-        value = 0
-        buffer = bytearray(min(_STEP, region.size))
-        with self._opened() as file:
-            for start in range(region.start, region.end, _STEP):
-                part = memoryview(buffer)[: min(_STEP, region.end - start)]
-                self._fill(file, start, part)
-                value = zlib.crc32(part, value)
-        return value
+        self._checked.add(key)
 
     def read(self, start: int, size: int) -> torch.Tensor:
         """Read bytes of the file.
@@ -181,12 +172,8 @@ class PtFile:
 
     def _fill(self, file: BinaryIO, start: int, view: memoryview) -> None:
         file.seek(start)
-        done = 0
-        while done < len(view):
-            count = file.readinto(view[done:])  # type: ignore[attr-defined]
-            if not count:
-                raise CheckpointError(f"{self.path} became shorter while it was read. Open it again.")
-            done += count
+        if not fill(file, view):
+            raise CheckpointError(f"{self.path} became shorter while it was read. Open it again.")
 
     def mapped(self, start: int, size: int) -> torch.Tensor:
         """Map bytes of the file, at least one, for tensors whose elements are not in order.

@@ -17,7 +17,6 @@ from ..donor.save import replaced_among, save_donor
 from ..errors import CompatibilityError
 from ..hub import push_folder
 from ..sources import HubOptions
-from ..storage import read_json
 from .readback import compare_tensors
 from .verify import compare_outputs
 
@@ -138,19 +137,20 @@ def convert(
         )
     donor = Donor(opened.record, opened.store, position=opened.position, companions=opened.recipient)
 
-    written_names: set[str] = set()
+    names: set[str] = set()
+    written: list[Donor] = []
 
     def check(folder: Path) -> None:
-        written_names.update(path.name for path in folder.iterdir())
-        written = Donor.from_pretrained(folder)
-        compare_tensors(donor.store, written.store, str(path), str(folder))
+        names.update(path.name for path in folder.iterdir())
+        written.append(Donor.from_pretrained(folder))
+        compare_tensors(donor.store, written[0].store, str(path), str(folder))
         if verify:
-            compare_outputs(donor, written)
+            compare_outputs(donor, written[0])
 
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(output) if output is not None else Path(scratch) / (push_to or "donor").rpartition("/")[2]
         save_donor(donor, target, position, None, None, max_shard_size, push_to, check)
-        done = _report(path, opened, target, verify)
+        done = _report(path, opened, written[0], verify)
         if push_to is None:
             return dataclasses.replace(done, folder=str(target))
         commit: CommitInfo = push_folder(
@@ -161,26 +161,25 @@ def convert(
             private=private,
             revision=revision,
             replaced=replaced_among,
-            only=written_names,  # the folder may hold other files of the user's
+            only=names,  # the folder may hold other files of the user's
         )
         return dataclasses.replace(
             done, folder=str(target) if output is not None else None, commit=str(commit.commit_url)
         )
 
 
-def _report(path: str | os.PathLike[str], opened: OpenedPt, folder: Path, verified: bool) -> Conversion:
-    record = read_json(folder / "donor_config.json", "the donor's record")
-    config = read_json(folder / "config.json", "the donor's config.json")
+def _report(path: str | os.PathLike[str], opened: OpenedPt, written: Donor, verified: bool) -> Conversion:
+    assert written.position is not None
     return Conversion(
         source=str(path),
         folder=None,
         recipient=str(opened.recipient),
         model_type=opened.record.model_type,
         layer_indices=opened.layout.layers,
-        position=config["donors"][0]["position"],
+        position=written.position,
         prefix=opened.layout.prefix,
         dropped=opened.layout.dropped,
         classes=opened.classes,
-        files=record["files"],
+        files={name: dataclasses.asdict(stamp) for name, stamp in written.record.files.items()},
         verified=verified,
     )

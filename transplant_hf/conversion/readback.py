@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..donor.stream import bytes_of, pieces, read_ahead, size_of
 from ..donor.tensors import TensorInfo, TensorStore
 from ..errors import CheckpointError
+from ..storage import fill
 
 __all__ = ["compare_tensors"]
 
@@ -76,12 +77,8 @@ def _compare_file(
 
 def _next_are(file: BinaryIO, expected: memoryview, found: memoryview) -> bool:
     """Whether the next bytes of a file are these; `found` receives them."""
-    done = 0
-    while done < len(found):
-        count = file.readinto(found[done:])  # type: ignore[attr-defined]
-        if not count:
-            return False
-        done += count
+    if not fill(file, found):
+        return False
     words = len(found) - len(found) % 8
     one, other = np.frombuffer(found, np.uint8), np.frombuffer(expected, np.uint8)
     same_words = np.array_equal(one[:words].view(np.uint64), other[:words].view(np.uint64))

@@ -10,13 +10,13 @@ from typing import Any
 from ..architecture.build import BUILD_ERRORS
 from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig
-from ..donor import DONOR_CONFIG, Donor, DonorRecord
+from ..donor import Donor, DonorRecord
 from ..donor.tensors import DONOR_FILE, DONOR_INDEX, layer_of
 from ..errors import ConfigurationError, TransplantError
 from ..layer_map import LayerMap, Placement, Splice
 from ..model.auto import check_compatibility
 from ..sources import HubOptions, Source, points_to_folder
-from .files import Files, parsing
+from .files import Files
 from .findings import DonorInspection, PlacedDonor, TransplantInspection, Weights
 from .headers import HeaderTensors
 from .recipients import look_at
@@ -221,8 +221,7 @@ def _map_of(
 
 
 def _open(files: Files, position: int | None, verify: bool) -> _Opened:
-    with parsing(f"the donor's record ({files.folder / DONOR_CONFIG})"):
-        record = DonorRecord.read(files.folder)
+    record = DonorRecord.read(files.folder)
     name = DONOR_INDEX if files.has(DONOR_INDEX) else DONOR_FILE
     headers = read_weights(files, name, DONOR_INDEX)
     tensors = headers.flat()

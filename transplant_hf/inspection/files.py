@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -15,11 +14,10 @@ from ..donor import DONOR_CONFIG
 from ..donor.tensors import DONOR_INDEX
 from ..errors import CheckpointError
 from ..sources import HubOptions, Source, hub_errors, locate
-from ..storage import read_json
 from .headers import TensorHeader, read_header
 from .remote import Listed, RemoteFile, listed_files
 
-__all__ = ["BIN_FILES", "MODEL_FILE", "MODEL_INDEX", "SMALL_FILES", "Files", "parsing", "read_fields", "reading_file"]
+__all__ = ["BIN_FILES", "MODEL_FILE", "MODEL_INDEX", "SMALL_FILES", "Files", "reading_file"]
 
 MODEL_FILE = "model.safetensors"
 MODEL_INDEX = "model.safetensors.index.json"
@@ -133,28 +131,9 @@ class Files:
 
 
 @contextmanager
-def parsing(what: str) -> Iterator[None]:
-    """Turn what Python's JSON reader raises for absurd nesting or numbers into one sentence."""
-    try:
-        yield
-    except (OSError, RecursionError, ValueError) as error:
-        raise CheckpointError(f"{what} is not JSON that can be read: {error}") from error
-
-
-@contextmanager
 def reading_file(path: Path) -> Iterator[None]:
     """Turn what a disk refuses into one sentence."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def read_fields(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object from a stranger.
-
-    Raises:
-        CheckpointError: Missing or not a JSON object.
-    """
-    with parsing(f"{what} ({path})"):
-        return read_json(path, what)

@@ -9,8 +9,9 @@ from ..config import TransplantConfig
 from ..donor import DONOR_CONFIG
 from ..errors import ConfigurationError
 from ..sources import HubOptions
+from ..storage import read_json
 from .donors import Asked, carries_recipient, inspect_donor, inspect_transplant, read_transplant
-from .files import Files, read_fields
+from .files import Files
 from .findings import Inspection
 from .pt_files import inspect_pt
 from .recipients import inspect_model
@@ -90,7 +91,7 @@ def inspect(
         return inspect_pt(path, asked)
     files = Files.find(asked.what, asked.hub, revision=revision, subfolder=subfolder)
     config = files.folder / "config.json"
-    fields = read_fields(config, "config.json") if config.exists() else {}
+    fields = read_json(config, "config.json") if config.exists() else {}
     if (files.folder / DONOR_CONFIG).exists() and _is_donor(files, fields):
         return inspect_donor(files, fields, asked)
     if not config.exists():

@@ -13,8 +13,8 @@ from ..archive import PtFile
 from ..donor.from_pt import METADATA_FILE, open_pt
 from ..errors import CheckpointError, CompatibilityError, ConfigurationError
 from ..layer_map import Placement, Splice
+from ..storage import read_json
 from .donors import Asked
-from .files import read_fields
 from .findings import Numbering, PtInspection, PtTensorFinding
 
 __all__ = ["inspect_pt"]
@@ -51,7 +51,7 @@ def inspect_pt(path: Path, asked: Asked) -> PtInspection:
         numbering=_numbering(file.tensors),
         classes=tuple(sorted(file.classes)),
         values=dict(file.values),
-        metadata=read_fields(beside, "the donor's metadata") if beside.exists() else {},
+        metadata=read_json(beside, "the donor's metadata") if beside.exists() else {},
     )
     if asked.recipient is None:
         return found

@@ -14,7 +14,8 @@ from ..compatibility import refuse_unsupported
 from ..config import TransplantConfig
 from ..errors import CompatibilityError, ConfigurationError
 from ..sources import HubOptions, Source, reading
-from .files import BIN_FILES, MODEL_FILE, MODEL_INDEX, Files, read_fields
+from ..storage import read_json
+from .files import BIN_FILES, MODEL_FILE, MODEL_INDEX, Files
 from .findings import ModelInspection
 from .headers import TensorHeader
 from .weights import read_weights, summary
@@ -48,7 +49,7 @@ def look_at(reference: str, revision: str | None, relative_to: Source | None, hu
     path = files.folder / "config.json"
     if not path.exists():
         raise ConfigurationError(f"recipient {files.source} is no model: it has no config.json.")
-    fields = read_fields(path, "the recipient's config.json")
+    fields = read_json(path, "the recipient's config.json")
     return Look(files.source, _anatomy(files.source, fields))
 
 

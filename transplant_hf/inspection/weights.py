@@ -12,8 +12,8 @@ from tqdm import tqdm
 from ..donor.record import FileStamp
 from ..donor.tensors import safe_name
 from ..errors import CheckpointError
-from ..storage import sha256_of
-from .files import Files, read_fields, reading_file
+from ..storage import read_json, sha256_of
+from .files import Files, reading_file
 from .findings import FileFinding, Weights
 from .headers import TensorHeader
 
@@ -54,7 +54,7 @@ def read_weights(files: Files, name: str, index: str) -> WeightHeaders:
     if name != index:
         return WeightHeaders({name: files.header(name)})
     where = f"{files.source}/{index}"
-    weight_map = read_fields(files.folder / index, "the index of the weights").get("weight_map")
+    weight_map = read_json(files.folder / index, "the index of the weights").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where} has no weight_map.")
     names = sorted({_plain_name(str(file), where) for file in weight_map.values()})
