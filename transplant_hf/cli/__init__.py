@@ -1,0 +1,58 @@
+"""The command line: arguments in, one call, a result out. No logic lives here: a file for each command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import TransplantError
+from . import check, convert, demo, inspect
+from .command import HOW_IT_ENDS
+
+__all__ = ["main"]
+
+_COMMANDS = (demo, convert, inspect, check)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: The words after `transplant-hf`; by default those of the process.
+
+    Returns:
+        The exit status: 0 done, 1 refused or failed, 2 wrong usage.
+
+    Example:
+        >>> main(["--version"])
+        Traceback (most recent call last):
+        SystemExit: 0
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except TransplantError as error:
+        if options.json:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        print(f"transplant-hf: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="transplant-hf",
+        description="Whole transformer layers as exchangeable parts of language models.",
+        epilog=HOW_IT_ENDS,
+    )
+    parser.add_argument("--version", action="version", version=f"transplant_hf {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add(commands)
+    return parser
