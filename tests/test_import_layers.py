@@ -33,8 +33,11 @@ ROOMS = (
     "export",
     "conversion",
     "inspection",
-    "training",
+    "texts",  # from words to blocks of tokens: knows no model
+    "partial",  # some layers of a model, from a hidden state that was computed before
     "evaluation",
+    "training",
+    "comparison",
     "plots",
     "demo",
     "cli",

@@ -1,4 +1,4 @@
-"""The errors of transplant_hf: one root, five kinds.
+"""The errors of transplant_hf: one root, seven kinds.
 
 They do not derive from `ValueError` or `OSError` on purpose: `transformers.pipeline` catches those while it tries
 several classes and would bury the sentence that tells the user what to do.
@@ -12,8 +12,10 @@ __all__ = [
     "CheckpointError",
     "CompatibilityError",
     "ConfigurationError",
+    "DataError",
     "HubError",
     "IntegrityError",
+    "TrainingError",
     "TransplantError",
 ]
 
@@ -49,3 +51,11 @@ class IntegrityError(CheckpointError):
 
 class HubError(TransplantError):
     """A repository is missing, gated, private or out of reach; the client's exception is the `__cause__`."""
+
+
+class DataError(TransplantError):
+    """Text that cannot be trained or measured on."""
+
+
+class TrainingError(TransplantError):
+    """Training that cannot go on; checkpoints that were written before are as they were."""

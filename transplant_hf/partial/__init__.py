@@ -1,0 +1,7 @@
+"""Running a part of a model: some of its layers, from a hidden state that was computed before."""
+
+from .cache import PrefixCache, fill_cache
+from .running import PREFIX_STATES, PartialRun, running_only, stack_of
+from .states import hidden_states
+
+__all__ = ["PREFIX_STATES", "PartialRun", "PrefixCache", "fill_cache", "hidden_states", "running_only", "stack_of"]

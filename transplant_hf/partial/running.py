@@ -1,0 +1,215 @@
+"""Let only some layers of a model run, from a hidden state that was computed before.
+
+The model keeps its class, its layers and its configuration; layers that are left out hand on what they get. So all that
+a decoder does around its layers (masks by layer type, positions, norms, heads) stays as it is, on every architecture.
+For training and evaluation only: a cache of keys and values would have empty places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..architecture import decoder_stack, find_stack
+from ..errors import CompatibilityError, ConfigurationError
+from ..model.strength import is_entrance
+
+__all__ = ["PREFIX_STATES", "PartialRun", "hidden_argument", "running_only", "stack_of"]
+
+# The keyword argument by which a model takes the hidden state that enters its first running layer.
+PREFIX_STATES = "prefix_states"
+_PROBE_TOKENS = 2
+
+
+class PartialRun:
+    """A model of which only some layers run; called like the model itself.
+
+    Args:
+        model: The model.
+        numbers: The layers that run, by their running numbers.
+        outer: What is called in its stead, such as a PEFT model around it.
+        from_embeddings: Whether calls may leave `prefix_states` out although layers before the first are left out.
+    """
+
+    def __init__(self, model: Any, numbers: Collection[int], outer: Any = None, from_embeddings: bool = False) -> None:
+        self.model = model
+        self._outer = model if outer is None else outer
+        stack = stack_of(model)
+        outside = sorted(number for number in numbers if not 0 <= number < len(stack))
+        if outside or not numbers:
+            raise ConfigurationError(
+                f"layers {sorted(numbers)} cannot run by themselves: the model runs layers 0..{len(stack) - 1}."
+            )
+        self.numbers = sorted(set(numbers))
+        self._stack = stack
+        self._needs_states = self.numbers[0] > 0 and not from_embeddings
+        self._entering: torch.Tensor | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model; `prefix_states` `[batch, tokens, hidden]` enter its first running layer."""
+        return self._outer(*args, **kwargs)
+
+    def start(self) -> None:
+        """Leave the other layers out, until `stop`."""
+        self._forms = _forms_of_output(self.model, self._stack)
+        for number, layer in enumerate(self._stack):
+            if number not in self.numbers:
+                self._undo.append(_leave_out(layer, self._forms[number]))
+        hooks = (
+            self._outer.register_forward_pre_hook(self._take, with_kwargs=True),
+            # Before a donor's own hook, which keeps what enters the donor.
+            self._stack[self.numbers[0]].register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+        )
+        self._undo += [hook.remove for hook in hooks]
+
+    def stop(self) -> None:
+        """Let all layers run again."""
+        while self._undo:
+            self._undo.pop()()
+        self._entering = None
+
+    @contextmanager
+    def without(self, numbers: Collection[int]) -> Iterator[None]:
+        """Leave further layers out inside a `with` block."""
+        undo = [_leave_out(self._stack[number], self._forms[number]) for number in numbers]
+        try:
+            yield
+        finally:
+            for step in undo:
+                step()
+
+    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Keep what no forward method knows: an argument reaches this hook through every wrapper of the model."""
+        self._entering = kwargs.pop(PREFIX_STATES, None)
+        return args, kwargs
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Kept, not taken: with gradient checkpointing the layer runs once more in the backward pass.
+        states = self._entering
+        if states is None:
+            if self._needs_states:
+                raise ConfigurationError(
+                    f"layers {self.numbers} run by themselves and need {PREFIX_STATES}=, the hidden state before layer "
+                    f"{self.numbers[0]}; hidden_states(model, input_ids, [{self.numbers[0]}]) computes it."
+                )
+            return None
+        if not is_entrance(module):
+            raise ConfigurationError(
+                f"{PREFIX_STATES} cannot enter at layer {self.numbers[0]}: it is inside a donor whose strength is not "
+                "1, or its donor runs side by side with others before it. Let these run too, from the first on."
+            )
+        arrived, put = hidden_argument(args, kwargs)
+        if states.shape != arrived.shape:
+            raise ConfigurationError(
+                f"{PREFIX_STATES} has shape {list(states.shape)}, the hidden state here has {list(arrived.shape)} "
+                "([batch, tokens, hidden])."
+            )
+        return put(states.to(arrived.device, arrived.dtype))
+
+
+@contextmanager
+def running_only(
+    model: Any, numbers: Collection[int], outer: Any = None, from_embeddings: bool = False
+) -> Iterator[PartialRun]:
+    """Let only some layers of a model run inside a `with` block; the others hand on the hidden state they get.
+
+    Args:
+        model: Any decoder-only model, a transplant included; unwrapped.
+        numbers: The layers that run, by their running numbers.
+        outer: What is called in its stead, such as a PEFT model around it.
+        from_embeddings: Whether the first of the layers may get what the embeddings give.
+
+    Yields:
+        The model; calls take `prefix_states` `[batch, tokens, hidden]`, the hidden state that enters the first of the
+        layers, instead of what comes from the embeddings. Pass `use_cache=False`.
+
+    Raises:
+        ConfigurationError: No such layers, or a hidden state of another shape.
+        CompatibilityError: A layer's output has a form that cannot be handed on.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from transplant_hf.partial import hidden_states
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8)).eval()
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> before_last = hidden_states(model, ids, [2])[2]
+        >>> with running_only(model, [2]) as part:
+        ...     logits = part(input_ids=ids, prefix_states=before_last, use_cache=False).logits
+        >>> torch.equal(logits, model(input_ids=ids).logits)
+        True
+    """
+    part = PartialRun(model, numbers, outer, from_embeddings)
+    try:
+        part.start()
+        yield part
+    finally:
+        part.stop()
+
+
+def stack_of(model: Any) -> nn.ModuleList:
+    """Return the decoder layers that a model runs now."""
+    state = getattr(model, "_transplant", None)
+    return decoder_stack(model, state.blueprint.recipient.stack_path if state is not None else find_stack(model))
+
+
+def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Callable[[Any], Any]]:
+    """Return the hidden state that a layer is called with, and what puts another in its place."""
+    if args:
+        return args[0], lambda states: ((states, *args[1:]), kwargs)
+    return kwargs["hidden_states"], lambda states: (args, {**kwargs, "hidden_states": states})
+
+
+def _leave_out(layer: nn.Module, form: Callable[[torch.Tensor], Any]) -> Callable[[], None]:
+    """Let a layer hand on its hidden state; returns what undoes it."""
+    own = vars(layer).get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return form(hidden_argument(args, kwargs)[0])
+
+    def undo() -> None:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
+
+    layer.forward = forward
+    return undo
+
+
+def _forms_of_output(model: PreTrainedModel, stack: nn.ModuleList) -> list[Callable[[torch.Tensor], Any]]:
+    """Look how each layer hands its hidden state on: by itself, or first in a tuple."""
+    seen: dict[int, Any] = {}
+    hooks = [
+        layer.register_forward_hook(lambda module, args, output, number=number: seen.__setitem__(number, output))
+        for number, layer in enumerate(stack)
+    ]
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in training:
+            module.training = True
+    return [_form(seen[number], number) for number in range(len(stack))]
+
+
+def _form(output: Any, number: int) -> Callable[[torch.Tensor], Any]:
+    if isinstance(output, torch.Tensor):
+        return lambda hidden: hidden
+    if isinstance(output, tuple | list) and output and isinstance(output[0], torch.Tensor):
+        kind, rest = type(output), [None] * (len(output) - 1)
+        return lambda hidden: kind([hidden, *rest])
+    raise CompatibilityError(
+        f"layer {number} returns {type(output).__name__}, which has no place for the hidden state that can be found by "
+        "looking: this model's layers cannot run by themselves. Train or evaluate the whole model instead."
+    )
