@@ -229,11 +229,16 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 @torch.no_grad()
 def reference_logits(
-    recipient: Any, grafts: Sequence[Graft], ids: torch.Tensor | None = None, **inputs: Any
+    recipient: Any,
+    grafts: Sequence[Graft],
+    ids: torch.Tensor | None = None,
+    side_by_side: bool = False,
+    **inputs: Any,
 ) -> torch.Tensor:
     """Run the plain recipient, and call layers of other plain models inside its forward pass.
 
-    Each donor layer gets the masks and positions that its own source model gives it for the same tokens.
+    Each donor layer gets the masks and positions that its own source model gives it for the same tokens. Grafts at one
+    position run one after another, or side by side.
     """
     ids = some_ids() if ids is None else ids
     own = layers_of(recipient)
@@ -241,13 +246,14 @@ def reference_logits(
     replaced = {g.position + number for g in grafts if g.replace for number in range(len(g.layers))}
 
     def through_grafts(position: int, hidden: torch.Tensor) -> torch.Tensor:
+        arrived = hidden
         for graft, arguments in zip(grafts, calls, strict=True):
             if graft.position == position:
-                entered = hidden
+                entered = left = arrived if side_by_side else hidden
                 for number in graft.layers:
                     args, kwargs = arguments[number]
-                    hidden = layers_of(graft.source)[number](hidden, *args, **kwargs)
-                hidden = entered + graft.strength * (hidden - entered)
+                    left = layers_of(graft.source)[number](left, *args, **kwargs)
+                hidden = hidden + graft.strength * (left - entered)
         return hidden
 
     def changed(number: int, run: Callable[..., Any]) -> Callable[..., Any]:

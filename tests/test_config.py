@@ -193,3 +193,22 @@ def test_format_version_is_a_whole_number(version: Any) -> None:
 
 def test_missing_format_version_is_the_first() -> None:
     assert check_format_version(None, "config.json") == 1
+
+
+# -- Composition -------------------------------------------------------------------------------------------------
+
+
+def test_composition_is_written_only_where_it_is_not_the_default(tmp_path: Path) -> None:
+    for composition in ("stacked", "side_by_side"):
+        config = TransplantConfig(recipient="user/base", donors={"user/law": 1}, composition=composition)
+        config.save_pretrained(tmp_path)
+        assert ("composition" in json.loads((tmp_path / "config.json").read_text())) == (composition != "stacked")
+        assert TransplantConfig.from_pretrained(tmp_path).composition == composition
+
+
+def test_which_donors_run_side_by_side() -> None:
+    """Those inserted at one position; one that replaces layers between them parts them."""
+    places = [("a", 1, "insert"), ("x", 2, "insert"), ("b", 1, "insert"), ("r", 1, "replace"), ("c", 1, "insert")]
+    donors = [DonorSpec("user/law", position, mode, name=name) for name, position, mode in places]
+    assert TransplantConfig(recipient="user/base", donors=donors, composition="side_by_side").crowds == (("a", "b"),)
+    assert TransplantConfig(recipient="user/base", donors=donors).crowds == ()

@@ -13,12 +13,22 @@ from transformers import PreTrainedConfig
 
 from .errors import ConfigurationError
 
-__all__ = ["FORMAT_VERSION", "DonorSpec", "TransplantConfig", "check_format_version", "donor_specs"]
+__all__ = [
+    "FORMAT_VERSION",
+    "SIDE_BY_SIDE",
+    "STACKED",
+    "DonorSpec",
+    "TransplantConfig",
+    "check_composition",
+    "check_format_version",
+    "donor_specs",
+]
 
 FORMAT_VERSION = 1
 # Which release of transplant_hf first reads which format: what an older release must be upgraded to.
 _RELEASE_OF_FORMAT = {1: "0.1.0"}
 _MODES = ("insert", "replace")
+STACKED, SIDE_BY_SIDE = "stacked", "side_by_side"
 _PLAIN_NAME = re.compile(r"(?!\.+$)[^/\\\x00-\x1f\x7f]+")
 
 
@@ -47,6 +57,27 @@ def check_format_version(found: Any, where: str) -> int:
             "that knows this format. Upgrade with: pip install --upgrade transplant_hf"
         )
     return found
+
+
+def check_composition(found: Any, where: str) -> str:
+    """Accept a way in which donors at one position go together.
+
+    Args:
+        found: The value.
+        where: What it was given to, for the message.
+
+    Returns:
+        "stacked" or "side_by_side".
+
+    Raises:
+        ConfigurationError: Anything else.
+    """
+    if found not in (STACKED, SIDE_BY_SIDE):
+        raise ConfigurationError(
+            f"composition of {where} must be {STACKED!r} (donors at one position run one after another) or "
+            f"{SIDE_BY_SIDE!r} (each gets the same hidden state, and what they add is summed), got {found!r}."
+        )
+    return str(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,10 +266,12 @@ class TransplantConfig(PreTrainedConfig):
         recipient_revision: Branch, tag or commit of the recipient; a commit once saved.
         donors: `DonorSpec` objects or their JSON, applied together, in this order.
         format_version: The version of this file format.
+        composition: How donors that are inserted at one position go together: "stacked", one after another, or
+            "side_by_side", where each gets the same hidden state h and h + sum_i s_i (d_i(h) - h) goes on.
         **kwargs: What every `PreTrainedConfig` takes.
 
     Raises:
-        ConfigurationError: Unknown donor fields, two donors of one name, or a newer format.
+        ConfigurationError: Unknown donor fields, two donors of one name, an unknown composition, or a newer format.
 
     Example:
         >>> config = TransplantConfig(recipient="openai-community/gpt2", donors={"user/law": 1})
@@ -254,10 +287,13 @@ class TransplantConfig(PreTrainedConfig):
         recipient_revision: str | None = None,
         donors: Any = None,
         format_version: int | None = FORMAT_VERSION,
+        composition: str = STACKED,
         **kwargs: Any,
     ) -> None:
         # Checked first: a newer format may hold fields that the lines below would misread.
-        self.format_version = check_format_version(format_version, kwargs.get("name_or_path") or "config.json")
+        where = kwargs.get("name_or_path") or "config.json"
+        self.format_version = check_format_version(format_version, where)
+        self.composition = check_composition(composition, kwargs.get("name_or_path") or "the transplant")
         self.recipient = str(recipient)
         self.recipient_revision = recipient_revision
         self.donors: list[DonorSpec] = donor_specs(donors)
@@ -266,6 +302,20 @@ class TransplantConfig(PreTrainedConfig):
         # It names code that stands in for this class until the class is there; whoever writes a repo writes it anew.
         kwargs.pop("auto_map", None)
         super().__init__(**kwargs)
+
+    @property
+    def crowds(self) -> tuple[tuple[str, ...], ...]:
+        """The inserted donors that run side by side, by name: at one position, no replacing one between them."""
+        if self.composition != SIDE_BY_SIDE:
+            return ()
+        runs: dict[int, list[list[str]]] = {}
+        for spec in self.donors:
+            here = runs.setdefault(spec.position, [[]])
+            if spec.mode == "insert":
+                here[-1].append(str(spec.name))
+            else:
+                here.append([])
+        return tuple(tuple(run) for here in runs.values() for run in here if len(run) > 1)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
@@ -288,11 +338,13 @@ class TransplantConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **named), kwargs
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `config.json` holds, donors as JSON objects."""
+        """Return what `config.json` holds, donors as JSON objects; the composition where it is not the default."""
         donors, self.donors = self.donors, []
         try:
             fields = super().to_dict()
         finally:
             self.donors = donors
         fields["donors"] = [spec.to_dict() for spec in donors]
+        if fields.get("composition") == STACKED:
+            del fields["composition"]
         return fields

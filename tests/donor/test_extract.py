@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
-from tests.helpers import TOKENS, loaded, plain, refused, tiny_gpt2_model
-from transplant_hf import CheckpointError, ConfigurationError, Donor
+from tests.helpers import TOKENS, Shelf, loaded, logits_of, plain, refused, tiny_gpt2_model, tiny_llama_model
+from transplant_hf import CheckpointError, ConfigurationError, Donor, transplant
 
 PREFIXES = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_oss": "model.layers"}
 
@@ -114,3 +114,89 @@ def test_recipient_layers_of_a_transplant(tiny: Path) -> None:
 def test_layers_of_two_sources_are_no_donor(tiny_gpt2: Path) -> None:
     with refused(ConfigurationError, "[2, 3]", "('donor', 2)", "('recipient', 1)", "one source"):
         Donor.from_model(loaded(tiny_gpt2, position=1), [2, 3])
+
+
+# -- init="identity" ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [0, 1, 2, 4])
+def test_an_identity_changes_nothing(tiny: Path, position: int) -> None:
+    model = plain(tiny / "recipient")
+    donor = Donor.from_model(model, [1, 2], name="new", init="identity")
+    assert (donor.layer_indices, donor.metadata) == ([1, 2], {"init": "identity"})
+    assert torch.equal(logits_of(transplant(model, donor, position)), logits_of(model))
+
+
+def test_an_identity_is_a_copy_but_for_its_output_projections(tiny: Path, tmp_path: Path) -> None:
+    model = plain(tiny / "source")
+    Donor.from_model(model, [1, 2], init="identity").save_pretrained(tmp_path / "new", position=3)
+    new = Donor.from_pretrained(tmp_path / "new")
+    zero = {name for name, tensor in new.tensors().items() if not tensor.any()}
+    prefix = PREFIXES[new.model_type]
+    wanted = layers_in(tiny / "source" / "model.safetensors", prefix, [1, 2])
+    assert_same(new.tensors(), {name: tensor * (name not in zero) for name, tensor in wanted.items()})
+    ends = (
+        "o_proj.weight",
+        "o_proj.bias",
+        "c_proj.weight",
+        "c_proj.bias",
+        "down_proj.weight",
+        "down_proj",
+        "down_proj_bias",
+    )
+    assert zero == {name for name in wanted if name.endswith(ends)}
+    assert new.metadata == {"init": "identity"}
+    assert_same(Donor.from_model(model, [1, 2]).tensors(), wanted)
+
+
+def test_an_identity_of_fused_experts(tmp_path: Path) -> None:
+    """In memory they are one tensor, in the checkpoint one for each expert."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(
+        MixtralConfig(**sizes, num_key_value_heads=1, head_dim=8, num_experts_per_tok=1, num_local_experts=7, **TOKENS)
+    )
+    tensors = Donor.from_model(model, [1], init="identity").tensors()
+    zero = {name.rpartition(".experts.")[2] for name, tensor in tensors.items() if not tensor.any()}
+    assert {f"{number}.w2.weight" for number in range(7)} <= zero
+    assert len(zero) == 8
+
+
+def test_what_was_recorded_of_trained_layers_is_not_true_of_their_identity(tiny_llama: Path) -> None:
+    model = loaded(tiny_llama, position=1)
+    model._transplant.blueprint.part("donor").donor.record.metadata["perplexity"] = 27.2
+    assert Donor.from_model(model, [1, 2]).metadata == {"perplexity": 27.2}
+    started = Donor.from_model(model, [1, 2], init="identity")
+    assert (started.metadata, started.position) == ({"init": "identity"}, 1)
+
+
+def test_an_identity_is_inserted(tiny_llama: Path) -> None:
+    """Whatever was done with the layers it starts from: put in the place of others it would not be one."""
+    model = loaded(tiny_llama, position=1, mode="replace")
+    assert Donor.from_model(model, [1, 2]).mode == "replace"
+    assert Donor.from_model(model, [1, 2], init="identity").mode == "insert"
+
+
+def test_no_such_start() -> None:
+    with refused(ConfigurationError, '"copy" or "identity"', "'zeros'"):
+        Donor.from_model(tiny_llama_model(0), [1], init="zeros")
+
+
+# -- Where it came from ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.hub
+def test_the_commit_of_a_plain_model(both: Shelf, tmp_path: Path) -> None:
+    """Transformers keeps the name it was loaded by, and forgets the commit."""
+    model = plain(both.base)  # type: ignore[arg-type]
+    donor = Donor.from_model(model, [0], revision=both.base_commit)
+    assert (donor.record.source_id, donor.record.source_revision) == (both.base, both.base_commit)
+    donor.save_pretrained(tmp_path / "donor", position=1)
+    config = json.loads((tmp_path / "donor" / "config.json").read_text())
+    assert (config["recipient"], config["recipient_revision"]) == (both.base, both.base_commit)
+    assert Donor.from_model(model, [0]).record.source_revision is None
+
+
+def test_the_commit_of_a_transplant_is_its_own(tiny_llama: Path) -> None:
+    model = loaded(tiny_llama, position=1)
+    known = Donor.from_pretrained(tiny_llama / "donor").record.source_revision
+    assert Donor.from_model(model, [1, 2], revision="0" * 40).record.source_revision == known

@@ -80,6 +80,7 @@ class CardFacts:
         task: The pipeline's name, if there is one.
         origin: Where the donor was converted from, in Markdown of our own.
         quoted_from: Where the authors' claims stand, in Markdown of our own.
+        side_by_side: Whether donors at one position all get the same hidden state.
     """
 
     repo: str
@@ -96,6 +97,7 @@ class CardFacts:
     task: str | None = "text-generation"
     origin: str | None = None
     quoted_from: str = "`donor_config.json`"
+    side_by_side: bool = False
 
     @property
     def recipient_id(self) -> str | None:

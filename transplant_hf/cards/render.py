@@ -104,6 +104,7 @@ def _variables(facts: CardFacts) -> dict[str, Any]:
         "picture": _picture(facts),
         "whole_map": facts.whole_map,
         "donors": [_donor(donor) for donor in facts.donors],
+        "side_by_side": facts.side_by_side,
         "license_id": code(facts.license.identifier) if facts.license else None,
         "native": facts.native,
         "auto_class": facts.auto_class,

@@ -70,6 +70,7 @@ def write_donor_card(
         recipient_revision=config.recipient_revision,
         license=named or chosen_license(records, folder, of_all=False),
         with_tokenizer=has_tokenizer(staging),
+        side_by_side=bool(config.crowds),
     )
     donor_card(facts).save(staging / CARD_FILE)
 

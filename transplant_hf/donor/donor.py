@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
-from ..config import TransplantConfig
+from ..config import DonorSpec, TransplantConfig
 from ..errors import CheckpointError, ConfigurationError, IntegrityError
 from ..hub import push_folder
 from ..sources import HubOptions, Source, locate
@@ -39,6 +39,8 @@ class Donor:
         record: What is known of it.
         store: Its tensors.
         position: The recommended position, if any.
+        mode: The recommended mode, "insert" or "replace".
+        strength: The recommended strength.
         source: Where it was read from, if anywhere.
         companions: The recipient whose tokenizer goes along when the donor is saved, if it is at hand.
 
@@ -56,12 +58,16 @@ class Donor:
         store: TensorStore,
         *,
         position: int | None = None,
+        mode: str = "insert",
+        strength: float = 1.0,
         source: Source | None = None,
         companions: Source | None = None,
     ) -> None:
         self.record = record
         self.store = store
         self.position = position
+        self.mode = mode
+        self.strength = strength
         self.source = source
         self._companions = companions
         self._check_layer_numbers()
@@ -112,7 +118,7 @@ class Donor:
         for name, stamp in record.files.items():
             stamp.check_size(source.folder / name, str(source))
         config = source.folder / "config.json"
-        position = _recommended_position(config) if config.exists() else None
+        place = _recommended_place(config) if config.exists() else None
         try:
             store = open_donor_files(source.folder)
         except CheckpointError:
@@ -126,16 +132,28 @@ class Donor:
                 f"{', '.join(unlisted)} of donor {source} has no sha256 in {DONOR_CONFIG}, so that its bytes cannot "
                 "be checked. Save the donor again with save_pretrained."
             )
-        return cls(record, store, position=position, source=source)
+        return cls(record, store, **_recommended(place), source=source)
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, layers: Sequence[int], name: str | None = None) -> Donor:
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        layers: Sequence[int],
+        name: str | None = None,
+        init: str = "copy",
+        revision: str | None = None,
+    ) -> Donor:
         """Take contiguous layers out of a loaded model, sharing its memory.
 
         Args:
             model: Any decoder-only model, a transplant included.
             layers: Consecutive running numbers, such as `[4, 5, 6]`.
             name: What to call the donor.
+            init: "copy" takes the layers as they are. "identity" makes their output projections zero in the donor,
+                so that it changes nothing wherever it is inserted, until it is trained; the projections are found by
+                running the model on a few tokens.
+            revision: The commit the model was loaded from, to be recorded. A transplant knows it; a plain model of
+                Transformers does not.
 
         Returns:
             The donor, named and typed as the model's checkpoint would be.
@@ -143,9 +161,17 @@ class Donor:
         Raises:
             ConfigurationError: The layers are not consecutive or do not exist.
             CheckpointError: Their weights are offloaded or quantised.
+            CompatibilityError: Layers that cannot be the identity, with the reason.
+
+        Example:
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+            >>> donor = Donor.from_model(model, layers=[1, 2], name="new", init="identity")
+            >>> donor.tensors()["layers.0.mlp.c_proj.weight"].any()
+            tensor(False)
         """
-        record, store, position = layers_of_model(model, layers, name)
-        return cls(record, store, position=position)
+        record, store, place = layers_of_model(model, layers, name, init, revision)
+        return cls(record, store, **_recommended(place))
 
     @classmethod
     def from_pt(
@@ -246,7 +272,14 @@ class Donor:
         record = dataclasses.replace(
             self.record, layer_indices=tuple(self.record.layer_indices[number] for number in layers)
         )
-        return Donor(record, _PartOf(self.store, layers[0], len(layers)), position=self.position, source=self.source)
+        return Donor(
+            record,
+            _PartOf(self.store, layers[0], len(layers)),
+            position=self.position,
+            mode=self.mode,
+            strength=self.strength,
+            source=self.source,
+        )
 
     def weight_files(self) -> list[Path]:
         """The files of a donor on disk that have a recorded sha256."""
@@ -274,6 +307,8 @@ class Donor:
         recipient_revision: str | None = None,
         max_shard_size: int | str = "5GB",
         license: str | None = None,
+        mode: str | None = None,
+        strength: float | None = None,
     ) -> None:
         """Write the donor as a repo that `from_pretrained` and `pipeline` load as it stands.
 
@@ -286,13 +321,17 @@ class Donor:
             max_shard_size: Largest weight file.
             license: The licence that the card names, such as "apache-2.0"; by default what the author recorded or
                 the recipient's card says, if that is at hand.
+            mode: The recommended mode, "insert" or "replace"; by default the one it came with.
+            strength: The recommended strength; by default the one it came with.
 
         Raises:
-            ConfigurationError: No position or no recipient is known.
+            ConfigurationError: No position or no recipient is known, or a strength that is not 1 with "replace".
             IntegrityError: A weight file that the donor is read from has not the recorded bytes.
         """
         self.verify()
-        save_donor(self, Path(save_directory), position, recipient, recipient_revision, max_shard_size, license=license)
+        target = Path(save_directory)
+        said: dict[str, Any] = {"license": license, "mode": mode, "strength": strength}
+        save_donor(self, target, position, recipient, recipient_revision, max_shard_size, **said)
 
     def push_to_hub(
         self,
@@ -303,6 +342,8 @@ class Donor:
         max_shard_size: int | str = "5GB",
         commit_message: str = "Upload donor",
         license: str | None = None,
+        mode: str | None = None,
+        strength: float | None = None,
         **kwargs: Any,
     ) -> CommitInfo:
         """Upload the donor repo as one commit.
@@ -315,6 +356,8 @@ class Donor:
             max_shard_size: The same.
             commit_message: Its first line.
             license: As in `save_pretrained`.
+            mode: The same.
+            strength: The same.
             **kwargs: `token`, `private`, `revision` and `create_pr`, as in huggingface_hub.
 
         Returns:
@@ -327,7 +370,8 @@ class Donor:
         self.verify()
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / repo_id.rpartition("/")[2]
-            save_donor(self, target, position, recipient, recipient_revision, max_shard_size, repo_id, license=license)
+            said: dict[str, Any] = {"license": license, "mode": mode, "strength": strength}
+            save_donor(self, target, position, recipient, recipient_revision, max_shard_size, repo_id, **said)
             return push_folder(target, repo_id, commit_message=commit_message, replaced=replaced_among, **kwargs)
 
     def __str__(self) -> str:
@@ -368,9 +412,13 @@ class _PartOf:
         return self._only(self._whole.slices())
 
 
-def _recommended_position(path: Path) -> int | None:
+def _recommended_place(path: Path) -> DonorSpec | None:
     content = read_json(path, "the donor's config.json")
     if content.get("model_type") != TransplantConfig.model_type:
         return None
-    own = [spec.position for spec in TransplantConfig(**content).donors if spec.donor == "."]
+    own = [spec for spec in TransplantConfig(**content).donors if spec.donor == "."]
     return own[0] if len(own) == 1 else None
+
+
+def _recommended(place: DonorSpec | None) -> dict[str, Any]:
+    return {} if place is None else {name: getattr(place, name) for name in ("position", "mode", "strength")}

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..architecture import LayerNames, decoder_stack, find_stack
+from ..architecture import LayerNames, decoder_stack, find_stack, projections_of_layers
+from ..config import DonorSpec
 from ..errors import CheckpointError, ConfigurationError
 from .record import DonorRecord
 from .tensors import MemoryTensors
 
-__all__ = ["checkpoint_tensors", "layers_of_model"]
+__all__ = ["GATE", "checkpoint_tensors", "layers_of_model"]
+
+# A strength that is being trained lies on the donor's first layer under this name, and is no weight of the layer.
+GATE = "transplant_gate"
 
 
 def layers_of_model(
-    model: PreTrainedModel, layers: Sequence[int], name: str | None
-) -> tuple[DonorRecord, MemoryTensors, int | None]:
-    """Return a donor's record, its tensors and, for a transplanted donor, the position it has."""
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    name: str | None,
+    init: str = "copy",
+    revision: str | None = None,
+) -> tuple[DonorRecord, MemoryTensors, DonorSpec | None]:
+    """Return a donor's record, its tensors and, for a transplanted donor, the place it has."""
+    if init not in ("copy", "identity"):
+        raise ConfigurationError(f'init must be "copy" or "identity", got {init!r}.')
     path = find_stack(model)
     count = len(decoder_stack(model, path))
     numbers = list(layers)
@@ -31,11 +42,17 @@ def layers_of_model(
     # A transplant knows better than its spliced configuration what its layers were built from.
     of_transplant = getattr(model, "_record_of_layers", None)
     known = of_transplant(numbers, name) if of_transplant is not None else None
-    record, position = known or (_record(model, numbers, name), None)
-    return record, MemoryTensors(checkpoint_tensors(model, path, numbers)), position
+    record, place = known or (_record(model, numbers, name, revision), None)
+    zeroed: Mapping[int, Collection[str]] = {}
+    if init == "identity":
+        zeroed = projections_of_layers(model, path, numbers)
+        # What was recorded of trained layers, such as their perplexity, is not true of these.
+        record = dataclasses.replace(record, metadata={"init": init})
+        place = dataclasses.replace(place, mode="insert", strength=1.0) if place is not None else None
+    return record, MemoryTensors(checkpoint_tensors(model, path, numbers, zeroed)), place
 
 
-def _record(model: PreTrainedModel, numbers: list[int], name: str | None) -> DonorRecord:
+def _record(model: PreTrainedModel, numbers: list[int], name: str | None, revision: str | None) -> DonorRecord:
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
     return DonorRecord(
@@ -43,20 +60,25 @@ def _record(model: PreTrainedModel, numbers: list[int], name: str | None) -> Don
         source_config=config,
         layer_indices=tuple(numbers),
         source_id=model.config.name_or_path or None,
+        source_revision=revision,
         name=name,
     )
 
 
-def checkpoint_tensors(model: PreTrainedModel, path: str, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+def checkpoint_tensors(
+    model: PreTrainedModel, path: str, numbers: Sequence[int], zeroed: Mapping[int, Collection[str]] | None = None
+) -> dict[str, torch.Tensor]:
     """Return the tensors of some layers under a donor's names.
 
     Args:
         model: The model.
         path: Path of its list of layers.
         numbers: Running numbers; the first becomes layer 0.
+        zeroed: For each running number, parameters that are zero in the donor.
 
     Returns:
-        `{"layers.{i}.{name inside the layer}": tensor}`, sharing the model's memory where no fused tensor is split.
+        `{"layers.{i}.{name inside the layer}": tensor}`, sharing the model's memory where no fused tensor is split;
+        tensors that are zero in the donor are new ones.
 
     Raises:
         CheckpointError: Weights that are not in memory, or quantised.
@@ -65,13 +87,16 @@ def checkpoint_tensors(model: PreTrainedModel, path: str, numbers: Sequence[int]
     state: dict[str, Any] = {}
     for number in numbers:
         for key, tensor in stack[number].state_dict().items():
+            if key == GATE:
+                continue
             if tensor.is_meta:
                 raise CheckpointError(f"{path}.{number}.{key} is offloaded; load the model without offload first.")
             if not tensor.is_floating_point() and key.endswith("weight"):
                 raise CheckpointError(
                     f"{path}.{number}.{key} is quantised ({tensor.dtype}); a donor needs full precision."
                 )
-            state[f"{path}.{number}.{key}"] = tensor.detach()
+            zero = key in (zeroed or {}).get(number, ())
+            state[f"{path}.{number}.{key}"] = torch.zeros_like(tensor) if zero else tensor.detach()
     names = LayerNames(model, path)
     tensors = {}
     for raw, tensor in revert_weight_conversion(model, state).items():

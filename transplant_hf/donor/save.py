@@ -98,6 +98,8 @@ def save_donor(
     repo_id: str | None = None,
     check: Callable[[Path], None] = lambda folder: None,
     license: str | None = None,
+    mode: str | None = None,
+    strength: float | None = None,
 ) -> None:
     """Write a donor repo; see `Donor.save_pretrained`.
 
@@ -111,6 +113,8 @@ def save_donor(
         repo_id: Where it is going to be loaded from.
         check: Looks at the written folder before it takes its place, and raises if anything is wrong.
         license: What the card names as the licence; by default what the author or the recipient's card says.
+        mode: The recommended mode; by default the donor's.
+        strength: The recommended strength; by default the donor's.
     """
     position = donor.position if position is None else position
     if position is None:
@@ -126,10 +130,15 @@ def save_donor(
     refuse_recipients_place(recipient, folder)
     name = donor.name or folder.name
     revision = recipient_revision or (donor.record.source_revision if recipient == donor.record.source_id else None)
+    place = DonorSpec(
+        ".",
+        position=position,
+        mode=mode or donor.mode,
+        name=name,
+        strength=donor.strength if strength is None else strength,
+    )
     config = TransplantConfig(
-        recipient=written_reference(recipient, folder),
-        recipient_revision=revision,
-        donors=[DonorSpec(".", position=position, name=name)],
+        recipient=written_reference(recipient, folder), recipient_revision=revision, donors=[place]
     )
     config.vocab_size = vocabulary_of(donor.record.source_config)
     with publish(folder, replaced_in(folder)) as staging:

@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..config import STACKED
 from ..layer_map import LayerMap
 
 if TYPE_CHECKING:
@@ -102,6 +103,10 @@ def _donor(found: DonorInspection) -> tuple[str, Iterator[Row]]:
         yield from _weights(found.weights)
         yield "recipient", _named(found.recipient, found.recipient_revision) if found.recipient else "not recorded"
         yield "position", _position(found.position, found.placed_at)
+        if found.mode == "replace":
+            yield "mode", f"replaces {_counted(len(found.layer_indices), 'recipient layer')} from there on"
+        if found.strength != 1:
+            yield "strength", f"{found.strength:g}"
         yield from _values("metadata", found.metadata)
         if found.compatibility is not None and found.compatibility:
             yield "fit", str(found.compatibility)
@@ -121,6 +126,8 @@ def _transplant(found: TransplantInspection) -> tuple[str, Iterator[Row]]:
         where = " (inside it)" if found.full else ""
         yield "recipient", _named(found.recipient, found.recipient_revision) + where
         yield "donors", f"{_counted(found.parameters, 'parameter')}, {bytes_text(found.size)}"
+        if found.composition != STACKED:
+            yield "together", f"{found.composition}: donors inserted at one position all get the same hidden state"
         for donor in found.donors:
             how = "in place of recipient layers from" if donor.mode == "replace" else "at"
             strength = "" if donor.strength == 1 else f", strength {donor.strength:g}"

@@ -66,7 +66,7 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
     """
     config = read_transplant(fields, files.source) if fields.get("model_type") == TransplantConfig.model_type else None
     spec = next((spec for spec in config.donors if spec.donor == "."), None) if config is not None else None
-    opened = _open(files, spec.position if spec is not None else None, asked.verify)
+    opened = _open(files, spec, asked.verify)
     donor, record = opened.donor, opened.donor.record
     named = config.recipient if config is not None and config.recipient else None
     recipient = named or record.source_id
@@ -77,14 +77,13 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
     report, layer_map = None, LayerMap()
     name = _running_name(spec, donor, asked.what)
     if asked.recipient is not None:
-        report = _fit(asked.recipient, donor, place, asked.hub)
+        report = _fit(asked.recipient, donor, place, donor.mode, asked.hub)
         layer_map = report.layer_map
         problems += [] if report else [str(report)]
     elif place is not None and recipient is not None:
         # A reference in `config.json` is relative to it; one in the record is not.
         base = files.source if named else None
-        mode = spec.mode == "replace" if spec is not None else False
-        placement = Placement(name, place, record.layer_indices, mode)
+        placement = Placement(name, place, record.layer_indices, donor.mode == "replace")
         layer_map, notes = _map_of(recipient, revision, base, [placement], asked.hub)
     else:
         known = {"recipient": recipient, "position": place}
@@ -103,6 +102,8 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
         recipient=recipient,
         recipient_revision=revision,
         position=donor.position,
+        mode=donor.mode,
+        strength=donor.strength,
         placed_at=place,
         metadata=donor.metadata,
         weights=opened.weights,
@@ -144,7 +145,7 @@ def inspect_transplant(files: Files, fields: Mapping[str, Any], asked: Asked) ->
         problems += [f"donor {spec.name}: {problem}" for problem in opened.problems]
         donors.append(_placed(spec, _running_name(spec, chosen, asked.what), chosen, opened.weights, part.source))
         if asked.recipient is not None:
-            report = _fit(asked.recipient, chosen, spec.position, asked.hub)
+            report = _fit(asked.recipient, chosen, spec.position, spec.mode, asked.hub)
             reports.append(report)
             problems += [] if report else [str(report)]
     placements = [Placement(d.name, d.position, d.layer_indices, d.mode == "replace") for d in donors]
@@ -166,6 +167,7 @@ def inspect_transplant(files: Files, fields: Mapping[str, Any], asked: Asked) ->
         recipient_revision=revision,
         full=carries_recipient(config, files.source),
         donors=tuple(donors),
+        composition=config.composition,
         parameters=sum(weights.parameters for weights in once.values()),
         size=sum(weights.size for weights in once.values()),
         layer_map=layer_map,
@@ -191,9 +193,9 @@ def carries_recipient(config: TransplantConfig, source: Source) -> bool:
     return folder is not None and folder.resolve().is_relative_to(source.folder.resolve())
 
 
-def _fit(recipient: str, donor: Donor, position: int | None, hub: HubOptions) -> CompatibilityReport:
+def _fit(recipient: str, donor: Donor, position: int | None, mode: str, hub: HubOptions) -> CompatibilityReport:
     try:
-        return check_compatibility(recipient, donor, position, trust_remote_code=False, **hub.as_kwargs())
+        return check_compatibility(recipient, donor, position, mode, trust_remote_code=False, **hub.as_kwargs())
     except ValueError as error:  # Transformers' refusal to run code from the repository
         raise ConfigurationError(f"recipient {recipient} cannot be looked at: {error}") from error
 
@@ -220,12 +222,15 @@ def _map_of(
     return Splice(layers, placements).layer_map(), []
 
 
-def _open(files: Files, position: int | None, verify: bool) -> _Opened:
+def _open(files: Files, spec: DonorSpec | None, verify: bool) -> _Opened:
     record = DonorRecord.read(files.folder)
     name = DONOR_INDEX if files.has(DONOR_INDEX) else DONOR_FILE
     headers = read_weights(files, name, DONOR_INDEX)
     tensors = headers.flat()
-    donor = Donor(record, HeaderTensors(tensors, str(files.source)), position=position, source=files.source)
+    place: dict[str, Any] = (
+        {} if spec is None else {"position": spec.position, "mode": spec.mode, "strength": spec.strength}
+    )
+    donor = Donor(record, HeaderTensors(tensors, str(files.source)), **place, source=files.source)
     weights, problems = summary(files, headers, record.files, verify)
     unlisted = sorted(set(headers.files) - set(record.files))
     if unlisted and (record.files or files.source.from_hub):

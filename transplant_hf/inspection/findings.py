@@ -118,6 +118,8 @@ class DonorInspection(Inspection):
         recipient: The model it is meant for, if known.
         recipient_revision: Its commit, if known.
         position: The recommended position, if any.
+        mode: The recommended mode, "insert" or "replace".
+        strength: The recommended strength.
         placed_at: The position of `layer_map` and `compatibility`: the one asked for, else the recommended one.
         metadata: What the author recorded.
         weights: What its weight files hold.
@@ -135,6 +137,8 @@ class DonorInspection(Inspection):
     recipient: str | None
     recipient_revision: str | None
     position: int | None
+    mode: str
+    strength: float
     placed_at: int | None
     metadata: Mapping[str, Any]
     weights: Weights
@@ -180,6 +184,7 @@ class TransplantInspection(Inspection):
         recipient_revision: Its commit, if pinned.
         full: Whether the recipient lies inside it, weights and all.
         donors: The donors, in their order.
+        composition: How donors at one position go together, "stacked" or "side_by_side".
         parameters: Of all donors together.
         size: In bytes, the same.
         layer_map: What runs; empty when the recipient is out of reach.
@@ -192,6 +197,7 @@ class TransplantInspection(Inspection):
     recipient_revision: str | None
     full: bool
     donors: tuple[PlacedDonor, ...]
+    composition: str
     parameters: int
     size: int
     layer_map: LayerMap

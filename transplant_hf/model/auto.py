@@ -12,7 +12,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, res
 
 from ..architecture import native_class
 from ..compatibility import CompatibilityReport
-from ..config import DonorSpec, TransplantConfig
+from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor import Donor
 from ..errors import ConfigurationError
 from ..sources import HubOptions, Source, reading
@@ -67,6 +67,7 @@ class AutoModelWithTransplant:
         config: PreTrainedConfig | None = None,
         auto_class: Any = AutoModelForCausalLM,
         keep_replaced: bool = False,
+        composition: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load a transplant.
@@ -78,6 +79,8 @@ class AutoModelWithTransplant:
             config: A `TransplantConfig` to use instead of the repo's own.
             auto_class: The Auto class whose head is wanted; causal language modelling by default.
             keep_replaced: Also load layers that donors replace, so that those donors can be switched off.
+            composition: How donors at one position go together, "stacked" or "side_by_side"; by default what the repo
+                says, and else stacked.
             **kwargs: What `from_pretrained` takes; `revision` and `subfolder` name the repo that was asked for, all
                 else reaches the recipient.
 
@@ -94,6 +97,7 @@ class AutoModelWithTransplant:
             donors=donors,
             config=config,
             keep_replaced=keep_replaced,
+            composition=composition,
             **kwargs,
         )
 
@@ -118,6 +122,7 @@ def load_transplant(
     donors: Any = None,
     config: PreTrainedConfig | None = None,
     keep_replaced: bool = False,
+    composition: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     **kwargs: Any,
@@ -131,6 +136,8 @@ def load_transplant(
     request = read_request(
         asked, donors=donors, config=config, revision=revision, subfolder=subfolder or None, hub=hub  # type: ignore[arg-type]
     )  # fmt: skip
+    if composition is not None:
+        request.config.composition = check_composition(composition, os.fspath(asked))
     kwargs = {name: value for name, value in kwargs.items() if name not in (*_HUB_NAMES, *_NOT_FOR_RECIPIENT)}
     opened = open_donors(request, hub)
     with FileChecks(donor for _, donor in opened) as checks:
@@ -255,7 +262,7 @@ def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) ->
 
 
 def check_compatibility(
-    recipient: Any, donor: Any, position: int | None = None, **hub_kwargs: Any
+    recipient: Any, donor: Any, position: int | None = None, mode: str | None = None, **hub_kwargs: Any
 ) -> CompatibilityReport:
     """Say whether a donor fits a recipient, from headers and configurations only.
 
@@ -263,6 +270,8 @@ def check_compatibility(
         recipient: Hub id, folder, configuration or model.
         donor: A `Donor`, or its Hub id or folder.
         position: Where it would go, 0..L; by default the donor's recommended position.
+        mode: "insert" or "replace"; by default what the donor recommends together with its position, at a position of
+            your own "insert".
         **hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`.
 
     Returns:
@@ -274,6 +283,7 @@ def check_compatibility(
     place = opened.position if position is None else position
     if place is None:
         raise ConfigurationError(f"donor {opened} recommends no position; say which one to check.")
+    mode = mode or (opened.mode if position is None else "insert")
     if isinstance(recipient, PreTrainedModel):
         model_class, config, name = type(recipient), recipient.config, recipient.config.name_or_path
     elif isinstance(recipient, PreTrainedConfig):
@@ -284,5 +294,5 @@ def check_compatibility(
         request = Request(name, Source(name, Path(name)), TransplantConfig(recipient=name), names_transplant=False)
         config, _ = recipient_config(request, hub, trust, {})
         model_class, config = _class_for(AutoModelForCausalLM, config, name, trust, hub)
-    spec = DonorSpec(str(opened), place, name=opened.name or "donor")
+    spec = DonorSpec(str(opened), place, mode, name=opened.name or "donor")
     return report_fit(model_class, config, name or model_class.__name__, spec, opened)

@@ -75,6 +75,7 @@ def write_full_card(
         license=named or chosen_license(records, folder, of_all=True),
         with_tokenizer=has_tokenizer(staging),
         native=native,
+        side_by_side=bool(blueprint.crowds),
         auto_class=auto_class,
         task=task,
     )

@@ -13,6 +13,7 @@ from ..donor.tensors import MemoryTensors
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..splice import draw_blueprint
+from .gates import gates_of
 from .loading import FileChecks, Loading, loading
 from .mixin import TransplantMixin, native_class, transplant_class
 from .saving import recipient_state
@@ -22,7 +23,7 @@ __all__ = ["remove_transplants", "transplant"]
 
 def transplant(
     model: PreTrainedModel, donor: Donor | str, position: int, mode: str = "insert", *, name: str | None = None,
-    strength: float = 1.0,
+    strength: float = 1.0, composition: str | None = None,
 ) -> Any:  # fmt: skip
     """Return a model that runs a loaded recipient's layers with a donor's between them.
 
@@ -36,6 +37,7 @@ def transplant(
         mode: "insert" or "replace"; replaced layers are kept, so that the donor can be switched off.
         name: What to call it; by default its own name.
         strength: Scales what its layers add to the hidden state.
+        composition: How donors at one position go together, "stacked" or "side_by_side"; by default as in the model.
 
     Returns:
         An instance of the recipient's own class.
@@ -59,7 +61,7 @@ def transplant(
     if opened.source is None:
         # Else training the donor would train the layers it was taken from, and every other model it is in.
         copies = MemoryTensors({name: tensor.clone() for name, tensor in opened.tensors().items()})
-        opened = Donor(opened.record, copies, position=opened.position)
+        opened = Donor(opened.record, copies, position=opened.position, mode=opened.mode, strength=opened.strength)
     spec = DonorSpec(
         str(opened.source.reference if opened.source else opened.name or "."),
         position=position,
@@ -72,7 +74,10 @@ def transplant(
     held, recipient_class, recipient_config, weights, known = _taken_apart(model)
     donors = [*held, (spec, opened)]
     config = TransplantConfig(
-        recipient=known.recipient, recipient_revision=known.recipient_revision, donors=[part for part, _ in donors]
+        recipient=known.recipient,
+        recipient_revision=known.recipient_revision,
+        donors=[part for part, _ in donors],
+        composition=composition or known.composition,
     )
     replaces = any(part.mode == "replace" for part, _ in donors)
     blueprint = draw_blueprint(recipient_class, recipient_config, donors, config, keep_replaced=replaces)
@@ -103,6 +108,8 @@ def _check_shareable(model: Any) -> None:
         reason = "it has adapters attached"
     elif isinstance(model, TransplantMixin) and model._transplant and model._transplant.switch.disabled:
         reason = "some of its donors are switched off just now"
+    elif isinstance(model, TransplantMixin) and model._transplant and gates_of(model._transplant):
+        reason = "the strength of some of its donors is being trained (detach_gate ends that)"
     if reason is not None:
         raise ConfigurationError(
             f"the weights of this model cannot be shared with a transplant: {reason}. Load the recipient with "

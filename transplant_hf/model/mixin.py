@@ -8,14 +8,15 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from ..config import TransplantConfig
+from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor.record import DonorRecord
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, LayerMap
 from ..splice import insert_layers
+from .gates import gates_of, refuse_gate
 from .loading import active_loading
 from .saving import push_transplant, save_transplant
-from .state import TransplantState, finish
+from .state import TransplantState, finish, state_of
 
 __all__ = ["TransplantMixin", "native_class", "transplant_class"]
 
@@ -48,6 +49,53 @@ class TransplantMixin:
             return LayerMap((RECIPIENT, index) for index in range(layers))
         return self._transplant.blueprint.layer_map(self._transplant.switch.disabled)
 
+    @property
+    def strengths(self) -> dict[str, float]:
+        """How much of what each donor adds to the hidden state is kept, by the donors' names."""
+        if self._transplant is None:
+            return {}
+        known = {part.name: part.spec.strength for part in self._transplant.blueprint.parts}
+        return {**known, **{name: float(gate.detach()) for name, gate in gates_of(self._transplant).items()}}
+
+    def set_strength(self, name: str, value: float) -> None:
+        """Set how much of what a donor adds is kept: h + value (donor(h) - h).
+
+        What is saved from then on has the new strength. A cache that was filled before belongs to the old one: start
+        with a new cache.
+
+        Args:
+            name: The donor's name.
+            value: Any finite number; 0 is exactly the recipient, and 1 costs nothing.
+
+        Raises:
+            ConfigurationError: No such donor, a value that is not finite, or a donor that replaces layers.
+
+        Example:
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> from transplant_hf import Donor, transplant
+            >>> recipient = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+            >>> model = transplant(recipient, Donor.from_model(recipient, layers=[1], name="law"), position=2)
+            >>> model.set_strength("law", 0.5)
+            >>> model.strengths
+            {'law': 0.5}
+        """
+        state = state_of(self)
+        state.check_name(name)
+        refuse_gate(state, name)
+        state.turn({name: value})
+
+    def set_composition(self, composition: str) -> None:
+        """Set how donors that are inserted at one position go together.
+
+        Args:
+            composition: "stacked", one after another; or "side_by_side", where each gets the hidden state h that
+                enters the position, and h + sum_i s_i (d_i(h) - h) goes on.
+
+        Raises:
+            ConfigurationError: Neither of them.
+        """
+        state_of(self).turn({}, check_composition(composition, "this model"))
+
     def disable_transplants(self, names: str | Iterable[str] | None = None) -> AbstractContextManager[None]:
         """Switch donors off inside a `with` block: exactly the recipient, `generate` and its cache included.
 
@@ -61,7 +109,7 @@ class TransplantMixin:
         Raises:
             ConfigurationError: No such donor, or one that replaced layers that were not kept.
         """
-        state = _state_of(self)
+        state = state_of(self)
         chosen = state.blueprint.splice.names if names is None else [names] if isinstance(names, str) else list(names)
         state.switch.check(chosen)
         return state.switch.off(chosen)
@@ -135,7 +183,9 @@ class TransplantMixin:
             layer._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
 
-    def _record_of_layers(self, numbers: Sequence[int], name: str | None) -> tuple[DonorRecord, int | None] | None:
+    def _record_of_layers(
+        self, numbers: Sequence[int], name: str | None
+    ) -> tuple[DonorRecord, DonorSpec | None] | None:
         """Say what running layers were built from, for a donor made of them."""
         if self._transplant is None:
             return None
@@ -149,8 +199,8 @@ class TransplantMixin:
 
 def record_of_layers(
     state: TransplantState, layer_map: LayerMap, numbers: Sequence[int], name: str | None
-) -> tuple[DonorRecord, int | None]:
-    """Return the record of a donor made of running layers, and its position if it is one of the model's donors."""
+) -> tuple[DonorRecord, DonorSpec | None]:
+    """Return the record of a donor made of running layers, and its place if it is one of the model's donors."""
     slots = [layer_map[number] for number in numbers]
     source = slots[0].source
     indices = tuple(slot.index for slot in slots)
@@ -166,7 +216,6 @@ def record_of_layers(
     found = record.source_id if record else blueprint.config.recipient
     revision = record.source_revision if record else blueprint.config.recipient_revision
     metadata = dict(record.metadata) if record else {}
-    position = part.spec.position if part else None
     fields = anatomy.config.to_dict()
     fields.pop("_name_or_path", None)
     made = DonorRecord(
@@ -178,13 +227,7 @@ def record_of_layers(
         name=name or (source if source != RECIPIENT else None),
         metadata=metadata,
     )
-    return made, position
-
-
-def _state_of(model: Any) -> TransplantState:
-    if model._transplant is None:
-        raise ConfigurationError("this model holds no transplant: it was built or loaded without donors.")
-    return model._transplant
+    return made, part.spec if part else None
 
 
 def _new(native: Any) -> Any:

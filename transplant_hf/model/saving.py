@@ -34,7 +34,9 @@ from ..hub import push_folder
 from ..layer_map import RECIPIENT
 from ..splice import Blueprint
 from ..storage import publish
+from .baking import baked_strengths
 from .card import write_full_card
+from .gates import gates_aside
 from .unchanged import check_unchanged
 
 __all__ = ["push_transplant", "recipient_state", "save_transplant"]
@@ -55,6 +57,21 @@ def save_transplant(
     repo_id: str | None = None,
 ) -> Any:
     """Do the work of `save_pretrained`; `native` is the recipient class's own."""
+    if model._transplant is None:
+        return _save(model, native, save_directory, args, thin, kwargs, repo_id)
+    with gates_aside(model._transplant):
+        return _save(model, native, save_directory, args, thin, kwargs, repo_id)
+
+
+def _save(
+    model: Any,
+    native: Callable[..., Any],
+    save_directory: str | os.PathLike[str],
+    args: tuple[Any, ...],
+    thin: bool,
+    kwargs: dict[str, Any],
+    repo_id: str | None,
+) -> Any:
     state = model._transplant
     license = kwargs.pop("license", None) if state is not None else None
     adapters_only = getattr(model, "_hf_peft_config_loaded", False)
@@ -87,7 +104,14 @@ def save_transplant(
             records = [part.donor.record for part in state.blueprint.parts]
         else:
             _refuse_unless_all_on(state.blueprint, state.switch.disabled)
-            records = _write_full(model, state.blueprint, staging, kwargs)
+            baked = baked_strengths(model, state.blueprint)
+            if baked is not None:
+                logger.info(f"The strength of {', '.join(state.blueprint.scaled)} is in the weights that are written.")
+                own = kwargs.get("state_dict") or model.state_dict()
+                native(staging, *args, **{**kwargs, "state_dict": {**own, **baked}})
+                records = [part.donor.record for part in state.blueprint.parts]
+            else:
+                records = _write_full(model, state.blueprint, staging, kwargs)
         if not all_off and not variant:  # a variant's weights stand beside a model that has its card
             write_full_card(model, staging, target, records, repo_id, license)
     return None
@@ -140,7 +164,12 @@ def _write_thin(
         dataclasses.replace(part.spec, donor=".", subfolder=folder, revision=None, layers=None, name=part.name)
         for part, folder in zip(blueprint.parts, _folders(blueprint), strict=True)
     ]
-    saved = TransplantConfig(recipient=recipient, recipient_revision=config.recipient_revision, donors=specs)
+    saved = TransplantConfig(
+        recipient=recipient,
+        recipient_revision=config.recipient_revision,
+        donors=specs,
+        composition=config.composition,
+    )
     _write_companions(model, config, staging, state.cache_dir)
     saved.vocab_size = vocabulary_of(blueprint.recipient.config.to_dict())
     saved.tokenizer_class = tokenizer_class(blueprint.recipient.config.model_type, staging)
@@ -192,7 +221,7 @@ def _write_donors(
 
 def _write_full(model: Any, blueprint: Blueprint, staging: Path, kwargs: dict[str, Any]) -> list[DonorRecord]:
     """Write the recipient and the donors side by side, for layers that no native configuration can describe."""
-    reason = "; ".join(blueprint.state(()).reasons[:2]) or f"strength of {', '.join(blueprint.scaled)} is not 1"
+    reason = "; ".join(blueprint.state(()).reasons[:2] or blueprint.beyond_native)
     logger.warning(
         f"No plain {type(model).__name__} checkpoint can describe these layers ({reason}): the folder is written in "
         "the transplant format, and loading it needs transplant_hf."
@@ -207,7 +236,7 @@ def _write_full(model: Any, blueprint: Blueprint, staging: Path, kwargs: dict[st
         )
         for part, folder in zip(blueprint.parts, _folders(blueprint), strict=True)
     ]
-    saved = TransplantConfig(recipient=f"./{RECIPIENT_FOLDER}", donors=specs)
+    saved = TransplantConfig(recipient=f"./{RECIPIENT_FOLDER}", donors=specs, composition=blueprint.config.composition)
     _write_companions(model, blueprint.config, staging, model._transplant.cache_dir)
     saved.vocab_size = vocabulary_of(blueprint.recipient.config.to_dict())
     saved.tokenizer_class = tokenizer_class(blueprint.recipient.config.model_type, staging)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..architecture import decoder_stack
+from ..errors import ConfigurationError
 from ..layer_map import Stage
 from ..splice import Blueprint, renumber, use_config
-from .strength import scale_donor
+from .strength import Dials
 from .switch import Switch
 
-__all__ = ["TransplantState", "finish"]
+__all__ = ["TransplantState", "finish", "state_of"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -25,6 +27,7 @@ class TransplantState:
         blueprint: What runs, and what it was made of.
         layers: Every layer the model holds, running or not.
         switch: Turns donors off and on.
+        dials: What donors do with what they add.
         local_only: Whether the model was loaded without asking the Hub.
         cache_dir: The download cache it was loaded with.
     """
@@ -32,8 +35,40 @@ class TransplantState:
     blueprint: Blueprint
     layers: dict[Stage, nn.Module]
     switch: Switch
+    dials: Dials
     local_only: bool = False
     cache_dir: str | None = None
+
+    def turn(self, strengths: Mapping[str, float], composition: str | None = None) -> None:
+        """Give donors other strengths, or compose them in another way, in the record and in what runs.
+
+        Raises:
+            ConfigurationError: A strength that is not finite, or not 1 for a donor that replaces layers.
+        """
+        self.blueprint = self.blueprint.turned(strengths, composition)
+        self.dials.use(self.blueprint)
+
+    def check_name(self, name: str) -> None:
+        """Refuse a name that no donor has.
+
+        Raises:
+            ConfigurationError: With the names there are.
+        """
+        names = self.blueprint.splice.names
+        if name not in names:
+            raise ConfigurationError(f"no donor is named {name!r}; this model has {', '.join(names)}.")
+
+
+def state_of(model: Any) -> TransplantState:
+    """Return a model's transplant.
+
+    Raises:
+        ConfigurationError: It has none.
+    """
+    state = getattr(model, "_transplant", None)
+    if state is None:
+        raise ConfigurationError("this model holds no transplant: it was built or loaded without donors.")
+    return state
 
 
 def finish(model: PreTrainedModel, blueprint: Blueprint, **where: Any) -> TransplantState:
@@ -49,9 +84,7 @@ def finish(model: PreTrainedModel, blueprint: Blueprint, **where: Any) -> Transp
         renumber(stack, blueprint.origins(blueprint.built))
         use_config(model, blueprint.recipient, blueprint.built_config)
     layers = dict(zip(blueprint.built, stack, strict=True))
-    for part in blueprint.parts:
-        own = [layer for stage, layer in layers.items() if stage.slot.source == part.name]
-        scale_donor(own, part.spec.strength)
-    state = TransplantState(blueprint, layers, Switch(model, blueprint, layers), **where)
+    dials = Dials(blueprint, layers)
+    state = TransplantState(blueprint, layers, Switch(model, blueprint, layers, dials), dials, **where)
     state.switch.settle()
     return state

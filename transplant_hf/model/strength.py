@@ -1,47 +1,188 @@
-"""A donor's strength: how much of what it adds to the hidden state is kept."""
+"""What donors add to the hidden state: how much of it is kept, and on top of what.
+
+A donor d of strength s turns h into h + s (d(h) - h); donors side by side at one position all get the same h, and what
+each adds is summed. Two hooks do it, on a donor's first and last layer. A donor that stands alone at strength 1 has
+none, and costs nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["scale_donor"]
+from ..donor.extract import GATE
+from ..errors import ConfigurationError
+from ..layer_map import Stage
+from ..splice import Blueprint
 
+__all__ = ["Dials", "is_entrance"]
 
-class _Scale:
-    """Two hooks around a donor: h becomes h + strength * (donor(h) - h)."""
-
-    def __init__(self, strength: float) -> None:
-        self.strength = strength
-        self._entered: torch.Tensor | None = None
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the hidden state that enters the donor's first layer."""
-        self._entered = args[0] if args else kwargs["hidden_states"]
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Scale what the donor added, after its last layer."""
-        several = isinstance(output, tuple | list)
-        left = output[0] if several else output
-        assert self._entered is not None
-        entered = self._entered.to(left.device)
-        # Not a product with zero: at strength 0 the donor's values must not matter at all, overflow included.
-        scaled = entered if self.strength == 0 else entered + self.strength * (left - entered)
-        return type(output)([scaled, *output[1:]]) if several else scaled
+# Settings lie on the layers themselves: torch.compile watches the attributes of modules, but not those of their hooks.
+_STRENGTH, _LEADS, _CLOSES = "_transplant_strength", "_transplant_leads", "_transplant_closes"
+_INSIDE = "_transplant_inside"
 
 
-def scale_donor(layers: Sequence[nn.Module], strength: float) -> None:
-    """Scale what a donor's layers add to the hidden state; at strength 1 nothing is done, and it costs nothing.
+def is_entrance(layer: nn.Module) -> bool:
+    """Whether a layer needs nothing but the hidden state before it.
+
+    What a scaled donor adds is told from what entered its first layer, and donors side by side all need the state that
+    entered the first of them.
+    """
+    return not getattr(layer, _INSIDE, False)
+
+
+class _Passing:
+    """Hidden states on their way from one hook to another; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.local = threading.local()
+
+    def __reduce__(self) -> Any:
+        return _Passing, ()
+
+
+class _Dial:
+    """The two hooks of one donor.
 
     Args:
         layers: The donor's layers in order.
-        strength: 0 is exactly the recipient.
+        meeting: Where donors that run side by side at its position find the state that they all get.
     """
-    if strength == 1.0:
-        return
-    scale = _Scale(strength)
-    layers[0].register_forward_pre_hook(scale.before, with_kwargs=True)
-    layers[-1].register_forward_hook(scale.after)
+
+    def __init__(self, layers: Sequence[nn.Module], meeting: _Passing | None) -> None:
+        self.meeting = meeting
+        self._passing = _Passing()
+        # The last of the former and the first of the latter: other hooks see what enters, and what goes on.
+        self._hooks: list[RemovableHandle] = [
+            layers[0].register_forward_pre_hook(self.before, with_kwargs=True),
+            layers[-1].register_forward_hook(self.after, prepend=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Keep the hidden state that arrives, and let the donor have the one that all donors here get."""
+        arrived = args[0] if args else kwargs["hidden_states"]
+        local = self._passing.local
+        local.arrived, local.gate = arrived, module._parameters.get(GATE)
+        local.entered = None  # the same
+        if self.meeting is None:
+            return None
+        if getattr(module, _LEADS):
+            self.meeting.local.entered = arrived
+            return None
+        entered = self.meeting.local.entered.to(arrived.device)
+        local.entered = entered
+        return ((entered, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": entered})
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Put what the donor added, scaled, on top of what arrived."""
+        several = isinstance(output, tuple | list)
+        left = output[0] if several else output
+        local = self._passing.local
+        if getattr(local, "arrived", None) is None:
+            raise ConfigurationError(
+                "the last layer of a donor whose strength is not 1, or which runs side by side with others, ran "
+                "without its first layer. Run the model as a whole, or call set_strength(name, 1) first."
+            )
+        strength = getattr(module, _STRENGTH) if local.gate is None else local.gate
+        going_on = _on_top(local.arrived, local.entered, left, strength)
+        if not (module.training and getattr(module, "gradient_checkpointing", False)):
+            # Kept only where a layer may run once more in the backward pass.
+            local.arrived = local.entered = local.gate = None
+            if self.meeting is not None and getattr(module, _CLOSES):
+                self.meeting.local.entered = None
+        return type(output)([going_on, *output[1:]]) if several else going_on
+
+
+def _on_top(arrived: torch.Tensor, entered: torch.Tensor | None, left: torch.Tensor, strength: Any) -> torch.Tensor:
+    """Return arrived + strength (left - entered); `entered` is `None` where it is what arrived."""
+    arrived = arrived.to(left.device)
+    started = arrived if entered is None else entered.to(left.device)
+    if isinstance(strength, torch.Tensor):
+        # A number to the arithmetic, so that its own precision is kept and the hidden state's does not change.
+        return arrived + strength.to(left.device).reshape(()) * (left - started)
+    if strength == 0:
+        return arrived  # no product with zero: the donor's values must not matter at all, overflow included
+    if strength == 1:
+        return left if entered is None else arrived + (left - started)
+    return arrived + strength * (left - started)
+
+
+class Dials:
+    """The dials of one model's donors.
+
+    Args:
+        blueprint: What runs, and at what strength.
+        layers: Every layer the model holds.
+    """
+
+    def __init__(self, blueprint: Blueprint, layers: Mapping[Stage, nn.Module]) -> None:
+        self._layers = {
+            part.name: [layer for stage, layer in layers.items() if stage.slot.source == part.name]
+            for part in blueprint.parts
+        }
+        self._dials: dict[str, _Dial] = {}
+        self._meetings: dict[tuple[str, ...], _Passing] = {}
+        self._off: frozenset[str] = frozenset()
+        self._blueprint = blueprint
+        self._hook()
+        self._place()
+
+    def layers_of(self, name: str) -> list[nn.Module]:
+        """A donor's layers in order."""
+        return self._layers[name]
+
+    def use(self, blueprint: Blueprint) -> None:
+        """Take strengths and composition from another blueprint of the same layers."""
+        self._blueprint = blueprint
+        if self._hook() and "torch._dynamo" in sys.modules:
+            # torch.compile does not notice hooks that come or go; what it made of this model would be stale.
+            torch.compiler.reset()
+        self._place()
+
+    def without(self, disabled: frozenset[str]) -> None:
+        """Let the other donors go together while some are switched off."""
+        self._off = disabled
+        self._place()
+
+    def _hook(self) -> bool:
+        """Put hooks on the donors that need them, and on no other; returns whether any came or went."""
+        changed = False
+        crowds = {name: names for names in self._blueprint.crowds for name in names}
+        for part in self._blueprint.parts:
+            layers, crowd = self._layers[part.name], crowds.get(part.name)
+            meeting = None if crowd is None else self._meetings.setdefault(crowd, _Passing())
+            needed = meeting is not None or part.spec.strength != 1.0 or GATE in layers[0]._parameters
+            old = self._dials.get(part.name)
+            if old is not None and not (needed and old.meeting is meeting):
+                self._dials.pop(part.name).remove()
+                changed = True
+            if needed and part.name not in self._dials:
+                self._dials[part.name] = _Dial(layers, meeting)
+                changed = True
+        return changed
+
+    def _place(self) -> None:
+        """Tell every dial its donor's strength, and which donors come first and last among those side by side."""
+        follow: set[str] = set()
+        close: set[str] = set()
+        for names in self._blueprint.crowds:
+            running = [name for name in names if name not in self._off]
+            follow.update(running[1:])
+            close.update(running[-1:])
+        for name, layers in self._layers.items():
+            setattr(layers[-1], _STRENGTH, self._blueprint.part(name).spec.strength)
+            setattr(layers[0], _LEADS, name not in follow)
+            setattr(layers[-1], _CLOSES, name in close)
+            for number, layer in enumerate(layers):
+                setattr(layer, _INSIDE, name in self._dials and (number > 0 or name in follow))

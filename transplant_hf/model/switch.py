@@ -25,6 +25,7 @@ from ..layer_map import RECIPIENT, Stage
 from ..splice import Blueprint, insert_layers, renumber, use_config
 from ..splice.surgery import outer_modules
 from .cache_guard import CacheGuard
+from .strength import Dials
 
 __all__ = ["Switch"]
 
@@ -49,12 +50,16 @@ class Switch:
         model: The model, holding all its layers.
         blueprint: What it was built from.
         layers: Its layers by their stage.
+        dials: What its donors do with what they add.
     """
 
-    def __init__(self, model: PreTrainedModel, blueprint: Blueprint, layers: Mapping[Stage, nn.Module]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, blueprint: Blueprint, layers: Mapping[Stage, nn.Module], dials: Dials
+    ) -> None:
         self._model = model
         self._blueprint = blueprint
         self._layers = layers
+        self._dials = dials
         # By a key of their own: blocks may end in another order than they began (generators, callbacks).
         self._asked: dict[object, Names] = {}
         # Which layers the live model is set up for; `None` while it holds all it was built with.
@@ -125,6 +130,7 @@ class Switch:
         layers = [self._layers[stage] for stage in self._blueprint.running(disabled)]
         self._record(layers)
         self._fill(layers)
+        self._dials.without(disabled)
         self._set_for = disabled
         owner = self._model.get_submodule(self._blueprint.recipient.stack_path.rpartition(".")[0])
         self._guard.stand(owner, disabled)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -76,12 +77,49 @@ class Blueprint:
     @cached_property
     def native(self) -> bool:
         """Whether the recipient's own class builds what runs."""
-        return self.state(()).native and not self.scaled
+        return self.state(()).native and not self.scaled and not self.crowds
 
     @property
     def scaled(self) -> tuple[str, ...]:
         """Donors whose strength is not 1."""
         return tuple(part.name for part in self.parts if part.spec.strength != 1.0)
+
+    @property
+    def crowds(self) -> tuple[tuple[str, ...], ...]:
+        """The donors that run side by side, by name."""
+        return self.config.crowds
+
+    @property
+    def beyond_native(self) -> tuple[str, ...]:
+        """Why no native checkpoint can say what runs, beyond what layers they are."""
+        scaled = (f"strength of {', '.join(self.scaled)} is not 1",) if self.scaled else ()
+        crowds = (f"{', '.join(names)} run side by side" for names in self.crowds)
+        return (*scaled, *crowds)
+
+    def turned(self, strengths: Mapping[str, float], composition: str | None = None) -> Blueprint:
+        """The same layers with other strengths, or composed in another way.
+
+        Args:
+            strengths: By the donors' names; those that are not named stay.
+            composition: "stacked" or "side_by_side"; as it is by default.
+
+        Raises:
+            ConfigurationError: A strength that is not finite, or not 1 for a donor that replaces layers.
+        """
+        parts = tuple(
+            dataclasses.replace(part, spec=dataclasses.replace(part.spec, strength=strengths[part.name]))
+            if part.name in strengths
+            else part
+            for part in self.parts
+        )
+        config = copy.deepcopy(self.config)
+        config.donors = [part.spec for part in parts]
+        config.composition = composition or config.composition
+        made = dataclasses.replace(self, parts=parts, config=config)
+        # None of these depends on it, and they are costly.
+        known = vars(self).keys() & {"splice", "built", "built_config"}
+        vars(made).update({name: vars(self)[name] for name in known})
+        return made
 
     def part(self, name: str) -> DonorPart:
         """The donor of that name."""

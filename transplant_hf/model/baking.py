@@ -1,0 +1,100 @@
+"""A strength as weights, for a plain checkpoint.
+
+Where a donor's layer adds all its parts to one and the same hidden state, scaling the weights that feed the hidden
+state scales what the layer adds. So it is where attention and MLP run in parallel on the same input (GPT-NeoX, Falcon,
+Cohere, Phi), and nowhere where one reads what the other added. Which it is, is tried out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architecture import decoder_stack, projections_of_layers
+from ..architecture.replay import Call, record_calls, resting
+from ..errors import CheckpointError, CompatibilityError
+from ..splice import Blueprint
+
+__all__ = ["baked_strengths"]
+
+_TOLERANCE = 1e-5  # of what the layer adds, in float32
+_SEED = 0
+
+
+def baked_strengths(model: Any, blueprint: Blueprint) -> dict[str, torch.Tensor] | None:
+    """Return the weights with which a model's donors do at strength 1 what they do at their strengths now.
+
+    Args:
+        model: The transplanted model, all its donors switched on; it is run on a few tokens and left as it was.
+        blueprint: What runs.
+
+    Returns:
+        Tensors to save in place of the model's own, by their names in it; `None` where no weights do the same.
+    """
+    scaled = {name: blueprint.part(name) for name in blueprint.scaled}
+    plain = blueprint.state(()).native and not blueprint.crowds
+    # At strength 0 the donor's weights would be gone from the file.
+    if not plain or any(part.donor.num_layers > 1 or part.spec.strength == 0 for part in scaled.values()):
+        return None
+    path = blueprint.recipient.stack_path
+    stack, layer_map = decoder_stack(model, path), blueprint.layer_map()
+    numbers = {name: layer_map.layers_of(name)[0] for name in scaled}
+    try:
+        projections = projections_of_layers(model, path, list(numbers.values()))
+        with resting(model):
+            calls = record_calls(model, stack, list(numbers.values()), _SEED)
+    except (CompatibilityError, CheckpointError):  # a layer whose output projections cannot be told is not scaled
+        return None
+    weights: dict[str, torch.Tensor] = {}
+    for name, number in numbers.items():
+        strength = scaled[name].spec.strength
+        own = _scaled(stack[number], projections[number], strength)
+        if not _does_the_same(stack[number], own, strength, calls[number]):
+            return None
+        weights |= {f"{path}.{number}.{key}": tensor for key, tensor in own.items()}
+    return weights
+
+
+def _scaled(layer: nn.Module, names: tuple[str, ...], strength: float) -> dict[str, torch.Tensor]:
+    return {name: layer.get_parameter(name).detach() * strength for name in names}
+
+
+@torch.no_grad()
+def _does_the_same(layer: nn.Module, weights: Mapping[str, torch.Tensor], strength: float, call: Call) -> bool:
+    """Run a layer both ways: scaled from outside, and with other weights."""
+    if len(call.streams) != 1:
+        return False
+    start, to = call.streams[0]
+    bare = copy.deepcopy(layer).float().eval()
+    bare._forward_hooks.clear()
+    bare._forward_pre_hooks.clear()
+    args, kwargs = _in_float((call.args, call.kwargs))
+    entered = _at((args, kwargs), start).clone()
+    added = _at(bare(*args, **kwargs), to) - entered
+    for name, tensor in weights.items():
+        bare.get_parameter(name).copy_(tensor)
+    args, kwargs = _in_float((call.args, call.kwargs))
+    found = _at(bare(*args, **kwargs), to) - entered
+    return bool((found - strength * added).norm() <= _TOLERANCE * abs(strength) * added.norm())
+
+
+def _at(value: Any, place: tuple[int | str, ...]) -> torch.Tensor:
+    for key in place:
+        value = value[key]
+    found: torch.Tensor = value
+    return found
+
+
+def _in_float(value: Any) -> Any:
+    """Copy nested tuples, lists and dictionaries, their floating point tensors in float32."""
+    if isinstance(value, torch.Tensor):
+        return value.float().clone() if value.is_floating_point() else value.clone()
+    if type(value) is dict:
+        return {key: _in_float(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_in_float(item) for item in value)
+    return value
