@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import refused
 from transplant_hf import ConfigurationError
-from transplant_hf.layer_map import LayerMap, Placement, Splice
+from transplant_hf.layer_map import LayerMap, Placement, Splice, paper_layers
 
 
 def obvious_map(num_layers: int, placements: list[Placement], off: set[str]) -> list[tuple[str, int]]:
@@ -106,3 +106,18 @@ def test_long_recipients_are_shortened_in_print() -> None:
     ):
         assert line in picture
     assert "81 layers run: 80 recipient, 1 law" in picture
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "count", "layers"),
+    [(12, 3, [4, 5, 6]), (22, 3, [7, 8, 9]), (24, 3, [8, 9, 10]), (4, 3, [1, 2, 3]), (3, 3, [0, 1, 2]), (3, 1, [1]),
+     (1, 1, [0]), (5, 4, [1, 2, 3, 4])],
+)  # fmt: skip
+def test_the_papers_layers(num_layers: int, count: int, layers: list[int]) -> None:
+    assert list(paper_layers(num_layers, count)) == layers
+
+
+@pytest.mark.parametrize("count", [0, -1, 5])
+def test_more_layers_than_there_are(count: int) -> None:
+    with refused(ConfigurationError, f"a donor of {count} layers", "a model of 4"):
+        paper_layers(4, count)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .errors import ConfigurationError
 
-__all__ = ["RECIPIENT", "LayerMap", "Placement", "Slot", "Splice", "Stage"]
+__all__ = ["RECIPIENT", "LayerMap", "Placement", "Slot", "Splice", "Stage", "paper_layers"]
 
 RECIPIENT = "recipient"
 
@@ -198,3 +198,23 @@ class Splice:
     def layer_map(self, disabled: Collection[str] = ()) -> LayerMap:
         """The layer map while the donors in `disabled` are switched off."""
         return LayerMap(stage.slot for stage in self.running(disabled))
+
+
+def paper_layers(num_layers: int, count: int = 3) -> range:
+    """Return the layers that the paper takes for a donor: `count` of them, from a third of the way up.
+
+    Args:
+        num_layers: L, the source model's layers.
+        count: K; moved down where the model ends before them.
+
+    Raises:
+        ConfigurationError: The model has not so many layers.
+
+    Example:
+        >>> list(paper_layers(12)), list(paper_layers(22, count=4))
+        ([4, 5, 6], [7, 8, 9, 10])
+    """
+    if not 1 <= count <= num_layers:
+        raise ConfigurationError(f"a donor of {count} layers cannot be taken from a model of {num_layers}.")
+    start = min(num_layers // 3, num_layers - count)
+    return range(start, start + count)

@@ -2,6 +2,7 @@
 
 from .anatomy import Anatomy
 from .classes import native_class
+from .identity import output_projections, projections_of_layers, zero_output_projections
 from .names import LayerNames, LayerTensorName
 from .native import LayerOrigin, SplicedConfig, splice_config
 from .stack import decoder_stack, find_stack, text_config
@@ -15,6 +16,9 @@ __all__ = [
     "decoder_stack",
     "find_stack",
     "native_class",
+    "output_projections",
+    "projections_of_layers",
     "splice_config",
     "text_config",
+    "zero_output_projections",
 ]

@@ -53,8 +53,8 @@ def build_donor(texts: DemoTexts, budget: DemoBudget, recipient: Path, target: P
 def with_untrained_donor(recipient: PreTrainedModel, budget: DemoBudget) -> Any:
     """Insert a donor that does nothing yet, and freeze everything else.
 
-    The donor's layers are copies of the recipient layers before the position, with zero output projections:
-    each adds zero to the hidden state, so the model starts out as the untouched recipient.
+    The donor's layers are those of the recipient before the position, started as the identity: each adds zero to
+    the hidden state, so the model starts out as the untouched recipient.
 
     Args:
         recipient: The loaded recipient.
@@ -68,17 +68,12 @@ def with_untrained_donor(recipient: PreTrainedModel, budget: DemoBudget) -> Any:
 
     last_first = budget.recipient_layers - budget.donor_layers
     first = min(max(budget.donor_position - budget.donor_layers, 0), last_first)
-    copied = Donor.from_model(recipient, layers=range(first, first + budget.donor_layers), name=DONOR_NAME)
-    model = transplant(recipient, copied, position=budget.donor_position)
+    layers = range(first, first + budget.donor_layers)
+    untrained = Donor.from_model(recipient, layers, name=DONOR_NAME, init="identity")
+    model = transplant(recipient, untrained, position=budget.donor_position)
     model.requires_grad_(False)
     for number in model.layer_map.layers_of(DONOR_NAME):
-        layer = model.model.layers[number]
-        for name, parameter in layer.named_parameters():
-            # New memory: the copy shares its weights with the recipient's own layer.
-            parameter.data = parameter.detach().clone()
-            if name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
-                parameter.data.zero_()
-        layer.requires_grad_(True)
+        model.model.layers[number].requires_grad_(True)
     return model
 
 

@@ -1,0 +1,224 @@
+"""Which weights of a decoder layer feed the residual stream: with them at zero, the layer is the identity.
+
+Found by trying, not by names. The modules that a layer calls last are silenced first, until the layer hands on
+exactly what it was given; then each is given back its weights, earliest first, if the layer stays the identity
+without. What remains are the output projections: `o_proj` and `down_proj`, both `c_proj`, fused experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import CheckpointError, CompatibilityError, ConfigurationError
+from .fingerprint import Fingerprint, fingerprint, is_layer_number
+from .replay import Call, Replay, own_parameters, record_calls, resting
+from .stack import decoder_stack
+
+__all__ = ["output_projections", "projections_of_layers", "zero_output_projections"]
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_SEARCH_SEED, _CHECK_SEED = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A module that can be silenced.
+
+    Args:
+        path: Where it is in the layer; the number of one of several experts is taken out.
+        calls: Those of them that ran.
+        names: What of their own parameters must be zero for that.
+        matrix: Whether a matrix is among them; a norm has none.
+    """
+
+    path: str
+    calls: tuple[str, ...]
+    names: tuple[str, ...]
+    matrix: bool
+
+
+def output_projections(model: PreTrainedModel, stack_path: str, number: int) -> tuple[str, ...]:
+    """Return the parameters of a decoder layer that must be zero for it to be the identity.
+
+    Args:
+        model: A model with all its weights in memory; it is run on a few tokens, and left as it was.
+        stack_path: Path of its list of decoder layers.
+        number: The layer's running number.
+
+    Returns:
+        Their names inside the layer, such as `("self_attn.o_proj.weight", "mlp.down_proj.weight")`.
+
+    Raises:
+        ConfigurationError: No such layer.
+        CompatibilityError: No output projections make this layer the identity, with the reason.
+        CheckpointError: Weights that are not in memory, or quantised.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 16}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+        >>> output_projections(model, "model.layers", 0)
+        ('self_attn.o_proj.weight', 'mlp.down_proj.weight')
+    """
+    return projections_of_layers(model, stack_path, [number])[number]
+
+
+def projections_of_layers(
+    model: PreTrainedModel, stack_path: str, numbers: Sequence[int]
+) -> dict[int, tuple[str, ...]]:
+    """Return the output projections of several layers; those of one kind are looked for once.
+
+    Args:
+        model: As in `output_projections`.
+        stack_path: The same.
+        numbers: The layers' running numbers.
+
+    Raises:
+        CompatibilityError: A layer that no output projections make the identity, with the reason.
+        ConfigurationError: No such layer.
+        CheckpointError: Weights that are not in memory, or quantised.
+    """
+    stack = decoder_stack(model, stack_path)
+    strays = [number for number in numbers if not 0 <= number < len(stack)]
+    if strays:
+        raise ConfigurationError(f"layers {strays} are outside 0..{len(stack) - 1}: {stack_path} runs {len(stack)}.")
+    _refuse_unreadable(model, stack_path, numbers)
+    names: dict[int, tuple[str, ...]] = {}
+    kinds = {number: _kind(stack[number], number) for number in numbers}
+    with resting(model):
+        calls, others = (record_calls(model, stack, numbers, seed) for seed in (_SEARCH_SEED, _CHECK_SEED))
+        for number in numbers:
+            what = f"layer {number} of {type(model).__name__} ({stack_path}.{number}, {type(stack[number]).__name__})"
+            if number not in calls or number not in others:
+                raise _no_identity(what, "it did not run on plain tokens")
+            known = next((other for other in names if kinds[other] == kinds[number]), None)
+            names[number] = names[known] if known is not None else _found(stack[number], calls[number], what)
+            if not Replay(stack[number], others[number]).is_identity(names[number], as_it_is=True):
+                raise _no_identity(what, f"with {', '.join(names[number])} at zero it still acts on other tokens")
+    return names
+
+
+def zero_output_projections(model: PreTrainedModel, stack_path: str, numbers: Sequence[int]) -> None:
+    """Make layers of a model the identity, in place: their output projections become zero.
+
+    Args:
+        model: A model with all its weights in memory.
+        stack_path: Path of its list of decoder layers.
+        numbers: The layers' running numbers.
+
+    Raises:
+        CompatibilityError: A layer that no output projections make the identity; nothing is changed then.
+        ConfigurationError: No such layer.
+        CheckpointError: Weights that are not in memory, or quantised.
+    """
+    stack = decoder_stack(model, stack_path)
+    with torch.no_grad():
+        for number, names in projections_of_layers(model, stack_path, numbers).items():
+            for name in names:
+                stack[number].get_parameter(name).zero_()
+
+
+def _refuse_unreadable(model: PreTrainedModel, stack_path: str, numbers: Sequence[int]) -> None:
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise CheckpointError(
+            f"{type(model).__name__} is quantised; output projections are looked for in full precision. Load it "
+            "without quantisation."
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise CheckpointError(
+                f"{name} is offloaded or was never loaded; the model must run for its output projections to be found. "
+                "Load it without offload first."
+            )
+    for number in numbers:
+        for name, parameter in decoder_stack(model, stack_path)[number].named_parameters():
+            if not parameter.is_floating_point():
+                raise CheckpointError(
+                    f"{stack_path}.{number}.{name} is quantised ({parameter.dtype}); a donor needs full precision."
+                )
+
+
+def _kind(layer: nn.Module, number: int) -> Fingerprint:
+    """What a layer is made of, its number apart: equal for two layers of one kind."""
+    made_of = fingerprint(layer)
+    return {name: value for name, value in made_of.items() if not is_layer_number(name, value, number)}
+
+
+def _no_identity(what: str, reason: str) -> CompatibilityError:
+    return CompatibilityError(f'{what} cannot start as the identity: {reason}. Start it as a copy, init="copy".')
+
+
+def _found(layer: nn.Module, call: Call, what: str) -> tuple[str, ...]:
+    replay = Replay(layer, call)
+    parts = _parts(replay)
+    for allowed in ([part for part in parts if part.matrix], parts):
+        for count in range(1, len(allowed) + 1):
+            if replay.is_identity(_names(layer, allowed[:count])):
+                return _needed(replay, allowed[:count])
+    if len(replay.changed(_names(layer, parts))) < len(call.streams):
+        raise _no_identity(
+            what, f"it hands {len(call.streams)} values on to the next layer, and leaves only some of them as they were"
+        )
+    raise _no_identity(
+        what,
+        "with every output in it at zero it still changes the hidden state, as layers do that normalise or scale it "
+        "after adding to it",
+    )
+
+
+def _parts(replay: Replay) -> list[_Part]:
+    """List what can be silenced in a layer, the module called last first; experts count as one."""
+    together: dict[str, list[str]] = {}
+    for path in reversed(replay.called()):
+        together.setdefault(_NUMBER.sub("#", path), []).append(path)
+    parts = []
+    for pattern, calls in together.items():
+        own = own_parameters(replay.layer.get_submodule(calls[0]))
+        names = _silencing(replay, calls[0], own)
+        matrix = any(replay.layer.get_parameter(f"{calls[0]}.{name}").dim() > 1 for name in names)
+        # A bias that a module adds to what others in it give does not silence it alone, but may have to go too.
+        parts.append(_Part(pattern, tuple(calls), names or tuple(own), matrix))
+    # Weights of a module that is never called are used by the one around it.
+    quiet = [path for path, _ in replay.layer.named_modules() if path and _NUMBER.sub("#", path) not in together]
+    own_of = {path: tuple(own_parameters(replay.layer.get_submodule(path))) for path in quiet}
+    return parts + [_Part(_NUMBER.sub("#", path), (), own, False) for path, own in own_of.items() if own]
+
+
+def _silencing(replay: Replay, path: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return which of a module's own parameters must be zero for it to give zeros; none if that is not enough."""
+    start = next((n for n in reversed(range(len(names))) if replay.is_silent(path, names[n:])), len(names))
+    needed = list(names[start:])
+    for name in names[start:]:
+        without = [other for other in needed if other != name]
+        if without and replay.is_silent(path, without):
+            needed = without
+    return tuple(needed)
+
+
+def _needed(replay: Replay, parts: Sequence[_Part]) -> tuple[str, ...]:
+    """Leave out what the layer is the identity without, the module called earliest first."""
+    kept = list(parts)
+    for part in reversed(parts):
+        fewer = [other for other in kept if other is not part]
+        if replay.is_identity(_names(replay.layer, fewer)):
+            kept = fewer
+    names = _names(replay.layer, kept)
+    # Numbered modules need not be experts: of two in a row, a zero in the first would keep the second from learning.
+    for path in (path for part in kept if len(part.calls) > 1 for path in reversed(part.calls)):
+        without = tuple(name for name in names if name.rpartition(".")[0] != path)
+        if replay.is_identity(without):
+            names = without
+    return names
+
+
+def _names(layer: nn.Module, parts: Iterable[_Part]) -> tuple[str, ...]:
+    """The parameters of some parts, in the layer's own order; experts that no token chose are experts all the same."""
+    own = {(part.path, name) for part in parts for name in part.names}
+    split = [(name, *name.rpartition(".")[::2]) for name, _ in layer.named_parameters()]
+    return tuple(name for name, path, last in split if (_NUMBER.sub("#", path), last) in own)

@@ -1,0 +1,285 @@
+"""Call one decoder layer again and again as its model called it, with other weights in place of some of its own.
+
+The weights are handed over for one call; those of the model are never written to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from ..errors import CompatibilityError
+from .build import BUILD_ERRORS
+from .stack import text_config
+
+__all__ = ["Call", "Replay", "record_calls", "resting"]
+
+_BATCH, _TOKENS = 3, 8
+
+Path = tuple[int | str, ...]
+Stream = tuple[Path, Path]
+Weights = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """How a model called a layer.
+
+    Args:
+        args: Copies of the positional arguments.
+        kwargs: Copies of the others.
+        streams: What goes on to the next layer: the place among the arguments, and the place in the output.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    streams: tuple[Stream, ...]
+
+
+@contextmanager
+def resting(model: nn.Module) -> Iterator[None]:
+    """Run a model without dropout and gradients, and leave its modes as they were."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def record_calls(model: PreTrainedModel, stack: nn.ModuleList, numbers: Collection[int], seed: int) -> dict[int, Call]:
+    """Run a model on a few random tokens and note how it calls some of its layers.
+
+    Args:
+        model: A model with its weights in memory, at rest.
+        stack: Its decoder layers.
+        numbers: Which of them.
+        seed: Chooses the tokens.
+
+    Returns:
+        For each of the layers that ran, its first call.
+
+    Raises:
+        CompatibilityError: The model cannot be run on tokens alone.
+    """
+    # The objects themselves tell what goes from one layer to the next, so they are kept until all have run.
+    entered: dict[int, Any] = {}
+    left: dict[int, Any] = {}
+    calls: dict[int, Call] = {}
+
+    def enter(number: int, args: Any, kwargs: Any) -> None:
+        if number not in entered:
+            entered[number] = (args, kwargs)
+            calls[number] = Call(_copied(args), _copied(kwargs), ())
+
+    def leave(number: int, output: Any) -> None:
+        left.setdefault(number, output)
+
+    with ExitStack() as hooks:
+        for number, layer in enumerate(stack):
+            before = layer.register_forward_pre_hook(
+                lambda _, args, kwargs, number=number: enter(number, args, kwargs), with_kwargs=True
+            )
+            after = layer.register_forward_hook(lambda _, args, output, number=number: leave(number, output))
+            hooks.callback(before.remove)
+            hooks.callback(after.remove)
+        _run(model, seed)
+    streams = _streams(entered, left)
+    if len(streams) > 1:
+        used = {place for number, call in calls.items() for place in Replay(stack[number], call).uses(streams)}
+        streams = tuple(stream for stream in streams if stream in used)
+    return {number: dataclasses.replace(calls[number], streams=streams) for number in numbers if number in calls}
+
+
+def _run(model: PreTrainedModel, seed: int) -> None:
+    try:
+        model(input_ids=_some_tokens(model, seed), use_cache=False)
+    except BUILD_ERRORS as error:  # whatever its own code raises for tokens alone
+        raise CompatibilityError(
+            f"{type(model).__name__} cannot be run on tokens alone, to see what its layers add to the hidden state: "
+            f'{type(error).__name__}: {error}. Start the donor as a copy instead, init="copy".'
+        ) from error
+
+
+def _some_tokens(model: PreTrainedModel, seed: int) -> torch.Tensor:
+    """Random tokens, `[batch, tokens]`, no special ones: those may stand for an image, or hide others."""
+    text = text_config(model.config).config
+    special = set(_special_tokens(model.config.to_dict()))
+    usual = [token for token in range(min(text.vocab_size, 1000)) if token not in special]
+    limit = getattr(text, "max_position_embeddings", None) or _TOKENS
+    length = min(_TOKENS, limit) if limit > 0 else _TOKENS  # -1 stands for none
+    chosen = torch.randint(len(usual), (_BATCH, length), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(usual)[chosen].to(model.device)
+
+
+def _special_tokens(fields: Mapping[str, Any]) -> Iterator[int]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _special_tokens(value)
+        elif str(name).endswith(("token_id", "token_index")):
+            yield from (n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int))
+
+
+def _streams(entered: Mapping[int, Any], left: Mapping[int, Any]) -> tuple[Stream, ...]:
+    """Find which part of a layer's output is which argument of the next layer: the very same tensor."""
+    ran = [number for number in entered if number in left]
+    found: dict[Stream, None] = {}
+    for number, following in itertools.pairwise(ran):
+        given = {id(tensor): place for place, tensor in _tensors(entered[following])}
+        for place, tensor in _tensors(left.get(number)):
+            if id(tensor) in given:
+                found[given[id(tensor)], place] = None
+    # One layer alone, or a model that changes the hidden state on the way: by convention it comes first.
+    for number in ran[:1]:
+        start, to = (next((place for place, _ in _tensors(side[number])), None) for side in (entered, left))
+        if start is not None and to is not None and start not in {known for known, _ in found}:
+            found[start, to] = None
+    return tuple(found)
+
+
+class Replay:
+    """A layer, called as its model called it.
+
+    Args:
+        layer: The layer.
+        call: The recorded call.
+    """
+
+    def __init__(self, layer: nn.Module, call: Call) -> None:
+        self.layer = layer
+        self.call = call
+
+    @functools.cached_property
+    def awake(self) -> Weights:
+        """Small values for parameters that are all zero: biases at their start, projections of an identity."""
+        generator = torch.Generator().manual_seed(0)
+        return {
+            name: (0.02 * torch.randn(parameter.shape, generator=generator)).to(parameter)
+            for name, parameter in self.layer.named_parameters()
+            if not parameter.any()
+        }
+
+    def is_identity(self, zeroed: Collection[str], *, as_it_is: bool = False) -> bool:
+        """Whether the layer hands on exactly what it was given once some of its parameters are zero.
+
+        Args:
+            zeroed: Their names inside the layer.
+            as_it_is: Leave parameters that are all zero as they are; by default they get values, since another
+                layer of this kind may have some.
+        """
+        return not self.changed(zeroed, as_it_is=as_it_is)
+
+    def changed(self, zeroed: Collection[str], *, as_it_is: bool = False) -> list[Path]:
+        """Return the places in the output that differ from the arguments they go on from; see `is_identity`."""
+        output = dict(_tensors(self._run(zeroed, {} if as_it_is else self.awake)))
+        given = dict(_tensors((self.call.args, self.call.kwargs)))
+        return [to for start, to in self.call.streams if not _same(given.get(start), output.get(to))]
+
+    def uses(self, streams: Sequence[Stream]) -> list[Stream]:
+        """Return the streams that matter to this layer: what it gives changes with them."""
+        usual = dict(_tensors(self._run((), {})))
+        found = []
+        for start, to in streams:
+            changed = dict(_tensors(self._run((), {}, flip=start)))
+            if not all(_same(tensor, changed.get(place)) for place, tensor in usual.items()):
+                found.append((start, to))
+        return found
+
+    def called(self) -> list[str]:
+        """Return the paths of the modules with parameters of their own that the layer calls, by the last calls."""
+        order: dict[str, None] = {}
+
+        def note(path: str) -> None:
+            order.pop(path, None)
+            order[path] = None
+
+        with ExitStack() as hooks:
+            for path, module in self.layer.named_modules():
+                if path and own_parameters(module):
+                    hook = module.register_forward_pre_hook(lambda _, args, path=path: note(path))
+                    hooks.callback(hook.remove)
+            self._run((), self.awake)
+        return list(order)
+
+    def is_silent(self, path: str, zeroed: Sequence[str]) -> bool:
+        """Whether a module inside the layer gives nothing but zeros once some of its own parameters are zero."""
+        given: list[bool] = []
+
+        def note(output: Any) -> None:
+            given.extend(bool(tensor.any()) for _, tensor in _tensors(output))
+
+        with self.layer.get_submodule(path).register_forward_hook(lambda _, args, output: note(output)):
+            self._run([f"{path}.{name}" for name in zeroed], self.awake)
+        return bool(given) and not any(given)
+
+    def _run(self, zeroed: Collection[str], others: Weights, flip: Path | None = None) -> Any:
+        weights = {f"layer.{name}": tensor for name, tensor in {**others, **zeros(self.layer, zeroed)}.items()}
+        return functional_call(_Bare(self.layer), weights, *_copied((self.call.args, self.call.kwargs), flip))
+
+
+class _Bare(nn.Module):
+    """A layer without its hooks: those of a donor's first and last layer only work together."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer.forward(*args, **kwargs)
+
+
+def own_parameters(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters, in the order in which they were registered."""
+    return [name for name, _ in module.named_parameters(recurse=False)]
+
+
+def zeros(module: nn.Module, names: Collection[str]) -> Weights:
+    """Zeros in the shapes of some parameters."""
+    return {name: torch.zeros_like(module.get_parameter(name)) for name in names}
+
+
+def _same(given: torch.Tensor | None, found: torch.Tensor | None) -> bool:
+    if given is None or found is None or given.shape != found.shape:
+        return False
+    wide = torch.promote_types(given.dtype, found.dtype)
+    return torch.equal(given.to(found.device, wide), found.to(wide))
+
+
+def _tensors(value: Any, place: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
+    """Every tensor in nested tuples, lists and dictionaries, and its place there."""
+    if isinstance(value, torch.Tensor):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, (*place, key))
+    elif isinstance(value, tuple | list):
+        for number, item in enumerate(value):
+            yield from _tensors(item, (*place, number))
+
+
+def _copied(value: Any, flip: Path | None = None, place: Path = ()) -> Any:
+    """Copy the tensors in nested tuples, lists and dictionaries: a layer may write into what it is given.
+
+    Args:
+        value: What is copied.
+        flip: The place of a tensor that is turned round on the way.
+        place: Where the value itself is.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.flip(tuple(range(value.dim()))) if place == flip else value.clone()
+    if type(value) is dict:
+        return {key: _copied(item, flip, (*place, key)) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_copied(item, flip, (*place, number)) for number, item in enumerate(value))
+    return value
