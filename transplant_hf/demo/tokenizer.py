@@ -8,6 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..texts import encode
+
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 
@@ -54,10 +56,5 @@ def encode_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> t
     Returns:
         Token numbers of shape (tokens,), int64.
     """
-    end = tokenizer.eos_token_id
-    stream = [end]
-    for text in texts:
-        # verbose=False: the stream is longer than the context on purpose, and is cut into blocks later.
-        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        stream.append(end)
-    return torch.tensor(stream, dtype=torch.long)
+    end = torch.tensor([tokenizer.eos_token_id])
+    return torch.cat([end, encode(texts, tokenizer, quiet=True), end])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import TransplantConfig
-from ..sources import reading
+from ..sources import HubOptions, commit_of, points_to_folder, reading
 
-__all__ = ["load_model"]
+__all__ = ["load_model", "pinned_commit"]
 
 
 def load_model(
@@ -38,3 +40,21 @@ def load_model(
         if replaces and keep_replaced:
             kwargs["keep_replaced"] = True
         return AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **kwargs)
+
+
+def pinned_commit(reference: str, revision: str | None, kwargs: Mapping[str, Any]) -> str | None:
+    """Return the commit that a model on the Hub is at; `None` for a folder.
+
+    Transformers forgets it once a model is loaded.
+
+    Args:
+        reference: Hub id or folder.
+        revision: Branch, tag or commit.
+        kwargs: Of `from_pretrained`, for how to reach the Hub.
+
+    Raises:
+        HubError: Out of reach.
+    """
+    if points_to_folder(reference) is not None or Path(reference).expanduser().is_dir():
+        return None
+    return commit_of(reference, revision, HubOptions.from_kwargs(kwargs))
