@@ -39,6 +39,11 @@ class PeakAnonymous(AbstractContextManager["PeakAnonymous"]):
         """The peak in MiB, less what was there before."""
         return (self._peak - self._before) / 1024
 
+    @property
+    def before_mib(self) -> float:
+        """What there was before, in MiB."""
+        return self._before / 1024
+
     def __enter__(self) -> PeakAnonymous:
         self._thread.start()
         return self

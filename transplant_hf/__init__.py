@@ -17,8 +17,10 @@ from .errors import (
     CheckpointError,
     CompatibilityError,
     ConfigurationError,
+    DataError,
     HubError,
     IntegrityError,
+    TrainingError,
     TransplantError,
 )
 from .registration import register
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from .layer_map import LayerMap
     from .model.auto import AutoModelWithTransplant, check_compatibility
     from .model.memory import remove_transplants, transplant
+    from .training import DonorTrainer, DonorTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -38,11 +41,15 @@ __all__ = [
     "CompatibilityError",
     "CompatibilityReport",
     "ConfigurationError",
+    "DataError",
     "Donor",
     "DonorSpec",
+    "DonorTrainer",
+    "DonorTrainingArguments",
     "HubError",
     "IntegrityError",
     "LayerMap",
+    "TrainingError",
     "TransplantConfig",
     "TransplantError",
     "__version__",
@@ -56,6 +63,8 @@ _LAZY = {
     "AutoModelWithTransplant": "model.auto",
     "CompatibilityReport": "compatibility",
     "Donor": "donor",
+    "DonorTrainer": "training",
+    "DonorTrainingArguments": "training",
     "LayerMap": "layer_map",
     "check_compatibility": "model.auto",
     "remove_transplants": "model.memory",

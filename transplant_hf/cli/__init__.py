@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import TransplantError
-from . import check, convert, demo, inspect
+from . import check, compare, convert, demo, evaluate, extract, inspect, sweep, train
 from .command import HOW_IT_ENDS
 
 __all__ = ["main"]
 
-_COMMANDS = (demo, convert, inspect, check)
+_COMMANDS = (demo, convert, inspect, check, extract, train, sweep, evaluate, compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

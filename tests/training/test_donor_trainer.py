@@ -1,0 +1,184 @@
+"""Donors that learn in a frozen recipient."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import BUILDERS, NUM_LAYERS, copied, logits_of, refused
+from tests.training.helpers import losses, noise, recipient, trainer
+from transplant_hf import AutoModelWithTransplant, ConfigurationError, DataError, Donor
+from transplant_hf.partial import running_only
+
+
+@pytest.mark.parametrize("family", sorted(BUILDERS))
+@pytest.mark.parametrize("position", [0, 2, NUM_LAYERS])
+def test_an_identity_donor_starts_as_the_recipient_and_learns(family: str, position: int, tmp_path: Path) -> None:
+    base = recipient(family)
+    before = logits_of(base)
+    made = trainer(tmp_path, base, position=position)
+    assert torch.equal(logits_of(made.model), before)
+    made.train()
+    assert losses(made)[-1] < losses(made)[0]
+    assert torch.equal(logits_of(base), before), "the recipient was changed"
+    made.model.eval()
+    with made.model.disable_transplants():
+        assert torch.equal(logits_of(made.model), before)
+    assert not torch.equal(logits_of(made.model), before)
+
+
+@pytest.mark.parametrize("family", sorted(BUILDERS))
+def test_the_cached_prefix_changes_no_loss(family: str, tmp_path: Path) -> None:
+    runs, base = {}, recipient(family, **({"attn_pdrop": 0.0, "resid_pdrop": 0.0} if family == "gpt2" else {}))
+    for kind in ("off", "memory", "disk"):
+        made = trainer(tmp_path / kind, base, cache_prefix=kind, replay_dataset=noise(seed=2, name="general"))
+        made.train()
+        runs[kind] = losses(made)
+        assert (made.cache_seconds > 0) == (kind != "off")
+        assert not (tmp_path / kind / "prefix-cache").exists()
+    assert runs["memory"] == runs["disk"]
+    assert runs["memory"] == pytest.approx(runs["off"], rel=1e-4)
+
+
+def test_only_the_donor_and_what_follows_runs(tmp_path: Path) -> None:
+    made = trainer(tmp_path, position=3)
+    ran = []
+    for number, layer in enumerate(made.model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
+    made.train()
+    assert set(ran[-3:]) == {3, 4, 5}
+    assert ran.count(0) < ran.count(3)
+
+
+def test_a_replacing_donor_starts_as_what_it_replaces(tmp_path: Path) -> None:
+    base = recipient()
+    before = logits_of(base)
+    made = trainer(tmp_path, base, mode="replace", position=1)
+    assert torch.equal(logits_of(made.model), before)
+    made.train()
+    assert len(made.model.layer_map) == NUM_LAYERS
+    with made.model.disable_transplants():
+        assert torch.equal(logits_of(made.model), before)
+
+
+def test_standalone_is_the_papers_wrapper(tmp_path: Path) -> None:
+    made = trainer(tmp_path, method="standalone", init="copy", position=1)
+    own = made.model.layer_map.layers_of("law")
+    ids = noise().tokens[:4].long()
+    with running_only(made.model, own, from_embeddings=True) as alone, torch.no_grad():
+        wanted = alone(input_ids=ids, labels=ids, use_cache=False).loss.item()
+    body = made.model.model
+    hidden = body.embed_tokens(ids)
+    places = body.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+    for number in own:
+        hidden = body.layers[number](hidden, position_embeddings=places)
+    by_hand = made.model.loss_function(
+        made.model.lm_head(body.norm(hidden)), ids, vocab_size=made.model.config.vocab_size
+    )
+    assert wanted == pytest.approx(by_hand.item(), rel=1e-5)
+    made.train()
+    assert losses(made)[-1] < losses(made)[0]
+
+
+def test_frozen_parts_rest_while_the_donor_trains(tmp_path: Path) -> None:
+    made = trainer(tmp_path, recipient("gpt2"), position=2)
+    seen = {}
+    made.model.transformer.h[2].register_forward_hook(lambda module, *_: seen.update(own=module.attn.training))
+    made.model.transformer.h[5].register_forward_hook(lambda module, *_: seen.update(frozen=module.attn.training))
+    made.train()
+    assert seen == {"own": True, "frozen": False}
+
+
+def test_distillation_holds_the_model_near_the_recipient(tmp_path: Path) -> None:
+    base, general = recipient(), noise(seed=2, name="general")
+    ids = general.tokens.long()
+    wanted = base(input_ids=ids).logits.log_softmax(-1)
+    distance = {}
+    for weight in (0.0, 20.0):
+        made = trainer(tmp_path, base, replay_dataset=general, distillation=weight, max_steps=40)
+        made.train()
+        found = made.model.eval()(input_ids=ids).logits.log_softmax(-1)
+        distance[weight] = torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean").item()
+    assert distance[20.0] < 0.7 * distance[0.0]
+
+
+def test_what_made_a_donor_is_recorded(tiny_llama: Path, tmp_path: Path) -> None:
+    family = copied(tiny_llama, tmp_path / "family")
+    made = trainer(tmp_path / "out", family / "recipient", replay_dataset=noise(seed=2, name="general"))
+    made.train()
+    made.save_donor(family / "law")
+    donor = Donor.from_pretrained(family / "law")
+    told = donor.metadata
+    assert (told["method"], told["position"], told["steps"], told["replay_share"]) == ("in_place", 3, 8, 0.25)
+    assert told["text_sha256"] == noise().fingerprint and told["seed"] == 42
+    assert set(told["versions"]) == {"transplant_hf", "transformers", "torch", "python"}
+    model = AutoModelWithTransplant.from_pretrained(family / "law")
+    assert torch.allclose(logits_of(model), logits_of(made.model.eval()), atol=1e-6)
+    spec = json.loads((family / "law" / "config.json").read_text())["donors"][0]
+    assert (spec["position"], spec["mode"], spec.get("strength", 1.0)) == (3, "insert", 1.0)
+    assert "law" in (family / "law" / "README.md").read_text()
+
+
+def test_without_general_text_a_lower_strength_is_recommended(tmp_path: Path) -> None:
+    assert trainer(tmp_path).recommended_strength == 0.75
+    assert trainer(tmp_path, strength=0.5).recommended_strength == 0.5
+    assert trainer(tmp_path, mode="replace").recommended_strength == 1.0
+    assert trainer(tmp_path, replay_dataset=noise(seed=2)).recommended_strength == 1.0
+
+
+def test_a_donor_beside_another(tiny_llama: Path, tmp_path: Path) -> None:
+    model = AutoModelWithTransplant.from_pretrained(tiny_llama / "donor")
+    before = logits_of(model)
+    made = trainer(tmp_path, model, position=3)
+    assert torch.equal(logits_of(made.model), before)
+    made.train()
+    assert sorted(made.model.layer_map.sources[1:]) == ["donor", "law"]
+    with made.model.disable_transplants("law"):
+        assert torch.equal(logits_of(made.model), before)
+
+
+def test_evaluation_while_training_is_of_the_whole_model(tmp_path: Path) -> None:
+    made = trainer(tmp_path, position=3, eval_dataset=noise(seed=1), eval_strategy="steps", eval_steps=8)
+    made.train()
+    told = next(entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry)
+    ids = noise(seed=1).tokens.long()
+    assert told == pytest.approx(made.model.eval()(input_ids=ids, labels=ids).loss.item(), rel=1e-4)
+
+
+def test_steps_follow_from_epochs(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=-1, num_train_epochs=2.0, replay_dataset=noise(seed=2), train_dataset=noise(24))
+    assert made.args.max_steps == 16  # 48 rows of law, a quarter more rows of general text, four in a step
+
+
+@pytest.mark.parametrize(
+    ("fields", "facts"),
+    [
+        ({"position": 5}, ("position 5 is outside 0..4", "4 layers")),
+        ({"position": 3, "mode": "replace"}, ("position 3 is outside 0..2", "2 are replaced")),
+        ({"donor_layers": 5}, ("donor_layers=5", "4 layers")),
+        ({"method": "alone"}, ("method must be one of", "'alone'")),
+        ({"distillation": 1.0, "mode": "replace"}, ("distillation", "insert")),
+        ({"cache_prefix": "tape"}, ("cache_prefix must be one of", "'tape'")),
+        ({"prefix_cache_limit": "much"}, ("'much' is not a size",)),
+        ({"replay_share": 1.0}, ("replay_share", "below 1")),
+    ],
+)
+def test_arguments_that_are_refused(fields: dict[str, object], facts: tuple[str, ...], tmp_path: Path) -> None:
+    with refused(ConfigurationError, *facts):
+        trainer(tmp_path, **fields)
+
+
+def test_a_cache_over_its_limit_is_refused(tmp_path: Path) -> None:
+    made = trainer(tmp_path, prefix_cache_limit="1KB", position=3)
+    with refused(
+        ConfigurationError, "24 blocks before position 3 take 49,152 bytes", "limit of the prefix cache is 1,000"
+    ):
+        made.train()
+
+
+def test_blocks_of_two_lengths_are_refused(tmp_path: Path) -> None:
+    with refused(DataError, "have 16 tokens", "12"):
+        trainer(tmp_path, replay_dataset=noise(length=12, name="general"))

@@ -1,0 +1,159 @@
+"""`transplant-hf train` and `transplant-hf recover`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .command import command, show
+from .reading import TEXT_HELP, add_loading_options, add_text_options, loading_arguments, text_source
+
+__all__ = ["add"]
+
+_DONOR_OPTIONS = (
+    "method",
+    "mode",
+    "init",
+    "position",
+    "donor_layers",
+    "start_layers",
+    "donor_name",
+    "distillation",
+    "strength",
+)
+_SHARED_OPTIONS = (
+    "block_length",
+    "replay_share",
+    "learning_rate",
+    "seed",
+    "cache_prefix",
+    "prefix_cache_limit",
+    "bf16",
+)
+
+
+def add(commands: Any) -> None:
+    """Add the commands."""
+    train = command(
+        commands,
+        "train",
+        _train,
+        "train a donor on a text, inside a frozen recipient",
+        "train openai-community/gpt2 law.txt gpt2-law --general wikitext.txt --steps 1000",
+    )
+    _add_shared(train, "RECIPIENT", "Hub id or folder of a model; of a transplant, which then gets one more donor")
+    train.add_argument(
+        "--method",
+        choices=("in_place", "standalone"),
+        default="in_place",
+        help="inside the recipient, or alone between its embeddings and its head as in the paper (default: in_place)",
+    )
+    train.add_argument(
+        "--mode", choices=("insert", "replace"), default="insert", help="add layers, or train the ones there"
+    )
+    train.add_argument("--init", choices=("identity", "copy"), default="identity", help="how the donor starts")
+    train.add_argument(
+        "--position", type=int, help="recipient layers that run before it (default: L-1; L-k to replace)"
+    )
+    train.add_argument("--layers", type=int, default=3, dest="donor_layers", metavar="K", help="how many (default: 3)")
+    train.add_argument("--start-layers", type=int, nargs="+", metavar="N", help="recipient layers it starts from")
+    train.add_argument("--name", dest="donor_name", help="what to call it (default: after the text)")
+    train.add_argument(
+        "--distillation", type=float, default=0.0, help="weight of KL to the untouched recipient (default: 0)"
+    )
+    train.add_argument("--strength", type=float, help="recommended strength (default: 1; 0.75 without general text)")
+    recover = command(
+        commands,
+        "recover",
+        _recover,
+        "train chosen parts of a transplant together for a few steps",
+        "recover user/gpt2-law law.txt gpt2-law-recovered --parts donor neighbours --steps 50",
+    )
+    _add_shared(recover, "TRANSPLANT", "Hub id or folder of a transplant or donor", learning_rate=1e-3)
+    recover.add_argument(
+        "--parts",
+        nargs="+",
+        choices=("donor", "neighbours", "norms", "gate"),
+        default=["donor", "neighbours"],
+        help="what is trained (default: donor neighbours)",
+    )
+    recover.add_argument("--neighbours", type=int, default=1, help="recipient layers on either side (default: 1)")
+    recover.add_argument("--donors", nargs="+", metavar="NAME", help="only these (default: all)")
+
+
+def _add_shared(parser: argparse.ArgumentParser, what: str, told: str, learning_rate: float | None = None) -> None:
+    parser.add_argument("model", metavar=what, help=told)
+    parser.add_argument("text", metavar="TEXT", help=f"text to learn: {TEXT_HELP}")
+    parser.add_argument(
+        "output", metavar="OUTPUT", type=Path, nargs="?", help="folder; may be left out with --push-to-hub"
+    )
+    parser.add_argument("--general", metavar="TEXT", help="general text to replay against forgetting")
+    parser.add_argument("--held-out", metavar="TEXT", help="text to measure on before and after")
+    add_text_options(parser)
+    parser.add_argument("--replay-share", type=float, default=0.25, help="its share of each batch (default: 0.25)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=-1, help="optimizer steps")
+    length.add_argument("--epochs", type=float, default=1.0, help="times through the text (default: 1)")
+    parser.add_argument("--batch-size", type=int, default=8, help="blocks in a step and process (default: 8)")
+    chosen = "by method and width" if learning_rate is None else f"{learning_rate:g}"
+    parser.add_argument("--learning-rate", type=float, default=learning_rate, help=f"the peak (default: {chosen})")
+    parser.add_argument("--seed", type=int, default=42, help="of everything (default: 42)")
+    parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
+    parser.add_argument(
+        "--cache-prefix",
+        choices=("auto", "memory", "disk", "off"),
+        default="auto",
+        help="where hidden states before the trained part are kept (default: auto)",
+    )
+    parser.add_argument("--prefix-cache-limit", default="20GB", help="most bytes for that (default: 20GB)")
+    parser.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints (default: 200)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    add_loading_options(parser)
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository, as one commit")
+    parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from ..training import train_donor
+
+    chosen = {name: getattr(options, name) for name in _DONOR_OPTIONS if getattr(options, name) is not None}
+    return _run(options, train_donor, chosen)
+
+
+def _recover(options: argparse.Namespace) -> int:
+    from ..training import recover_transplant
+
+    return _run(
+        options, recover_transplant, {name: getattr(options, name) for name in ("parts", "neighbours", "donors")}
+    )
+
+
+def _run(options: argparse.Namespace, run: Any, chosen: dict[str, Any]) -> int:
+    if options.output is None and options.push_to_hub is None:
+        print("name a folder to write, or --push-to-hub REPO", file=sys.stderr)
+        return 2
+    chosen |= {name: getattr(options, name) for name in _SHARED_OPTIONS if getattr(options, name) is not None}
+    loaded = loading_arguments(options)
+    report = run(
+        options.model,
+        text_source(options.text, options),
+        options.output,
+        general=text_source(options.general, options),
+        held_out=text_source(options.held_out, options),
+        push_to=options.push_to_hub,
+        push_kwargs={"private": True} if options.private else {},
+        resume=options.resume,
+        revision=loaded.pop("revision", None),
+        model_kwargs=loaded,
+        max_steps=options.steps,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        save_steps=options.save_steps,
+        logging_steps=10,
+        disable_tqdm=options.json,
+        **chosen,
+    )
+    show(report, options)
+    return 0

@@ -1,0 +1,34 @@
+"""The curve that a donor's strength gives: one text against another, a point for each strength."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigurationError
+from .canvas import COLOURS, canvas
+
+if TYPE_CHECKING:
+    from ..evaluation import StrengthCurve
+
+__all__ = ["plot_strengths"]
+
+
+def plot_strengths(curve: StrengthCurve, path: Path) -> None:
+    """Draw a curve of strengths.
+
+    Args:
+        curve: What `strength_curve` returned, on two texts.
+        path: The picture's file.
+
+    Raises:
+        ConfigurationError: It is not on two texts.
+    """
+    if len(curve.texts) != 2:
+        raise ConfigurationError(f"a curve is drawn on two texts, this one is on {', '.join(curve.texts)}.")
+    one, other = curve.texts
+    points = [(point[one].value, point[other].value) for point in curve.points.values()]
+    with canvas(path, f"Strength of {', '.join(curve.donors)}", f"perplexity, {one}", f"perplexity, {other}") as axes:
+        axes.plot(*zip(*points, strict=True), marker="o", color=COLOURS[0])
+        for strength, point in zip(curve.points, points, strict=True):
+            axes.annotate(f"{strength:g}", point, textcoords="offset points", xytext=(6, 6))

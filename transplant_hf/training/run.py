@@ -1,0 +1,200 @@
+"""From names to a saved donor: what the commands `train` and `recover` do."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigurationError
+from ..evaluation import perplexity
+from ..texts import Blocks
+from .arguments import DonorTrainingArguments
+from .donor_trainer import DonorTrainer
+from .recovery import RecoveryArguments, RecoveryTrainer
+
+__all__ = ["TrainingReport", "recover_transplant", "train_donor"]
+
+_WORK = ".training"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingReport:
+    """What a training gave.
+
+    Args:
+        output: Where it was saved: a folder or a repository.
+        layer_map: What runs, as a picture.
+        steps: Optimizer steps.
+        train_loss: Mean loss over them.
+        seconds: Of training.
+        cache_seconds: Of computing hidden states before the trained part.
+        trainable_parameters: How many numbers were trained.
+        learning_rate: The peak.
+        strength: The strength of each donor in what was saved.
+        perplexity: `{"recipient": ..., "before": ..., "after": ...}` on held-out text, where such was given; "after" at
+            the strengths that were saved.
+    """
+
+    output: str
+    layer_map: str
+    steps: int
+    train_loss: float
+    seconds: float
+    cache_seconds: float
+    trainable_parameters: int
+    learning_rate: float
+    strength: Mapping[str, float]
+    perplexity: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        strengths = ", ".join(f"{name} {value:g}" for name, value in self.strength.items())
+        lines = [
+            self.layer_map,
+            "",
+            f"saved to            {self.output}",
+            f"trained             {self.trainable_parameters:,} parameters in {self.steps} steps",
+            f"mean loss           {self.train_loss:.3f}",
+            f"seconds             {self.seconds:.1f} of training, {self.cache_seconds:.1f} for hidden states before it",
+            f"learning rate       {self.learning_rate:g}",
+            f"strength            {strengths}",
+        ]
+        for name, value in self.perplexity.items():
+            lines.append(f"{f'perplexity {name}':<19} {value:.2f}")
+        return "\n".join(lines)
+
+
+def train_donor(
+    recipient: str | os.PathLike[str],
+    text: Any,
+    output: str | os.PathLike[str] | None,
+    *,
+    general: Any = None,
+    held_out: Any = None,
+    push_to: str | None = None,
+    resume: bool = False,
+    revision: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    push_kwargs: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> TrainingReport:
+    """Train a donor on a text and save it as a donor repo.
+
+    Args:
+        recipient: Hub id or folder of a model, or of a transplant, which gets one more donor.
+        text: The text to learn.
+        output: The folder to write; may be left out with `push_to`.
+        general: General text to replay.
+        held_out: Text to measure on before and after.
+        push_to: The repository to upload to.
+        resume: Go on from the last checkpoint beside the output.
+        revision: The recipient's revision.
+        model_kwargs: Further arguments for loading it.
+        push_kwargs: Further arguments for the upload.
+        **arguments: Those of `DonorTrainingArguments`.
+
+    Returns:
+        The report.
+
+    Raises:
+        TransplantError: Saying what is wrong; checkpoints of what was trained so far are kept.
+    """
+    work = _work_folder(output, push_to)
+    args = DonorTrainingArguments(str(work), **arguments)
+    trainer = DonorTrainer(recipient, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs)
+    measured = trainer.eval_dataset
+    before = _perplexity(trainer.model, measured, "recipient")
+    result = trainer.train(resume_from_checkpoint=resume)
+    if output is not None:
+        trainer.save_donor(output)
+    if push_to is not None:
+        trainer.push_donor(push_to, **dict(push_kwargs or {}))
+    trainer.model.set_strength(trainer.donor_name, trainer.recommended_strength)
+    after = _perplexity(trainer.model, measured, "with donor")
+    shutil.rmtree(work, ignore_errors=True)
+    return _report(trainer, result, str(output or push_to), {**before, **after})
+
+
+def recover_transplant(
+    transplant: str | os.PathLike[str],
+    text: Any,
+    output: str | os.PathLike[str] | None,
+    *,
+    general: Any = None,
+    held_out: Any = None,
+    push_to: str | None = None,
+    resume: bool = False,
+    revision: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    push_kwargs: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> TrainingReport:
+    """Train chosen parts of a transplant and save it thin.
+
+    Args:
+        transplant: Hub id or folder of a transplant or donor.
+        text: The text to learn.
+        output: The folder to write; may be left out with `push_to`.
+        general: General text to replay.
+        held_out: Text to measure on before and after.
+        push_to: The repository to upload to.
+        resume: Go on from the last checkpoint beside the output.
+        revision: The transplant's revision.
+        model_kwargs: Further arguments for loading it.
+        push_kwargs: Further arguments for the upload.
+        **arguments: Those of `RecoveryArguments`.
+
+    Returns:
+        The report.
+
+    Raises:
+        TransplantError: Saying what is wrong; checkpoints of what was trained so far are kept.
+    """
+    work = _work_folder(output, push_to)
+    args = RecoveryArguments(str(work), **arguments)
+    trainer = RecoveryTrainer(transplant, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs)
+    measured = trainer.eval_dataset
+    with trainer.model.disable_transplants():
+        before = _perplexity(trainer.model, measured, "recipient")
+    before |= _perplexity(trainer.model, measured, "before")
+    result = trainer.train(resume_from_checkpoint=resume)
+    after = _perplexity(trainer.model, measured, "after")
+    if output is not None:
+        trainer.save_transplant(output)
+    if push_to is not None:
+        trainer.model.push_to_hub(push_to, thin=True, **dict(push_kwargs or {}))
+    shutil.rmtree(work, ignore_errors=True)
+    return _report(trainer, result, str(output or push_to), {**before, **after})
+
+
+def _work_folder(output: str | os.PathLike[str] | None, push_to: str | None) -> Path:
+    if output is None and push_to is None:
+        raise ConfigurationError("say where the result goes: an output folder, or a repository to push to.")
+    return Path(f"{os.fspath(output) if output is not None else str(push_to).replace('/', '--')}{_WORK}")
+
+
+def _perplexity(model: Any, blocks: Any, label: str) -> dict[str, float]:
+    return {label: perplexity(model, blocks).value} if isinstance(blocks, Blocks) else {}
+
+
+def _report(trainer: Any, result: Any, output: str, measured: Mapping[str, float]) -> TrainingReport:
+    model = trainer.model
+    return TrainingReport(
+        output=output,
+        layer_map=str(model.layer_map),
+        steps=trainer.state.global_step,
+        train_loss=result.training_loss,
+        seconds=result.metrics["train_runtime"],
+        cache_seconds=trainer.cache_seconds,
+        trainable_parameters=trainer.trainable_parameters,
+        learning_rate=trainer.args.learning_rate,
+        strength=dict(model.strengths),
+        perplexity=measured,
+    )
