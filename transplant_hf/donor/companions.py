@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from ..storage import read_json
@@ -25,6 +25,8 @@ COMPANION_FILES = (
     "sentencepiece*",
     "generation_config.json",
 )
+# One of them is in the cache when anything of a model is.
+_ALWAYS_THERE = ("config.json", "tokenizer_config.json", "tokenizer.json", "README.md")
 # Any of them is a tokenizer; its configuration alone is none.
 _TOKENIZERS = ("tokenizer.*", "vocab.*", "spiece.model", "sentencepiece*")
 
@@ -42,10 +44,15 @@ def at_hand(recipient: str, revision: str | None, cache_dir: str | None = None) 
     source = Path(recipient).expanduser()
     if source.is_dir():
         return source
-    try:
-        return Path(snapshot_download(recipient, revision=revision, cache_dir=cache_dir, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
+    # Not a snapshot as a whole: the client refuses one of which it knows that files are missing.
+    for name in _ALWAYS_THERE:
+        try:
+            found = try_to_load_from_cache(recipient, name, cache_dir=cache_dir, revision=revision)
+        except HFValidationError:
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def has_tokenizer(folder: Path) -> bool:
