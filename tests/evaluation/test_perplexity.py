@@ -195,6 +195,15 @@ def test_padding_does_not_change_the_number(family: str, tokenizer: Any) -> None
         assert found.nll == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
+def test_the_model_is_told_what_is_padding(model: Any, tokenizer: Any) -> None:
+    masks: list[torch.Tensor] = []
+    hook = model.register_forward_pre_hook(lambda m, args, kw: masks.append(kw["attention_mask"]), with_kwargs=True)
+    found = document_perplexity(model, DOCUMENTS, tokenizer, batch_size=2)
+    hook.remove()
+    assert [mask.shape[0] for mask in masks] == [2, 1]
+    assert sum(int(mask.sum()) for mask in masks) == found.tokens
+
+
 def test_counting_padding_would_change_the_number(model: Any, tokenizer: Any) -> None:
     found = document_perplexity(model, DOCUMENTS, tokenizer)
     tokenizer.padding_side = "right"

@@ -188,12 +188,14 @@ def test_what_a_command_line_says(text: str, data: str, split: str, name: str) -
         assert source.name == name
 
 
-def test_a_path_that_exists_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_path_that_exists_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a=b.txt", "b.txt:test"):
         (tmp_path / name).write_text("x")
         path = str(tmp_path / name)
         assert TextSource.parse(path).data == path
         assert TextSource.parse(f"law={path}") == TextSource(path, name="law")
+    monkeypatch.chdir(tmp_path)
+    assert TextSource.parse("a=b.txt").data == "a=b.txt"
     assert TextSource.parse("x.jsonl", column="body", streaming=True).column == "body"
     with refused(DataError, "names no text"):
         TextSource.parse("")

@@ -17,7 +17,7 @@ from ..model.memory import transplant
 from ..partial import running_only, stack_of
 from ..training import Part
 
-__all__ = ["METHODS", "Method", "Prepared", "Setting"]
+__all__ = ["METHODS", "Method", "Prepared", "Setting", "donor_of", "in_place"]
 
 _DONOR = "donor"
 View = Callable[[], AbstractContextManager[Any]]
@@ -104,13 +104,20 @@ def _before(setting: Setting, position: int) -> list[int]:
     return list(range(first, first + setting.layers))
 
 
-def _in_place(setting: Setting, position: int, mode: str = "insert") -> Prepared:
+def in_place(setting: Setting, position: int, mode: str = "insert") -> Prepared:
+    """Prepare a donor that is trained inside the frozen recipient.
+
+    Args:
+        setting: What methods share.
+        position: Where it goes.
+        mode: "insert", starting as identity, or "replace", starting as the last k layers.
+    """
     model = _grown(setting, position, mode, "copy" if mode == "replace" else "identity")
     own = model.layer_map.layers_of(_DONOR)
     return Prepared(
         model,
         {"": lambda: nullcontext(model)},
-        lambda folder: _donor_of(model).save_pretrained(folder, position=position, recipient="recipient"),
+        lambda folder: donor_of(model).save_pretrained(folder, position=position, recipient="recipient"),
         part=Part(range(own[0], len(model.layer_map)), donor=own),
         removed=_off(model),
     )
@@ -125,7 +132,8 @@ def _off(model: Any) -> View:
     return removed
 
 
-def _donor_of(model: Any) -> Donor:
+def donor_of(model: Any) -> Donor:
+    """Take the donor out of a model that `in_place` prepared."""
     return Donor.from_model(model, model.layer_map.layers_of(_DONOR), name=_DONOR)
 
 
@@ -145,14 +153,14 @@ def _standalone(setting: Setting) -> Prepared:
     return Prepared(
         model,
         {"inserted at 1": at(1), f"inserted at {position}": at(position), "alone, not inserted": alone},
-        lambda folder: _donor_of(model).save_pretrained(folder, position=1, recipient="recipient"),
+        lambda folder: donor_of(model).save_pretrained(folder, position=1, recipient="recipient"),
         part=Part(own, from_embeddings=True, donor=own),
         removed=_off(model),
     )
 
 
 def _moved(setting: Setting, model: Any, position: int) -> Any:
-    return transplant(setting.shared, _donor_of(model), position=position, name=_DONOR).eval()
+    return transplant(setting.shared, donor_of(model), position=position, name=_DONOR).eval()
 
 
 def _full(setting: Setting) -> Prepared:
@@ -201,13 +209,13 @@ def _linear_names(model: Any, layers: Sequence[int]) -> list[str]:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("donor", "donor, in place, at L-1", lambda s: _in_place(s, s.count - 1), (3e-3, 1e-2, 2e-2)),
-        Method("donor-end", "donor, in place, at L", lambda s: _in_place(s, s.count), (3e-3, 1e-2, 2e-2)),
+        Method("donor", "donor, in place, at L-1", lambda s: in_place(s, s.count - 1), (3e-3, 1e-2, 2e-2)),
+        Method("donor-end", "donor, in place, at L", lambda s: in_place(s, s.count), (3e-3, 1e-2, 2e-2)),
         Method("standalone", "donor, standalone (the paper's)", _standalone, (1e-3, 3e-3, 1e-2)),
         Method("lora", "LoRA, all linear layers", _lora, (3e-3, 1e-2, 2e-2)),
         Method("lora-last", "LoRA, last k layers, cached", lambda s: _lora(s, s.last), (3e-3, 1e-2, 2e-2)),
         Method(
-            "last", "last k layers fine-tuned, cached", lambda s: _in_place(s, s.last[0], "replace"), (1e-3, 3e-3, 1e-2)
+            "last", "last k layers fine-tuned, cached", lambda s: in_place(s, s.last[0], "replace"), (1e-3, 3e-3, 1e-2)
         ),
         Method("full", "full fine-tuning", _full, (3e-4, 1e-3, 3e-3)),
     )

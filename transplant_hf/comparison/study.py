@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from ..donor import Donor
 from ..errors import ConfigurationError
-from ..model.memory import transplant
+from ..model.memory import remove_transplants, transplant
 from ..model.opening import load_model
 from ..texts import Blocks
 from ..training.making import versions
@@ -53,7 +53,7 @@ def compare(
     test texts, at the chosen learning rate alone.
 
     Args:
-        recipient: Hub id or folder.
+        recipient: Hub id or folder; of a transplant, its recipient is taught, and its donors are one more control.
         domain: Text to learn.
         general: General text to replay.
         held: Text to measure on; its first name is the domain's, the second the general text's.
@@ -83,12 +83,12 @@ def compare(
 
     def load() -> Any:
         torch.manual_seed(seed)
-        return load_model(recipient, **model_kwargs)
+        return remove_transplants(load_model(recipient, keep_replaced=True, **model_kwargs))
 
     setting = Setting(load, load().eval().requires_grad_(False), layers, rank)
     rates = {method.name: tuple(learning_rates or method.learning_rates) for method in chosen}
     began = time.perf_counter()
-    rows = _controls(setting, held)
+    rows = _controls(setting, held, load_model(recipient, keep_replaced=True, **model_kwargs))
     runs: list[RunResult] = []
     total = len(shares) * (sum(map(len, rates.values())) + (len(chosen) - 1 if equal_time else 0))
     with tqdm(total=total, desc="Comparing", unit="run", disable=quiet) as progress:
@@ -142,26 +142,21 @@ def _chosen(methods: Sequence[str] | None, equal_time: bool) -> list[Method]:
     return [METHODS[name] for name in names]
 
 
-def _controls(setting: Setting, held: Held) -> list[ComparisonRow]:
-    """What there is before anything is learnt: the recipient, and untrained copies of its layers in it."""
-    untouched = RunResult(
-        "untouched", "", 0, 0, 0, measure(setting.shared, held.validation), measure(setting.shared, held.test)
-    )
+def _controls(setting: Setting, held: Held, loaded: Any) -> list[ComparisonRow]:
+    """What there is before anything is learnt: the recipient, copies of its layers in it, and donors it came with."""
     position = setting.count - 1
-    start = Donor.from_model(setting.shared, list(range(position - setting.layers, position)), name="donor")
-    copied = transplant(setting.shared, start, position=position).eval()
-    copy = RunResult(
-        "untrained copy",
-        f"inserted at {position}",
-        0,
-        0,
-        0,
-        measure(copied, held.validation),
-        measure(copied, held.test),
-    )
+    copied = Donor.from_model(setting.shared, list(range(position - setting.layers, position)), name="donor")
+    known = {
+        "recipient, untouched": setting.shared,
+        "untrained copy": transplant(setting.shared, copied, position=position).eval(),
+    }
+    if getattr(loaded, "_transplant", None) is not None:
+        known[f"with {', '.join(loaded.strengths)}, as it came"] = loaded.eval()
     return [
-        ComparisonRow(label, "-", result)
-        for label, result in (("recipient, untouched", untouched), ("untrained copy", copy))
+        ComparisonRow(
+            label, "-", RunResult(label, "", 0, 0, 0, measure(model, held.validation), measure(model, held.test))
+        )
+        for label, model in known.items()
     ]
 
 

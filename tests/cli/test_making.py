@@ -1,0 +1,126 @@
+"""`extract`, `train`, `recover` and `compare` from the command line: on a folder, a thin repo and a Hub id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import Shelf, copied
+from tests.hub_server import ALICE
+from transplant_hf import Donor
+from transplant_hf.cli import main
+
+_TRAINED = ("--steps", "4", "--batch-size", "2", "--block-length", "16", "--layers", "2", "--json")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "hamlet.txt"
+    path.write_text("To be, or not to be, that is the question. " * 40)
+    return path
+
+
+@pytest.fixture
+def family(tiny_llama: Path, tmp_path: Path) -> Path:
+    return copied(tiny_llama, tmp_path / "family")
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]:
+    status = main(list(map(str, words)))
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_train_on_a_folder(family: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("train", family / "recipient", text, family / "new", "--held-out", text, *_TRAINED)
+    status, out, _ = run(capsys, *words, "--general", text, "--mode", "replace")
+    found = json.loads(out)
+    assert status == 0 and found["steps"] == 4
+    assert set(found["perplexity"]) == {"recipient", "with donor"}
+    donor = Donor.from_pretrained(family / "new")
+    assert (donor.num_layers, donor.position, donor.mode, donor.name) == (2, 2, "replace", "hamlet")
+    assert not (family / "new.training").exists()
+    status, out, _ = run(capsys, *words[:-1], "--position", 1, "--cache-prefix", "disk")
+    assert status == 0 and "perplexity with donor" in out and "strength            hamlet 0.75" in out
+
+
+def test_train_on_a_thin_repo_adds_a_donor(family: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "train", family / "donor", text, family / "both", *_TRAINED)
+    assert status == 0
+    assert json.loads(out)["strength"] == {"donor": 1.0, "hamlet": 0.75}
+    assert {path.name for path in (family / "both").iterdir() if path.is_dir()} == {"donor", "hamlet"}
+
+
+@pytest.mark.hub
+def test_train_and_recover_on_the_hub(
+    shelf: Shelf,
+    as_user: Any,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    as_user(ALICE)
+    shelf.put_base()
+    new = f"{shelf.law}-trained"
+    status, _, _ = run(capsys, "train", shelf.base, text, "--push-to-hub", new, *_TRAINED)
+    assert status == 0 and Donor.from_pretrained(new).record.source_revision == shelf.base_commit
+    words = ("--steps", 2, "--batch-size", 2, "--block-length", 16, "--held-out", text, "--json")
+    status, out, _ = run(capsys, "recover", new, text, tmp_path / "recovered", *words)
+    assert status == 0 and list(json.loads(out)["perplexity"]) == ["recipient", "before", "after"]
+    config = json.loads((tmp_path / "recovered" / "config.json").read_text())
+    assert config["recipient_revision"] == shelf.base_commit
+    assert sorted(spec["name"] for spec in config["donors"]) == ["hamlet", "recovered-2", "recovered-3"]
+
+
+def test_extract(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(
+        capsys, "extract", family / "recipient", family / "taken", "--count", 2, "--init", "identity", "--json"
+    )
+    assert status == 0 and json.loads(out)
+    assert Donor.from_pretrained(family / "taken").layer_indices == [1, 2]
+
+
+@pytest.mark.parametrize("asked", ["recipient", "donor"])
+def test_compare(asked: str, family: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--general", text, "--methods", "donor", "--learning-rates", 1e-2, "--steps", 2, "--batch-size", 2)
+    words += (
+        "--block-length",
+        16,
+        "--layers",
+        2,
+        "--no-equal-time",
+        "--replay-shares",
+        0,
+        "--output",
+        tmp_path / "out",
+    )
+    status, out, _ = run(capsys, "compare", family / asked, text, *words)
+    assert status == 0 and "donor, in place, at L-1" in out
+    assert ("with donor, as it came" in out) == (asked == "donor")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "comparison.json",
+        "comparison.png",
+        "comparison.txt",
+    }
+
+
+def test_what_is_refused_is_one_sentence(
+    family: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, "train", family / "recipient", text)[0] == 2
+    short = tmp_path / "short.txt"
+    short.write_text("To be")
+    for words, told in (
+        (("train", family / "recipient", short, tmp_path / "out", *_TRAINED[:-1]), "has 6 tokens"),
+        (("train", family / "recipient", tmp_path / "no.txt", tmp_path / "out"), "no.txt"),
+        (("train", family / "recipient", text, tmp_path / "out", "--position", 9, *_TRAINED[:-1]), "outside 0..4"),
+        (("recover", family / "recipient", text, tmp_path / "out", "--block-length", 16), "holds no transplant"),
+    ):
+        status, _, err = run(capsys, *words)
+        assert status == 1 and told in err and "Traceback" not in err, err
+        assert not (tmp_path / "out").exists()
