@@ -116,7 +116,7 @@ def test_what_is_refused_is_one_sentence(
     short = tmp_path / "short.txt"
     short.write_text("To be")
     for words, told in (
-        (("train", family / "recipient", short, tmp_path / "out", *_TRAINED[:-1]), "has 6 tokens"),
+        (("train", family / "recipient", short, tmp_path / "out", *_TRAINED[:-1]), "has 5 tokens"),
         (("train", family / "recipient", tmp_path / "no.txt", tmp_path / "out"), "no.txt"),
         (("train", family / "recipient", text, tmp_path / "out", "--position", 9, *_TRAINED[:-1]), "outside 0..4"),
         (("recover", family / "recipient", text, tmp_path / "out", "--block-length", 16), "holds no transplant"),

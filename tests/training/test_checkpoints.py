@@ -144,7 +144,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     made = trainer(tmp_path)
     made.model.model.layers[3].mlp.down_proj.weight.data.fill_(float("inf"))
     with refused(TrainingError, "model.layers.3.mlp.down_proj.weight", "the last one is as it was"):
-        made.save_model(str(tmp_path / "checkpoint-1"))
+        made.save_model(str(tmp_path / "checkpoint-1"), _internal_call=True)
     assert not (tmp_path / "checkpoint-1").exists()
 
 
@@ -172,3 +172,18 @@ def test_gradient_checkpointing_and_accumulation_give_the_same_losses(tmp_path: 
         runs.append(losses(made))
     assert runs[1] == pytest.approx(runs[0], rel=1e-4)
     assert runs[2] == pytest.approx(runs[0], rel=1e-4)
+
+
+def test_hidden_states_that_a_killed_run_left_are_used(tmp_path: Path) -> None:
+    kept = {"cache_prefix": "disk", "prefix_cache_dir": str(tmp_path / "states"), "position": 3}
+    base, first = recipient(), trainer(tmp_path / "a", recipient(), **kept)
+    first.train()
+    second = trainer(tmp_path / "b", base, learning_rate=3e-3, **kept)
+    second.train()
+    assert first.cache_seconds > 0 == second.cache_seconds
+    assert losses(second)[0] == pytest.approx(losses(first)[0])
+    (file,) = (tmp_path / "states").iterdir()
+    file.write_bytes(bytes(file.stat().st_size))  # as of another recipient of the same name
+    third = trainer(tmp_path / "c", base, **kept)
+    third.train()
+    assert third.cache_seconds > 0 and losses(third) == pytest.approx(losses(first))

@@ -164,6 +164,7 @@ def test_steps_follow_from_epochs(tmp_path: Path) -> None:
         ({"cache_prefix": "tape"}, ("cache_prefix must be one of", "'tape'")),
         ({"prefix_cache_limit": "much"}, ("'much' is not a size",)),
         ({"replay_share": 1.0}, ("replay_share", "below 1")),
+        ({"push_to_hub": True}, ("push_to_hub=True would upload checkpoints", "push_donor")),
     ],
 )
 def test_arguments_that_are_refused(fields: dict[str, object], facts: tuple[str, ...], tmp_path: Path) -> None:
@@ -182,3 +183,10 @@ def test_a_cache_over_its_limit_is_refused(tmp_path: Path) -> None:
 def test_blocks_of_two_lengths_are_refused(tmp_path: Path) -> None:
     with refused(DataError, "have 16 tokens", "12"):
         trainer(tmp_path, replay_dataset=noise(length=12, name="general"))
+
+
+def test_save_model_writes_a_donor_repo(tiny_llama: Path, tmp_path: Path) -> None:
+    family = copied(tiny_llama, tmp_path / "family")
+    made = trainer(tmp_path / "run", family / "recipient")
+    made.save_model(str(family / "law"))
+    assert Donor.from_pretrained(family / "law").position == 3

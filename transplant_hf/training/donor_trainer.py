@@ -131,6 +131,17 @@ class DonorTrainer(PartTrainer):
         record = dataclasses.replace(donor.record, metadata=record_of_making(self))
         return Donor(record, donor.store, **self._recommended)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the donor repo, as `save_donor` does; inside a run, a checkpoint of it.
+
+        Args:
+            output_dir: The folder; by default the trainer's own.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+        else:
+            self.save_donor(output_dir or str(self.args.output_dir))
+
     def save_donor(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the donor as a repo that `from_pretrained` and `pipeline` load as it stands.
 

@@ -104,6 +104,11 @@ class PartTrainer(Trainer):
         distillation: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        if args.push_to_hub:
+            raise ConfigurationError(
+                "push_to_hub=True would upload checkpoints, which nobody can load. Train, then call push_donor(repo) "
+                "or the model's push_to_hub(repo, thin=True)."
+            )
         kwargs.setdefault("data_collator", default_data_collator)
         # One pass over the rows is the whole run; their order is already drawn.
         args.train_sampling_strategy = "sequential"
@@ -112,9 +117,9 @@ class PartTrainer(Trainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # what is trained always runs
         super().__init__(model=model, args=args, train_dataset=rows, **kwargs)
-        if not args.disable_tqdm or self.pop_callback(PrinterCallback):
-            self.remove_callback(ProgressCallback)
-            self.add_callback(StderrProgress(quiet=bool(args.disable_tqdm)))
+        for talkative in (PrinterCallback, ProgressCallback):
+            self.pop_callback(talkative)
+        self.add_callback(StderrProgress(quiet=bool(args.disable_tqdm)))
         self.rows = rows
         self.part = part
         self.inner = inner if inner is not None else model
@@ -191,7 +196,8 @@ class PartTrainer(Trainer):
         width = self.inner.config.get_text_config(decoder=True).hidden_size
         size = len(numbers) * int(self.rows.domain.tokens.shape[1]) * width * self.inner.dtype.itemsize
         on_disk = plan.kind == "disk" or (plan.kind == "auto" and size > _IN_MEMORY) or self.args.world_size > 1
-        key = hashlib.sha256(json.dumps([self._run, position, numbers, str(self.inner.dtype)]).encode()).hexdigest()
+        told = [self.rows.fingerprints, numbers, position, str(self.inner.config.name_or_path), str(self.inner.dtype)]
+        key = hashlib.sha256(json.dumps([*told, self.args.bf16, self.args.fp16]).encode()).hexdigest()
         with self.args.main_process_first(desc="hidden states before the part"):
             self.rows.prefix = fill_cache(
                 self.inner,

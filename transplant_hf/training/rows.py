@@ -99,6 +99,11 @@ class Rows(Dataset[dict[str, Any]]):
         """The numbers of the blocks that the run reads, ascending."""
         return sorted(set(self._plan))
 
+    @property
+    def fingerprints(self) -> list[str]:
+        """The fingerprints of the texts."""
+        return [blocks.fingerprint for blocks in (self.domain, self.replay) if blocks is not None]
+
     def described(self) -> dict[str, Any]:
         """Say what the rows are, by fingerprints."""
         described: dict[str, Any] = {

@@ -110,7 +110,8 @@ def train_donor(
     args = DonorTrainingArguments(str(work), **arguments)
     trainer = DonorTrainer(recipient, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs)
     measured = trainer.eval_dataset
-    before = _perplexity(trainer.model, measured, "recipient")
+    with trainer.model.disable_transplants(trainer.donor_name):
+        before = _perplexity(trainer.model, measured, "recipient")
     result = trainer.train(resume_from_checkpoint=resume)
     if output is not None:
         trainer.save_donor(output)
