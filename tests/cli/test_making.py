@@ -110,8 +110,10 @@ def test_compare(asked: str, family: Path, text: Path, tmp_path: Path, capsys: p
 
 
 def test_what_is_refused_is_one_sentence(
-    family: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
     assert run(capsys, "train", family / "recipient", text)[0] == 2
     short = tmp_path / "short.txt"
     short.write_text("To be")
@@ -119,8 +121,12 @@ def test_what_is_refused_is_one_sentence(
         (("train", family / "recipient", short, tmp_path / "out", *_TRAINED[:-1]), "has 5 tokens"),
         (("train", family / "recipient", tmp_path / "no.txt", tmp_path / "out"), "no.txt"),
         (("train", family / "recipient", text, tmp_path / "out", "--position", 9, *_TRAINED[:-1]), "outside 0..4"),
+        (
+            ("train", family / "recipient", text, "--push-to-hub", "alice/x", *_TRAINED[:-1]),
+            "name a recipient on the Hub",
+        ),
         (("recover", family / "recipient", text, tmp_path / "out", "--block-length", 16), "holds no transplant"),
     ):
         status, _, err = run(capsys, *words)
         assert status == 1 and told in err and "Traceback" not in err, err
-        assert not (tmp_path / "out").exists()
+    assert set(tmp_path.iterdir()) == before | {short}

@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..donor import Donor
 from ..errors import ConfigurationError
 from ..model.memory import transplant
-from ..model.opening import load_model, pinned_commit
 from ..partial import stack_of
 from ..texts import Blocks
 from .arguments import DonorTrainingArguments, parse_size
 from .defaults import default_learning_rate, default_position, default_strength
 from .making import note_in_donors, record_of_making
 from .part_trainer import CachePlan, Part, PartTrainer
-from .reading import as_blocks, most_blocks, rows_of_run
+from .reading import blocks_of_run, model_and_tokenizer, rows_of_run
 
 __all__ = ["DonorTrainer"]
 
@@ -75,26 +74,10 @@ class DonorTrainer(PartTrainer):
     ) -> None:
         if not isinstance(args, DonorTrainingArguments):
             raise ConfigurationError(f"args must be DonorTrainingArguments, got {type(args).__name__}.")
-        commit: str | None = None
-        if not isinstance(model, PreTrainedModel):
-            reference, loaded = os.fspath(model), dict(model_kwargs or {})
-            commit = pinned_commit(reference, revision, loaded)
-            model = load_model(reference, revision=commit, **loaded)
-            if processing_class is None:
-                processing_class = AutoTokenizer.from_pretrained(reference, revision=commit or "main")
-        recipient: Any = model
-        domain, replay, evaluated = (
-            None
-            if data is None
-            else as_blocks(data, recipient, processing_class, args.block_length, what, most_blocks(args))
-            for data, what in (
-                (train_dataset, "text"),
-                (replay_dataset, "general text"),
-                (eval_dataset, "held-out text"),
-            )
+        recipient, processing_class, commit = model_and_tokenizer(model, processing_class, revision, model_kwargs)
+        domain, replay, evaluated = blocks_of_run(
+            recipient, processing_class, args, train_dataset, replay_dataset, eval_dataset
         )
-        if domain is None:
-            raise ConfigurationError("train_dataset is missing: say which text the donor shall learn.")
         self.donor_name = args.donor_name or _default_name(domain)
         self.position = _position(recipient, args)
         self.recommended_strength = (

@@ -1,16 +1,19 @@
-"""From what a caller names as text to blocks that a model can be trained on, and from blocks to the rows of a run."""
+"""From what a caller names to what a run needs: the model, its tokenizer, and text as blocks and rows."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, DataError
+from ..model.opening import load_model, pinned_commit
 from ..texts import Blocks, TextSource, check_tokenizer, pack
 from .rows import Rows, rows_needed
 
-__all__ = ["as_blocks", "most_blocks", "rows_of_run"]
+__all__ = ["as_blocks", "blocks_of_run", "model_and_tokenizer", "rows_of_run"]
 
 _LONGEST_BLOCK = 1024
 
@@ -49,10 +52,57 @@ def as_blocks(
     return pack(data, tokenizer, block_length or min(longest, _LONGEST_BLOCK), most if streamed else None)
 
 
-def most_blocks(args: TrainingArguments) -> int | None:
-    """Return how many rows a run of so many steps reads; `None` where epochs decide."""
+def model_and_tokenizer(
+    model: Any, tokenizer: Any, revision: str | None, kwargs: Mapping[str, Any] | None
+) -> tuple[Any, Any, str | None]:
+    """Load what is named, at one commit; what is loaded already stays as it is.
+
+    Args:
+        model: A model, or the Hub id or folder of one, of a transplant or of a donor.
+        tokenizer: Its tokenizer; by default the one beside it, where it is named.
+        revision: Its revision.
+        kwargs: As in `from_pretrained`.
+
+    Returns:
+        The model, the tokenizer, and the commit where the model came from the Hub.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model, tokenizer, None
+    reference, loading = os.fspath(model), dict(kwargs or {})
+    commit = pinned_commit(reference, revision, loading)
+    loaded = load_model(reference, revision=commit, keep_replaced=True, **loading)
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(reference, revision=commit or "main")
+    return loaded, tokenizer, commit
+
+
+def blocks_of_run(
+    model: Any, tokenizer: Any, args: Any, domain: Any, replay: Any, evaluated: Any
+) -> tuple[Blocks, Blocks | None, Blocks | None]:
+    """Pack the texts of a run: the one to learn, the general one, and the one that is measured on.
+
+    Args:
+        model: The model it is for.
+        tokenizer: Its tokenizer.
+        args: With `block_length`, steps and batch sizes.
+        domain: As in `as_blocks`.
+        replay: The same, or `None`.
+        evaluated: The same, or `None`.
+
+    Raises:
+        DataError: There is no text to learn, or it cannot be read.
+    """
+    if domain is None:
+        raise DataError("train_dataset is missing: say which text shall be learnt.")
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return args.max_steps * batch if args.max_steps > 0 else None
+    most = args.max_steps * batch if args.max_steps > 0 else None
+    known = ((domain, "text"), (replay, "general text"), (evaluated, "held-out text"))
+    learnt, general, held = (
+        None if data is None else as_blocks(data, model, tokenizer, args.block_length, what, most)
+        for data, what in known
+    )
+    assert learnt is not None
+    return learnt, general, held
 
 
 def rows_of_run(

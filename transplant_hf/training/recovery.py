@@ -12,20 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..donor import Donor
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..model.gates import attach_gate, detach_gate
 from ..model.memory import transplant
-from ..model.opening import load_model
 from ..partial import stack_of
-from ..texts import Blocks
 from .arguments import parse_size
 from .making import note_in_donors, versions
 from .part_trainer import CachePlan, Part, PartTrainer
-from .reading import as_blocks, most_blocks, rows_of_run
+from .reading import blocks_of_run, model_and_tokenizer, rows_of_run
 
 __all__ = ["RecoveryArguments", "RecoveryTrainer"]
 
@@ -105,28 +103,16 @@ class RecoveryTrainer(PartTrainer):
         model_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(model, PreTrainedModel):
-            reference = os.fspath(model)
-            model = load_model(reference, revision=revision, keep_replaced=True, **dict(model_kwargs or {}))
-            if processing_class is None:
-                processing_class = AutoTokenizer.from_pretrained(reference, revision=revision or "main")
-        grown: Any = _with_neighbours(model, args)
+        loaded, processing_class, _ = model_and_tokenizer(model, processing_class, revision, model_kwargs)
+        grown: Any = _with_neighbours(loaded, args)
         self.recovered = _chosen(grown, args)
         self._gates = [name for name in self.recovered if "gate" in args.parts]
         _choose_trained(grown, args, self.recovered)
         gates = [attach_gate(grown, name) for name in self._gates]
         first = min(_first_trained(grown))
-        domain, replay, evaluated = (
-            None
-            if data is None
-            else as_blocks(data, grown, processing_class, args.block_length, what, most_blocks(args))
-            for data, what in (
-                (train_dataset, "text"),
-                (replay_dataset, "general text"),
-                (eval_dataset, "held-out text"),
-            )
+        domain, replay, evaluated = blocks_of_run(
+            grown, processing_class, args, train_dataset, replay_dataset, eval_dataset
         )
-        assert isinstance(domain, Blocks)
         self._gate_names = {name for name, value in grown.named_parameters() if any(value is gate for gate in gates)}
         super().__init__(
             grown,

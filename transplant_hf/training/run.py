@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,21 +107,21 @@ def train_donor(
     Raises:
         TransplantError: Saying what is wrong; checkpoints of what was trained so far are kept.
     """
-    work = _work_folder(output, push_to)
-    args = DonorTrainingArguments(str(work), **arguments)
-    trainer = DonorTrainer(recipient, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs)
-    measured = trainer.eval_dataset
-    with trainer.model.disable_transplants(trainer.donor_name):
-        before = _perplexity(trainer.model, measured, "recipient")
-    result = trainer.train(resume_from_checkpoint=resume)
-    if output is not None:
-        trainer.save_donor(output)
-    if push_to is not None:
-        trainer.push_donor(push_to, **dict(push_kwargs or {}))
-    trainer.model.set_strength(trainer.donor_name, trainer.recommended_strength)
-    after = _perplexity(trainer.model, measured, "with donor")
-    shutil.rmtree(work, ignore_errors=True)
-    return _report(trainer, result, str(output or push_to), {**before, **after})
+    with _working(output, push_to) as work:
+        args = DonorTrainingArguments(work, **arguments)
+        trainer = DonorTrainer(recipient, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs)
+        name, model = trainer.donor_name, trainer.model
+        with model.disable_transplants(name):
+            before = _perplexity(trainer, "recipient")
+
+        def save() -> None:
+            if output is not None:
+                trainer.save_donor(output)
+            if push_to is not None:
+                trainer.push_donor(push_to, **dict(push_kwargs or {}))
+            model.set_strength(name, trainer.recommended_strength)
+
+        return _carried_out(trainer, resume, output, push_to, before, save, "with donor")
 
 
 def recover_transplant(
@@ -158,44 +159,72 @@ def recover_transplant(
     Raises:
         TransplantError: Saying what is wrong; checkpoints of what was trained so far are kept.
     """
-    work = _work_folder(output, push_to)
-    args = RecoveryArguments(str(work), **arguments)
-    trainer = RecoveryTrainer(transplant, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs)
-    measured = trainer.eval_dataset
-    with trainer.model.disable_transplants():
-        before = _perplexity(trainer.model, measured, "recipient")
-    before |= _perplexity(trainer.model, measured, "before")
-    result = trainer.train(resume_from_checkpoint=resume)
-    after = _perplexity(trainer.model, measured, "after")
-    if output is not None:
-        trainer.save_transplant(output)
-    if push_to is not None:
-        trainer.model.push_to_hub(push_to, thin=True, **dict(push_kwargs or {}))
-    shutil.rmtree(work, ignore_errors=True)
-    return _report(trainer, result, str(output or push_to), {**before, **after})
+    with _working(output, push_to) as work:
+        args = RecoveryArguments(work, **arguments)
+        trainer = RecoveryTrainer(
+            transplant, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs
+        )
+        model = trainer.model
+        with model.disable_transplants():
+            before = _perplexity(trainer, "recipient")
+        before |= _perplexity(trainer, "before")
+
+        def save() -> None:
+            if output is not None:
+                trainer.save_transplant(output)
+            if push_to is not None:
+                model.push_to_hub(push_to, thin=True, **dict(push_kwargs or {}))
+
+        return _carried_out(trainer, resume, output, push_to, before, save, "after")
 
 
-def _work_folder(output: str | os.PathLike[str] | None, push_to: str | None) -> Path:
+@contextmanager
+def _working(output: str | os.PathLike[str] | None, push_to: str | None) -> Iterator[str]:
+    """Have a folder for checkpoints beside the output; where none was written, nothing stays of it."""
     if output is None and push_to is None:
         raise ConfigurationError("say where the result goes: an output folder, or a repository to push to.")
-    return Path(f"{os.fspath(output) if output is not None else str(push_to).replace('/', '--')}{_WORK}")
+    work = Path(f"{os.fspath(output) if output is not None else str(push_to).replace('/', '--')}{_WORK}")
+    try:
+        yield str(work)
+    finally:
+        with suppress(OSError):  # not empty: there is something to go on from
+            work.rmdir()
 
 
-def _perplexity(model: Any, blocks: Any, label: str) -> dict[str, float]:
-    return {label: perplexity(model, blocks).value} if isinstance(blocks, Blocks) else {}
-
-
-def _report(trainer: Any, result: Any, output: str, measured: Mapping[str, float]) -> TrainingReport:
-    model = trainer.model
+def _carried_out(
+    trainer: Any,
+    resume: bool,
+    output: str | os.PathLike[str] | None,
+    push_to: str | None,
+    before: Mapping[str, float],
+    save: Callable[[], None],
+    label: str,
+) -> TrainingReport:
+    """Train, save, measure, and remove the checkpoints of what is saved now."""
+    config = trainer.model.transplant_config
+    if push_to is not None and Path(config.recipient).is_dir():
+        raise ConfigurationError(
+            f"what is pushed must name a recipient on the Hub, and {config.recipient} is a folder. Push the recipient "
+            "first and train from there, or write to a folder only."
+        )
+    result = trainer.train(resume_from_checkpoint=resume)
+    save()
+    after = _perplexity(trainer, label)
+    shutil.rmtree(str(trainer.args.output_dir), ignore_errors=True)
     return TrainingReport(
-        output=output,
-        layer_map=str(model.layer_map),
+        output=str(output or push_to),
+        layer_map=str(trainer.model.layer_map),
         steps=trainer.state.global_step,
         train_loss=result.training_loss,
         seconds=result.metrics["train_runtime"],
         cache_seconds=trainer.cache_seconds,
         trainable_parameters=trainer.trainable_parameters,
         learning_rate=trainer.args.learning_rate,
-        strength=dict(model.strengths),
-        perplexity=measured,
+        strength=dict(trainer.model.strengths),
+        perplexity={**before, **after},
     )
+
+
+def _perplexity(trainer: Any, label: str) -> dict[str, float]:
+    held = trainer.eval_dataset
+    return {label: perplexity(trainer.model, held).value} if isinstance(held, Blocks) else {}
