@@ -13,7 +13,7 @@ from ..storage import writing
 __all__ = ["COLOURS", "canvas"]
 
 # Told apart by people with any kind of colour vision (Okabe and Ito, 2008).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4419", "#999999", "#5B2A86")
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def canvas(path: Path, title: str, x: str, y: str) -> Iterator[Any]:
     except ImportError as error:
         raise ConfigurationError("drawing needs matplotlib: pip install 'transplant_hf[plots]'.") from error
     # A figure of its own: the global state of pyplot belongs to the caller.
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(title)

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_comparison"]
 
-_FARTHEST = 6.0
+# Runs that went astray would squeeze all others into a corner: how far beyond the untouched recipient is shown.
+_FARTHEST_LEARNT, _FARTHEST_FORGOTTEN = 1.2, 6.0
 
 
 def plot_comparison(report: ComparisonReport, path: Path) -> None:
@@ -43,10 +44,14 @@ def plot_comparison(report: ComparisonReport, path: Path) -> None:
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
-        # Runs that went astray would squeeze all others into a corner.
-        shown = [run.test[general] for runs in curves.values() for run in runs] + [untouched[general]]
-        axes.set_ylim(min(shown) / 1.1, min(max(shown), _FARTHEST * untouched[general]) * 1.1)
-        axes.legend(fontsize="small")
+        runs = [run for curve in curves.values() for run in curve]
+        axes.set_xlim(*_limits([run.test[domain] for run in runs], untouched[domain], _FARTHEST_LEARNT))
+        axes.set_ylim(*_limits([run.test[general] for run in runs], untouched[general], _FARTHEST_FORGOTTEN))
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+
+def _limits(values: list[float], untouched: float, farthest: float) -> tuple[float, float]:
+    return min([*values, untouched]) / 1.1, min(max([*values, untouched]), farthest * untouched) * 1.1
 
 
 def _curve(
