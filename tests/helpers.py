@@ -128,7 +128,10 @@ def tiny_gpt_oss_model(seed: int, **fields: Any) -> GptOssForCausalLM:
         "max_position_embeddings": 128,
         **TOKENS,
     }
-    return randomised(GptOssForCausalLM(GptOssConfig(**{**known, **fields})), seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # its sinks are drawn, and stay as they are drawn but for some noise
+        model = GptOssForCausalLM(GptOssConfig(**{**known, **fields}))
+    return randomised(model, seed)
 
 
 BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
