@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--general", required=True, help="general text, which is measured only")
     parser.add_argument("--position", type=int, default=6)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--held-out-blocks", type=int, default=192)
     options = parser.parse_args()
     logging.disable_progress_bar()
     print(report.header(report.facts(0)), end="\n\n")
@@ -66,7 +67,7 @@ class Study:
         }
         parts = {name: blocks.split(9, 1) for name, blocks in packed.items()}
         self.learnt = {name: _spread(part[0], 1000) for name, part in parts.items()}
-        self.held = {name: part[1].part(-192) for name, part in parts.items()}
+        self.held = {name: part[1].part(-options.held_out_blocks) for name, part in parts.items()}
         self.setting = _setting(lambda: load_model(options.recipient))
 
     def composition(self) -> str:
