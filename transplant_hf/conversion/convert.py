@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo
-
 from ..donor import Donor
+from ..donor.deliver import deliver
 from ..donor.from_pt import OpenedPt, open_pt
-from ..donor.save import replaced_among, save_donor
+from ..donor.save import save_donor
 from ..errors import CompatibilityError
-from ..hub import push_folder
 from ..sources import HubOptions
 from .readback import compare_tensors
 from .verify import compare_outputs
@@ -147,25 +144,12 @@ def convert(
         if verify:
             compare_outputs(donor, written[0])
 
-    with tempfile.TemporaryDirectory() as scratch:
-        target = Path(output) if output is not None else Path(scratch) / (push_to or "donor").rpartition("/")[2]
+    def write(target: Path) -> set[str]:
         save_donor(donor, target, position, None, None, max_shard_size, push_to, check)
-        done = _report(path, opened, written[0], verify)
-        if push_to is None:
-            return dataclasses.replace(done, folder=str(target))
-        commit: CommitInfo = push_folder(
-            target,
-            push_to,
-            commit_message=f"Upload donor {donor.name or target.name}",
-            token=token,
-            private=private,
-            revision=revision,
-            replaced=replaced_among,
-            only=names,  # the folder may hold other files of the user's
-        )
-        return dataclasses.replace(
-            done, folder=str(target) if output is not None else None, commit=str(commit.commit_url)
-        )
+        return names
+
+    folder, commit = deliver(write, output, push_to, donor.name, token=token, private=private, revision=revision)
+    return dataclasses.replace(_report(path, opened, written[0], verify), folder=folder, commit=commit)
 
 
 def _report(path: str | os.PathLike[str], opened: OpenedPt, written: Donor, verified: bool) -> Conversion:

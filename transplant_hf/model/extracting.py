@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import CommitInfo
 
 from ..architecture import decoder_stack, find_stack
 from ..config import TransplantConfig
 from ..donor import Donor
 from ..donor.companions import COMPANION_FILES
-from ..donor.save import replaced_among, save_donor
+from ..donor.deliver import deliver
+from ..donor.save import save_donor
 from ..errors import CompatibilityError, ConfigurationError
-from ..hub import push_folder
 from ..layer_map import RECIPIENT, paper_layers
 from ..sources import HubOptions, Source, locate
 from .opening import load_model
@@ -147,27 +144,18 @@ def extract(
         )
 
     names: set[str] = set()
-    with tempfile.TemporaryDirectory() as scratch:
-        target = Path(output) if output is not None else Path(scratch) / (push_to or "donor").rpartition("/")[2]
+    done: list[Extraction] = []
+
+    def write(target: Path) -> set[str]:
         save_donor(
             donor, target, place, recipient.source.reference, recipient.source.revision, max_shard_size, push_to,
             check=lambda folder: names.update(path.name for path in folder.iterdir()),
         )  # fmt: skip
-        done = _report(source, recipient, Donor.from_pretrained(target), init)
-        if push_to is None:
-            return dataclasses.replace(done, folder=str(target))
-        commit: CommitInfo = push_folder(
-            target,
-            push_to,
-            commit_message=f"Upload donor {donor.name or target.name}",
-            token=token,
-            private=private,
-            replaced=replaced_among,
-            only=names,  # the folder may hold other files of the user's
-        )
-        return dataclasses.replace(
-            done, folder=str(target) if output is not None else None, commit=str(commit.commit_url)
-        )
+        done.append(_report(source, recipient, Donor.from_pretrained(target), init))
+        return names
+
+    folder, commit = deliver(write, output, push_to, donor.name, token=token, private=private)
+    return dataclasses.replace(done[0], folder=folder, commit=commit)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,6 +49,7 @@ class PartialRun:
         self._stack = stack
         self._needs_states = self.numbers[0] > 0 and not from_embeddings
         self._entering: torch.Tensor | None = None
+        self._forms: list[Callable[[torch.Tensor], Any]] = []  # looked at when it starts for the first time
         self._undo: list[Callable[[], None]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +58,8 @@ class PartialRun:
 
     def start(self) -> None:
         """Leave the other layers out, until `stop`."""
-        self._forms = _forms_of_output(self.model, self._stack)
+        if not self._forms:
+            self._forms = _forms_of_output(self.model, self._stack)
         for number, layer in enumerate(self._stack):
             if number not in self.numbers:
                 self._undo.append(_leave_out(layer, self._forms[number]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 from ..errors import CheckpointError, ConfigurationError, TrainingError
 from ..storage import read_json, write_json, writing
 
-__all__ = ["check_same_run", "last_checkpoint", "load_trained", "remove_checkpoints", "save_trained", "trained_tensors"]
+__all__ = ["check_same_run", "last_checkpoint", "load_trained", "save_trained", "trained_tensors"]
 
 TRAINED_FILE = "trained.safetensors"
 RUN_FILE = "transplant_run.json"
@@ -93,12 +92,6 @@ def last_checkpoint(output: Path) -> Path | None:
     """Return the last checkpoint that was written whole; a killed process may leave a newer one half-written."""
     whole = [(number, folder) for number, folder in _checkpoints(output) if _is_whole(folder, number)]
     return max(whole)[1] if whole else None
-
-
-def remove_checkpoints(output: Path) -> None:
-    """Remove every checkpoint of a run that is finished and saved."""
-    for _, folder in _checkpoints(output):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checkpoints(output: Path) -> list[tuple[int, Path]]:

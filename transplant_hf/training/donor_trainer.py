@@ -96,7 +96,7 @@ class DonorTrainer(PartTrainer):
             cache=CachePlan(
                 args.cache_prefix,
                 parse_size(args.prefix_cache_limit),
-                Path(args.prefix_cache_dir or Path(str(args.output_dir), "prefix-cache")),
+                Path(args.prefix_cache_dir) if args.prefix_cache_dir is not None else None,
                 kept=args.prefix_cache_dir is not None,
             ),
             run=_run(recipient, args, self.position),

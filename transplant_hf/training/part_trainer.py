@@ -58,7 +58,7 @@ class CachePlan:
     Args:
         kind: "auto", "memory", "disk" or "off".
         limit: Most bytes.
-        folder: For files.
+        folder: For files; by default one in the output folder.
         kept: Whether files stay after training.
     """
 
@@ -167,8 +167,8 @@ class PartTrainer(Trainer):
         finally:
             self._running = None
             self.rows.prefix = None
-            if self.cache_plan.folder is not None and not self.cache_plan.kept and self.is_world_process_zero():
-                shutil.rmtree(self.cache_plan.folder, ignore_errors=True)
+            if not self.cache_plan.kept and self.is_world_process_zero():
+                shutil.rmtree(self._cache_folder, ignore_errors=True)
 
     def _outermost(self) -> Any:
         return self.model if self.model is not self.inner else None
@@ -189,10 +189,13 @@ class PartTrainer(Trainer):
 
     # -- hidden states before the part ----------------------------------------------------------------------------
 
+    @property
+    def _cache_folder(self) -> Path:
+        return self.cache_plan.folder or Path(str(self.args.output_dir), "prefix-cache")
+
     def _fill_cache(self) -> None:
         assert self.part is not None
         plan, position, numbers = self.cache_plan, self.part.position, self.rows.used
-        folder = plan.folder or Path(str(self.args.output_dir), "prefix-cache")
         width = self.inner.config.get_text_config(decoder=True).hidden_size
         size = len(numbers) * int(self.rows.domain.tokens.shape[1]) * width * self.inner.dtype.itemsize
         on_disk = plan.kind == "disk" or (plan.kind == "auto" and size > _IN_MEMORY) or self.args.world_size > 1
@@ -205,7 +208,7 @@ class PartTrainer(Trainer):
                 numbers,
                 position,
                 batch_size=max(1, 2 * self.args.train_batch_size),
-                file=folder / f"{key[:32]}.states" if on_disk else None,
+                file=self._cache_folder / f"{key[:32]}.states" if on_disk else None,
                 limit=plan.limit,
                 autocast=self.autocast_smart_context_manager,
                 quiet=self.args.disable_tqdm or not self.is_local_process_zero(),
@@ -215,25 +218,20 @@ class PartTrainer(Trainer):
     @torch.no_grad()
     def _check_exact(self) -> None:
         """Compare the part with the whole model: what a layer hands on may not be all that it does."""
-        row = {name: value[None].to(self.args.device) for name, value in self.rows[0].items()}
-        states = row.pop(PREFIX_STATES)
-        row = {"input_ids": row["input_ids"], "use_cache": False}
+        ids, states = (self.rows[0][name][None].to(self.args.device) for name in ("input_ids", PREFIX_STATES))
         self.model.eval()
         with self.autocast_smart_context_manager():
-            short = self.model(**row, **{PREFIX_STATES: states}).logits.float()
+            short = self.model(input_ids=ids, use_cache=False, **{PREFIX_STATES: states}).logits.float()
             with self._whole():
-                whole = self.model(**row).logits.float()
+                whole = self.model(input_ids=ids, use_cache=False).logits.float()
         distance = float((short - whole).norm() / whole.norm().clamp_min(1e-12))
+        assert self.rows.prefix is not None
         if not distance <= _TOLERANCE * (10 if self.inner.dtype != torch.float32 or self.args.bf16 else 1):
             raise CompatibilityError(
-                f"{type(self.inner).__name__} computes something else when its layers before {min(self._numbers())} "
-                f"are left out (relative difference of the logits {distance:.2g}): what they do for later layers is "
-                'not in the hidden state alone. Set cache_prefix="off".'
+                f"{type(self.inner).__name__} computes something else when its layers before "
+                f"{self.rows.prefix.position} are left out (relative difference of the logits {distance:.2g}): what "
+                'they do for later layers is not in the hidden state alone. Set cache_prefix="off".'
             )
-
-    def _numbers(self) -> Sequence[int]:
-        assert self.part is not None
-        return self.part.numbers
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
