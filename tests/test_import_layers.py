@@ -33,6 +33,7 @@ ROOMS = (
     "export",
     "conversion",
     "inspection",
+    "planning",  # what a transplant costs, from headers alone
     "texts",  # from words to blocks of tokens: knows no model
     "partial",  # some layers of a model, from a hidden state that was computed before
     "evaluation",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["COMPLETIONS", "FIRST_STAYS_FIRST", "REFUSALS", "REWRITES"]
+__all__ = ["COMPLETIONS", "FIRST_STAYS_FIRST", "REFUSALS", "REWRITES", "ROWS_APART", "SEVERAL_STREAMS"]
 
 Fields = dict[str, Any]
 
@@ -33,6 +33,17 @@ REFUSALS: tuple[tuple[Callable[[Fields], Any], str], ...] = (
 # Types whose first layer does something on the way in that no other can do, in `forward`, by its number.
 FIRST_STAYS_FIRST: dict[str, str] = {
     "rwkv": "its layer 0 normalises the embeddings, and only layer 0 can",
+}
+
+
+# Types whose layers hand on more than the hidden state that `h + s (donor(h) - h)` speaks of.
+SEVERAL_STREAMS: dict[str, str] = {
+    "reformer": "its layers hand on two hidden states, of which each changes the other",
+}
+
+# Types whose hidden states do not have the rows of the batch in their first dimension.
+ROWS_APART: dict[str, str] = {
+    "xlnet": "its hidden states are [seq, batch, hidden]",
 }
 
 

@@ -1,9 +1,10 @@
-"""Refuse a cache that was filled on the other side of the switch: its layers are not the layers that run."""
+"""Refuse a cache that was filled while other donors ran, or the same ones differently."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,73 +13,113 @@ from transformers import Cache
 
 from ..errors import ConfigurationError
 
-__all__ = ["CacheGuard"]
+__all__ = ["CacheGuard", "Side"]
 
 _GUARDED_METHODS = ("update", "get_mask_sizes", "update_conv_state", "update_recurrent_state")
 _MARK = "_transplant_side"
 
 
-class CacheGuard:
-    """Watches the caches of one model while donors are switched off; while all are on, nothing is watched.
+class Side(NamedTuple):
+    """What a cache was filled with.
 
-    A cache that is filled while donors are off gets a subclass of its own type, which refuses use on any other side.
+    Args:
+        plan: Counts the changes of which layers the model holds.
+        disabled: The donors that were switched off.
+        settings: Strengths and composition, as they were set.
+        request: What the call asked for with `using`; `None` for nothing.
     """
 
-    def __init__(self) -> None:
-        self.disabled: frozenset[str] = frozenset()
+    plan: int
+    disabled: frozenset[str]
+    settings: Hashable
+    request: Hashable
+
+
+class CacheGuard:
+    """Watches the caches of one model once it runs otherwise than it was loaded; until then, nothing is watched.
+
+    A cache that is filled meanwhile gets a subclass of its own type, which refuses use on any other side.
+
+    Args:
+        current: Says on what side calls of this thread run now.
+    """
+
+    def __init__(self, current: Callable[[], Side]) -> None:
+        self.current = current
+        # Caches without a mark were filled on this side.
+        self.unmarked = current()
         self._hooks: list[RemovableHandle] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CacheGuard:
-        # A copied cache belongs to the same model; a copied switch makes a guard of its own.
-        return self
-
-    def stand(self, decoder: nn.Module, disabled: frozenset[str]) -> None:
-        """Watch a decoder while these donors are off.
+    def stand(self, decoder: nn.Module, always: bool) -> None:
+        """Watch a decoder from now on, if it needs to be watched.
 
         Args:
             decoder: The module that owns the layers.
-            disabled: The donors that are off.
+            always: Also where the model runs as it was loaded.
         """
-        self.disabled = disabled
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        if disabled:
+        self.leave()
+        if always or self.current() != self.unmarked:
             self._hooks = [
                 decoder.register_forward_pre_hook(self._before, with_kwargs=True),
                 decoder.register_forward_hook(self._after, with_kwargs=True),
             ]
 
-    def check(self, made_with: frozenset[str]) -> None:
+    def leave(self) -> None:
+        """Watch no longer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def check(self, made_on: Side) -> None:
         """Refuse a cache of another side.
 
         Raises:
-            ConfigurationError: Saying which donors were off then and are now.
+            ConfigurationError: Saying what differs.
         """
-        if made_with != self.disabled:
+        now = self.current()
+        if made_on == now:
+            return
+        if made_on.plan == now.plan and made_on.disabled != now.disabled:
             raise ConfigurationError(
-                f"this cache was filled with {_off(made_with)}, and the model now runs with {_off(self.disabled)}: "
-                "its layers are not the layers that run. Start with a new cache on each side of disable_transplants()."
+                f"this cache was filled with {_off(made_on.disabled)}, and the model now runs with "
+                f"{_off(now.disabled)}: its layers are not the layers that run. Start with a new cache on each side of "
+                "disable_transplants()."
             )
+        changed = "donors were added, removed or moved"
+        if made_on.plan == now.plan:
+            changed = "other strengths were set" if made_on.settings != now.settings else "this call uses other donors"
+        raise ConfigurationError(
+            f"this cache was filled before {changed}: it holds what other hidden states became. Start with a new cache."
+        )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
         for cache in _caches(args, kwargs):
-            made_with = getattr(cache, _MARK, None)
-            if made_with is not None:
-                self.check(made_with[1])
+            mark = getattr(cache, _MARK, None)
+            if mark is not None:
+                self.check(mark.side)
             elif _filled(cache):
-                self.check(frozenset())
+                self.check(self.unmarked)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         for cache in _caches(args, kwargs, output):
             if getattr(cache, _MARK, None) is None:
-                setattr(cache, _MARK, (self, self.disabled))
+                setattr(cache, _MARK, _Mark(self, self.current()))
                 kind: Any = type(cache)
                 cache.__class__ = _guarded(kind)
+
+
+class _Mark:
+    """What a cache remembers; a copied cache belongs to the same model."""
+
+    def __init__(self, guard: CacheGuard, side: Side) -> None:
+        self.guard, self.side = guard, side
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Mark:
+        return self
 
 
 def _off(disabled: frozenset[str]) -> str:
@@ -116,8 +157,8 @@ def _guarded(kind: Any) -> Any:
 
         @functools.wraps(original)
         def method(self: Cache, *args: Any, **kwargs: Any) -> Any:
-            guard, made_with = getattr(self, _MARK)
-            guard.check(made_with)
+            mark = getattr(self, _MARK)
+            mark.guard.check(mark.side)
             return original(self, *args, **kwargs)
 
         return method

@@ -7,28 +7,34 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..config import DonorSpec, TransplantConfig
+from ..architecture import Anatomy
+from ..compatibility import refuse_unsupported
+from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor import Donor
-from ..donor.tensors import MemoryTensors
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, TransplantError
 from ..layer_map import RECIPIENT
-from ..splice import draw_blueprint
+from ..layouts.names import is_adapted
+from ..splice import Blueprint, draw_blueprint
+from .fresh import own_tensors
 from .gates import gates_of
+from .hot import add_donor, open_donor
 from .loading import FileChecks, Loading, loading
 from .mixin import TransplantMixin, native_class, transplant_class
 from .saving import recipient_state
+from .state import finish
 
 __all__ = ["remove_transplants", "transplant"]
 
 
 def transplant(
     model: PreTrainedModel, donor: Donor | str, position: int, mode: str = "insert", *, name: str | None = None,
-    strength: float = 1.0, composition: str | None = None,
+    strength: float = 1.0, composition: str | None = None, in_place: bool = False,
 ) -> Any:  # fmt: skip
     """Return a model that runs a loaded recipient's layers with a donor's between them.
 
-    The recipient's weights are shared, not copied: training either trains both. The model passed in stays as it is.
-    A model that already holds donors gets one more; positions are in the untouched recipient's numbering.
+    The recipient's weights are shared, not copied: training either trains both. The model passed in stays as it is,
+    unless `in_place`. A model that already holds donors gets one more; positions are in the untouched recipient's
+    numbering.
 
     Args:
         model: A loaded decoder-only model.
@@ -38,9 +44,10 @@ def transplant(
         name: What to call it; by default its own name.
         strength: Scales what its layers add to the hidden state.
         composition: How donors at one position go together, "stacked" or "side_by_side"; by default as in the model.
+        in_place: Change the model itself, which may then be quantised, offloaded or on several devices.
 
     Returns:
-        An instance of the recipient's own class.
+        An instance of the recipient's own class; `in_place`, the model that was passed in.
 
     Raises:
         ConfigurationError: A position out of range, or a model whose weights cannot be shared.
@@ -56,21 +63,11 @@ def transplant(
         >>> model.lm_head.weight.data_ptr() == recipient.lm_head.weight.data_ptr()
         True
     """
-    opened = donor if isinstance(donor, Donor) else Donor.from_pretrained(donor)
+    if in_place:
+        return _transplant_into(model, donor, position, mode, name, strength, composition)
     _check_shareable(model)
-    if opened.source is None:
-        # Else training the donor would train the layers it was taken from, and every other model it is in.
-        copies = MemoryTensors({name: tensor.clone() for name, tensor in opened.tensors().items()})
-        opened = Donor(opened.record, copies, position=opened.position, mode=opened.mode, strength=opened.strength)
-    spec = DonorSpec(
-        str(opened.source.reference if opened.source else opened.name or "."),
-        position=position,
-        mode=mode,
-        name=name or opened.name,
-        strength=strength,
-        revision=opened.source.revision if opened.source else None,
-        subfolder=opened.source.subfolder if opened.source else None,
-    )
+    spec, opened = open_donor(donor, position=position, mode=mode, name=name, strength=strength)
+    opened = own_tensors(opened)
     held, recipient_class, recipient_config, weights, known = _taken_apart(model)
     donors = [*held, (spec, opened)]
     config = TransplantConfig(
@@ -94,6 +91,37 @@ def transplant(
     return made
 
 
+def _transplant_into(
+    model: Any, donor: Donor | str, position: int, mode: str, name: str | None, strength: float, composition: str | None
+) -> Any:
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigurationError(
+            f"donors go into a PreTrainedModel, not into a {type(model).__name__}: unwrap it first."
+        )
+    made: Any = model  # its class changes below
+    was = (type(made), getattr(made, "_transplant", None))
+    if was[1] is None:
+        _hold_none(made)
+    try:
+        add_donor(made, donor, position, mode, name, strength)
+    except TransplantError:
+        made.__class__, made._transplant = was
+        raise
+    if composition is not None:
+        made._transplant.turn({}, check_composition(composition, "this model"))
+    return made
+
+
+def _hold_none(model: Any) -> None:
+    """Make a loaded recipient, where it stands, a model that holds donors, none of them yet."""
+    native: Any = native_class(type(model)) if isinstance(model, TransplantMixin) else type(model)
+    name = model.config.name_or_path
+    recipient = Anatomy(native, copy.deepcopy(model.config), f"recipient {name or native.__name__}")
+    refuse_unsupported(recipient)
+    model.__class__ = transplant_class(native)
+    model._transplant = finish(model, Blueprint(recipient, (), TransplantConfig(recipient=name or "")))
+
+
 def _check_shareable(model: Any) -> None:
     reason = None
     if not isinstance(model, PreTrainedModel):
@@ -104,8 +132,8 @@ def _check_shareable(model: Any) -> None:
         reason = "some of its weights are offloaded or not loaded"
     elif len({parameter.device for parameter in model.parameters()}) > 1:
         reason = "its weights are on several devices"
-    elif getattr(model, "_hf_peft_config_loaded", False):
-        reason = "it has adapters attached"
+    elif any(is_adapted(name) for name, _ in model.named_parameters()):
+        reason = "it has adapters attached (merge_and_unload or unload ends that)"
     elif isinstance(model, TransplantMixin) and model._transplant and model._transplant.switch.disabled:
         reason = "some of its donors are switched off just now"
     elif isinstance(model, TransplantMixin) and model._transplant and gates_of(model._transplant):

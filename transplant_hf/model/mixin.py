@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ..config import DonorSpec, TransplantConfig, check_composition
+from ..donor import Donor
 from ..donor.record import DonorRecord
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, LayerMap
 from ..splice import insert_layers
 from .gates import gates_of, refuse_gate
+from .hot import add_donor, move_donor, remove_donor, swap_donor
 from .loading import active_loading
 from .saving import push_transplant, save_transplant
 from .state import TransplantState, finish, state_of
@@ -113,6 +115,120 @@ class TransplantMixin:
         chosen = state.blueprint.splice.names if names is None else [names] if isinstance(names, str) else list(names)
         state.switch.check(chosen)
         return state.switch.off(chosen)
+
+    @contextmanager
+    def using(self, donors: Any = None, *, rows: Sequence[Any] | None = None) -> Iterator[None]:
+        """Choose donors for the calls of this thread inside a `with` block; the model itself stays as it is.
+
+        Other threads may meanwhile choose otherwise. Every donor's layers run in any case, and what they add is left
+        out where it is not wanted: a row without donors gets exactly what the recipient computes. Blocks nest, the
+        inner one counts. Begin the block in the thread that runs the model.
+
+        Args:
+            donors: A donor's name or several, each at its strength; or `{name: strength}`, a number or one for each
+                row. Those that are not named are left out; `()` leaves out all.
+            rows: Instead, for each row of the batch what `donors` takes; `None` for a row without donors. `generate`
+                may make several sequences of a row.
+
+        Raises:
+            ConfigurationError: No such donor, one that replaces layers and is not named, one that is switched off.
+
+        Example:
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> from transplant_hf import Donor, transplant
+            >>> import torch
+            >>> recipient = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+            >>> model = transplant(recipient, Donor.from_model(recipient, layers=[1], name="law"), position=2).eval()
+            >>> with model.using(rows=["law", None]):
+            ...     logits = model(input_ids=torch.tensor([[1, 2], [1, 2]])).logits
+            >>> bool((logits[0] == logits[1]).all())
+            False
+        """
+        state = state_of(self)
+        for name in gates_of(state):
+            refuse_gate(state, name)
+        wanted, requests = state.request(donors, rows), state.dials.requests
+        before, requests.wanted = requests.wanted, wanted
+        try:
+            yield
+        finally:
+            requests.wanted = before
+
+    def add_donor(
+        self,
+        donor: Donor | str,
+        position: int | None = None,
+        mode: str | None = None,
+        *,
+        name: str | None = None,
+        strength: float | None = None,
+    ) -> None:
+        """Insert a donor into this model where it is loaded: only the donor's bytes are read and moved.
+
+        Caches that were filled before are refused from then on. No call may run meanwhile in another thread.
+
+        Args:
+            donor: The donor, or its Hub id or folder.
+            position: How many recipient layers run before it, 0..L; by default what it recommends.
+            mode: "insert" or "replace"; by default what it recommends together with its position, at a position of
+                your own "insert". Replaced layers are kept.
+            name: What to call it; by default its own name.
+            strength: By default what it recommends together with its position, at a position of your own 1.
+
+        Raises:
+            ConfigurationError: A position out of range, two donors of one name, or a model that cannot change now.
+            CompatibilityError: The donor does not fit, with every mismatch.
+            CheckpointError: Its weights are malformed. The model stays as it was, as after every error.
+        """
+        add_donor(self, donor, position, mode, name, strength)
+
+    def remove_donor(self, name: str) -> None:
+        """Take a donor out of this model and free its memory.
+
+        Args:
+            name: The donor's name.
+
+        Raises:
+            ConfigurationError: No such donor, or one that replaced layers which were not kept.
+        """
+        remove_donor(self, name)
+
+    def move_donor(self, name: str, position: int) -> None:
+        """Move a donor to another position; no weight is read or copied.
+
+        Args:
+            name: The donor's name.
+            position: How many recipient layers run before it, 0..L.
+
+        Raises:
+            ConfigurationError: No such donor, or a position out of range.
+        """
+        move_donor(self, name, position)
+
+    def swap_donor(
+        self,
+        name: str,
+        donor: Donor | str,
+        *,
+        position: int | None = None,
+        new_name: str | None = None,
+        strength: float | None = None,
+    ) -> None:
+        """Put another donor in the place of one, in one step.
+
+        Args:
+            name: The donor that goes.
+            donor: The donor that comes, or its Hub id or folder.
+            position: Where it goes; by default where the other was.
+            new_name: What to call it; by default as the other.
+            strength: By default as the other's.
+
+        Raises:
+            ConfigurationError: As for `add_donor` and `remove_donor`.
+            CompatibilityError: The donor does not fit.
+            CheckpointError: Its weights are malformed.
+        """
+        swap_donor(self, name, donor, position, new_name, strength)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, thin: bool = False, **kwargs: Any

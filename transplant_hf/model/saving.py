@@ -75,7 +75,7 @@ def _save(
     state = model._transplant
     license = kwargs.pop("license", None) if state is not None else None
     adapters_only = getattr(model, "_hf_peft_config_loaded", False)
-    if thin and state is None:
+    if thin and (state is None or not state.blueprint.parts):
         raise ConfigurationError("thin=True saves donors, but this model holds no transplant.")
     if state is None or (adapters_only and not thin):
         return native(save_directory, *args, **kwargs)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,6 +14,7 @@ from ..architecture import decoder_stack
 from ..errors import ConfigurationError
 from ..layer_map import Stage
 from ..splice import Blueprint, renumber, use_config
+from .requests import Opening, Wanted, read_request
 from .strength import Dials
 from .switch import Switch
 
@@ -38,6 +40,7 @@ class TransplantState:
     dials: Dials
     local_only: bool = False
     cache_dir: str | None = None
+    opening: Opening = dataclasses.field(default_factory=Opening)
 
     def turn(self, strengths: Mapping[str, float], composition: str | None = None) -> None:
         """Give donors other strengths, or compose them in another way, in the record and in what runs.
@@ -47,6 +50,25 @@ class TransplantState:
         """
         self.blueprint = self.blueprint.turned(strengths, composition)
         self.dials.use(self.blueprint)
+        self.switch.watch()
+
+    def request(self, donors: Any, rows: Sequence[Any] | None) -> Wanted:
+        """Read what a call asks for, and make the model ready to answer.
+
+        Raises:
+            ConfigurationError: As `read_request`; or a donor that is switched off.
+        """
+        wanted = read_request(self.blueprint, donors, rows)
+        for name, strength in wanted.strengths.items():
+            if name in self.switch.disabled and (isinstance(strength, torch.Tensor) or strength != 0):
+                raise ConfigurationError(
+                    f"donor {name!r} is switched off by disable_transplants(), so that no call can use it meanwhile."
+                )
+        with self.opening.lock:
+            if not self.dials.open:
+                self.dials.open_up()
+                self.switch.watch()
+        return wanted
 
     def check_name(self, name: str) -> None:
         """Refuse a name that no donor has.

@@ -3,6 +3,8 @@
 A donor d of strength s turns h into h + s (d(h) - h); donors side by side at one position all get the same h, and what
 each adds is summed. Two hooks do it, on a donor's first and last layer. A donor that stands alone at strength 1 has
 none, and costs nothing.
+
+What a thread asks for with `model.using(...)` comes before what is set; it acts through the same hooks.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from ..donor.extract import GATE
 from ..errors import ConfigurationError
 from ..layer_map import Stage
 from ..splice import Blueprint
+from .requests import Requests
 
 __all__ = ["Dials", "is_entrance"]
 
@@ -51,12 +54,16 @@ class _Dial:
     """The two hooks of one donor.
 
     Args:
-        layers: The donor's layers in order.
+        name: The donor's name.
+        layers: Its layers in order.
         meeting: Where donors that run side by side at its position find the state that they all get.
+        requests: What the calls of each thread want.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], meeting: _Passing | None) -> None:
+    def __init__(self, name: str, layers: Sequence[nn.Module], meeting: _Passing | None, requests: Requests) -> None:
+        self.name = name
         self.meeting = meeting
+        self.requests = requests
         self._passing = _Passing()
         # The last of the former and the first of the latter: other hooks see what enters, and what goes on.
         self._hooks: list[RemovableHandle] = [
@@ -74,6 +81,13 @@ class _Dial:
         arrived = args[0] if args else kwargs["hidden_states"]
         local = self._passing.local
         local.arrived, local.gate = arrived, module._parameters.get(GATE)
+        wanted = self.requests.wanted
+        if wanted is not None and module.training and getattr(module, "gradient_checkpointing", False):
+            raise ConfigurationError(
+                "using(...) lasts for a call, but gradient checkpointing runs layers again later, after it. Set the "
+                "strength for every call with set_strength(name, value), or train without gradient checkpointing."
+            )
+        local.wanted = None if wanted is None else wanted.strengths[self.name]
         local.entered = None  # the same
         if self.meeting is None:
             return None
@@ -90,15 +104,19 @@ class _Dial:
         left = output[0] if several else output
         local = self._passing.local
         if getattr(local, "arrived", None) is None:
+            if self.requests.wanted is None and self.meeting is None and getattr(module, _STRENGTH) == 1:
+                return None  # these hooks are here for calls that ask for donors; this one does not
             raise ConfigurationError(
                 "the last layer of a donor whose strength is not 1, or which runs side by side with others, ran "
-                "without its first layer. Run the model as a whole, or call set_strength(name, 1) first."
+                "without its first layer. Run the model as a whole, outside using(...), or call set_strength(name, 1) "
+                "first."
             )
         strength = getattr(module, _STRENGTH) if local.gate is None else local.gate
+        strength = strength if local.wanted is None else local.wanted
         going_on = _on_top(local.arrived, local.entered, left, strength)
         if not (module.training and getattr(module, "gradient_checkpointing", False)):
             # Kept only where a layer may run once more in the backward pass.
-            local.arrived = local.entered = local.gate = None
+            local.arrived = local.entered = local.gate = local.wanted = None
             if self.meeting is not None and getattr(module, _CLOSES):
                 self.meeting.local.entered = None
         return type(output)([going_on, *output[1:]]) if several else going_on
@@ -108,6 +126,8 @@ def _on_top(arrived: torch.Tensor, entered: torch.Tensor | None, left: torch.Ten
     """Return arrived + strength (left - entered); `entered` is `None` where it is what arrived."""
     arrived = arrived.to(left.device)
     started = arrived if entered is None else entered.to(left.device)
+    if isinstance(strength, torch.Tensor) and not isinstance(strength, nn.Parameter):
+        return _row_by_row(arrived, started, left, strength, entered is None)
     if isinstance(strength, torch.Tensor):
         # A number to the arithmetic, so that its own precision is kept and the hidden state's does not change.
         return arrived + strength.to(left.device).reshape(()) * (left - started)
@@ -118,15 +138,39 @@ def _on_top(arrived: torch.Tensor, entered: torch.Tensor | None, left: torch.Ten
     return arrived + strength * (left - started)
 
 
+def _row_by_row(
+    arrived: torch.Tensor, started: torch.Tensor, left: torch.Tensor, strengths: torch.Tensor, alone: bool
+) -> torch.Tensor:
+    """Do the same with a strength for each row; rows of strength 0 or 1 get exactly what whole batches of them get."""
+    rows, batch = strengths.shape[0], left.shape[0]
+    if left.dim() < 3 or batch % rows:
+        raise ConfigurationError(
+            f"using(...) has strengths for {rows} rows, but a donor's hidden state has shape {list(left.shape)}, "
+            "not [batch, seq, ...] with that batch. Name as many rows as the batch has."
+        )
+    # generate() puts the beams of a row, and sequences returned for it, behind each other.
+    each = strengths.to(left).repeat_interleave(batch // rows).reshape(batch, *[1] * (left.dim() - 1))
+    going_on = arrived + each * (left - started)
+    if alone:
+        going_on = torch.where(each == 1, left, going_on)
+    return torch.where(each == 0, arrived, going_on)
+
+
 class Dials:
     """The dials of one model's donors.
 
     Args:
         blueprint: What runs, and at what strength.
         layers: Every layer the model holds.
+        requests: What the calls of each thread want.
     """
 
-    def __init__(self, blueprint: Blueprint, layers: Mapping[Stage, nn.Module]) -> None:
+    def __init__(
+        self, blueprint: Blueprint, layers: Mapping[Stage, nn.Module], requests: Requests | None = None
+    ) -> None:
+        self.requests = requests or Requests()
+        # Whether calls may ask for donors: every donor that can be left out then has its hooks, for good.
+        self.open = requests is not None
         self._layers = {
             part.name: [layer for stage, layer in layers.items() if stage.slot.source == part.name]
             for part in blueprint.parts
@@ -150,6 +194,22 @@ class Dials:
             torch.compiler.reset()
         self._place()
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What is set for every call: donors, their places, strengths and composition."""
+        parts = self._blueprint.parts
+        return (self._blueprint.config.composition, *((part.name, part.spec.strength) for part in parts))
+
+    def open_up(self) -> None:
+        """Let calls ask for donors from now on."""
+        self.open = True
+        self.use(self._blueprint)
+
+    def close(self) -> None:
+        """Take every hook off: the layers go to other dials, or to nobody."""
+        for name in list(self._dials):
+            self._dials.pop(name).remove()
+
     def without(self, disabled: frozenset[str]) -> None:
         """Let the other donors go together while some are switched off."""
         self._off = disabled
@@ -162,13 +222,14 @@ class Dials:
         for part in self._blueprint.parts:
             layers, crowd = self._layers[part.name], crowds.get(part.name)
             meeting = None if crowd is None else self._meetings.setdefault(crowd, _Passing())
-            needed = meeting is not None or part.spec.strength != 1.0 or GATE in layers[0]._parameters
+            asked = self.open and part.spec.mode == "insert"
+            needed = asked or self._is_scaled(part.name) or meeting is not None
             old = self._dials.get(part.name)
             if old is not None and not (needed and old.meeting is meeting):
                 self._dials.pop(part.name).remove()
                 changed = True
             if needed and part.name not in self._dials:
-                self._dials[part.name] = _Dial(layers, meeting)
+                self._dials[part.name] = _Dial(part.name, layers, meeting, self.requests)
                 changed = True
         return changed
 
@@ -180,9 +241,13 @@ class Dials:
             running = [name for name in names if name not in self._off]
             follow.update(running[1:])
             close.update(running[-1:])
+        crowded = {name for names in self._blueprint.crowds for name in names}
         for name, layers in self._layers.items():
             setattr(layers[-1], _STRENGTH, self._blueprint.part(name).spec.strength)
             setattr(layers[0], _LEADS, name not in follow)
             setattr(layers[-1], _CLOSES, name in close)
             for number, layer in enumerate(layers):
-                setattr(layer, _INSIDE, name in self._dials and (number > 0 or name in follow))
+                setattr(layer, _INSIDE, (number > 0 and (self._is_scaled(name) or name in crowded)) or name in follow)
+
+    def _is_scaled(self, name: str) -> bool:
+        return self._blueprint.part(name).spec.strength != 1.0 or GATE in self._layers[name][0]._parameters

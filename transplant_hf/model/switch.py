@@ -24,22 +24,24 @@ from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, Stage
 from ..splice import Blueprint, insert_layers, renumber, use_config
 from ..splice.surgery import outer_modules
-from .cache_guard import CacheGuard
+from .cache_guard import CacheGuard, Side
 from .strength import Dials
 
-__all__ = ["Switch"]
+__all__ = ["Attributes", "Structure", "Switch", "structure_of"]
 
 Names = frozenset[str]
+# By the path of a module: its attributes.
+Attributes = Mapping[str, Mapping[str, Any]]
 _NOTHING: Names = frozenset()
 _RECORDED = "_output_capturing_hooks_installed"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Structure:
+class Structure:
     """The attributes of one state: by module outside the layers, by layer and module inside, by configuration."""
 
-    outer: Mapping[str, Mapping[str, Any]]
-    inner: Mapping[Stage, Mapping[str, Mapping[str, Any]]]
+    outer: Attributes
+    inner: Mapping[Stage, Attributes]
     configs: Mapping[str, PreTrainedConfig]
 
 
@@ -51,10 +53,16 @@ class Switch:
         blueprint: What it was built from.
         layers: Its layers by their stage.
         dials: What its donors do with what they add.
+        after: The switch of the model as it was, where donors of a live model change; all of them are on.
     """
 
     def __init__(
-        self, model: PreTrainedModel, blueprint: Blueprint, layers: Mapping[Stage, nn.Module], dials: Dials
+        self,
+        model: PreTrainedModel,
+        blueprint: Blueprint,
+        layers: Mapping[Stage, nn.Module],
+        dials: Dials,
+        after: Switch | None = None,
     ) -> None:
         self._model = model
         self._blueprint = blueprint
@@ -64,9 +72,15 @@ class Switch:
         self._asked: dict[object, Names] = {}
         # Which layers the live model is set up for; `None` while it holds all it was built with.
         self._set_for: Names | None = None
-        self._structures: dict[Names | None, _Structure] = {}
-        self._guard = CacheGuard()
+        self._structures: dict[Names | None, Structure] = {}
+        # What was last set on layers, where that is not what they were built with.
+        self._worn: dict[Stage, Attributes] = {}
         self._unrecorded: set[nn.Module] | None = None
+        self._plan = 0
+        if after is None:
+            self._guard = CacheGuard(self._side)
+        else:
+            self._follow(after)
 
     @property
     def disabled(self) -> Names:
@@ -79,6 +93,32 @@ class Switch:
             self._set_for = _NOTHING
         else:
             self._go(_NOTHING)
+
+    def _follow(self, old: Switch) -> None:
+        """Take over what another switch knows of the layers that this one holds too."""
+        old._note_recorded()
+        stages = {layer: stage for stage, layer in old._layers.items()}
+        self._worn = {stage: old.worn(stages[layer]) for stage, layer in self._layers.items() if layer in stages}
+        if old._unrecorded is not None:
+            self._unrecorded = {one for one in self._layers.values() if one not in stages or one in old._unrecorded}
+        self._guard, self._plan = old._guard, old._plan + 1
+        self._guard.current = self._side
+
+    def take_over(self, before: Structure, after: Structure, worn: Mapping[Stage, Attributes]) -> None:
+        """Let a live model, which was set up for other donors, run with these, all of them on.
+
+        Args:
+            before: What it is set up for.
+            after: What it is going to be.
+            worn: What is set on layers that are new in it.
+        """
+        self._worn.update(worn)
+        self._structures[_NOTHING] = after
+        self._set(before, _NOTHING)
+
+    def structure(self) -> Structure:
+        """What the live model is set up for now."""
+        return self._structure(self._set_for)
 
     @contextmanager
     def off(self, names: Collection[str]) -> Iterator[None]:
@@ -95,8 +135,8 @@ class Switch:
     def remove(self) -> None:
         """Leave the recipient alone in the model, for good."""
         self._go(frozenset(self._blueprint.splice.names))
-        owner = self._model.get_submodule(self._blueprint.recipient.stack_path.rpartition(".")[0])
-        self._guard.stand(owner, _NOTHING)
+        self._dials.close()
+        self._guard.leave()
 
     def check(self, names: Collection[str]) -> None:
         """Refuse names that are no donors, and donors whose replaced layers are gone.
@@ -125,15 +165,25 @@ class Switch:
         if disabled == self._set_for:
             return
         self._note_recorded()
-        old, new = self._structure(self._set_for), self._structure(disabled)
-        self._set_attributes(old, new)
+        self._set(self._structure(self._set_for), disabled)
+
+    def _set(self, old: Structure, disabled: Names) -> None:
+        self._set_attributes(old, self._structure(disabled))
         layers = [self._layers[stage] for stage in self._blueprint.running(disabled)]
         self._record(layers)
         self._fill(layers)
         self._dials.without(disabled)
         self._set_for = disabled
+        self.watch()
+
+    def watch(self) -> None:
+        """Watch caches where the model runs otherwise than it was loaded, or may in some calls."""
         owner = self._model.get_submodule(self._blueprint.recipient.stack_path.rpartition(".")[0])
-        self._guard.stand(owner, disabled)
+        self._guard.stand(owner, always=self._dials.open)
+
+    def _side(self) -> Side:
+        wanted = self._dials.requests.wanted
+        return Side(self._plan, self.disabled, self._dials.settings, wanted and wanted.key)
 
     def _fill(self, layers: Sequence[nn.Module]) -> None:
         """Let exactly these layers run."""
@@ -174,18 +224,15 @@ class Switch:
             raise ConfigurationError("a model cannot be copied inside disable_transplants(); copy it outside.")
         new = Switch.__new__(Switch)
         memo[id(self)] = new
-        new.__dict__.update(
-            {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_guard"}
-        )
-        new._guard = CacheGuard()
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
         return new
 
-    def _structure(self, disabled: Names | None) -> _Structure:
+    def _structure(self, disabled: Names | None) -> Structure:
         if disabled not in self._structures:
-            self._structures[disabled] = _structure(self._blueprint, disabled)
+            self._structures[disabled] = structure_of(self._blueprint, disabled)
         return self._structures[disabled]
 
-    def _set_attributes(self, old: _Structure, new: _Structure) -> None:
+    def _set_attributes(self, old: Structure, new: Structure) -> None:
         live = outer_modules(self._model, self._blueprint.recipient.stack_path)
         for path, attributes in new.outer.items():
             if path in live:
@@ -194,23 +241,31 @@ class Switch:
             inside = dict(self._layers[stage].named_modules())
             for path, attributes in modules.items():
                 if path in inside:
-                    before = old.inner.get(stage, self._built().inner[stage]).get(path, {})
-                    _set_differing(inside[path], before, attributes)
+                    _set_differing(inside[path], self.worn(stage).get(path, {}), attributes)
+            self._worn[stage] = modules
         for path, config in new.configs.items():
             if path in live and path in old.configs:
                 _turn_config(_config(live[path]), old.configs[path], config)
 
-    def _built(self) -> _Structure:
-        return self._structure(None)
+    def worn(self, stage: Stage) -> Attributes:
+        """What is set on a layer now, or was when it last ran."""
+        known = self._worn.get(stage)
+        return self._structure(None).inner[stage] if known is None else known
 
 
-def _structure(blueprint: Blueprint, disabled: Names | None) -> _Structure:
+def structure_of(blueprint: Blueprint, disabled: Names | None = _NOTHING) -> Structure:
+    """Look at one state of a blueprint, built on the meta device.
+
+    Args:
+        blueprint: What runs.
+        disabled: The donors that are switched off; `None` for all layers that the model holds.
+    """
     stages = blueprint.built if disabled is None else blueprint.running(disabled)
     model = _on_meta(blueprint, disabled, stages)
     path = blueprint.recipient.stack_path
     outer = outer_modules(model, path)
     stack = decoder_stack(model, path)
-    return _Structure(
+    return Structure(
         {name: _attributes(module) for name, module in outer.items()},
         {
             stage: {name: _attributes(module) for name, module in layer.named_modules()}

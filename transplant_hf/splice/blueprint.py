@@ -9,9 +9,10 @@ from functools import cached_property
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..architecture import Anatomy, LayerOrigin, SplicedConfig, splice_config
+from ..architecture import Anatomy, LayerOrigin, SplicedConfig, splice_config, text_config
+from ..architecture.exceptions import SEVERAL_STREAMS
 from ..compatibility import CompatibilityReport, donor_anatomy, mismatches, refuse_unsupported
-from ..config import DonorSpec, TransplantConfig
+from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..donor import Donor
 from ..errors import CompatibilityError, ConfigurationError
 from ..layer_map import RECIPIENT, LayerMap, Placement, Splice, Stage
@@ -96,6 +97,19 @@ class Blueprint:
         crowds = (f"{', '.join(names)} run side by side" for names in self.crowds)
         return (*scaled, *crowds)
 
+    def refuse_scaling(self) -> None:
+        """Refuse to keep a part of what donors add, where that is not one hidden state.
+
+        Raises:
+            ConfigurationError: With the reason.
+        """
+        model_type = text_config(self.recipient.config).config.model_type
+        if model_type in SEVERAL_STREAMS:
+            raise ConfigurationError(
+                f"donors in a {model_type} model run at strength 1, one after another and in every call: "
+                f"{SEVERAL_STREAMS[model_type]}. disable_transplants() switches them off."
+            )
+
     def turned(self, strengths: Mapping[str, float], composition: str | None = None) -> Blueprint:
         """The same layers with other strengths, or composed in another way.
 
@@ -116,10 +130,28 @@ class Blueprint:
         config.donors = [part.spec for part in parts]
         config.composition = composition or config.composition
         made = dataclasses.replace(self, parts=parts, config=config)
+        if made.beyond_native:
+            self.refuse_scaling()
         # None of these depends on it, and they are costly.
         known = vars(self).keys() & {"splice", "built", "built_config"}
         vars(made).update({name: vars(self)[name] for name in known})
         return made
+
+    def redrawn(self, donors: Sequence[DonorPart | tuple[DonorSpec, Donor]], keep_replaced: bool) -> Blueprint:
+        """The same recipient with other donors.
+
+        Args:
+            donors: All donors in their order; those that are not drawn yet are checked.
+            keep_replaced: Keep the layers that donors replace.
+
+        Raises:
+            ConfigurationError: A position out of range, overlapping replacements, two donors of one name.
+            CompatibilityError: A donor that does not fit, with every mismatch.
+        """
+        config = copy.deepcopy(self.config)
+        config.donors = donor_specs([one.spec if isinstance(one, DonorPart) else one[0] for one in donors])
+        parts = tuple(one if isinstance(one, DonorPart) else _fitted(self.recipient, *one) for one in donors)
+        return _checked(Blueprint(self.recipient, parts, config, keep_replaced))
 
     def part(self, name: str) -> DonorPart:
         """The donor of that name."""
@@ -179,16 +211,23 @@ def draw_blueprint(
         raise ConfigurationError("keep_replaced=True keeps layers that a donor replaces, but no donor replaces any.")
     recipient = Anatomy(model_class, recipient_config, f"recipient {config.recipient or model_class.__name__}")
     refuse_unsupported(recipient)
-    parts = []
-    for spec, donor in donors:
-        chosen = donor.part(spec.layers) if spec.layers is not None else donor
-        anatomy = donor_anatomy(chosen, recipient)
-        found = tuple(mismatches(chosen, anatomy, recipient))
-        CompatibilityReport(_named(recipient), str(spec.name), spec.position, found).raise_for_mismatches()
-        parts.append(DonorPart(spec, chosen, anatomy))
-    blueprint = Blueprint(recipient, tuple(parts), config, keep_replaced)
-    _refuse_removing_shared(recipient, blueprint.splice)
+    parts = tuple(_fitted(recipient, spec, donor) for spec, donor in donors)
+    return _checked(Blueprint(recipient, parts, config, keep_replaced))
+
+
+def _checked(blueprint: Blueprint) -> Blueprint:
+    _refuse_removing_shared(blueprint.recipient, blueprint.splice)
+    if blueprint.beyond_native:
+        blueprint.refuse_scaling()
     return blueprint
+
+
+def _fitted(recipient: Anatomy, spec: DonorSpec, donor: Donor) -> DonorPart:
+    chosen = donor.part(spec.layers) if spec.layers is not None else donor
+    anatomy = donor_anatomy(chosen, recipient)
+    found = tuple(mismatches(chosen, anatomy, recipient))
+    CompatibilityReport(_named(recipient), str(spec.name), spec.position, found).raise_for_mismatches()
+    return DonorPart(spec, chosen, anatomy)
 
 
 def _refuse_removing_shared(recipient: Anatomy, splice: Splice) -> None:

@@ -1,0 +1,300 @@
+"""`model.using`: each call, or each row of a batch, chooses its donors, and nothing that calls share is changed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from tests.helpers import generated, loaded, logits_of, plain, refused, some_ids, two_donors
+from transplant_hf import ConfigurationError, transplant
+from transplant_hf.model.gates import attach_gate, detach_gate
+
+
+def alone(family: Path, name: str, **kwargs: Any) -> Any:
+    """One of the two donors of `two_donors` in the recipient."""
+    if name == "a":
+        return loaded(family, 0, name="a", layers=[1], **kwargs)
+    return loaded(family, 2, name="b", **kwargs)
+
+
+# -- Whole calls ---------------------------------------------------------------------------------------------------
+
+
+def test_by_name(tiny: Path) -> None:
+    model, both = two_donors(tiny), two_donors(tiny)
+    for name in ("a", "b"):
+        with model.using(name):
+            assert torch.equal(logits_of(model), logits_of(alone(tiny, name)))
+            assert torch.equal(generated(model), generated(alone(tiny, name)))
+    with model.using(["b", "a"]):
+        assert torch.equal(logits_of(model), logits_of(both))
+    with model.using(()):
+        assert torch.equal(logits_of(model), logits_of(plain(tiny / "recipient")))
+        assert torch.equal(generated(model), generated(plain(tiny / "recipient")))
+    assert torch.equal(logits_of(model), logits_of(both))
+    assert torch.equal(generated(model), generated(both))
+
+
+def test_by_strength(tiny: Path) -> None:
+    model = two_donors(tiny, strength=0.25)
+    with model.using({"b": 0.5}):
+        torch.testing.assert_close(logits_of(model), logits_of(alone(tiny, "b", strength=0.5)))
+    with model.using("a"):  # at the strength that is set
+        torch.testing.assert_close(logits_of(model), logits_of(alone(tiny, "a", strength=0.25)))
+    assert model.strengths == {"a": 0.25, "b": 1.0}
+
+
+def test_nested_and_left_by_an_exception(tiny_llama: Path) -> None:
+    model = two_donors(tiny_llama)
+    with model.using("a"):
+        with pytest.raises(KeyError), model.using("b"):
+            raise KeyError
+        assert torch.equal(logits_of(model), logits_of(alone(tiny_llama, "a")))
+    assert torch.equal(logits_of(model), logits_of(two_donors(tiny_llama)))
+
+
+def test_side_by_side(tiny: Path) -> None:
+    model = transplant(loaded(tiny, 2, name="a"), str(tiny / "donor"), 2, name="b", composition="side_by_side")
+    with model.using("b"):
+        torch.testing.assert_close(logits_of(model), logits_of(alone(tiny, "b")))
+    with model.using({"a": 0.5, "b": 0.5}):
+        torch.testing.assert_close(logits_of(model), logits_of(loaded(tiny, 2)))
+    with model.using(rows=[{"a": 0.5, "b": 0.5}, None]):
+        found = logits_of(model)
+    torch.testing.assert_close(found[0], logits_of(loaded(tiny, 2))[0])
+    torch.testing.assert_close(found[1], logits_of(plain(tiny / "recipient"))[1])
+
+
+def test_beside_a_replacing_donor(tiny_llama: Path) -> None:
+    model = two_donors(tiny_llama, second="replace")
+    with model.using("b"):
+        assert torch.equal(logits_of(model), logits_of(loaded(tiny_llama, 2, "replace", name="b")))
+    for without in ((), "a", {"b": 0.5}):
+        with (
+            refused(ConfigurationError, "'b' replaces recipient layers", "disable_transplants('b')"),
+            model.using(without),
+        ):
+            pass
+
+
+def test_positions_and_padding(tiny: Path) -> None:
+    """Position 0 with padding and a static cache: layers that are left out still fill their part of the cache."""
+    ids, mask = some_ids(), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    model, recipient = loaded(tiny, 0), plain(tiny / "recipient")
+    with model.using(()):
+        for kind in (None, "static"):
+            found = generated(model, ids, attention_mask=mask, cache_implementation=kind)
+            assert torch.equal(found, generated(recipient, ids, attention_mask=mask, cache_implementation=kind))
+
+
+# -- Rows ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows(tiny: Path) -> None:
+    model, ids = two_donors(tiny), some_ids(batch=4)
+    whole = {
+        None: plain(tiny / "recipient"), "a": alone(tiny, "a"), "b": alone(tiny, "b"), ("a", "b"): two_donors(tiny)
+    }  # fmt: skip
+    with model.using(rows=list(whole)):
+        logits, tokens = logits_of(model, ids), generated(model, ids)
+    for number, one in enumerate(whole.values()):
+        # Experts take the tokens of all rows together, in another order than in a whole batch of one kind.
+        torch.testing.assert_close(logits[number], logits_of(one, ids)[number])
+        assert torch.equal(tokens[number], generated(one, ids)[number])
+
+
+def test_strength_by_row(tiny: Path) -> None:
+    model = loaded(tiny, 1)
+    with model.using({"donor": [0.5, 0]}):
+        found = logits_of(model)
+    torch.testing.assert_close(found[0], logits_of(loaded(tiny, 1, strength=0.5))[0])
+    assert torch.equal(found[1], logits_of(plain(tiny / "recipient"))[1])
+
+
+@pytest.mark.parametrize("several", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_several_sequences_of_a_row(tiny: Path, several: dict[str, int]) -> None:
+    model, each = two_donors(tiny), several.get("num_return_sequences", 1)
+    with model.using(rows=["a", None]):
+        found = generated(model, **several).split(each)
+    for number, one in enumerate((alone(tiny, "a"), plain(tiny / "recipient"))):
+        assert torch.equal(found[number], generated(one, **several).split(each)[number])
+
+
+def test_a_row_whose_donor_overflows_does_not_spoil_others(tiny_llama: Path) -> None:
+    model = loaded(tiny_llama, 1)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(torch.inf)
+    with model.using(rows=["donor", None]):
+        found = logits_of(model)
+    assert torch.equal(found[1], logits_of(plain(tiny_llama / "recipient"))[1])
+    assert not found[0].isfinite().all()
+
+
+def test_half_precision(tiny_llama: Path) -> None:
+    model = loaded(tiny_llama, 1, dtype=torch.bfloat16)
+    with model.using({"donor": [1, 0]}):
+        found = logits_of(model)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found[0], logits_of(loaded(tiny_llama, 1, dtype=torch.bfloat16))[0])
+
+
+# -- Threads -------------------------------------------------------------------------------------------------------
+
+
+def test_threads_choose_for_themselves(tiny: Path) -> None:
+    model, ids = two_donors(tiny), some_ids()
+    wanted = {
+        (): generated(plain(tiny / "recipient"), ids), ("a",): generated(alone(tiny, "a"), ids),
+        ("b",): generated(alone(tiny, "b"), ids), ("a", "b"): generated(two_donors(tiny), ids),
+    }  # fmt: skip
+    together = threading.Barrier(4)
+
+    def serve(names: tuple[str, ...]) -> list[bool]:
+        together.wait()
+        right = []
+        for _ in range(5):
+            with model.using(names):
+                right.append(torch.equal(generated(model, ids), wanted[names]))
+        return right
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(all(right) for right in pool.map(serve, wanted))
+
+
+def test_a_thread_without_a_choice(tiny_llama: Path) -> None:
+    """A choice does not follow into threads that are started inside the block."""
+    model = two_donors(tiny_llama)
+    with model.using(()), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(logits_of, model).result(), logits_of(two_donors(tiny_llama)))
+
+
+# -- With other things -----------------------------------------------------------------------------------------------
+
+
+def test_compiled(tiny: Path) -> None:
+    torch.compiler.reset()
+    model = two_donors(tiny)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits_of(compiled), logits_of(two_donors(tiny)))
+    for names in ("a", (), ("a", "b"), "b"):
+        with model.using(names):
+            wanted = logits_of(model)
+            torch.testing.assert_close(logits_of(compiled), wanted)
+    with model.using(rows=["a", None]):
+        torch.testing.assert_close(logits_of(compiled), logits_of(model))
+    torch.testing.assert_close(logits_of(compiled), logits_of(two_donors(tiny)))
+    torch.compiler.reset()
+
+
+def test_copied_and_pickled(tiny_llama: Path) -> None:
+    model = two_donors(tiny_llama)
+    with model.using("a"):
+        again = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]  # noqa: S301 - our own bytes
+    for one in again:
+        assert torch.equal(logits_of(one), logits_of(two_donors(tiny_llama)))
+        with one.using("b"):
+            assert torch.equal(logits_of(one), logits_of(alone(tiny_llama, "b")))
+            assert torch.equal(logits_of(model), logits_of(two_donors(tiny_llama)))
+
+
+def test_gradients_flow_where_it_is_wanted(tiny_llama: Path) -> None:
+    model, ids = two_donors(tiny_llama), some_ids()
+    with model.using("a"):
+        model(ids, labels=ids).loss.backward()
+    first, last = model.model.layers[0], model.model.layers[3]
+    assert first.mlp.up_proj.weight.grad.abs().sum() > 0
+    assert last.mlp.up_proj.weight.grad is None or not last.mlp.up_proj.weight.grad.any()
+
+
+def test_hidden_states_are_the_recipients(tiny_llama: Path) -> None:
+    model, ids = loaded(tiny_llama, 2), some_ids()
+    with model.using(()), torch.no_grad():
+        found = model(ids, output_hidden_states=True).hidden_states
+    wanted = plain(tiny_llama / "recipient")(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(found[-1], wanted[-1]) and torch.equal(found[2], wanted[2])
+
+
+def test_donors_that_come_and_go(tiny_llama: Path) -> None:
+    model = loaded(tiny_llama, 2, name="b")
+    with model.using(()):
+        logits_of(model)
+    model.add_donor(str(tiny_llama / "donor"), 0, name="a")
+    with model.using("b"):
+        assert torch.equal(logits_of(model), logits_of(alone(tiny_llama, "b")))
+    with model.disable_transplants("a"):
+        assert torch.equal(logits_of(model), logits_of(alone(tiny_llama, "b")))
+        with refused(ConfigurationError, "'a' is switched off by disable_transplants()"), model.using("a"):
+            pass
+        with model.using(()):
+            assert torch.equal(logits_of(model), logits_of(plain(tiny_llama / "recipient")))
+
+
+# -- Refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_of_another_choice(tiny: Path) -> None:
+    model, ids = two_donors(tiny), some_ids()
+    with model.using("a"):
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids, past_key_values=cache)
+    with refused(ConfigurationError, "other donors", "new cache"):
+        model(ids, past_key_values=cache)
+    with model.using("b"), refused(ConfigurationError, "other donors", "new cache"):
+        model(ids, past_key_values=cache)
+    with model.using("a"):
+        model(ids, past_key_values=cache)
+        model(ids, past_key_values=DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        ((), ("say which donors", "rows=")),
+        (("x",), ("no donor is named 'x'", "a, b")),
+        (({"a": float("nan")},), ("'a'", "finite number", "nan")),
+        (({"a": "1"},), ("'a'", "finite number", "'1'")),
+        (({"a": []},), ("'a'", "one for each row")),
+        (({"a": [1, 0], "b": [1, 0, 0]},), ("same batch", "'a': 2", "'b': 3")),
+        ((3,), ("named by a name", "3")),
+    ],
+)
+def test_refused_choices(tiny_llama: Path, arguments: tuple[Any, ...], facts: tuple[str, ...]) -> None:
+    with refused(ConfigurationError, *facts), two_donors(tiny_llama).using(*arguments):
+        pass
+
+
+def test_refused_rows(tiny_llama: Path) -> None:
+    model = two_donors(tiny_llama)
+    for rows in ("a", [], 3):
+        with refused(ConfigurationError, "an entry for each row", repr(rows)), model.using(rows=rows):
+            pass
+    with model.using(rows=["a", "b", None]), refused(ConfigurationError, "3 rows", "[2, 12, 32]"):
+        logits_of(model)
+    with refused(ConfigurationError, "say which donors"), model.using("a", rows=["a"]):
+        pass
+
+
+def test_refused_while_it_is_trained(tiny_llama: Path) -> None:
+    model, ids = two_donors(tiny_llama), some_ids()
+    attach_gate(model, "a")
+    with refused(ConfigurationError, "is being trained", "detach_gate"), model.using("a"):
+        pass
+    detach_gate(model, "a")
+    model.train().gradient_checkpointing_enable()
+    with model.using("a"), refused(ConfigurationError, "gradient checkpointing", "set_strength"):
+        model(ids, labels=ids)
+
+
+def test_no_transplant(tiny_llama: Path) -> None:
+    model = type(loaded(tiny_llama))(plain(tiny_llama / "recipient").config)
+    with refused(ConfigurationError, "holds no transplant"), model.using("a"):
+        pass
