@@ -195,6 +195,14 @@ def test_missing_format_version_is_the_first() -> None:
     assert check_format_version(None, "config.json") == 1
 
 
+def test_code_of_a_repository_is_named_in_its_file_only(tmp_path: Path) -> None:
+    """TRL reads `auto_map` of each configuration whose architecture is not in Transformers."""
+    config = TransplantConfig(recipient="user/base", donors={"user/law": 1}, auto_map={"AutoConfig": "code.Other"})
+    assert dict(config.auto_map) == {}
+    config.save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
 # -- Composition -------------------------------------------------------------------------------------------------
 
 

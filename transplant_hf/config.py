@@ -7,7 +7,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -280,6 +281,8 @@ class TransplantConfig(PreTrainedConfig):
     """
 
     model_type = "transplant"
+    # Empty, for libraries that read it of every architecture they do not find in Transformers itself (TRL does).
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(
         self,

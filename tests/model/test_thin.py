@@ -179,6 +179,14 @@ def test_the_other_changed_weights_are_counted(tiny_llama: Path, tmp_path: Path)
         model.save_pretrained(tmp_path / "thin", thin=True)
 
 
+def test_offloaded_weights_cannot_be_compared(tiny_llama: Path, tmp_path: Path) -> None:
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{number}": "disk" if number == 4 else "cpu" for number in range(6)}
+    model = loaded(tiny_llama, device_map=places, offload_folder=str(tmp_path / "offload"))
+    with refused(ConfigurationError, "model.layers.2.", "and 8 more are offloaded", "without offload"):
+        model.save_pretrained(tmp_path / "thin", thin=True)
+
+
 def test_changed_donor_weights_are_no_hindrance(tiny: Path, tmp_path: Path) -> None:
     model = loaded(tiny, 1)
     with torch.no_grad():

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from tests.helpers import NUM_LAYERS, generated, layers_of, loaded, logits_of, plain, some_ids
-from transplant_hf import AutoModelWithTransplant
+from tests.helpers import NUM_LAYERS, generated, layers_of, loaded, logits_of, plain, refused, some_ids
+from transplant_hf import AutoModelWithTransplant, CheckpointError, ConfigurationError, Donor, transplant
 
 
 class Texts(Dataset[dict[str, torch.Tensor]]):
@@ -169,3 +169,25 @@ def test_lora_and_the_switch(tiny_llama: Path, position: int) -> None:
         assert torch.equal(logits_of(model), logits_of(plain(tiny_llama / "recipient")))
         assert torch.equal(generated(model), generated(plain(tiny_llama / "recipient")))
     assert torch.equal(logits_of(model), logits_of(loaded(tiny_llama, position)))
+
+
+@pytest.mark.parametrize("kind", ["recipient", "transplant"])
+def test_layers_with_an_adapter_are_no_donor_and_no_recipient(tiny_llama: Path, tmp_path: Path, kind: str) -> None:
+    """An adapter renames the weights that it stands before: what is made of them would be random there."""
+    peft = pytest.importorskip("peft")
+    base = plain(tiny_llama / "recipient") if kind == "recipient" else loaded(tiny_llama, 1)
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4)).get_base_model()
+    with refused(CheckpointError, "layers.1 holds an adapter", "base_layer", "merge_and_unload"):
+        Donor.from_model(model, [1, 2]).tensors()
+    with refused(ConfigurationError, "has adapters attached", "unload"):
+        transplant(model, Donor.from_pretrained(tiny_llama / "donor"), 1, name="second")
+    if kind == "transplant":
+        with refused(ConfigurationError, "thin save", "an adapter is attached", "unload"):
+            model.save_pretrained(tmp_path / "thin", thin=True)
+
+
+def test_a_recipient_in_memory_has_the_weights_of_its_class(tiny_llama: Path) -> None:
+    model = plain(tiny_llama / "recipient")
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[2].self_attn.q_proj)
+    with refused(CheckpointError, "self_attn.q_proj.weight", "replaced", "transplant"):
+        transplant(model, Donor.from_pretrained(tiny_llama / "donor"), 1)

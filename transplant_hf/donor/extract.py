@@ -13,6 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ..architecture import LayerNames, decoder_stack, find_stack, projections_of_layers
 from ..config import DonorSpec
 from ..errors import CheckpointError, ConfigurationError
+from ..layouts.names import is_adapted
 from .record import DonorRecord
 from .tensors import MemoryTensors
 
@@ -81,7 +82,7 @@ def checkpoint_tensors(
         tensors that are zero in the donor are new ones.
 
     Raises:
-        CheckpointError: Weights that are not in memory, or quantised.
+        CheckpointError: Weights that are not in memory, or quantised, or an adapter that was not merged.
     """
     stack = decoder_stack(model, path)
     state: dict[str, Any] = {}
@@ -89,6 +90,11 @@ def checkpoint_tensors(
         for key, tensor in stack[number].state_dict().items():
             if key == GATE:
                 continue
+            if is_adapted(key):
+                raise CheckpointError(
+                    f"{path}.{number} holds an adapter ({key}), which is no part of a donor. Merge it into the layers "
+                    "(merge_and_unload) or take it off (unload) first."
+                )
             if tensor.is_meta:
                 raise CheckpointError(f"{path}.{number}.{key} is offloaded; load the model without offload first.")
             if not tensor.is_floating_point() and key.endswith("weight"):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ..architecture import Anatomy, LayerNames
 
-__all__ = ["LayerPart", "NameReader", "is_adapter"]
+__all__ = ["LayerPart", "NameReader", "is_adapted", "is_adapter"]
 
 # What wrappers put into names: DataParallel, torch.compile, FSDP, activation checkpointing, PEFT.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
@@ -113,3 +113,13 @@ def is_adapter(name: str) -> bool:
         True
     """
     return bool(_ADAPTER.search(name))
+
+
+def is_adapted(name: str) -> bool:
+    """Whether a tensor of a model in memory belongs to an adapter, or stands behind one under a name of PEFT's.
+
+    Example:
+        >>> is_adapted("h.0.attn.c_attn.base_layer.weight")
+        True
+    """
+    return is_adapter(name) or "base_layer" in name.split(".")

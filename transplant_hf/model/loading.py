@@ -155,10 +155,10 @@ class Loading:
             )
 
     def check_after_finish(self, info: Any) -> None:
-        """Refuse a donor that lacks tensors or brings others, and one whose files were changed.
+        """Refuse a donor that lacks tensors or brings others, one whose files were changed, and changed modules.
 
         Raises:
-            CheckpointError: Naming the first ones.
+            CheckpointError: Naming the first ones; or weights that a recipient in memory has under other names.
             IntegrityError: A file's sha256 is not the recorded one.
         """
         for number, name in self._donor_layers():
@@ -169,6 +169,13 @@ class Loading:
                     listed = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
                     extra = ", which such a layer does not have" if kind == "brings" else ""
                     raise CheckpointError(f"donor {name} {kind} {listed}{extra}.")
+        if self.shared and info.missing_keys:
+            lacking = sorted(info.missing_keys)
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            raise CheckpointError(
+                f"{self.blueprint.recipient.what} has no {lacking[0]}{more} in memory, which its class has: modules of "
+                "it were replaced, by a parametrisation or the like. Undo that, then transplant."
+            )
         self._checks.result()
 
     def _donor_layers(self) -> list[tuple[int, str]]:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError
+from ..layouts.names import is_adapted
 from ..sources import hub_errors
 
 __all__ = ["check_unchanged"]
@@ -23,8 +24,22 @@ def check_unchanged(model: PreTrainedModel, state: Any, current: dict[str, torch
         current: The recipient's weights in it.
 
     Raises:
-        ConfigurationError: Some differ; the first is named, the rest counted.
+        ConfigurationError: Some differ; the first is named, the rest counted. Or an adapter is attached, or
+            weights are offloaded.
     """
+    adapters = [name for name in current if is_adapted(name)]
+    if adapters:
+        raise ConfigurationError(
+            f"a thin save holds donors alone, but an adapter is attached ({adapters[0]}). Take it off first (unload); "
+            "it is saved by itself, or merge it (merge_and_unload) and save in full."
+        )
+    away = [name for name, tensor in current.items() if tensor.is_meta]
+    if away:
+        raise ConfigurationError(
+            f"a thin save compares the recipient's weights with the pinned recipient's, but {away[0]}"
+            f"{f' and {len(away) - 1} more' if len(away) > 1 else ''} are offloaded. Load the model without offload to "
+            "save it thin, or save in full."
+        )
     pinned = _pinned_recipient(model, state).state_dict()
     changed = [
         name
