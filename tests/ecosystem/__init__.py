@@ -1,0 +1,1 @@
+"""Rows of docs/ecosystem.md: what people use models with, tried on a transplant of five architectures."""
