@@ -1,0 +1,1 @@
+"""A page that shows a recipient and a transplant side by side."""
