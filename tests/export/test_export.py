@@ -1,0 +1,305 @@
+"""Exports: the transplant's logits from plain Transformers, and the recipient's names and types in the files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification, MixtralConfig
+
+from tests.helpers import (
+    DONOR_LAYERS,
+    NUM_LAYERS,
+    TOKENS,
+    Graft,
+    cast_weights,
+    copied,
+    loaded,
+    logits_of,
+    make_family,
+    plain,
+    randomised,
+    reference_logits,
+    run_python,
+    tiny_llama_model,
+)
+from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec
+from transplant_hf.export import export_transplant, writer
+
+load = AutoModelWithTransplant.from_pretrained
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def number_after(name: str, word: str) -> int | None:
+    """The layer's number in a checkpoint name."""
+    parts = name.split(".")
+    return int(parts[parts.index(word) + 1]) if word in parts else None
+
+
+# -- What is written ------------------------------------------------------------------------------------------------
+
+
+def test_it_needs_nothing_of_ours(tiny_gpt2: Path, tiny_llama: Path, tiny_gpt_oss: Path, tmp_path: Path) -> None:
+    """A process in which this package cannot be imported loads it, and computes what the layers compute by hand."""
+    cases: dict[str, torch.Tensor] = {}
+    for family in (tiny_gpt2, tiny_llama, tiny_gpt_oss):
+        recipient, source = plain(family / "recipient"), plain(family / "source")
+        for position, mode in ((1, "insert"), (4, "insert"), (1, "replace")):
+            name = f"{family.name}-{position}-{mode}"
+            spec = DonorSpec(str(family / "donor"), position, mode=mode)
+            done = export_transplant(family / "recipient", tmp_path / "out" / name, [spec])
+            assert done.verified and not done.left_out
+            graft = Graft(source, DONOR_LAYERS, position, replace=mode == "replace")
+            cases[name] = reference_logits(recipient, [graft])
+            assert torch.equal(logits_of(plain(tmp_path / "out" / name)), logits_of(loaded(family, position, mode)))
+    code = """
+import sys, torch
+sys.modules["transplant_hf"] = None
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+torch.set_num_threads(1)
+cases = torch.load(sys.argv[1])
+for folder in Path(sys.argv[2]).iterdir():
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), (folder, info)
+    assert type(model).__module__.startswith("transformers.models."), type(model)
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(ids, use_cache=False).logits, cases.pop(folder.name), rtol=1e-5, atol=1e-5)
+    greedy = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(ids, **greedy), model.generate(ids, use_cache=False, **greedy))
+    assert AutoTokenizer.from_pretrained(folder)("hm").input_ids
+    assert GenerationConfig.from_pretrained(folder).max_new_tokens == 11
+assert not cases
+try:
+    import transplant_hf
+except ImportError:
+    print("alone")
+"""
+    torch.save(cases, tmp_path / "cases")
+    assert run_python(code, tmp_path / "cases", tmp_path / "out").split() == ["alone"]
+
+
+def test_names_types_and_bits_are_the_recipients(tiny: Path, tmp_path: Path) -> None:
+    done = export_transplant(tiny / "donor", tmp_path / "full")
+    own, theirs = load_file(tiny / "recipient" / "model.safetensors"), load_file(tiny / "donor" / "donor.safetensors")
+    found = weights_in(tmp_path / "full")
+    word = "h" if any(".h." in name for name in own) else "layers"
+    at = {0: 0, 1: 3, 2: 4, 3: 5}
+    expected = {}
+    for name, tensor in own.items():
+        number = number_after(name, word)
+        moved = name if number is None else name.replace(f".{word}.{number}.", f".{word}.{at[number]}.")
+        expected[moved] = tensor
+    prefix = "transformer.h" if word == "h" else "model.layers"
+    for name, tensor in theirs.items():
+        _, number, rest = name.split(".", 2)
+        expected[f"{prefix}.{int(number) + 1}.{rest}"] = tensor
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    data = (tmp_path / "full" / "model.safetensors").read_bytes()
+    assert done.files["model.safetensors"].sha256 == hashlib.sha256(data).hexdigest()
+    config = json.loads((tmp_path / "full" / "config.json").read_text())
+    assert config["architectures"] == [type(plain(tiny / "recipient")).__name__] and "auto_map" not in config
+
+
+def test_it_is_what_a_full_save_writes(tiny: Path, tmp_path: Path) -> None:
+    """Two roads that share no code after the plan: one over a built model, one from file to file."""
+    export_transplant(tiny / "donor", tmp_path / "streamed")
+    load(tiny / "donor").save_pretrained(tmp_path / "saved")
+    one, other = weights_in(tmp_path / "streamed"), weights_in(tmp_path / "saved")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("streamed", "saved")]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_cast(tiny: Path, tmp_path: Path, dtype: str) -> None:
+    done = export_transplant(tiny / "donor", tmp_path / "full", dtype=dtype)
+    assert done.dtype == dtype and done.verified
+    kind = getattr(torch, dtype)
+    fixed = ("norm",) if tiny.name.startswith("gpt_oss") and dtype == "float16" else ()
+    for name, tensor in weights_in(tmp_path / "full").items():
+        assert tensor.dtype == (torch.float32 if any(word in name for word in fixed) else kind), name
+    assert json.loads((tmp_path / "full" / "config.json").read_text())["dtype"] == dtype
+    assert torch.equal(logits_of(plain(tmp_path / "full", dtype=kind)), logits_of(load(tiny / "donor", dtype=kind)))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_donors_take_the_recipients_type(tiny_llama: Path, tmp_path: Path, ours: str, theirs: str) -> None:
+    family = copied(tiny_llama, tmp_path / "family")
+    cast_weights(family / "recipient", getattr(torch, ours))
+    source = plain(tiny_llama / "source", dtype=getattr(torch, theirs))
+    Donor.from_model(source, DONOR_LAYERS, name="donor").save_pretrained(
+        family / "donor", position=1, recipient=str(family / "recipient")
+    )
+    assert export_transplant(family / "donor", tmp_path / "full").dtype == ours
+    assert {tensor.dtype for tensor in weights_in(tmp_path / "full").values()} == {getattr(torch, ours)}
+
+
+def test_shards(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounded in size, layer after layer, with an index; from a sharded recipient, in pieces smaller than a tensor."""
+    family = copied(tiny_llama, tmp_path / "family")
+    model = plain(family / "recipient")
+    (family / "recipient" / "model.safetensors").unlink()
+    model.save_pretrained(family / "recipient", max_shard_size="30KB")
+    monkeypatch.setattr(writer, "_PIECE", 256)
+    done = export_transplant(family / "donor", tmp_path / "full", max_shard_size="40KB")
+    assert len(done.files) > 3
+    assert all(stamp.size <= 40_000 + 4_000 for stamp in done.files.values())
+    index = json.loads((tmp_path / "full" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(done.files)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights_in(tmp_path / "full").values())
+    numbers = [number_after(name, "layers") for name in index["weight_map"]]
+    in_layers = [number for number in numbers if number is not None]
+    assert in_layers == sorted(in_layers)
+    assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(tiny_llama / "donor")))
+
+
+def test_an_earlier_export_is_replaced(tiny_llama: Path, tmp_path: Path) -> None:
+    export_transplant(tiny_llama / "donor", tmp_path / "full", max_shard_size="40KB")
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    done = export_transplant(tiny_llama / "donor", tmp_path / "full")
+    names = {path.name for path in (tmp_path / "full").iterdir()}
+    assert {name for name in names if "safetensors" in name} == set(done.files) == {"model.safetensors"}
+    assert "notes.txt" in names
+    assert {path.name for path in tmp_path.iterdir()} == {"full"}
+
+
+def test_it_tells_when_kinds_of_layers_no_longer_repeat(tiny_gpt_oss: Path, tmp_path: Path) -> None:
+    """Sliding, full, sliding, full; the donor is full, sliding."""
+    donor = str(tiny_gpt_oss / "donor")
+    regular = export_transplant(tiny_gpt_oss / "recipient", tmp_path / "1", {donor: 1}, verify=False)
+    assert not regular.irregular and "by number" not in str(regular)
+    broken = export_transplant(tiny_gpt_oss / "recipient", tmp_path / "2", {donor: 2}, verify=False)
+    assert broken.irregular and "place some kinds of layers by number" in str(broken)
+
+
+def test_the_card(tiny_llama: Path, tmp_path: Path) -> None:
+    export_transplant(tiny_llama / "donor", tmp_path / "full", license="apache-2.0")
+    card = (tmp_path / "full" / "README.md").read_text()
+    assert "loads with Transformers alone" in card and 'from_pretrained("full")' in card
+    assert "license: apache-2.0" in card and "6 layers run: 4 recipient, 2 donor" in card
+    (tmp_path / "full" / "README.md").write_text("mine")
+    export_transplant(tiny_llama / "donor", tmp_path / "full")
+    assert (tmp_path / "full" / "README.md").read_text() == "mine"
+
+
+# -- What is read ---------------------------------------------------------------------------------------------------
+
+
+def test_several_donors(tiny_gpt2: Path, tmp_path: Path) -> None:
+    recipient, source = plain(tiny_gpt2 / "recipient"), plain(tiny_gpt2 / "source")
+    donor = str(tiny_gpt2 / "donor")
+    specs = [DonorSpec(donor, 0, name="a", layers=[1]), DonorSpec(donor, 2, "replace", name="b")]
+    done = export_transplant(tiny_gpt2 / "recipient", tmp_path / "full", specs)
+    assert list(done.layer_map) == [
+        ("a", 2),
+        ("recipient", 0),
+        ("recipient", 1),
+        ("b", 1),
+        ("b", 2),
+    ]
+    expected = reference_logits(recipient, [Graft(source, [2], 0), Graft(source, DONOR_LAYERS, 2, replace=True)])
+    torch.testing.assert_close(logits_of(plain(tmp_path / "full")), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_thin_repo_with_several_donors(tiny_llama: Path, tmp_path: Path) -> None:
+    donor = str(tiny_llama / "donor")
+    specs = [DonorSpec(donor, 1, name="a", layers=[0]), DonorSpec(donor, 4, name="b")]
+    model = load(tiny_llama / "recipient", donors=specs)
+    model.generation_config.max_new_tokens = 5
+    model.save_pretrained(tmp_path / "thin", thin=True)
+    export_transplant(tmp_path / "thin", tmp_path / "full")
+    assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(model))
+    assert json.loads((tmp_path / "full" / "generation_config.json").read_text())["max_new_tokens"] == 5
+
+
+def test_a_recommended_position(tiny_llama: Path, tmp_path: Path) -> None:
+    donor = str(tiny_llama / "donor")
+    export_transplant(tiny_llama / "recipient", tmp_path / "own", {donor: None})
+    export_transplant(tiny_llama / "recipient", tmp_path / "other", {donor: 3})
+    assert torch.equal(logits_of(plain(tmp_path / "own")), logits_of(load(donor)))
+    assert torch.equal(logits_of(plain(tmp_path / "other")), logits_of(loaded(tiny_llama, 3)))
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_gpt2_without_a_prefix(tiny_gpt2: Path, tmp_path: Path, masks: bool) -> None:
+    """As OpenAI's own checkpoint is, causal masks included: names stay bare."""
+    family = copied(tiny_gpt2, tmp_path / "family")
+    path = family / "recipient" / "model.safetensors"
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    if masks:
+        weights |= {f"h.{n}.attn.bias": torch.ones(1, 1, 64, 64) for n in range(NUM_LAYERS)}
+    save_file(weights, path, metadata={"format": "pt"})
+    export_transplant(family / "donor", tmp_path / "full")
+    assert {name.split(".")[0] for name in weights_in(tmp_path / "full")} == {name.split(".")[0] for name in weights}
+    assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(tiny_gpt2 / "donor")))
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_a_bin_recipient(tiny: Path, tmp_path: Path, form: str) -> None:
+    family = copied(tiny, tmp_path / "family")
+    weights = load_file(family / "recipient" / "model.safetensors")
+    target = family / "recipient" / "pytorch_model.bin"
+    torch.save(weights, target, _use_new_zipfile_serialization=form == "zip")
+    (family / "recipient" / "model.safetensors").unlink()
+    export_transplant(family / "donor", tmp_path / "full", verify=form == "zip")
+    assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(tiny / "donor")))
+
+
+def test_experts_that_are_separate_in_the_files(tmp_path: Path) -> None:
+    def build(seed: int) -> Any:
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+        sizes |= {"num_key_value_heads": 1, "head_dim": 8, "num_experts_per_tok": 2, "num_local_experts": 3}
+        return randomised(AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **TOKENS)), seed)
+
+    make_family(tmp_path, build)
+    export_transplant(tmp_path / "donor", tmp_path / "full", dtype="bfloat16")
+    names = [name for name in weights_in(tmp_path / "full") if ".experts." in name]
+    assert {number_after(name, "layers") for name in names} == set(range(6))
+    assert all(".experts.0." in name or ".experts.1." in name or ".experts.2." in name for name in names)
+    found = logits_of(plain(tmp_path / "full", dtype=torch.float32))
+    for folder in ("recipient", "source"):
+        cast_weights(tmp_path / folder, torch.bfloat16)
+    models = [plain(tmp_path / folder, dtype=torch.float32) for folder in ("recipient", "source")]
+    expected = reference_logits(models[0], [Graft(models[1], DONOR_LAYERS, 1)])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tied_weights_are_written_once(tmp_path: Path) -> None:
+    make_family(tmp_path, tiny_llama_model, tie_word_embeddings=True)
+    export_transplant(tmp_path / "donor", tmp_path / "full")
+    assert "lm_head.weight" not in weights_in(tmp_path / "full")
+    model = plain(tmp_path / "full")
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_a_classification_head(tiny_gpt2: Path, tmp_path: Path) -> None:
+    body = plain(tiny_gpt2 / "recipient")
+    model = randomised(GPT2ForSequenceClassification(body.config), 5)
+    model.save_pretrained(tmp_path / "recipient")
+    done = export_transplant(tmp_path / "recipient", tmp_path / "full", {str(tiny_gpt2 / "donor"): 2})
+    assert done.model_class == "GPT2ForSequenceClassification" and done.verified
+    assert torch.equal(load_file(tmp_path / "full" / "model.safetensors")["score.weight"], model.score.weight)
+
+
+def test_layers_beyond_the_recipients_depth_are_left_out(tiny_llama: Path, tmp_path: Path) -> None:
+    family = copied(tiny_llama, tmp_path / "family")
+    path = family / "recipient" / "model.safetensors"
+    extra = {"model.layers.4.mlp.up_proj.weight": torch.ones(48, 32)}
+    save_file(load_file(path) | extra, path, metadata={"format": "pt"})
+    done = export_transplant(family / "donor", tmp_path / "full")
+    assert done.left_out == tuple(extra) and "left out" in str(done)
+    assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(tiny_llama / "donor")))

@@ -1,0 +1,55 @@
+"""Memory does not grow with what is exported: anonymous memory, in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.helpers import run_python
+from transplant_hf import Donor
+
+_MOST_MIB = 40
+
+CODE = """
+import sys, threading
+from transplant_hf.export import export_transplant
+import transplant_hf.donor, transformers.models.llama.modeling_llama
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+
+dtype = sys.argv[3] if sys.argv[3] != "as it is" else None
+export_transplant(sys.argv[1], sys.argv[2] + "-first", dtype=dtype, verify=False)  # what is imported late is there
+before, peak, done = anonymous(), [0.0], threading.Event()
+
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+
+thread = threading.Thread(target=watch)
+thread.start()
+export_transplant(sys.argv[1], sys.argv[2], dtype=dtype, verify=False)
+done.set()
+thread.join()
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["as it is", "float32"])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, dtype: str) -> None:
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8, vocab_size=4096
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "recipient")
+    donor = Donor.from_model(model, [1, 2], name="donor")
+    donor.save_pretrained(tmp_path / "donor", position=1, recipient=str(tmp_path / "recipient"))
+    grown = float(run_python(CODE, tmp_path / "donor", tmp_path / "full", dtype))
+    size = (tmp_path / "full" / "model.safetensors").stat().st_size / 2**20
+    assert size > 5 * _MOST_MIB
+    assert grown < _MOST_MIB, f"{grown:.0f} MiB more while {size:.0f} MiB were written"

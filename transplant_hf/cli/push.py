@@ -1,0 +1,43 @@
+"""`transplant-hf push`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .command import command, show
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    push = command(
+        commands,
+        "push",
+        _run,
+        "check a saved donor, transplant or model and upload it as one commit",
+        'push gpt2-law user/gpt2-law --private --message "First donor"',
+    )
+    push.add_argument("folder", metavar="FOLDER", type=Path, help="what was saved")
+    push.add_argument("repo_id", metavar="REPO", help="repository on the Hub; made if it does not exist")
+    push.add_argument("--private", action="store_true", help="make it private if it is new")
+    push.add_argument("--revision", help="the branch to push to; made if it does not exist")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    push.add_argument("--message", help="first line of the commit (default: says what is uploaded)")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from ..export import push_artefact
+
+    done = push_artefact(
+        options.folder,
+        options.repo_id,
+        private=options.private or None,
+        revision=options.revision,
+        create_pr=options.create_pr,
+        commit_message=options.message,
+    )
+    show(done, options)
+    return 0

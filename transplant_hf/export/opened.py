@@ -1,0 +1,161 @@
+"""From names to what is going to be exported: everything found and pinned, drawn, and refused where it must be."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+)
+
+from ..architecture import native_class
+from ..config import DonorSpec, TransplantConfig, donor_specs
+from ..donor import Donor
+from ..errors import ConfigurationError
+from ..model.resolve import Request, open_donors, read_request, recipient_config
+from ..sources import HubOptions
+from ..splice import Blueprint, draw_blueprint
+
+__all__ = ["Opened", "open_transplant", "specs_for"]
+
+_HEADS = (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A transplant that can be exported.
+
+    Args:
+        request: What was named, every revision pinned.
+        blueprint: What runs; a native configuration describes it.
+        auto_class: The Auto class that finds the recipient's own class.
+        hub: How to reach the Hub.
+    """
+
+    request: Request
+    blueprint: Blueprint
+    auto_class: Any
+    hub: HubOptions
+
+    @property
+    def config(self) -> TransplantConfig:
+        """The transplant's configuration."""
+        return self.blueprint.config
+
+    @property
+    def recipient(self) -> str:
+        """The recipient, with its commit if it has one."""
+        revision = self.config.recipient_revision
+        return f"{self.config.recipient}@{revision}" if revision else str(self.config.recipient)
+
+
+def specs_for(donors: Any, hub: HubOptions) -> list[DonorSpec] | None:
+    """Read which donors are meant; one without a position goes where it says itself.
+
+    Args:
+        donors: `{donor: position or None}`, or a list of `DonorSpec`; `None` where the source names its own.
+        hub: How to reach the Hub.
+
+    Raises:
+        ConfigurationError: A donor that recommends no position.
+    """
+    if not isinstance(donors, Mapping):
+        return donor_specs(donors) if donors is not None else None
+    specs = []
+    for name, position in donors.items():
+        if position is not None:
+            specs.append(DonorSpec(os.fspath(name), position))
+            continue
+        donor = Donor.from_pretrained(name, **hub.as_kwargs())
+        if donor.position is None:
+            raise ConfigurationError(f"donor {donor} recommends no position; say where it goes.")
+        specs.append(DonorSpec(os.fspath(name), donor.position, donor.mode, strength=donor.strength))
+    return donor_specs(specs)
+
+
+def open_transplant(
+    source: str | os.PathLike[str],
+    donors: Any,
+    composition: str | None,
+    revision: str | None,
+    hub: HubOptions,
+) -> Opened:
+    """Find a transplant's parts by configurations and headers, and draw what runs.
+
+    Args:
+        source: A transplant, a donor, or with `donors` a recipient.
+        donors: As in `specs_for`.
+        composition: "stacked" or "side_by_side"; by default as the source says.
+        revision: The source's revision.
+        hub: How to reach the Hub.
+
+    Raises:
+        ConfigurationError: Nothing to export, or nothing that a plain checkpoint can describe; with what to do.
+        CompatibilityError: A donor does not fit.
+        HubError: Out of reach.
+    """
+    specs = specs_for(donors, hub)
+    request = read_request(source, donors=specs, config=None, revision=revision, subfolder=None, hub=hub)
+    if composition is not None:
+        request.config.composition = composition
+    found = open_donors(request, hub)
+    config, _ = recipient_config(request, hub, False, {})
+    auto_class = _head_of(config)
+    model_class, config = native_class(auto_class, config, request.config.recipient)
+    blueprint = draw_blueprint(model_class, config, found, request.config)
+    _refuse_beyond_native(blueprint)
+    return Opened(request, blueprint, auto_class, hub)
+
+
+def _head_of(config: PreTrainedConfig) -> Any:
+    """The Auto class that finds the class which the recipient was saved from."""
+    named = set(config.architectures or ())
+    for auto_class in _HEADS:
+        found = auto_class._model_mapping.get(type(config), ())
+        classes: Any = found if isinstance(found, list | tuple) else [found]
+        if named & {one.__name__ for one in classes}:
+            return auto_class
+    return AutoModelForCausalLM
+
+
+def _refuse_beyond_native(blueprint: Blueprint) -> None:
+    """Refuse what would load silently wrong in plain Transformers, or not at all.
+
+    Raises:
+        ConfigurationError: With the reason, and what can be done.
+    """
+    save = "load it with AutoModelWithTransplant and call save_pretrained(folder)"
+    scaled = [(part.name, part.spec.strength) for part in blueprint.parts if part.spec.strength != 1.0]
+    if scaled:
+        name, strength = scaled[0]
+        if strength == 0:
+            raise ConfigurationError(
+                f"donor {name!r} has strength 0, so it does nothing: leave it out, or export the recipient itself if "
+                "it is the only one."
+            )
+        raise ConfigurationError(
+            f"donor {name!r} has strength {strength}, and a plain checkpoint knows no strengths. Either {save}, which "
+            "folds the strength into the weights where that is exact and else writes the transplant format; or export "
+            "it at strength 1, by naming the recipient, the donor and its position."
+        )
+    if blueprint.crowds:
+        raise ConfigurationError(
+            f"donors {', '.join(blueprint.crowds[0])} run side by side at one position, and a plain checkpoint runs "
+            f"one layer after another. Either {save}, which writes the transplant format; or export them stacked "
+            '(composition="stacked"), which computes something else.'
+        )
+    state = blueprint.state(())
+    if not state.native:
+        reason = state.reasons[0] if state.reasons else "its layers differ"
+        raise ConfigurationError(
+            f"no configuration of {blueprint.recipient.config.model_type} describes these layers ({reason}), so a "
+            f"plain checkpoint of them would be loaded silently wrong. Either {save}, which writes the transplant "
+            "format; or choose another position (`transplant-hf check` says of each whether it is native)."
+        )
