@@ -1,7 +1,7 @@
 # The environment in use, else the one in .venv, else whatever python3 is.
 PYTHON ?= $(if $(VIRTUAL_ENV),python,$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
 
-.PHONY: help install check format test test-slow demo bench clean
+.PHONY: help install check format test test-slow ecosystem docs release demo bench clean
 
 help:
 	@echo "make install     a virtual environment in .venv with the tested versions of everything"
@@ -9,8 +9,11 @@ help:
 	@echo "make format      let ruff mend what it can"
 	@echo "make test        all but the slow tests, and the examples in docstrings"
 	@echo "make test-slow   the slow tests: every architecture"
+	@echo "make ecosystem   the table of docs/ecosystem.md, from a test run"
+	@echo "make docs        the documentation site, in build/site"
+	@echo "make release     wheel and sdist, tried in empty environments"
 	@echo "make demo        the demonstration"
-	@echo "make bench       the measurements"
+	@echo "make bench       the measurements; benchmarks/README.md has all of them"
 	@echo "make clean       remove what the tools left behind"
 
 install:

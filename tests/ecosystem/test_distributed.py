@@ -16,6 +16,14 @@ def _reference(case: Case) -> torch.Tensor:
     return case.independent()(case.ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
+def _check_logits(case: Case, tensors: dict[str, torch.Tensor]) -> None:
+    """With the donor they are the reference's, with it switched off the recipient's."""
+    with torch.no_grad():
+        recipient = case.recipient_model()(case.ids, use_cache=False).logits
+    torch.testing.assert_close(tensors["logits"], _reference(case), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tensors["off"], recipient, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.ecosystem(section="Several processes", feature="tensor parallel, `DistributedConfig(tp_size=2)`")
 def test_tensor_parallel(case: Case) -> None:
@@ -29,7 +37,7 @@ def test_tensor_parallel(case: Case) -> None:
         assert not case.recipient_model().tp_plan
         pytest.xfail(f"Transformers has no tensor-parallel plan for {name} {_PLANS}")
     for tensors, said in ranks:
-        torch.testing.assert_close(tensors["logits"], _reference(case), rtol=1e-4, atol=1e-4)
+        _check_logits(case, tensors)
         assert said["layer_map"][1] == ["donor", 1]
     divided = ranks[0][1]["divided"]
     if not any(".layers." in name for name in divided):
@@ -51,7 +59,7 @@ def test_expert_parallel(case: Case) -> None:
     if not case.recipient_model().ep_plan:
         pytest.xfail(f"a dense architecture: it has no experts to divide {_PLANS}")
     for tensors, said in run_ranks("expert", case):
-        torch.testing.assert_close(tensors["logits"], _reference(case), rtol=1e-4, atol=1e-4)
+        _check_logits(case, tensors)
         experts = [name for name in said["divided"] if ".experts." in name]
         assert {name.split(".layers.")[1].split(".")[0] for name in experts} == {str(number) for number in range(6)}
 
@@ -61,7 +69,7 @@ def test_expert_parallel(case: Case) -> None:
 def test_fsdp_loaded(case: Case) -> None:
     whole = sum(parameter.nbytes for parameter in case.independent().parameters())
     for tensors, said in run_ranks("fsdp_loaded", case):
-        torch.testing.assert_close(tensors["logits"], _reference(case), rtol=1e-4, atol=1e-4)
+        _check_logits(case, tensors)
         assert len(said["divided"]) == len(said["held"])
         assert sum(said["held"].values()) == whole // 2
         assert sum(said["read"].values()) == whole // 2
@@ -78,11 +86,8 @@ def test_fully_shard(case: Case) -> None:
     said = ranks[0][1]
     trained = trained_once(reference, said["layers"], case.ids, said["path"])
     assert said["layers"] == [1, 2]
-    with torch.no_grad():
-        recipient = case.recipient_model()(case.ids, use_cache=False).logits
     for tensors, found in ranks:
-        torch.testing.assert_close(tensors["logits"], _reference(case), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(tensors["off"], recipient, rtol=1e-4, atol=1e-4)
+        _check_logits(case, tensors)
         assert sum(found["held"].values()) == sum(parameter.nbytes for parameter in reference.parameters()) // 2
     # Each rank saw one of the two rows, and both took one step; the first rank gets all weights.
     gathered = {name.removeprefix("after."): tensor for name, tensor in ranks[0][0].items() if "after." in name}

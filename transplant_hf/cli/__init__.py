@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import TransplantError
-from . import check, compare, convert, demo, evaluate, extract, inspect, sweep, train
+from . import check, compare, convert, demo, evaluate, export, extract, inspect, plan, push, sweep, train
 from .command import HOW_IT_ENDS
 
 __all__ = ["main"]
 
-_COMMANDS = (demo, convert, inspect, check, extract, train, sweep, evaluate, compare)
+_COMMANDS = (demo, convert, inspect, check, plan, extract, train, sweep, evaluate, compare, export, push)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

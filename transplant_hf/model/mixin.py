@@ -369,6 +369,6 @@ def transplant_class(native: Any) -> Any:
 
 def native_class(model_class: Any) -> Any:
     """Return the recipient's own class of a transplanted model's class."""
-    return next(
-        base for base in model_class.__mro__ if not issubclass(base, TransplantMixin) and base is not TransplantMixin
-    )
+    # FSDP2 puts a class of its own before a model's; what is native stands behind ours.
+    bases = model_class.__mro__
+    return bases[bases.index(TransplantMixin) + 1]

@@ -1,0 +1,57 @@
+"""`plan` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import loaded
+from transplant_hf.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]:
+    status = main(["plan", *map(str, words)])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_as_text(tiny_gpt_oss: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    donor = f"{tiny_gpt_oss / 'donor'}@1"
+    words = ("--donor", donor, "--devices", 2, "--memory", "1MiB", "--bandwidth", "1MB/s", "--context", 20)
+    status, out, _ = run(capsys, tiny_gpt_oss / "recipient", *words)
+    assert status == 0
+    lines = out.splitlines()
+    assert "GptOssForCausalLM) in float32, 2 devices of 1.0 MiB, auto; batch 1, context 20" in lines[0]
+    assert lines[1].strip().startswith("donor: layers 1, 2 of its source at position 1, ")
+    table = {line.strip().split("  ")[0]: line.split() for line in lines[3:]}
+    assert table["layers"][1:] == ["4", "6", "+50.0%"]
+    assert table["cache"][-1].startswith("+")
+    assert {"sliding attention, window 4", "full attention", "per token", "which takes"} <= set(table)
+    assert [line for line in lines if line.startswith("  device ")]
+
+
+def test_as_json(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, tiny_llama / "donor", "--json")
+    found = json.loads(out)
+    assert status == 0
+    model = loaded(tiny_llama)
+    assert found["after"]["weights"] == {"float32": sum(p.numel() * 4 for p in model.parameters())}
+    assert found["layer_map"] == [list(slot) for slot in model.layer_map]
+
+
+def test_what_does_not_fit_fails(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, tiny_llama / "recipient", "--layers", 1, "--memory", "4KiB")
+    assert status == 1
+    assert "problem: " in out
+
+
+def test_what_is_refused_is_one_sentence(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, tiny_llama / "recipient", "--donor", tiny_llama / "donor")
+    assert (status, out) == (1, "")
+    assert "--donor must be DONOR@POSITION" in err
+    status, out, _ = run(capsys, tiny_llama / "recipient", "--layers", 2, "--memory", "much", "--json")
+    assert status == 1
+    assert json.loads(out)["error"] == "ConfigurationError"
