@@ -36,6 +36,16 @@ test:
 test-slow:
 	$(PYTHON) -m pytest -m slow
 
+# Every row, with the packages of the `ecosystem` extra; rows whose package is missing say so.
+ecosystem:
+	TRANSPLANT_HF_ECOSYSTEM_REPORT=docs/ecosystem.md $(PYTHON) -m pytest -q tests/ecosystem -m "slow or not slow"
+
+docs:
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
+release:
+	.ci/release
+
 demo:
 	$(PYTHON) -c 'import sys; from transplant_hf.cli import main; sys.exit(main(["demo"]))'
 

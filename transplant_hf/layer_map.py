@@ -58,7 +58,11 @@ class LayerMap(tuple[Slot, ...]):
         return tuple(sorted(named, key=lambda source: source != RECIPIENT))
 
     def layers_of(self, source: str) -> list[int]:
-        """Running numbers of the layers that came from `source`."""
+        """Running numbers of the layers that came from `source`.
+
+        Args:
+            source: "recipient", or a donor's name.
+        """
         return [number for number, slot in enumerate(self) if slot.source == source]
 
     def _runs(self) -> list[list[int]]:

@@ -50,7 +50,11 @@ class ComparisonReport:
         }
 
     def save(self, folder: Path) -> None:
-        """Write `comparison.json` and `comparison.txt`."""
+        """Write `comparison.json` and `comparison.txt`.
+
+        Args:
+            folder: Where to; it is made if it is not there.
+        """
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "comparison.json", self.to_dict())

@@ -108,7 +108,11 @@ class Donor:
 
     @classmethod
     def open(cls, source: Source) -> Donor:
-        """Open a donor whose files are at hand."""
+        """Open a donor whose files are at hand.
+
+        Args:
+            source: Where they lie, and what the donor was asked for by.
+        """
         if source.from_hub and not (source.folder / DONOR_CONFIG).exists():
             raise CheckpointError(
                 f"{source} is no donor: it holds no {DONOR_CONFIG}, or the local cache holds only a part of it; then "
@@ -262,6 +266,9 @@ class Donor:
     def part(self, layers: Sequence[int]) -> Donor:
         """Return some consecutive layers of this donor, by its own order.
 
+        Args:
+            layers: Their numbers in the donor, 0..k-1.
+
         Raises:
             ConfigurationError: It has no such layers.
         """
@@ -286,7 +293,11 @@ class Donor:
         return [self.source.folder / name for name in self.record.files] if self.source else []
 
     def companions_in(self, recipient: str) -> str:
-        """Where the tokenizer of a recipient is at hand: the folder it was read from, else what names it."""
+        """Where the tokenizer of a recipient is at hand: the folder it was read from, else what names it.
+
+        Args:
+            recipient: Hub id or folder.
+        """
         known = self._companions
         return str(known.folder) if known is not None and known.reference == recipient else recipient
 

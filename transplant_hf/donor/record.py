@@ -103,6 +103,9 @@ class DonorRecord:
     def read(cls, folder: Path) -> DonorRecord:
         """Read `donor_config.json`.
 
+        Args:
+            folder: The donor's folder.
+
         Raises:
             ConfigurationError: A newer format.
             CheckpointError: Missing or malformed.
@@ -129,7 +132,11 @@ class DonorRecord:
             raise CheckpointError(f"{path} is not a donor's record: {error}") from error
 
     def write(self, folder: Path) -> None:
-        """Write `donor_config.json`."""
+        """Write `donor_config.json`.
+
+        Args:
+            folder: The donor's folder.
+        """
         write_json(
             folder / DONOR_CONFIG,
             {

@@ -49,7 +49,12 @@ class EvaluationReport:
         return tuple(dict.fromkeys(row.text for row in self.rows))
 
     def of(self, model: str, text: str) -> Perplexity:
-        """Return what one model reached on one text."""
+        """Return what one model reached on one text.
+
+        Args:
+            model: The model's name in the report.
+            text: The text's name.
+        """
         return next(row.perplexity for row in self.rows if (row.model, row.text) == (model, text))
 
     def __str__(self) -> str:
@@ -115,7 +120,11 @@ class SweepReport:
         return tuple(dict.fromkeys(row.donor for row in self.rows))
 
     def best_of(self, donor: str) -> SweepRow | None:
-        """Return a donor's best row, or `None` where it can go nowhere."""
+        """Return a donor's best row, or `None` where it can go nowhere.
+
+        Args:
+            donor: Its name in the report.
+        """
         measured = [row for row in self.rows if row.donor == donor and row.perplexity is not None]
         return min(measured, key=_nll, default=None)
 

@@ -78,7 +78,11 @@ class PartialRun:
 
     @contextmanager
     def without(self, numbers: Collection[int]) -> Iterator[None]:
-        """Leave further layers out inside a `with` block."""
+        """Leave further layers out inside a `with` block.
+
+        Args:
+            numbers: Their running numbers in the whole model, from 0.
+        """
         undo = [_leave_out(self._stack[number], self._forms[number]) for number in numbers]
         try:
             yield
@@ -155,7 +159,11 @@ def running_only(
 
 
 def stack_of(model: Any) -> nn.ModuleList:
-    """Return the decoder layers that a model runs now."""
+    """Return the decoder layers that a model runs now.
+
+    Args:
+        model: Any decoder-only model, with donors or without.
+    """
     state = getattr(model, "_transplant", None)
     return decoder_stack(model, state.blueprint.recipient.stack_path if state is not None else find_stack(model))
 

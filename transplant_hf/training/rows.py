@@ -88,7 +88,11 @@ class Rows(Dataset[dict[str, Any]]):
         return item
 
     def block(self, number: int) -> dict[str, torch.Tensor]:
-        """Return a block by its number: those of the domain first, then those of the general text."""
+        """Return a block by its number: those of the domain first, then those of the general text.
+
+        Args:
+            number: From 0; the first block of the general text follows the last of the domain.
+        """
         if number < len(self.domain):
             return self.domain[number]
         assert self.replay is not None

@@ -1,0 +1,299 @@
+"""What users do that is refused: each entry of the FAQ, done on tiny models."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Gemma3nTextConfig
+
+from tests.helpers import copied, edit_json, edit_weights, make_family, tiny_gpt2_model, tiny_llama_model
+from tests.hub_server import ALICE
+from transplant_hf import (
+    AutoModelWithTransplant,
+    Donor,
+    DonorSpec,
+    DonorTrainer,
+    DonorTrainingArguments,
+    transplant,
+)
+from transplant_hf.evaluation import evaluate
+from transplant_hf.export import export_transplant, push_artefact
+from transplant_hf.inspection import inspect
+from transplant_hf.model.extracting import extract
+from transplant_hf.plots.canvas import canvas
+
+__all__ = ["PROVOKED", "Desk", "make_desk"]
+
+load = AutoModelWithTransplant.from_pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class Desk:
+    """The current folder: `recipient/`, `law/` (a donor of it), `gpt2/` and `llama/` (other models).
+
+    Args:
+        folder: Where they lie.
+        hub: The stand-in Hub.
+        log_in: Logs a user in.
+        patch: Sets attributes for the length of a test.
+    """
+
+    folder: Path
+    hub: Any
+    log_in: Callable[[str], None]
+    patch: Any
+
+    def model(self, mode: str = "insert", **kwargs: Any) -> Any:
+        """Load the recipient with the donor at position 2."""
+        return load("recipient", donors=[DonorSpec("law", position=2, mode=mode)], **kwargs)
+
+    def config(self, **fields: Any) -> None:
+        """Change fields of the donor repo's configuration."""
+        edit_json(self.folder / "law" / "config.json", **fields)
+
+
+def make_desk(folder: Path, hub: Any, log_in: Callable[[str], None], patch: Any) -> Desk:
+    """Make the models."""
+    make_family(folder, tiny_llama_model)
+    (folder / "donor").rename(folder / "law")
+    edit_json(folder / "law" / "donor_config.json", name="law")
+    edit_json(folder / "law" / "config.json", recipient="../recipient")
+    tiny_gpt2_model(seed=3).save_pretrained(folder / "gpt2")
+    tiny_llama_model(seed=4, hidden_size=64).save_pretrained(folder / "llama")
+    return Desk(folder, hub, log_in, patch)
+
+
+# -- Loading and places --------------------------------------------------------------------------------------------
+
+
+def no_donors_named(desk: Desk) -> None:
+    load("recipient")
+
+
+def transplant_as_recipient(desk: Desk) -> None:
+    load("law", donors={"law": 1})
+
+
+def donors_as_a_name(desk: Desk) -> None:
+    load("recipient", donors="law")
+
+
+def position_outside(desk: Desk) -> None:
+    load("recipient", donors={"law": 9})
+
+
+def position_negative(desk: Desk) -> None:
+    DonorSpec("law", position=-1)
+
+
+def replacements_overlap(desk: Desk) -> None:
+    copied(desk.folder / "law", desk.folder / "code")
+    load("recipient", donors=[DonorSpec("law", 0, "replace"), DonorSpec("code", 1, "replace")])
+
+
+def two_of_one_name(desk: Desk) -> None:
+    load("recipient", donors=[DonorSpec("law", 1), DonorSpec("law", 3)])
+
+
+def does_not_fit(desk: Desk) -> None:
+    load("llama", donors={"law": 1})
+
+
+def other_architecture(desk: Desk) -> None:
+    load("gpt2", donors={"law": 1})
+
+
+def newer_format(desk: Desk) -> None:
+    desk.config(format_version=2)
+    load("law")
+
+
+def unknown_field(desk: Desk) -> None:
+    desk.config(donors=[{"donor": ".", "position": 1, "strenght": 0.5}])
+    load("law")
+
+
+def layers_depend_on_each_other(desk: Desk) -> None:
+    Gemma3nTextConfig(num_hidden_layers=4).save_pretrained("gemma3n")
+    load("gemma3n", donors={"law": 1})
+
+
+def wrapped_model(desk: Desk) -> None:
+    transplant(torch.nn.ModuleList([tiny_llama_model(seed=1)]), "law", position=1)  # type: ignore[arg-type]
+
+
+# -- Files ---------------------------------------------------------------------------------------------------------
+
+
+def bytes_changed(desk: Desk) -> None:
+    path = desk.folder / "law" / "donor.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    load("law")
+
+
+def size_changed(desk: Desk) -> None:
+    path = desk.folder / "law" / "donor.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    load("law")
+
+
+def not_finite(desk: Desk) -> None:
+    edit_weights(desk.folder / "law", lambda tensors: tensors["layers.0.mlp.up_proj.weight"].fill_(float("nan")))
+    load("law")
+
+
+def lfs_pointer(desk: Desk) -> None:
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 7087872\n"
+    Path("donor_layers.pt").write_text(text)
+    Donor.from_pt("donor_layers.pt", recipient="recipient", layers=[1, 2])
+
+
+def layers_unknown(desk: Desk) -> None:
+    source = tiny_llama_model(seed=2)
+    torch.save([source.model.layers[n].state_dict() for n in (1, 2)], "donor_layers.pt")
+    Donor.from_pt("donor_layers.pt", recipient="recipient")
+
+
+def other_source(desk: Desk) -> None:
+    source = tiny_gpt2_model(seed=2)
+    torch.save([source.transformer.h[n].state_dict() for n in (1, 2)], "donor_layers.pt")
+    Donor.from_pt("donor_layers.pt", recipient="recipient", layers=[1, 2])
+
+
+# -- A loaded model ------------------------------------------------------------------------------------------------
+
+
+def no_such_donor(desk: Desk) -> None:
+    desk.model().set_strength("code", 0.5)
+
+
+def replaced_not_kept(desk: Desk) -> None:
+    with desk.model("replace").disable_transplants():
+        pass
+
+
+def strength_of_replacing(desk: Desk) -> None:
+    desk.model("replace").set_strength("law", 0.5)
+
+
+def cache_of_the_other_side(desk: Desk) -> None:
+    model, ids = desk.model(), torch.tensor([[1, 2, 3]])
+    cache = model(ids, use_cache=True).past_key_values
+    with model.disable_transplants():
+        model(ids[:, :1], past_key_values=cache)
+
+
+def saved_while_off(desk: Desk) -> None:
+    model = desk.model()
+    with model.disable_transplants():
+        model.save_pretrained("saved", thin=True)
+
+
+def thin_of_a_changed_recipient(desk: Desk) -> None:
+    model = desk.model()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    model.save_pretrained("saved", thin=True)
+
+
+def thin_without_a_name(desk: Desk) -> None:
+    recipient = tiny_llama_model(seed=1)
+    transplant(recipient, "law", position=2).save_pretrained("saved", thin=True)
+
+
+def export_with_a_strength(desk: Desk) -> None:
+    export_transplant("recipient", "exported", [DonorSpec("law", position=2, strength=0.5)])
+
+
+# -- The Hub -------------------------------------------------------------------------------------------------------
+
+
+def not_found(desk: Desk) -> None:
+    load("alice/no-such-donor")
+
+
+def gated(desk: Desk) -> None:
+    desk.hub.add_repo("alice/faq-gated", desk.folder / "law", gated="manual")
+    load("alice/faq-gated")
+
+
+def offline(desk: Desk) -> None:
+    load("alice/faq-never-loaded", local_files_only=True)
+
+
+def pushed_with_a_local_recipient(desk: Desk) -> None:
+    desk.log_in(ALICE)
+    push_artefact("law", "alice/faq-local")
+
+
+def recipient_in_a_folder(desk: Desk) -> None:
+    extract("recipient", layers=[1, 2], push_to="alice/faq-taken")
+
+
+def public_already(desk: Desk) -> None:
+    desk.log_in(ALICE)
+    desk.hub.add_repo("alice/faq-public", desk.folder / "law")
+    Donor.from_pretrained("law").push_to_hub("alice/faq-public", position=1, recipient="alice/base", private=True)
+
+
+# -- Text ----------------------------------------------------------------------------------------------------------
+
+
+def _train(resume: bool = False, **kwargs: Any) -> None:
+    args = DonorTrainingArguments(
+        "work", max_steps=2, per_device_train_batch_size=2, block_length=16, donor_layers=2, disable_tqdm=True, **kwargs
+    )
+    DonorTrainer("recipient", args, "law.txt").train(resume_from_checkpoint=resume)
+
+
+def text_too_short(desk: Desk) -> None:
+    Path("law.txt").write_text("The court.")
+    _train()
+
+
+def text_missing(desk: Desk) -> None:
+    desk.log_in(ALICE)
+    _train()
+
+
+def loss_not_finite(desk: Desk) -> None:
+    Path("law.txt").write_text("The court holds that the contract is void. " * 40)
+    _train(learning_rate=1e38)
+
+
+def no_tokenizer(desk: Desk) -> None:
+    Path("law.txt").write_text("The court holds that the contract is void. " * 40)
+    evaluate("gpt2", {"law": "law.txt"}, quiet=True)
+
+
+def nothing_to_resume(desk: Desk) -> None:
+    Path("law.txt").write_text("The court holds that the contract is void. " * 40)
+    _train(resume=True)
+
+
+def no_matplotlib(desk: Desk) -> None:
+    desk.patch.setitem(sys.modules, "matplotlib.figure", None)
+    with canvas(Path("sweep.png"), "perplexity", "position", "perplexity"):
+        pass
+
+
+def nothing_to_inspect(desk: Desk) -> None:
+    Path("empty").mkdir()
+    inspect("empty")
+
+
+PROVOKED: dict[str, Callable[[Desk], None]] = {
+    name: value
+    for name, value in list(globals().items())
+    if not name.startswith("_")
+    and callable(value)
+    and getattr(value, "__module__", "") == __name__
+    and name not in ("Desk", "make_desk")
+}

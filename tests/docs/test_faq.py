@@ -1,0 +1,61 @@
+"""The FAQ quotes errors as they are raised: each is provoked, and none is left out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.docs.provoked import PROVOKED, make_desk
+from tests.helpers import copied, edit_json, run_python
+from tests.hub_server import HubServer
+from transplant_hf import TransplantError
+
+FAQ = (Path(__file__).parents[2] / "docs" / "faq.md").read_text(encoding="utf-8")
+QUOTED = dict(re.findall(r"<!-- error: (\w+) -->\n```text\n(.*?)\n```", FAQ, re.DOTALL))
+# Raised by Transformers, in a process that does not know this package.
+WITHOUT_IMPORT = ("without_the_import", "without_the_import_or_code")
+
+
+def said(quote: str, message: str) -> bool:
+    """Whether a message is what was quoted, `…` standing for what differs from run to run."""
+    pattern = ".+?".join(map(re.escape, quote.split("…")))
+    return re.fullmatch(pattern, message, re.DOTALL) is not None
+
+
+def test_every_quoted_error_can_be_provoked() -> None:
+    assert set(QUOTED) == {*PROVOKED, *WITHOUT_IMPORT}
+    assert len(re.findall("^### ", FAQ, re.MULTILINE)) == FAQ.count("```text") == len(QUOTED)
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("name", PROVOKED)
+def test_the_error_is_as_it_is_quoted(
+    name: str, tmp_path: Path, hub: HubServer, as_user: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    desk = make_desk(tmp_path, hub, as_user, monkeypatch)
+    with pytest.raises(TransplantError) as caught:
+        PROVOKED[name](desk)
+    message = str(caught.value).replace(f"{tmp_path}/", "")
+    assert said(QUOTED[name], message), f"{name}\nquoted: {QUOTED[name]}\nraised: {message}"
+
+
+def test_what_transformers_says_without_the_import(tiny_llama: Path, tmp_path: Path) -> None:
+    code = """
+import os, sys
+from transformers import AutoModelForCausalLM
+os.chdir(sys.argv[1])
+try:
+    AutoModelForCausalLM.from_pretrained("law")
+except ValueError as error:
+    print(error)
+"""
+    copied(tiny_llama / "donor", tmp_path / "law")
+    found = run_python(code, tmp_path).strip()
+    assert said(QUOTED["without_the_import"], found), found
+    edit_json(tmp_path / "law" / "config.json", auto_map=None)
+    found = run_python(code, tmp_path).strip()
+    assert said(QUOTED["without_the_import_or_code"], found), found
