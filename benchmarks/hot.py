@@ -1,7 +1,8 @@
 """Changing the donors of a loaded model against loading it anew; and what a choice by call or row costs.
 
 Each change is timed on one live model, interleaved with a load of the same transplant from the same files, which are
-in the page cache for both. The logits after the change must be those of the load, to the bit.
+in the page cache for both. The logits after the change must be those of the load, to the bit. A load in the dtype of
+the files maps them and copies nothing; with `--dtype float32` it converts every weight, as a load onto a GPU moves it.
 
     python benchmarks/hot.py            # the shape of TinyLlama, about 5 GB of files
     python benchmarks/hot.py tiny       # to try it
@@ -26,6 +27,7 @@ from models import MODELS, Folders, ModelShape, prepare
 from one_load import PeakAnonymous, input_tokens
 from report import compare, facts, header, table
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from transplant_hf import AutoModelWithTransplant
@@ -33,8 +35,12 @@ from transplant_hf import AutoModelWithTransplant
 __all__ = ["measure_calls", "measure_changes"]
 
 
-def _load(folders: Folders, position: int) -> Any:
-    return AutoModelWithTransplant.from_pretrained(folders.recipient, donors={str(folders.donor): position})
+def _load(folders: Folders, position: int | None, dtype: str) -> Any:
+    if position is None:
+        return AutoModelForCausalLM.from_pretrained(folders.recipient, dtype=dtype)
+    return AutoModelWithTransplant.from_pretrained(
+        folders.recipient, donors={str(folders.donor): position}, dtype=dtype
+    )
 
 
 def _timed(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -43,16 +49,18 @@ def _timed(action: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def measure_changes(shape: ModelShape, folders: Folders, runs: int) -> dict[str, dict[str, list[float]]]:
-    """Time changes of a live model up to the first logits, each beside a load anew.
+def measure_changes(shape: ModelShape, folders: Folders, runs: int, dtype: str) -> dict[str, dict[str, list[float]]]:
+    """Time changes of a live model, each beside a load anew, and the first logits after both.
 
     Args:
         shape: The model.
         folders: Its files.
         runs: Rounds that count, after one that does not.
+        dtype: What weights are loaded as.
 
     Returns:
-        For each change the seconds of every round, those of the load beside it, and peak anonymous MiB.
+        For each change, by round: seconds of the change, of the first logits after it, of the load and the first
+        logits after that; and peak anonymous MiB of the change.
 
     Raises:
         RuntimeError: Logits after a change are not those of a model loaded so.
@@ -60,47 +68,40 @@ def measure_changes(shape: ModelShape, folders: Folders, runs: int) -> dict[str,
     position, other = shape.position, shape.num_layers - 1
     tokens = input_tokens(shape.build_config().vocab_size)
     donor = str(folders.donor)
-    live = _load(folders, position)
+    live = _load(folders, position, dtype)
     name = live.transplant_config.donors[0].name
-    changes: dict[str, tuple[Callable[[], Any], int]] = {
-        "remove": (lambda: live.remove_donor(name), -1),
-        "add": (lambda: live.add_donor(donor, position, name=name), position),
-        "move": (lambda: live.move_donor(name, other), other),
-        "swap": (lambda: live.swap_donor(name, donor, position=position), position),
-        "strength": (lambda: live.set_strength(name, 1.0), position),
+    changes: dict[str, tuple[Callable[[], Any], int | None]] = {
+        "remove_donor": (lambda: live.remove_donor(name), None),
+        "add_donor": (lambda: live.add_donor(donor, position, name=name), position),
+        "move_donor": (lambda: live.move_donor(name, other), other),
+        "swap_donor": (lambda: live.swap_donor(name, donor, position=position), position),
+        "set_strength": (lambda: live.set_strength(name, 1.0), position),
     }
     found: dict[str, dict[str, list[float]]] = {
-        change: {"seconds": [], "load": [], "anon_mib": []} for change in changes
+        change: {"change": [], "logits": [], "load": [], "anon_mib": []} for change in changes
     }
     for number in tqdm(range(runs + 1), desc="changes", unit="round", file=sys.stderr):
         for change, (action, place) in changes.items():
             with torch.no_grad():
                 with PeakAnonymous() as memory:
-                    elapsed, logits = _timed(lambda act=action: (act(), live(tokens).logits)[1])
-                wanted = None
-                if place >= 0:
-                    loading, wanted = _timed(lambda at=place: _load(folders, at)(tokens).logits)
-                else:
-                    loading, wanted = _timed(lambda: _plain(folders)(tokens).logits)
+                    changing, _ = _timed(action)
+                running, logits = _timed(lambda: live(tokens).logits)
+                loading, wanted = _timed(lambda at=place: _load(folders, at, dtype)(tokens).logits)
             if not torch.equal(logits, wanted):
                 raise RuntimeError(f"after {change!r} the logits are not those of a model that is loaded so.")
             if number:
-                found[change]["seconds"].append(elapsed)
-                found[change]["load"].append(loading)
+                for key, value in (("change", changing), ("logits", running), ("load", loading)):
+                    found[change][key].append(value)
                 found[change]["anon_mib"].append(memory.mib)
     return found
 
 
-def _plain(folders: Folders) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folders.recipient)
-
-
-def measure_calls(shape: ModelShape, folders: Folders, runs: int, new_tokens: int = 16) -> dict[str, list[float]]:
+def measure_calls(
+    shape: ModelShape, folders: Folders, runs: int, dtype: str, new_tokens: int = 16
+) -> dict[str, list[float]]:
     """Time `generate` for two rows as the model is loaded, and with a choice by call and by row, interleaved."""
     ids = input_tokens(shape.build_config().vocab_size).repeat(2, 1)
-    plain, live = _load(folders, shape.position), _load(folders, shape.position)
+    plain, live = _load(folders, shape.position, dtype), _load(folders, shape.position, dtype)
     name = live.transplant_config.donors[0].name
     ways: dict[str, Callable[[], Any]] = {
         "no choice": lambda: _generate(plain, ids, new_tokens),
@@ -130,9 +131,10 @@ def _generate(model: Any, ids: torch.Tensor, new: int, **choice: Any) -> torch.T
 def _report(changes: dict[str, dict[str, list[float]]], calls: dict[str, list[float]]) -> str:
     rows = []
     for change, one in changes.items():
-        seen = compare(one["seconds"], one["load"])
-        rows.append([change, *seen.cells[:2], seen.cells[3], f"{max(one['anon_mib']):.0f}"])
-    head = ["change, to the first logits", "median s", "spread", "ratio to a load (paired)", "peak anon MiB"]
+        alone = compare(one["change"], one["load"])
+        whole = compare([a + b for a, b in zip(one["change"], one["logits"], strict=True)], one["load"])
+        rows.append([f"`{change}`", *alone.cells[:2], whole.cells[0], whole.cells[3], f"{max(one['anon_mib']):.0f}"])
+    head = ["change", "median s", "spread", "with first logits, s", "ratio to load and logits", "peak anon MiB"]
     more = [[way, *(compare(seconds, calls["no choice"]).cells)] for way, seconds in calls.items()]
     calls_head = ["generate, two rows", "median s", "spread", "ratio", "paired"]
     return "\n\n".join([table(head, rows), table(calls_head, more)])
@@ -144,6 +146,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", choices=MODELS, default="llama")
     parser.add_argument("--runs", type=int, default=5, help="rounds (default: 5)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 for its own choice")
+    parser.add_argument("--dtype", default="auto", help="what weights are loaded as (default: as in the files)")
     parser.add_argument("--folder", type=Path, help="where files are kept for the next run; a temporary one by default")
     parser.add_argument("--json", action="store_true", help="print every value")
     args = parser.parse_args()
@@ -153,8 +156,8 @@ def main() -> None:
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as scratch:
         folders = prepare(MODELS[args.model], args.folder or Path(scratch))
-        changes = measure_changes(MODELS[args.model], folders, args.runs)
-        calls = measure_calls(MODELS[args.model], folders, args.runs)
+        changes = measure_changes(MODELS[args.model], folders, args.runs, args.dtype)
+        calls = measure_calls(MODELS[args.model], folders, args.runs, args.dtype)
     if args.json:
         print(json.dumps({"changes": changes, "calls": calls, **facts(args.threads)}))
     else:

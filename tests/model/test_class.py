@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import torch
@@ -197,3 +199,22 @@ def test_from_config_reads_no_weights_of_the_recipient(tiny_gpt2: Path, tmp_path
     (family / "recipient" / "model.safetensors").unlink()
     model = AutoModelWithTransplant.from_config(AutoConfig.from_pretrained(family / "donor"))
     assert len(layers_of(model)) == 6
+
+
+def test_a_model_that_is_let_go_of_is_freed_at_once(tiny: Path) -> None:
+    """Not when the garbage collector next looks: two loads after each other must not take twice the memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = loaded(tiny)
+        model.set_strength("donor", 0.5)
+        with model.disable_transplants():
+            generated(model)
+        model.move_donor("donor", 3)
+        with model.using("donor"):
+            generated(model)
+        gone = [weakref.ref(model), weakref.ref(layers_of(model)[3])]
+        del model
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()

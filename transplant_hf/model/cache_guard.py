@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from ..errors import ConfigurationError
+from .strength import Dials
 
-__all__ = ["CacheGuard", "Side"]
+__all__ = ["CacheGuard", "Here", "Side"]
 
 _GUARDED_METHODS = ("update", "get_mask_sizes", "update_conv_state", "update_recurrent_state")
 _MARK = "_transplant_side"
@@ -35,19 +36,44 @@ class Side(NamedTuple):
     request: Hashable
 
 
+class Here:
+    """On what side the calls of this thread run now.
+
+    Args:
+        dials: What donors do with what they add.
+    """
+
+    def __init__(self, dials: Dials) -> None:
+        self.dials = dials
+        self.plan = 0
+        # By a key of their own: blocks may end in another order than they began (generators, callbacks).
+        self.asked: dict[object, frozenset[str]] = {}
+
+    @property
+    def disabled(self) -> frozenset[str]:
+        """The donors that are switched off."""
+        return frozenset[str]().union(*self.asked.values())
+
+    @property
+    def side(self) -> Side:
+        """What a cache would be filled with."""
+        wanted = self.dials.requests.wanted
+        return Side(self.plan, self.disabled, self.dials.settings, wanted and wanted.key)
+
+
 class CacheGuard:
     """Watches the caches of one model once it runs otherwise than it was loaded; until then, nothing is watched.
 
     A cache that is filled meanwhile gets a subclass of its own type, which refuses use on any other side.
 
     Args:
-        current: Says on what side calls of this thread run now.
+        here: Where calls run now.
     """
 
-    def __init__(self, current: Callable[[], Side]) -> None:
-        self.current = current
+    def __init__(self, here: Here) -> None:
+        self.here = here
         # Caches without a mark were filled on this side.
-        self.unmarked = current()
+        self.unmarked = here.side
         self._hooks: list[RemovableHandle] = []
 
     def stand(self, decoder: nn.Module, always: bool) -> None:
@@ -58,7 +84,7 @@ class CacheGuard:
             always: Also where the model runs as it was loaded.
         """
         self.leave()
-        if always or self.current() != self.unmarked:
+        if always or self.here.side != self.unmarked:
             self._hooks = [
                 decoder.register_forward_pre_hook(self._before, with_kwargs=True),
                 decoder.register_forward_hook(self._after, with_kwargs=True),
@@ -76,7 +102,7 @@ class CacheGuard:
         Raises:
             ConfigurationError: Saying what differs.
         """
-        now = self.current()
+        now = self.here.side
         if made_on == now:
             return
         if made_on.plan == now.plan and made_on.disabled != now.disabled:
@@ -107,7 +133,7 @@ class CacheGuard:
             return
         for cache in _caches(args, kwargs, output):
             if getattr(cache, _MARK, None) is None:
-                setattr(cache, _MARK, _Mark(self, self.current()))
+                setattr(cache, _MARK, _Mark(self, self.here.side))
                 kind: Any = type(cache)
                 cache.__class__ = _guarded(kind)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, Stage
 from ..splice import Blueprint, insert_layers, renumber, use_config
 from ..splice.surgery import outer_modules
-from .cache_guard import CacheGuard, Side
+from .cache_guard import CacheGuard, Here
 from .strength import Dials
 
 __all__ = ["Attributes", "Structure", "Switch", "structure_of"]
@@ -64,28 +65,34 @@ class Switch:
         dials: Dials,
         after: Switch | None = None,
     ) -> None:
-        self._model = model
+        # Weak, as all of it hangs on the model: a model that is let go of is freed at once.
+        self._weak_model = weakref.ref(model)
         self._blueprint = blueprint
         self._layers = layers
         self._dials = dials
-        # By a key of their own: blocks may end in another order than they began (generators, callbacks).
-        self._asked: dict[object, Names] = {}
+        self._here = Here(dials)
         # Which layers the live model is set up for; `None` while it holds all it was built with.
         self._set_for: Names | None = None
         self._structures: dict[Names | None, Structure] = {}
         # What was last set on layers, where that is not what they were built with.
         self._worn: dict[Stage, Attributes] = {}
         self._unrecorded: set[nn.Module] | None = None
-        self._plan = 0
         if after is None:
-            self._guard = CacheGuard(self._side)
+            self._guard = CacheGuard(self._here)
         else:
             self._follow(after)
 
     @property
+    def _model(self) -> PreTrainedModel:
+        model = self._weak_model()
+        if model is None:
+            raise ConfigurationError("the model of this transplant is gone; keep a reference to it while it is used.")
+        return model
+
+    @property
     def disabled(self) -> Names:
         """The donors that are switched off now."""
-        return _NOTHING.union(*self._asked.values())
+        return self._here.disabled
 
     def settle(self) -> None:
         """Put layers aside that do not run when every donor does."""
@@ -101,8 +108,8 @@ class Switch:
         self._worn = {stage: old.worn(stages[layer]) for stage, layer in self._layers.items() if layer in stages}
         if old._unrecorded is not None:
             self._unrecorded = {one for one in self._layers.values() if one not in stages or one in old._unrecorded}
-        self._guard, self._plan = old._guard, old._plan + 1
-        self._guard.current = self._side
+        self._guard, self._here.plan = old._guard, old._here.plan + 1
+        self._guard.here = self._here
 
     def take_over(self, before: Structure, after: Structure, worn: Mapping[Stage, Attributes]) -> None:
         """Let a live model, which was set up for other donors, run with these, all of them on.
@@ -124,12 +131,12 @@ class Switch:
     def off(self, names: Collection[str]) -> Iterator[None]:
         """Switch donors off inside a `with` block; blocks nest."""
         block = object()
-        self._asked[block] = frozenset(names)
+        self._here.asked[block] = frozenset(names)
         try:
             self._go(self.disabled)
             yield
         finally:
-            del self._asked[block]
+            del self._here.asked[block]
             self._go(self.disabled)
 
     def remove(self) -> None:
@@ -181,10 +188,6 @@ class Switch:
         owner = self._model.get_submodule(self._blueprint.recipient.stack_path.rpartition(".")[0])
         self._guard.stand(owner, always=self._dials.open)
 
-    def _side(self) -> Side:
-        wanted = self._dials.requests.wanted
-        return Side(self._plan, self.disabled, self._dials.settings, wanted and wanted.key)
-
     def _fill(self, layers: Sequence[nn.Module]) -> None:
         """Let exactly these layers run."""
         stack = decoder_stack(self._model, self._blueprint.recipient.stack_path)
@@ -224,8 +227,15 @@ class Switch:
             raise ConfigurationError("a model cannot be copied inside disable_transplants(); copy it outside.")
         new = Switch.__new__(Switch)
         memo[id(self)] = new
-        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        new.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_weak_model": self._model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._weak_model = weakref.ref(state["_weak_model"])
 
     def _structure(self, disabled: Names | None) -> Structure:
         if disabled not in self._structures:
