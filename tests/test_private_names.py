@@ -1,10 +1,15 @@
-"""Private names of Transformers that the package leans on: a test fails, and says where to look, when one changes."""
+"""Names of Transformers that nobody promises and the package leans on: a test fails, and says where, when one changes.
+
+`release/watched_names.py` lists them. One that is used and not listed fails, and so does one that is listed and no
+longer used.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +22,13 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     StaticCache,
+    Trainer,
+    TrainingArguments,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -27,12 +36,27 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 from transformers.initialization import no_init_weights
+from transformers.integrations.accelerate import get_balanced_memory, infer_auto_device_map
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo, load_state_dict
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from tests.helpers import tiny_llama_model
+from tests.helpers import tiny_gpt2_model, tiny_llama_model
+from tests.release.names_used import names_used, private_names_of
+from tests.release.watched_names import NOT_THEIRS, SIGNED, WATCHED
+from transplant_hf import TransplantConfig
+from transplant_hf.registration import TransplantForCausalLM
+
+PACKAGE = Path(__file__).resolve().parents[1] / "transplant_hf"
+
 
 SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
     (
@@ -52,6 +76,36 @@ SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
     (no_init_weights, "()", "architecture/build.py"),
     (maybe_install_capturing_hooks, "(model)", "model/switch.py"),
     (load_state_dict, "(checkpoint_file, map_location, weights_only, disable_mmap)", "splice/weights.py"),
+    (
+        get_class_from_dynamic_module,
+        "(class_reference, pretrained_model_name_or_path, cache_dir, force_download, proxies, token, revision, "
+        "local_files_only, repo_type, code_revision, **kwargs)",
+        "model/auto.py",
+    ),
+    (
+        resolve_trust_remote_code,
+        "(trust_remote_code, model_name, has_local_code, has_remote_code, error_message, upstream_repo)",
+        "model/auto.py",
+    ),
+    (
+        get_balanced_memory,
+        "(model, max_memory, no_split_module_classes, hf_quantizer, low_zero)",
+        "planning/sharing.py",
+    ),
+    (
+        infer_auto_device_map,
+        "(model, max_memory, no_split_module_classes, verbose, clean_result, offload_buffers, tied_parameters, "
+        "hf_quantizer, no_placement_params)",
+        "planning/sharing.py",
+    ),
+    (convert_moe_packed_tensors, "(blocks, scales, dtype, rows_per_chunk)", "donor/pt_tensors.py"),
+    (get_keys_to_not_convert, "(model)", "splice/quantized.py"),
+    (should_convert_module, "(full_name, patterns)", "planning/numbers.py"),
+    (PreTrainedModel._get_dtype_plan, "(self, dtype)", "export/plan.py"),
+    (Trainer._save, "(self, output_dir, state_dict)", "training/part_trainer.py"),
+    (Trainer._load_from_checkpoint, "(self, resume_from_checkpoint, model)", "training/part_trainer.py"),
+    (Trainer._load_best_model, "(self)", "training/part_trainer.py"),
+    (Trainer._get_learning_rate, "(self)", "training/part_trainer.py"),
 ]
 
 
@@ -162,6 +216,14 @@ def test_cache_layers_say_whether_they_hold_anything() -> None:
         assert all(layer.is_initialized for layer in cache.layers)
 
 
+def test_cache_layers_grow() -> None:
+    """planning/cache.py puts in what tokens would, and reads what is kept."""
+    for layer, kept in ((DynamicLayer(), 5), (DynamicSlidingWindowLayer(sliding_window=4), 3)):
+        for length in (2, 3):
+            layer.update(torch.ones(1, 1, length, 2), torch.ones(1, 1, length, 2))
+        assert layer.keys.shape == layer.values.shape == (1, 1, kept, 2)
+
+
 def test_layers_can_be_told_from_other_lists() -> None:
     """architecture/stack.py finds decoder layers by this class."""
     model = tiny_llama_model(0)
@@ -172,12 +234,119 @@ def test_fields_of_configurations_that_are_read() -> None:
     config = LlamaConfig()
     assert hasattr(config, "sub_configs")
     assert config.get_text_config(decoder=True) is config
-    assert "_attn_implementation_internal" in vars(GPT2Config(attn_implementation="eager"))
-    assert hasattr(transformers.AutoModelForCausalLM, "_model_mapping"), "model/auto.py reads it."
+    config = GPT2Config(attn_implementation="eager", experts_implementation="eager")
+    read = {"_name_or_path", "_attn_implementation_internal", "_experts_implementation_internal"}
+    assert read <= set(vars(config)), "architecture/follow.py leaves these out of what makes layers differ."
+    assert (config._attn_implementation, config._experts_implementation) == ("eager", "eager")
+    config._experts_implementation = "batched_mm"
+    assert config._experts_implementation == "batched_mm", "planning/cache.py sets it."
+
+
+def test_fields_by_layer() -> None:
+    """splice/surgery.py carries this private field over, unlike others."""
+    config = LlamaConfig(num_hidden_layers=2, per_layer_config={0: {"intermediate_size": 64}})
+    assert "_heterogeneity_spec" in vars(config)
 
 
 def test_models_have_the_attributes_that_are_read() -> None:
     model = tiny_llama_model(0)
     assert isinstance(model.all_tied_weights_keys, dict)
-    assert hasattr(type(model), "_keys_to_ignore_on_load_unexpected")
     assert model.base_model_prefix == "model"
+    assert model._hf_peft_config_loaded is False
+    assert "LlamaDecoderLayer" in model._no_split_modules
+    for name in ("_keys_to_ignore_on_load_unexpected", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        assert hasattr(type(model), name), name
+
+
+def test_a_loaded_model_keeps_its_rules(tmp_path: Path) -> None:
+    """model/auto.py, memory.py and saving.py read the rules that saving reverts."""
+    tiny_llama_model(0).save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded._weight_conversions, list | tuple)
+
+
+def test_auto_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an Auto class adds of its own to the arguments of a registered class is known, and left out."""
+    assert hasattr(transformers.AutoModelForCausalLM, "_model_mapping"), "model/auto.py reads it."
+    TransplantConfig(recipient="anything").save_pretrained(tmp_path)
+    got: dict[str, Any] = {}
+    monkeypatch.setattr(TransplantForCausalLM, "from_pretrained", lambda *args, **kwargs: got.update(kwargs))
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path, _from_pipeline="text-generation")
+    added = {name for name in got if name.startswith("_")}
+    assert added <= {"_commit_hash", "_from_auto", "_from_pipeline"}, f"the Auto classes add {added}: model/auto.py"
+
+
+def test_tokenizers_by_type() -> None:
+    assert TOKENIZER_MAPPING_NAMES.get("gpt2"), "donor/companions.py asks whether a model type has a tokenizer."
+    assert TOKENIZER_MAPPING_NAMES.get("no such type") is None
+
+
+def test_checkpointed_layers() -> None:
+    """model/fresh.py lets layers that come later be checkpointed as their neighbours are."""
+    model = tiny_llama_model(0).train()
+    model.gradient_checkpointing_enable()
+    layers = model.model.layers
+    assert all(layer.gradient_checkpointing and callable(layer._gradient_checkpointing_func) for layer in layers)
+
+
+def test_linear_layers_of_gpt2() -> None:
+    assert isinstance(tiny_gpt2_model(0).transformer.h[0].attn.c_attn, Conv1D)
+
+
+def test_modules_left_unquantised() -> None:
+    assert get_keys_to_not_convert(tiny_llama_model(0)) == ["lm_head"]
+    assert should_convert_module("model.layers.0.mlp", ["lm_head"])
+    assert not should_convert_module("lm_head", ["lm_head"])
+    assert should_convert_module("lm_head", None)
+
+
+def test_callbacks_that_talk(tmp_path: Path) -> None:
+    """training/part_trainer.py takes out whichever of the two a Trainer comes with."""
+    for quiet, kind in ((True, PrinterCallback), (False, ProgressCallback)):
+        args = TrainingArguments(output_dir=str(tmp_path), disable_tqdm=quiet, report_to=[], use_cpu=True)
+        trainer = Trainer(model=tiny_llama_model(0), args=args)
+        assert trainer.pop_callback(kind) is not None, kind.__name__
+
+
+# -- The list is whole ---------------------------------------------------------------------------------------------
+
+
+def test_every_name_that_is_used_is_watched() -> None:
+    owners = (
+        *(PreTrainedModel, PreTrainedConfig, Trainer, TrainingArguments, transformers.TrainerCallback),
+        *(transformers.Cache, DynamicCache, transformers.GenerationConfig, transformers.AutoModelForCausalLM),
+    )
+    used = names_used(PACKAGE, private_names_of(owners) - NOT_THEIRS.keys())
+    used = {name: files for name, files in used.items() if not name.startswith("_transplant")}
+    unwatched = {name: files for name, files in used.items() if name not in WATCHED and name not in NOT_THEIRS}
+    assert not unwatched, (
+        f"{unwatched}: names of Transformers that it does not promise to keep. Use a public one; or add each to "
+        "WATCHED in tests/release/watched_names.py, with its reason and a test that fails when it changes"
+    )
+    stale = WATCHED.keys() - used.keys()
+    assert not stale, f"{sorted(stale)} are no longer used: take them out of WATCHED"
+
+
+def test_every_watched_name_has_its_test() -> None:
+    signed = {function.__name__ for function, _, _ in SIGNATURES}
+    for name, watched in WATCHED.items():
+        assert callable(globals().get(watched.test)), f"{name}: there is no {watched.test}"
+        assert watched.reason
+        if watched.test == SIGNED:
+            assert name in signed, f"{name} has no line in SIGNATURES"
+
+
+def test_the_search_sees_it(tmp_path: Path) -> None:
+    (tmp_path / "room.py").write_text(
+        "from transformers import LlamaConfig, _hidden\n"
+        "from transformers.utils import logging\n"
+        "from transformers.modeling_utils import load_state_dict\n"
+        "import transformers.trainer\n"
+        "class Mine:\n"
+        "    def _save(self): self._own = self.config._theirs\n"
+        "    def _apart(self): return self._own, self._apart, getattr(self, '_by_name')\n"
+    )
+    found = names_used(tmp_path, {"_save"})
+    wanted = ["_by_name", "_hidden", "_save", "_theirs", "load_state_dict", "transformers.trainer"]
+    assert sorted(found) == wanted
+    assert found["_save"] == ["room.py"]

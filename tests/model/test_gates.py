@@ -14,6 +14,7 @@ from tests.helpers import generated, layers_of, loaded, logits_of, plain, refuse
 from tests.model.test_kwargs import offload_map
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, transplant
 from transplant_hf.model.gates import attach_gate, detach_gate
+from transplant_hf.model.strength import HOOKS_RUN_AGAIN
 
 
 def set_to(gate: torch.nn.Parameter, value: float) -> None:
@@ -132,6 +133,7 @@ def test_two_gates_side_by_side(tiny: Path) -> None:
     assert again.strengths == {"a": 0.5, "b": 1.0, "c": 0.25}
 
 
+@pytest.mark.skipif(HOOKS_RUN_AGAIN, reason="Transformers before 5.23 runs hooks again in the backward pass: refused")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_with_checkpointing(tiny_llama: Path, reentrant: bool) -> None:
     model = loaded(tiny_llama, 1).train()

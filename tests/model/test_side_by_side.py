@@ -28,6 +28,7 @@ from tests.helpers import (
 from tests.model.test_kwargs import offload_map
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, DonorSpec, TransplantConfig, transplant
 from transplant_hf.inspection import inspect
+from transplant_hf.model.strength import HOOKS_RUN_AGAIN
 
 load = AutoModelWithTransplant.from_pretrained
 
@@ -137,6 +138,7 @@ def test_a_static_cache(tiny: Path) -> None:
     assert torch.equal(static, generated(model))
 
 
+@pytest.mark.skipif(HOOKS_RUN_AGAIN, reason="Transformers before 5.23 runs hooks again in the backward pass: refused")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_with_checkpointing(tiny_llama: Path, reentrant: bool) -> None:
     model = trio(tiny_llama, strengths=(1.0, 0.5, 1.0)).train()

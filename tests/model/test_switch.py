@@ -25,6 +25,7 @@ from tests.helpers import (
     some_ids,
 )
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, DonorSpec
+from transplant_hf.model.strength import HOOKS_RUN_AGAIN
 
 POSITIONS = [0, 1, 4]
 
@@ -342,6 +343,7 @@ def test_a_strength_goes_with_its_donor(tiny: Path) -> None:
     assert torch.equal(logits_of(model), before)
 
 
+@pytest.mark.skipif(HOOKS_RUN_AGAIN, reason="Transformers before 5.23 runs hooks again in the backward pass: refused")
 def test_a_strength_with_checkpointing(tiny: Path) -> None:
     """Recomputing a donor's last layer must not need what its first one left behind."""
     model = loaded(tiny, 2, strength=0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..errors import CompatibilityError
 
@@ -24,9 +24,10 @@ def native_class(auto_class: Any, config: PreTrainedConfig, name: str) -> tuple[
     """
     mapping = auto_class._model_mapping
     if type(config) not in mapping:
+        what = "is not a decoder-only model" if auto_class is AutoModelForCausalLM else "has no such head"
         raise CompatibilityError(
-            f"recipient {name} ({config.model_type}) is not a decoder-only model: {auto_class.__name__} has no class "
-            f"for {type(config).__name__}."
+            f"recipient {name} ({config.model_type}) {what}: {auto_class.__name__} has no class for "
+            f"{type(config).__name__}."
         )
     found = mapping[type(config)]
     if isinstance(found, list | tuple):

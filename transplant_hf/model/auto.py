@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
@@ -21,6 +21,9 @@ from .loading import FileChecks, Loading, loading
 from .mixin import transplant_class
 from .resolve import Request, open_donors, read_request, recipient_config
 from .state import finish
+
+if TYPE_CHECKING:
+    from .typed import TransplantedModel
 
 __all__ = ["AutoModelWithTransplant", "check_compatibility", "config_to_model", "load_transplant"]
 
@@ -57,6 +60,32 @@ class AutoModelWithTransplant:
 
     def __init__(self) -> None:
         raise ConfigurationError("AutoModelWithTransplant is used through from_pretrained or from_config.")
+
+    # All keyword arguments of Transformers are taken; this one decides what comes back.
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        donors: Any = None,
+        config: PreTrainedConfig | None = None,
+        auto_class: Any = AutoModelForCausalLM,
+        keep_replaced: bool = False,
+        composition: str | None = None,
+        output_loading_info: Literal[False] = False,
+        **kwargs: Any,
+    ) -> TransplantedModel: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        output_loading_info: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[TransplantedModel, dict[str, Any]]: ...
 
     @classmethod
     def from_pretrained(
@@ -104,7 +133,7 @@ class AutoModelWithTransplant:
     @classmethod
     def from_config(
         cls, config: TransplantConfig, auto_class: Any = AutoModelForCausalLM, **kwargs: Any
-    ) -> PreTrainedModel:
+    ) -> TransplantedModel:
         """Build a transplant with random weights; no weights are downloaded for the recipient.
 
         Args:
@@ -230,17 +259,18 @@ def _forget_dequantizing(model: Any) -> None:
     """Save what was dequantised while loading under its plain names.
 
     Transformers 5.23 runs the dequantising conversion backwards on saving, which writes full-precision experts of
-    GPT-OSS under the names of packed ones; such a checkpoint loads with random experts.
+    GPT-OSS under the names of packed ones; such a checkpoint loads with random experts. 5.24 forgets all conversions.
     """
-    if getattr(model, "hf_quantizer", None) is None:
+    rules = getattr(model, "_weight_conversions", None)
+    if rules is not None and getattr(model, "hf_quantizer", None) is None:
         model._weight_conversions = [
             rule
-            for rule in model._weight_conversions
+            for rule in rules
             if not any(hasattr(operation, "hf_quantizer") for operation in getattr(rule, "operations", ()))
         ]
 
 
-def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) -> PreTrainedModel:
+def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) -> TransplantedModel:
     """Build a transplant with random weights; see `AutoModelWithTransplant.from_config`."""
     if not isinstance(config, TransplantConfig):
         raise ConfigurationError(f"config must be a TransplantConfig, got {type(config).__name__}.")

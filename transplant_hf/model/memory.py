@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
@@ -23,13 +23,16 @@ from .mixin import TransplantMixin, native_class, transplant_class
 from .saving import recipient_state
 from .state import finish
 
+if TYPE_CHECKING:
+    from .typed import TransplantedModel
+
 __all__ = ["remove_transplants", "transplant"]
 
 
 def transplant(
     model: PreTrainedModel, donor: Donor | str, position: int, mode: str = "insert", *, name: str | None = None,
     strength: float = 1.0, composition: str | None = None, in_place: bool = False,
-) -> Any:  # fmt: skip
+) -> TransplantedModel:  # fmt: skip
     """Return a model that runs a loaded recipient's layers with a donor's between them.
 
     The recipient's weights are shared, not copied: training either trains both. The model passed in stays as it is,

@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..donor.extract import GATE
 from ..errors import ConfigurationError
@@ -24,11 +26,14 @@ from ..layer_map import Stage
 from ..splice import Blueprint
 from .requests import Requests
 
-__all__ = ["Dials", "is_entrance"]
+__all__ = ["HOOKS_RUN_AGAIN", "Dials", "is_entrance"]
 
 # Settings lie on the layers themselves: torch.compile watches the attributes of modules, but not those of their hooks.
 _STRENGTH, _LEADS, _CLOSES = "_transplant_strength", "_transplant_leads", "_transplant_closes"
 _INSIDE = "_transplant_inside"
+# Before 5.23, Transformers checkpoints a layer's hooks along with it: they run once more in the backward pass, and find
+# what the latest forward pass left behind, not their own.
+HOOKS_RUN_AGAIN = "__call__" in vars(GradientCheckpointingLayer)
 
 
 def is_entrance(layer: nn.Module) -> bool:
@@ -113,8 +118,15 @@ class _Dial:
             )
         strength = getattr(module, _STRENGTH) if local.gate is None else local.gate
         strength = strength if local.wanted is None else local.wanted
+        recomputed = module.training and getattr(module, "gradient_checkpointing", False)
+        if recomputed and HOOKS_RUN_AGAIN and (self.meeting is not None or local.gate is not None or strength != 1):
+            raise ConfigurationError(
+                f"gradient checkpointing of Transformers {transformers.__version__} would compute wrong gradients for "
+                f"donor {self.name!r}, whose strength is not 1 or which runs side by side with others. Use "
+                "Transformers 5.23 or later, or train without gradient checkpointing."
+            )
         going_on = _on_top(local.arrived, local.entered, left, strength)
-        if not (module.training and getattr(module, "gradient_checkpointing", False)):
+        if not recomputed:
             # Kept only where a layer may run once more in the backward pass.
             local.arrived = local.entered = local.gate = local.wanted = None
             if self.meeting is not None and getattr(module, _CLOSES):

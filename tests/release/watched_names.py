@@ -1,0 +1,95 @@
+"""The names of Transformers that nobody promises and the package uses, each with its reason and its test.
+
+What is imported from anywhere but `transformers` itself, and what begins with an underscore.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from tests.release.names_used import private_names_of
+
+__all__ = ["NOT_THEIRS", "SIGNED", "WATCHED", "Watched"]
+
+
+class Watched(NamedTuple):
+    """Why a name is used, and the test in `tests/test_private_names.py` that fails when it changes."""
+
+    reason: str
+    test: str
+
+
+SIGNED = "test_signature"
+_CONFIG = "test_fields_of_configurations_that_are_read"
+_MODEL = "test_models_have_the_attributes_that_are_read"
+_STATIC = "test_hooks_into_loading_are_static"
+_LAYERS = "test_layers_can_be_told_from_other_lists"
+_LEFT = "test_modules_left_unquantised"
+_DEVICES = "the device map that from_pretrained would choose, for a plan"
+WATCHED: dict[str, Watched] = {
+    # Loading.
+    "_load_pretrained_model": Watched("weights of recipient and donors in one pass", _STATIC),
+    "_finalize_model_loading": Watched("refuses donors that came incomplete", _STATIC),
+    "_from_config": Watched("builds the class that is asked for, on the meta device too", SIGNED),
+    "load_state_dict": Watched("opens weight files as from_pretrained does", SIGNED),
+    "no_init_weights": Watched("models on the meta device are built without drawing values", SIGNED),
+    "get_model_conversion_mapping": Watched("names in checkpoints, as from_pretrained renames them", SIGNED),
+    "rename_source_key": Watched("the same", "test_rules_of_renaming"),
+    "WeightRenaming": Watched("the same", "test_rules_of_renaming"),
+    "WeightConverter": Watched("the same", "test_rules_of_renaming"),
+    "revert_weight_conversion": Watched("names in checkpoints, of a model in memory", SIGNED),
+    "_weight_conversions": Watched("reverted when a loaded model is saved", "test_a_loaded_model_keeps_its_rules"),
+    "_keys_to_ignore_on_load_unexpected": Watched("tensors in files that no model has", _MODEL),
+    "_model_mapping": Watched("the class that an Auto class would choose", "test_auto_classes"),
+    "_commit_hash": Watched("about the repository that was asked for, never the recipient's", "test_auto_classes"),
+    "_from_auto": Watched("telemetry that is no field of a configuration", "test_auto_classes"),
+    "_from_pipeline": Watched("the same", "test_auto_classes"),
+    "get_class_from_dynamic_module": Watched("recipients with code of their own, when asked for", SIGNED),
+    "resolve_trust_remote_code": Watched("the same", SIGNED),
+    "TOKENIZER_MAPPING_NAMES": Watched("whether a tokenizer goes by its model's type", "test_tokenizers_by_type"),
+    # Configurations and models.
+    "_name_or_path": Watched("where a model came from is no difference between layers", _CONFIG),
+    "_attn_implementation": Watched("compared models run attention alike", _CONFIG),
+    "_attn_implementation_internal": Watched("how attention runs is no difference between layers", _CONFIG),
+    "_experts_implementation": Watched("a plan counts what runs on the meta device", _CONFIG),
+    "_experts_implementation_internal": Watched("how experts run is no difference between layers", _CONFIG),
+    "_heterogeneity_spec": Watched("a private field that makes layers differ", "test_fields_by_layer"),
+    "GradientCheckpointingLayer": Watched("tells decoder layers from other lists", _LAYERS),
+    "_gradient_checkpointing_func": Watched("layers that come later are checkpointed too", "test_checkpointed_layers"),
+    "maybe_install_capturing_hooks": Watched("hidden states of layers that come later are recorded", SIGNED),
+    "_output_capturing_hooks_installed": Watched("the same", "test_the_capturing_hooks_leave_their_mark"),
+    "_hf_peft_config_loaded": Watched("an adapter is not saved into a full model", _MODEL),
+    "Conv1D": Watched("GPT-2's linear layers", "test_linear_layers_of_gpt2"),
+    "DynamicLayer": Watched("grows by hand to a length, for a plan", "test_cache_layers_grow"),
+    "DynamicSlidingWindowLayer": Watched("the same", "test_cache_layers_grow"),
+    # Precision and devices.
+    "_get_dtype_plan": Watched("what stays float32 in an export of another dtype", SIGNED),
+    "_keep_in_fp32_modules": Watched("the same, in a plan", _MODEL),
+    "_keep_in_fp32_modules_strict": Watched("the same", _MODEL),
+    "_no_split_modules": Watched(_DEVICES, _MODEL),
+    "get_balanced_memory": Watched(_DEVICES, SIGNED),
+    "infer_auto_device_map": Watched(_DEVICES, SIGNED),
+    "get_keys_to_not_convert": Watched("modules that quantisers leave alone by default", _LEFT),
+    "should_convert_module": Watched("the same", _LEFT),
+    "convert_moe_packed_tensors": Watched("MXFP4 experts, dequantised as loading does", SIGNED),
+    # Training.
+    "_save": Watched("checkpoints hold what is trained", SIGNED),
+    "_load_from_checkpoint": Watched("the same", SIGNED),
+    "_load_best_model": Watched("the same", SIGNED),
+    "_get_learning_rate": Watched("named when a loss is not finite", SIGNED),
+    "PrinterCallback": Watched("standard output is for results", "test_callbacks_that_talk"),
+    "ProgressCallback": Watched("the same", "test_callbacks_that_talk"),
+}  # fmt: skip
+# With an underscore, and not of Transformers.
+NOT_THEIRS = {
+    "_Unpickler": "pickle",
+    "_checkpoint_wrapped_module": "torch, in the names of a wrapped module's tensors",
+    "_fsdp_wrapped_module": "the same",
+    "_orig_mod": "the same",
+    "_hf_hook": "accelerate",
+    "_proj": "the end of a tensor's name",
+    "_sysconfigdata": "the standard library",
+    **dict.fromkeys(private_names_of([torch.nn.Module()]), "torch"),
+}
