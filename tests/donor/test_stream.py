@@ -78,7 +78,7 @@ def test_every_element_is_aligned(tmp_path: Path) -> None:
 def test_pieces_of_any_size_make_the_same_file(
     size: int, legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "_PIECE", size)
+    monkeypatch.setattr(stream, "PIECE", size)
     tensors = {
         "long": torch.rand(101),
         "every second": torch.rand(101)[::2],  # its last piece is one element, with a stride
@@ -146,7 +146,7 @@ class Failing:
 def test_what_fails_while_reading_ahead_surfaces(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "_PIECE", 16)
+    monkeypatch.setattr(stream, "PIECE", 16)
     infos = {"a": TensorInfo((8,), "F32")}
     wanted = RuntimeError if isinstance(error, StopIteration) else type(error)
     with pytest.raises(wanted), tqdm(disable=True) as progress:

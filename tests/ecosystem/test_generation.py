@@ -13,6 +13,7 @@ from tests.ecosystem.cases import ALSO_PLAIN, Case, same
 from tests.helpers import generated, logits_of, some_ids
 
 SECTION = "Generation"
+CACHES = "https://huggingface.co/docs/transformers/kv_cache"
 
 
 def with_full_attention(case: Case) -> bool:
@@ -135,7 +136,7 @@ def test_quantised_cache(case: Case, backend: str, package: str) -> None:
             run(case.recipient_model())
         with pytest.raises(ValueError, match="only supported for models with only full attention"):
             run(case.load())
-        pytest.xfail(f"Transformers' QuantizedCache takes models with full attention only, {ALSO_PLAIN}")
+        pytest.xfail(f"Transformers' QuantizedCache takes models with full attention only, {ALSO_PLAIN}: {CACHES}")
     tokens, keys = run(case.load())
     expected_tokens, expected_keys = run(case.independent())
     assert torch.equal(tokens, expected_tokens)
@@ -149,7 +150,7 @@ def test_offloaded_cache(case: Case, kind: str) -> None:
     if not torch.accelerator.is_available():
         with pytest.raises(AssertionError, match="not compiled with CUDA"):
             generated(case.recipient_model(), case.ids, **ask)
-        pytest.skip(f"this cache moves between a GPU and the CPU, and there is no GPU here; {ALSO_PLAIN}")
+        pytest.skip(f"this cache moves between a GPU and the CPU, and there is no GPU here; {ALSO_PLAIN}: {CACHES}")
     tokens = generated(case.load(), case.ids, **ask)
     assert torch.equal(tokens, generated(case.independent(), case.ids))
 

@@ -39,7 +39,10 @@ def check_head(case: Case, auto: Any, folder: Path) -> None:
             auto.from_pretrained(case.recipient)
         with refused(CompatibilityError, "has no such head", f"{auto.__name__} has no class"):
             auto.from_pretrained(case.thin)
-        pytest.xfail(f"{auto.__name__} of Transformers has no class for the architecture, {ALSO_PLAIN}")
+        pytest.xfail(
+            f"{auto.__name__} of Transformers has no class for the architecture, {ALSO_PLAIN}: "
+            f"https://huggingface.co/docs/transformers/model_doc/{case.architecture}"
+        )
     torch.manual_seed(0)
     model = auto.from_pretrained(case.thin, num_labels=3)
     reference = auto.from_pretrained(case.native, num_labels=3)

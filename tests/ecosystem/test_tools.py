@@ -96,5 +96,6 @@ def test_serve_thin(case: Case) -> None:
         pass
     pytest.xfail(
         "`transformers serve` looks the class up by its name in Transformers itself, not through the Auto classes; "
-        "serve a full save (`transplant-hf export`)"
+        "serve a full save, which [`transplant-hf export`](export.md) writes: "
+        "https://huggingface.co/docs/transformers/serving"
     )

@@ -154,7 +154,7 @@ def test_shards(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model = plain(family / "recipient")
     (family / "recipient" / "model.safetensors").unlink()
     model.save_pretrained(family / "recipient", max_shard_size="30KB")
-    monkeypatch.setattr(writer, "_PIECE", 256)
+    monkeypatch.setattr(writer, "PIECE", 256)
     done = export_transplant(family / "donor", tmp_path / "full", max_shard_size="40KB")
     assert len(done.files) > 3
     assert all(stamp.size <= 40_000 + 4_000 for stamp in done.files.values())

@@ -17,10 +17,10 @@ from ..errors import CheckpointError
 from .dtypes import loaded_dtype
 from .tensors import TensorInfo
 
-__all__ = ["bytes_of", "is_finite", "pieces", "read_ahead", "size_of", "write_safetensors"]
+__all__ = ["PIECE", "bytes_of", "is_finite", "pieces", "read_ahead", "size_of", "stream_file", "write_safetensors"]
 
 # Small enough for memory that is used again and stays in the processor's cache.
-_PIECE = 1 << 22
+PIECE = 1 << 22
 _ALIGNMENT = 8
 _T = TypeVar("_T")
 
@@ -37,13 +37,13 @@ def pieces(info: TensorInfo, part: Any) -> Iterator[torch.Tensor]:
         Contiguous parts, in order, of about 4 MiB; at least one entry of the first dimension where no smaller part
         can be read. The memory of a piece may be used again for the one after the next.
     """
-    if isinstance(part, PtTensor) and size_of(info) > _PIECE:
-        yield from part.in_order(_PIECE)
+    if isinstance(part, PtTensor) and size_of(info) > PIECE:
+        yield from part.in_order(PIECE)
         return
-    if not info.shape or size_of(info) <= _PIECE:
+    if not info.shape or size_of(info) <= PIECE:
         yield part[...].detach().to("cpu").contiguous()
         return
-    rows = max(1, _PIECE // (size_of(info) // info.shape[0]))
+    rows = max(1, PIECE // (size_of(info) // info.shape[0]))
     for start in range(0, info.shape[0], rows):
         yield part[start : min(start + rows, info.shape[0])].detach().to("cpu").contiguous()
 
@@ -66,16 +66,31 @@ def write_safetensors(
         CheckpointError: A tensor that is not finite.
     """
     names = sorted(infos, key=lambda name: (-loaded_dtype(infos[name].dtype).itemsize, name))
+    return stream_file(path, {name: infos[name] for name in names}, _checked_bytes(infos, parts, names), progress)
+
+
+def stream_file(path: Path, infos: Mapping[str, TensorInfo], data: Iterator[memoryview], progress: tqdm[Any]) -> str:
+    """Write a safetensors file whose bytes come one piece after another.
+
+    Args:
+        path: The file.
+        infos: Its tensors in order, widest types first, so that each begins at a multiple of its type's size.
+        data: Their bytes in that order; made beside the writing.
+        progress: Told of every byte.
+
+    Returns:
+        The file's sha256, in hexadecimal.
+    """
     digest = hashlib.sha256()
     with path.open("wb") as file, ThreadPoolExecutor(1, "hash") as hashing:
-        header = _header({name: infos[name] for name in names})
+        header = _header(infos)
         digest.update(header)
         file.write(header)
-        for data in read_ahead(_checked_bytes(infos, parts, names)):
-            hashed = hashing.submit(digest.update, data)
-            file.write(data)
+        for piece in read_ahead(data):
+            hashed = hashing.submit(digest.update, piece)
+            file.write(piece)
             hashed.result()
-            progress.update(len(data))
+            progress.update(len(piece))
     return digest.hexdigest()
 
 

@@ -96,9 +96,7 @@ class Export:
             f"{self.folder}: {self.model_class} with {len(self.layer_map)} layers, a plain checkpoint",
             f"  recipient {self.recipient}",
             f"  {count} weight file{'s' if count > 1 else ''}, {self.size:,} bytes, {self.dtype}, read back",
-            "  loaded in plain Transformers: equal logits, bit for bit"
-            if self.verified
-            else "  not verified by logits",
+            f"  {self._verdict}",
         ]
         if self.mixed:
             lines.append(f"  in full precision inside a quantised model: {', '.join(self.mixed)}")

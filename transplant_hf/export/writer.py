@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +13,7 @@ from tqdm import tqdm
 
 from ..donor.dtypes import loaded_dtype
 from ..donor.record import FileStamp
-from ..donor.stream import bytes_of, is_finite, pieces, read_ahead, size_of
+from ..donor.stream import PIECE, bytes_of, is_finite, pieces, size_of, stream_file
 from ..donor.tensors import FileTensors
 from ..errors import CheckpointError
 from ..storage import sha256_of, write_json
@@ -24,8 +22,6 @@ from .plan import PlannedTensor
 __all__ = ["WEIGHTS_INDEX", "write_weights"]
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
-_ALIGNMENT = 8
-_PIECE = 1 << 22
 _PROGRESS_FROM = 1 << 28
 
 
@@ -76,29 +72,8 @@ def _write_file(path: Path, tensors: Mapping[str, PlannedTensor], bar: tqdm[Any]
     """Write one file and return its sha256."""
     # Widest types first, so that every tensor begins at a multiple of its type's size.
     names = sorted(tensors, key=lambda name: -loaded_dtype(tensors[name].dtype).itemsize)
-    digest = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(1, "hash") as hashing:
-        header = _header({name: tensors[name] for name in names})
-        digest.update(header)
-        file.write(header)
-        for data in read_ahead(_bytes_in_order(tensors[name] for name in names)):
-            hashed = hashing.submit(digest.update, data)
-            file.write(data)
-            hashed.result()
-            bar.update(len(data))
-    return digest.hexdigest()
-
-
-def _header(tensors: Mapping[str, PlannedTensor]) -> bytes:
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, tensor in tensors.items():
-        end = start + size_of(tensor.written)
-        fields[name] = {"dtype": tensor.dtype, "shape": list(tensor.written.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+    written = {name: tensors[name].written for name in names}
+    return stream_file(path, written, _bytes_in_order(tensors[name] for name in names), bar)
 
 
 def _bytes_in_order(tensors: Iterator[PlannedTensor]) -> Iterator[memoryview]:
@@ -106,7 +81,7 @@ def _bytes_in_order(tensors: Iterator[PlannedTensor]) -> Iterator[memoryview]:
         dtype = loaded_dtype(tensor.dtype)
         for piece in pieces(tensor.source.info, tensor.source.part):
             # A single expert may be far larger than a piece; a cast must not make a copy of that size.
-            for run in piece.reshape(-1).split(_PIECE // max(piece.element_size(), dtype.itemsize)):
+            for run in piece.reshape(-1).split(PIECE // max(piece.element_size(), dtype.itemsize)):
                 if not is_finite(run):
                     raise CheckpointError(
                         f"{tensor.source.origin} holds NaN or infinity; nothing is exported. Take a checkpoint from "
