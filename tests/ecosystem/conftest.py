@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 
 from tests.ecosystem.cases import ARCHITECTURES, Case, make_case
-from tests.ecosystem.table import Outcomes, known_rows, write_page
+from tests.ecosystem.table import REPORT, Outcomes, known_rows, write_page
 
-# The page to write at the end, if everything in the table was run and nothing failed.
-REPORT = "TRANSPLANT_HF_ECOSYSTEM_REPORT"
 OUTCOMES = Outcomes()
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import ast
 import dataclasses
 import platform
+import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tests.ecosystem.cases import ARCHITECTURES
 
-__all__ = ["PAGE", "Outcomes", "Row", "known_rows", "rows_of_page", "write_page"]
+__all__ = ["PAGE", "REPORT", "Outcomes", "Row", "known_rows", "rows_of_page", "write_page"]
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "ecosystem.md"
 COMMAND = "make ecosystem"
+# Names the page to write at the end, if everything in the table was run and nothing failed.
+REPORT = "TRANSPLANT_HF_ECOSYSTEM_REPORT"
 # Others follow in the order in which they are met.
 SECTIONS = (
     "Pipelines",
@@ -42,9 +45,10 @@ Each row is a test, each column an architecture, each cell what was seen when th
 {command}
 ```
 
-from a run of `tests/ecosystem` in which nothing failed, last with {versions}, on a CPU, in float32 unless the row says
-otherwise. The models are random, of width 32 unless the heading says otherwise: a recipient of four layers with layers
-1 and 2 of another model inserted at position 1.
+from a run of `tests/ecosystem` in which nothing failed, last on a CPU with
+{versions}.
+The models are random, in float32 and of width 32 unless the row or its heading says otherwise: a recipient of four
+layers, with layers 1 and 2 of another model inserted at position 1.
 
 - **pass**: the results are those of a reference, the same tokens, or numbers to the last digits that the order of sums
   leaves open. The reference is the same six layers put together by hand as an ordinary model of Transformers, which has
@@ -166,7 +170,7 @@ def _versions() -> str:
             found.append(f"{package} {version(package).partition('+')[0]}")
         except PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return textwrap.fill(", ".join(found), 119)
 
 
 def rows_of_page(page: str) -> list[Row]:
