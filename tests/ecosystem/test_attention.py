@@ -14,6 +14,7 @@ from tests.ecosystem.cases import ALSO_PLAIN, Case, padded, same
 from tests.helpers import generated, logits_of, refused
 from transplant_hf import CompatibilityError
 
+PAGE = "https://huggingface.co/docs/transformers/attention_interface"
 SECTION = "Attention"
 FLEX = "flex_attention"
 
@@ -83,7 +84,7 @@ def check_flex(case: Case) -> None:
     if case.architecture == "gpt_oss" and not torch.accelerator.is_available():
         with pytest.raises(ValueError, match="sinks cannot be run on CPU"):
             logits_of(case.recipient_model(attn_implementation=FLEX), case.ids)
-        pytest.skip(f"flex attention with attention sinks needs a GPU, {ALSO_PLAIN}")
+        pytest.skip(f"flex attention with attention sinks needs a GPU, {ALSO_PLAIN}: {PAGE}")
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_gguf(case: Case, converter: Path, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.slow
 @pytest.mark.ecosystem(section="Export", feature="llama.cpp runs that GGUF: logits")
 def test_llama_cpp(case: Case, converter: Path, tmp_path: Path) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama_cpp is not installed")
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama_cpp is not installed; see [export](export.md)")
     model = llama_cpp.Llama(
         str(converted(case, converter, tmp_path)), n_ctx=64, n_threads=1, logits_all=True, verbose=False
     )

@@ -74,7 +74,9 @@ def test_lora_trains(case: Case) -> None:
     assert runs["transplant"][0] == runs["native"][0]
     assert torch.equal(runs["transplant"][1], runs["native"][1])
     if case.architecture == "gpt_oss":
-        pytest.xfail("PEFT knows no default target modules for GPT-OSS, plain or not; with target_modules it passes")
+        pytest.xfail(
+            "PEFT knows no default target modules for GPT-OSS, plain or not; with target_modules it passes: https://huggingface.co/docs/peft/package_reference/lora"
+        )
 
 
 @pytest.mark.ecosystem(section=SECTION, feature="LoRA saved, then put on a freshly loaded transplant")
@@ -105,7 +107,9 @@ def test_lora_without_a_name(case: Case, tmp_path: Path) -> None:
     adapted(case.load()).save_pretrained(tmp_path / "adapter")
     again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     if again.config.num_hidden_layers == NUM_LAYERS:
-        pytest.xfail("PEFT notes the recipient as the base; save the transplant (thin will do) and load it by its name")
+        pytest.xfail(
+            "PEFT notes the recipient as the base; save the transplant (thin will do) and load it by its name: https://huggingface.co/docs/peft/package_reference/auto_class"
+        )
     assert torch.equal(logits_of(again.eval(), case.ids), logits_of(adapted(case.load()), case.ids))
 
 

@@ -23,6 +23,7 @@ from transplant_hf import AutoModelWithTransplant, CheckpointError, Configuratio
 SECTION = "Quantization (width 128)"
 pytestmark = pytest.mark.slow
 WIDTH = 128
+PAGES = "https://huggingface.co/docs/transformers/quantization"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,9 @@ def assert_as_the_reference(wide: Case, quantizer: Quantizer) -> None:
     quantised = not torch.equal(logits_of(native, wide.ids), logits_of(wide.independent(), wide.ids))
     if quantizer.linear_only and wide.architecture == "gpt2":
         assert not quantised
-        pytest.skip(f"not applicable: {quantizer.package} quantises nn.Linear only, and GPT-2 has Conv1D")
+        package = quantizer.package
+        page = f"{PAGES}/{package.removeprefix('optimum.').partition('.')[0]}"
+        pytest.skip(f"not applicable: {package} quantises nn.Linear only, and GPT-2 has Conv1D: {page}")
     assert quantised
 
 
@@ -185,11 +188,15 @@ def test_hqq(wide: Case) -> None:
     config = {"quantization_config": HqqConfig(nbits=4, group_size=32)}
     if wide.architecture == "gpt2":
         assert torch.equal(logits_of(wide.load(**config), wide.ids), logits_of(wide.independent(), wide.ids))
-        pytest.skip("not applicable: hqq quantises nn.Linear only, and GPT-2 has Conv1D")
+        pytest.skip(
+            "not applicable: hqq quantises nn.Linear only, and GPT-2 has Conv1D: https://huggingface.co/docs/transformers/quantization/hqq"
+        )
     for loader in (wide.independent, wide.load):
         with pytest.raises(NotImplementedError, match="HQQ is not available yet"):
             loader(**config)
-    pytest.xfail("Transformers 5.23 refuses to load any model with HQQ ('not available yet')")
+    pytest.xfail(
+        "Transformers 5.23 refuses to load any model with HQQ ('not available yet'): https://huggingface.co/docs/transformers/quantization/hqq"
+    )
 
 
 @pytest.mark.ecosystem(section=SECTION, feature="saved quantised and loaded again: torchao int8 and int4")
@@ -197,7 +204,9 @@ def test_hqq(wide: Case) -> None:
 def test_torchao_saved(wide: Case, quantizer: Quantizer, tmp_path: Path) -> None:
     assert_comes_back(wide, quantizer, tmp_path)
     if wide.architecture == "gpt2":
-        pytest.skip("not applicable: torchao quantises nn.Linear only, and GPT-2 has Conv1D")
+        pytest.skip(
+            "not applicable: torchao quantises nn.Linear only, and GPT-2 has Conv1D: https://huggingface.co/docs/transformers/quantization/torchao"
+        )
 
 
 @pytest.mark.ecosystem(section=SECTION, feature="saved quantised and loaded again: bitsandbytes 8 and 4 bit")
@@ -211,7 +220,9 @@ def test_quanto_saved(wide: Case, tmp_path: Path) -> None:
     for loader in (wide.independent, wide.load):
         with pytest.raises(ValueError, match="not serializable"):
             QUANTO8.load(loader).save_pretrained(tmp_path)
-    pytest.xfail("Transformers cannot save models that are quantised by quanto")
+    pytest.xfail(
+        "Transformers cannot save models that are quantised by quanto: https://huggingface.co/docs/transformers/quantization/quanto"
+    )
 
 
 @pytest.mark.ecosystem(section=SECTION, feature="a recipient saved quantised, its donor in full precision: torchao")
@@ -219,7 +230,9 @@ def test_quanto_saved(wide: Case, tmp_path: Path) -> None:
 def test_torchao_recipient(wide: Case, quantizer: Quantizer, tmp_path: Path) -> None:
     assert_donor_in_full_precision(wide, quantizer, tmp_path)
     if wide.architecture == "gpt2":
-        pytest.skip("not applicable: torchao quantises nn.Linear only, and GPT-2 has Conv1D")
+        pytest.skip(
+            "not applicable: torchao quantises nn.Linear only, and GPT-2 has Conv1D: https://huggingface.co/docs/transformers/quantization/torchao"
+        )
 
 
 @pytest.mark.ecosystem(
@@ -254,13 +267,18 @@ def test_what_needs_full_precision(wide: Case, tmp_path: Path) -> None:
         Donor.from_model(model, [wide.position]).tensors()
     with refused(ConfigurationError, "it is quantised", "AutoModelWithTransplant.from_pretrained"):
         transplant(BNB8.load(wide.recipient_model), Donor.from_pretrained(wide.donor), wide.position)
-    pytest.xfail("refused: donors and thin transplants hold full precision; load without quantization for these")
+    pytest.xfail(
+        "refused: donors and thin transplants hold full precision; load without quantization for these; see "
+        "[loading](load.md)"
+    )
 
 
 @pytest.mark.ecosystem(section=SECTION, feature="MXFP4 experts, the donor dequantised")
 def test_mxfp4(wide: Case, tmp_path: Path) -> None:
     if wide.architecture != "gpt_oss":
-        pytest.skip("not applicable: the architecture has no MXFP4 checkpoints")
+        pytest.skip(
+            "not applicable: the architecture has no MXFP4 checkpoints: https://huggingface.co/docs/transformers/quantization/mxfp4"
+        )
     packed = _as_mxfp4(wide.recipient, tmp_path / "mxfp4")
     donor = Donor.from_model(AutoModelForCausalLM.from_pretrained(wide.source, dtype=torch.bfloat16), [1, 2])
     donor.save_pretrained(tmp_path / "donor", position=wide.position, recipient=str(packed))
