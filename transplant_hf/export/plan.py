@@ -15,12 +15,12 @@ from ..donor.dtypes import loaded_dtype, stored_dtype
 from ..donor.tensors import TensorInfo
 from ..errors import CheckpointError, ConfigurationError
 from ..splice import Blueprint, merge_weights
+from ..splice.quantized import QUANTISED
 from .checkpoint import StoredTensor
 
 __all__ = ["Plan", "PlannedTensor", "draw_plan"]
 
-# Words in the names of tensors that hold quantised weights, or what is needed to read them.
-_QUANTISED = ("qdata", "_blocks", "_scales", "scale_inv", "absmax", "qweight", "qzeros", "weight_scale", "g_idx")
+_PACKED = (*QUANTISED, "g_idx")
 # The one method whose loader takes layers in full precision beside packed ones, by their names.
 _MIXES = "mxfp4"
 
@@ -157,7 +157,7 @@ def _module(name: str) -> str:
 
 
 def _is_of_quantised(name: str) -> bool:
-    return any(word in name.rpartition(".")[2] for word in _QUANTISED)
+    return any(word in name.rpartition(".")[2] for word in _PACKED)
 
 
 def _packed_modules(names: Iterable[str]) -> set[str]:

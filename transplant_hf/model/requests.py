@@ -108,8 +108,7 @@ def _of_one(blueprint: Blueprint, donors: Any) -> dict[str, Any]:
     else:
         raise ConfigurationError(f"donors are named by a name, several, or {{name: strength}}; got {donors!r}.")
     for name in named:
-        if name not in known:
-            raise ConfigurationError(f"no donor is named {name!r}; this model has {', '.join(known) or 'none'}.")
+        blueprint.check_name(name)
     return {name: named.get(name, 0.0) for name in known}
 
 

@@ -76,9 +76,7 @@ class TransplantState:
         Raises:
             ConfigurationError: With the names there are.
         """
-        names = self.blueprint.splice.names
-        if name not in names:
-            raise ConfigurationError(f"no donor is named {name!r}; this model has {', '.join(names)}.")
+        self.blueprint.check_name(name)
 
 
 def state_of(model: Any) -> TransplantState:

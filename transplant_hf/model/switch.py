@@ -152,10 +152,7 @@ class Switch:
             ConfigurationError: Saying which.
         """
         for name in names:
-            if name not in self._blueprint.splice.names:
-                raise ConfigurationError(
-                    f"no donor is named {name!r}; this model has {', '.join(self._blueprint.splice.names)}."
-                )
+            self._blueprint.check_name(name)
             part = self._blueprint.part(name)
             if part.spec.mode == "replace" and not self._blueprint.keep_replaced:
                 raise ConfigurationError(

@@ -153,6 +153,16 @@ class Blueprint:
         parts = tuple(one if isinstance(one, DonorPart) else _fitted(self.recipient, *one) for one in donors)
         return _checked(Blueprint(self.recipient, parts, config, keep_replaced))
 
+    def check_name(self, name: str) -> None:
+        """Refuse a name that no donor has.
+
+        Raises:
+            ConfigurationError: With the names there are.
+        """
+        if name not in self.splice.names:
+            known = ", ".join(self.splice.names) or "none"
+            raise ConfigurationError(f"no donor is named {name!r}; this model has {known}.")
+
     def part(self, name: str) -> DonorPart:
         """The donor of that name."""
         return next(part for part in self.parts if part.name == name)

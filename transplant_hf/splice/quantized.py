@@ -13,11 +13,12 @@ from ..architecture import LayerNames
 from ..layer_map import RECIPIENT
 from .blueprint import Blueprint, DonorPart
 
-__all__ = ["follow_quantization", "renumber_metadata"]
+__all__ = ["QUANTISED", "follow_quantization", "renumber_metadata"]
 
 # Where quantisers keep the names of modules that stay in full precision.
 _SKIP_FIELDS = ("modules_to_not_convert", "llm_int8_skip_modules")
-_QUANTISED = ("qdata", "_blocks", "_scales", "scale_inv", "absmax", "qweight", "qzeros", "weight_scale")
+# Words in the names of tensors that hold quantised weights, or what is needed to read them.
+QUANTISED = ("qdata", "_blocks", "_scales", "scale_inv", "absmax", "qweight", "qzeros", "weight_scale")
 
 
 def follow_quantization(config: PreTrainedConfig, blueprint: Blueprint) -> PreTrainedConfig:
@@ -54,7 +55,7 @@ def _full_precision(blueprint: Blueprint) -> set[str]:
 
 
 def _is_quantised(part: DonorPart) -> bool:
-    return any(marker in name for name in part.donor.infos() for marker in _QUANTISED)
+    return any(marker in name for name in part.donor.infos() for marker in QUANTISED)
 
 
 def _moved(name: str, names: LayerNames, blueprint: Blueprint) -> list[str]:
