@@ -10,9 +10,10 @@ Example:
 
 from __future__ import annotations
 
+import sys
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from .config import DonorSpec, TransplantConfig
 from .errors import (
     CheckpointError,
     CompatibilityError,
@@ -23,10 +24,10 @@ from .errors import (
     TrainingError,
     TransplantError,
 )
-from .registration import register
 
 if TYPE_CHECKING:
     from .compatibility import CompatibilityReport
+    from .config import DonorSpec, TransplantConfig
     from .donor import Donor
     from .layer_map import LayerMap
     from .model.auto import AutoModelWithTransplant, check_compatibility
@@ -58,20 +59,37 @@ __all__ = [
     "transplant",
 ]
 
-# Imported when first used: they bring model code with them.
+# Imported when first used: they bring torch and model code with them.
 _LAZY = {
     "AutoModelWithTransplant": "model.auto",
     "CompatibilityReport": "compatibility",
     "Donor": "donor",
+    "DonorSpec": "config",
     "DonorTrainer": "training",
     "DonorTrainingArguments": "training",
     "LayerMap": "layer_map",
+    "TransplantConfig": "config",
     "check_compatibility": "model.auto",
     "remove_transplants": "model.memory",
     "transplant": "model.memory",
 }
 
-register()
+
+def _is_the_command() -> bool:
+    """Whether this process is `transplant-hf` or `python -m transplant_hf`, which register when they have work to do.
+
+    `--version`, `--help` and wrong usage then need neither Transformers nor torch, which take seconds to import.
+    """
+    program, *words = getattr(sys, "argv", None) or [""]
+    if program == "-m":  # the name of the module stands before the words
+        return sys.orig_argv[-len(words) - 1 :][:1] == [__name__]
+    return PurePath(program).name in ("transplant-hf", "transplant-hf.exe")
+
+
+if not _is_the_command():
+    from .registration import register
+
+    register()
 
 
 def __getattr__(name: str) -> Any:

@@ -32,8 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Traceback (most recent call last):
         SystemExit: 0
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 2
     try:
+        # Here, not above: what is answered before needs neither Transformers nor torch, which take seconds to import.
+        from ..registration import register
+
+        register()
         return int(options.run(options))
     except TransplantError as error:
         if options.json:
@@ -52,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=HOW_IT_ENDS,
     )
     parser.add_argument("--version", action="version", version=f"transplant_hf {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for command in _COMMANDS:
         command.add(commands)
     return parser

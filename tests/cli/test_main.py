@@ -1,0 +1,67 @@
+"""The command itself: what it answers without a command to run, and what that costs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from transplant_hf.cli import main
+
+_COMMANDS = ("convert", "inspect", "check", "plan", "extract", "train", "recover", "sweep", "evaluate", "push")
+_SCRIPT = """
+import sys
+from transplant_hf.cli import main
+
+try:
+    status = main()
+except SystemExit as exit:
+    status = exit.code
+print("status", status, "imported", *sorted({"torch", "transformers"} & set(sys.modules)))
+if "transformers" in sys.modules:
+    from transformers import AutoConfig
+
+    print(AutoConfig.for_model("transplant", recipient="a/b").recipient)
+"""
+
+
+def run(*words: str | Path) -> tuple[str, str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [(["--version"], 0), (["--help"], 0), (["check", "--help"], 0), ([], 2), (["check", "a"], 2), (["chekc"], 2)],
+)
+def test_what_needs_no_model_imports_neither_transformers_nor_torch(
+    words: list[str], status: int, tmp_path: Path
+) -> None:
+    script = tmp_path / "transplant-hf"
+    script.write_text(_SCRIPT)
+    out, _ = run(script, *words)
+    assert out.splitlines()[-1] == f"status {status} imported"
+    _, err = run("-X", "importtime", "-m", "transplant_hf", *words)
+    imported = set(re.findall(r"\| +([\w.]+)$", err, re.MULTILINE))
+    assert "transplant_hf.cli" in imported
+    assert not imported & {"torch", "transformers"}
+
+
+def test_a_command_registers_transplants_before_it_runs(tmp_path: Path) -> None:
+    script = tmp_path / "transplant-hf"
+    script.write_text(_SCRIPT)
+    out, _ = run(script, "inspect", tmp_path / "nothing")
+    assert out.splitlines()[-2:] == ["status 1 imported torch transformers", "a/b"]
+
+
+def test_alone_it_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    listed = capsys.readouterr().out.splitlines()
+    assert all(any(re.match(rf"    {name} +\w", line) for line in listed) for name in _COMMANDS)
