@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from tests.architectures.tiny_models import tiny_model
 from tests.helpers import (
     copied,
     edit_json,
@@ -20,7 +21,7 @@ from tests.helpers import (
     tiny_gpt2_model,
     tiny_llama_model,
 )
-from transplant_hf import CompatibilityError, ConfigurationError, Donor, check_compatibility
+from transplant_hf import CompatibilityError, ConfigurationError, Donor, check_compatibility, transplant
 
 
 def test_a_donor_that_fits(tiny: Path) -> None:
@@ -123,6 +124,39 @@ def test_dropout_is_the_recipients() -> None:
     """It matters in training only, and a native configuration has one for all layers."""
     report = check_compatibility(tiny_gpt2_model(0), Donor.from_model(tiny_gpt2_model(1, resid_pdrop=0.3), [0]), 0)
     assert report.native is True, report.notes
+
+
+@pytest.mark.parametrize("model_type", ["git", "phi4_multimodal", "gemma3", "mpt"])
+def test_a_part_of_the_configuration_is_compared_by_what_reaches_the_layers(model_type: str, tmp_path: Path) -> None:
+    """Bookkeeping differs between a model in memory and the same one read from files, in every part."""
+    tiny_model(model_type).save_pretrained(tmp_path)
+    source = tiny_model(model_type, seed=1)
+    for part in [source.config, *(getattr(source.config, name) for name in source.config.sub_configs)]:
+        part.dtype, part.architectures, part._name_or_path = torch.float64, ["Other"], "elsewhere"
+        part.transformers_version, part.output_hidden_states, part.pad_token_id, part.eos_token_id = "4.0.0", True, 5, 6
+        part.return_dict = False
+    report = check_compatibility(tmp_path, Donor.from_model(source, [1, 2], name="law"), 1)
+    assert report.mismatches == ()
+    assert report.native
+
+
+def test_a_part_of_the_configuration_that_reaches_the_layers() -> None:
+    recipient = tiny_model("mpt")
+    source = tiny_model("mpt", attn_config={"clip_qkv": 0.5})
+    report = check_compatibility(recipient, Donor.from_model(source, [1, 2], name="law"), 1)
+    assert report.mismatches == ("attn_config.clip_qkv: donor 0.5, recipient None",)
+
+
+@pytest.mark.parametrize("model_type", ["git", "gemma3"])
+def test_encoders_are_the_recipients(model_type: str) -> None:
+    """GIT's layers read the number of image tokens, and the images are encoded by the recipient."""
+    recipient, source = tiny_model(model_type), tiny_model(model_type, seed=1)
+    vision = source.config.vision_config
+    vision.image_size, vision.hidden_act, vision.num_hidden_layers = 2 * vision.image_size, "relu", 7
+    model = transplant(recipient, Donor.from_model(source, [1, 2], name="law"), 1)
+    assert model.transplant_config is not None
+    layers = [layer for layer in model.modules() if hasattr(layer, "image_patch_tokens")]
+    assert len({layer.image_patch_tokens for layer in layers}) <= 1
 
 
 def test_another_model_type() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -11,7 +12,7 @@ from transformers import PreTrainedConfig
 from ..architecture.build import BUILD_ERRORS
 from ..architecture.follow import is_rule
 
-__all__ = ["field_mismatches", "take_training_fields"]
+__all__ = ["field_mismatches", "take_recipient_fields"]
 
 # Fields that do not reach the arithmetic of a decoder layer: what stands around the layers, training, bookkeeping.
 _OUTSIDE_LAYERS = re.compile(
@@ -30,16 +31,29 @@ _TRAINING = re.compile(
 )
 
 
-def take_training_fields(donor: PreTrainedConfig, recipient: PreTrainedConfig) -> None:
-    """Give a donor's source configuration the recipient's settings for training, dropout and the like.
+# Parts of a configuration that describe what feeds the decoder. Where a layer reads one, as GIT's layers read the
+# number of image tokens, it must be the recipient's: its encoder is the one that runs.
+_ENCODERS = re.compile(r"^(vision|image|video|audio|speech)_")
+
+
+def take_recipient_fields(donor: PreTrainedConfig, recipient: PreTrainedConfig) -> None:
+    """Give a donor's source configuration what the recipient decides: settings for training, and its encoders.
 
     Args:
-        donor: The decoder's part of the donor's source configuration; changed in place.
-        recipient: The decoder's part of the recipient's.
+        donor: The donor's source configuration; changed in place, and in its parts.
+        recipient: The recipient's.
     """
     theirs = donor.to_dict()
     for name, value in recipient.to_dict().items():
-        if name in theirs and theirs[name] != value and _TRAINING.search(name):
+        if name not in theirs or theirs[name] == value:
+            continue
+        old, new = getattr(donor, name, None), getattr(recipient, name, None)
+        if isinstance(old, PreTrainedConfig) and isinstance(new, PreTrainedConfig):
+            if _ENCODERS.search(name):
+                setattr(donor, name, copy.deepcopy(new))
+            else:
+                take_recipient_fields(old, new)
+        elif _TRAINING.search(name):
             setattr(donor, name, value)
 
 
@@ -50,13 +64,20 @@ def field_mismatches(donor: PreTrainedConfig, recipient: PreTrainedConfig) -> It
         donor: The decoder's part of the donor's source configuration.
         recipient: The decoder's part of the recipient's.
     """
-    theirs, ours = donor.to_dict(), recipient.to_dict()
-    for name in _class_fields(recipient, ours):
-        old, new = theirs.get(name), ours.get(name)
+    ours = recipient.to_dict()
+    yield from _differences(donor.to_dict(), {name: ours[name] for name in _class_fields(recipient, ours)})
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, new in ours.items():
+        old = theirs.get(name)
         if _OUTSIDE_LAYERS.search(name) or (is_rule(name) and _is_count(old) and _is_count(new)):
             continue
-        if old != new and not (_per_layer(old) or _per_layer(new)):
-            yield f"{name}: donor {_short(old)}, recipient {_short(new)}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and "model_type" in new:
+            # A configuration of its own; other mappings, such as RoPE's, hold nothing but arithmetic.
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new and not (_per_layer(old) or _per_layer(new)):
+            yield f"{prefix}{name}: donor {_short(old)}, recipient {_short(new)}"
 
 
 def _class_fields(config: PreTrainedConfig, fields: dict[str, Any]) -> list[str]:

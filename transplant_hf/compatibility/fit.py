@@ -12,7 +12,7 @@ from ..architecture.exceptions import REFUSALS
 from ..donor import Donor
 from ..donor.tensors import layer_of
 from ..errors import CompatibilityError
-from .fields import field_mismatches, take_training_fields
+from .fields import field_mismatches, take_recipient_fields
 
 __all__ = ["donor_anatomy", "mismatches", "refuse_unsupported"]
 
@@ -57,7 +57,7 @@ def donor_anatomy(donor: Donor, recipient: Anatomy) -> Anatomy:
         raise CompatibilityError(f"donor {donor}: its source_config is not valid: {error}") from error
     config._attn_implementation = recipient.config._attn_implementation
     config.dtype = recipient.config.dtype
-    take_training_fields(text_config(config).config, ours)
+    take_recipient_fields(config, recipient.config)
     if _builds_the_same(config, recipient.config):
         return recipient
     return Anatomy(recipient.model_class, config, f"donor {donor}")
