@@ -56,6 +56,15 @@ def test_exactly_the_recipient(tiny: Path, position: int, mode: str) -> None:
     assert torch.equal(generated(model), said)
 
 
+def test_keeping_what_nobody_replaces_changes_nothing(tiny: Path) -> None:
+    model, without = loaded(tiny, 1, keep_replaced=True), loaded(tiny, 1)
+    assert torch.equal(logits_of(model), logits_of(without))
+    assert list(model.state_dict()) == list(without.state_dict())
+    model.add_donor(str(tiny / "donor"), 2, "replace", name="later")
+    with model.disable_transplants():
+        assert torch.equal(logits_of(model), logits_of(plain(tiny / "recipient")))
+
+
 @pytest.mark.parametrize("position", POSITIONS)
 def test_with_left_padding(tiny: Path, position: int) -> None:
     """Where layer 0 is the donor's, an empty cache slot would shift every position."""

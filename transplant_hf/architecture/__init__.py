@@ -5,7 +5,7 @@ from .classes import native_class
 from .identity import output_projections, projections_of_layers, zero_output_projections
 from .names import LayerNames, LayerTensorName
 from .native import LayerOrigin, SplicedConfig, splice_config
-from .stack import decoder_stack, find_stack, text_config
+from .stack import decoder_stack, find_stack, longest_input, text_config
 
 __all__ = [
     "Anatomy",
@@ -15,6 +15,7 @@ __all__ = [
     "SplicedConfig",
     "decoder_stack",
     "find_stack",
+    "longest_input",
     "native_class",
     "output_projections",
     "projections_of_layers",

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CompatibilityError
 from .build import BUILD_ERRORS
-from .stack import text_config
+from .stack import longest_input, text_config
 
 __all__ = ["Call", "Replay", "record_calls", "resting"]
 
@@ -117,8 +117,7 @@ def _some_tokens(model: PreTrainedModel, seed: int) -> torch.Tensor:
     text = text_config(model.config).config
     special = set(_special_tokens(model.config.to_dict()))
     usual = [token for token in range(min(text.vocab_size, 1000)) if token not in special]
-    limit = getattr(text, "max_position_embeddings", None) or _TOKENS
-    length = min(_TOKENS, limit) if limit > 0 else _TOKENS  # -1 stands for none
+    length = min(_TOKENS, longest_input(model.config) or _TOKENS)
     chosen = torch.randint(len(usual), (_BATCH, length), generator=torch.Generator().manual_seed(seed))
     return torch.tensor(usual)[chosen].to(model.device)
 

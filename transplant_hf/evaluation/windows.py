@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..architecture import longest_input
 from ..errors import ConfigurationError, DataError
 from ..texts import Blocks
 
@@ -161,7 +162,7 @@ def longest_block(config: Any, block_length: int | None) -> int:
     Raises:
         ConfigurationError: More than the model can read.
     """
-    known = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    known = longest_input(config)
     if block_length is None:
         return min(known or _LONGEST_BLOCK, _LONGEST_BLOCK)
     if known is not None and block_length > known:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..architecture import longest_input
 from ..errors import CheckpointError
 from ..model.auto import load_transplant
 from ..sources import reading
@@ -110,8 +111,7 @@ def _compare_weights(transplant: Any, plain: Any) -> None:
 def _logits(model: Any, seed: int) -> torch.Tensor:
     """`[1, tokens, vocabulary]`, or what else the model's head gives."""
     text = model.config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None) or 0  # below 1 where there is no limit
-    length = min(_TOKENS, most) if most > 0 else _TOKENS
+    length = min(_TOKENS, longest_input(model.config) or _TOKENS)
     ids = torch.randint(0, text.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
     first: torch.Tensor = model.eval()(ids.to(model.device), use_cache=False)[0]
     return first.float().cpu()

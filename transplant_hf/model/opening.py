@@ -36,8 +36,7 @@ def load_model(
     hub = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only", "trust_remote_code") if key in kwargs}
     with reading("the model", name, revision):
         config = AutoConfig.from_pretrained(name, revision=revision or "main", **hub)
-        replaces = isinstance(config, TransplantConfig) and any(spec.mode == "replace" for spec in config.donors)
-        if replaces and keep_replaced:
+        if keep_replaced and isinstance(config, TransplantConfig):
             kwargs["keep_replaced"] = True
         return AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **kwargs)
 

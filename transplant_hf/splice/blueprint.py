@@ -217,8 +217,6 @@ def draw_blueprint(
         ConfigurationError: A position out of range, overlapping replacements.
         CompatibilityError: A donor that does not fit, with every mismatch.
     """
-    if keep_replaced and not any(spec.mode == "replace" for spec, _ in donors):
-        raise ConfigurationError("keep_replaced=True keeps layers that a donor replaces, but no donor replaces any.")
     recipient = Anatomy(model_class, recipient_config, f"recipient {config.recipient or model_class.__name__}")
     refuse_unsupported(recipient)
     parts = tuple(_fitted(recipient, spec, donor) for spec, donor in donors)

@@ -9,13 +9,12 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
 from ..errors import ConfigurationError, DataError
+from ..evaluation.windows import longest_block
 from ..model.opening import load_model, pinned_commit
 from ..texts import Blocks, TextSource, check_tokenizer, pack
 from .rows import Rows, rows_needed
 
 __all__ = ["as_blocks", "blocks_of_run", "model_and_tokenizer", "rows_of_run"]
-
-_LONGEST_BLOCK = 1024
 
 
 def as_blocks(
@@ -43,13 +42,12 @@ def as_blocks(
         )
     text = model.config.get_text_config(decoder=True)
     check_tokenizer(tokenizer, text.vocab_size, str(model.config.name_or_path or type(model).__name__))
-    longest = getattr(text, "max_position_embeddings", None) or _LONGEST_BLOCK
     if isinstance(data, str):
         data = TextSource.parse(data)
     streamed = isinstance(data, TextSource) and data.streaming
     if streamed and most is None:
         raise ConfigurationError(f"the {what} {data.data!r} is a stream, which has no end: say max_steps.")
-    return pack(data, tokenizer, block_length or min(longest, _LONGEST_BLOCK), most if streamed else None)
+    return pack(data, tokenizer, longest_block(model.config, block_length), most if streamed else None)
 
 
 def model_and_tokenizer(
