@@ -160,3 +160,12 @@ def test_it_is_quick_and_small(tmp_path: Path, tiny_llama: Path) -> None:
     assert float(seconds) < 10
     assert int(kibibytes) < 300 * 1024
     assert os.listdir(folder) == ["config.json"]
+
+
+def test_no_longer_context_is_planned_than_the_model_reads(tiny_llama: Path) -> None:
+    reads = json.loads((tiny_llama / "recipient/config.json").read_text())["max_position_embeddings"]
+    assert reads < 4096
+    assert plan(tiny_llama / "donor").context == reads
+    assert plan(tiny_llama / "donor", context=reads).context == reads
+    with refused(ConfigurationError, f"context is {reads + 1}", f"at most {reads} tokens", "recipient"):
+        plan(tiny_llama / "donor", context=reads + 1)

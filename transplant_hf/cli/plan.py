@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
     )
     plan.add_argument("--dtype", default="auto", help="such as float32 or bfloat16 (default: as it is saved)")
     plan.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once (default: 1)")
-    plan.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of each (default: 4096)")
+    plan.add_argument("--context", type=int, metavar="N", help="tokens of each (default: 4096, or all it reads)")
     plan.add_argument("--dequantize", action="store_true", help="plan a quantised recipient as dequantised")
     plan.add_argument("--revision", help="branch, tag or commit of WHAT")
 

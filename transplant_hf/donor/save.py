@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..cards import CARD_FILE, written_by_us
 from ..config import DonorSpec, TransplantConfig
 from ..errors import ConfigurationError
-from ..storage import publish, read_json, write_json
+from ..storage import parse_size, publish, read_json, write_json
 from .card import write_donor_card
 from .companions import copy_companions, tokenizer_class
 from .dtypes import loaded_dtype
@@ -158,7 +158,7 @@ def write_donor(folder: Path, record: DonorRecord, store: TensorStore, max_shard
     split = split_torch_state_dict_into_shards(
         {name: torch.empty(info.shape, dtype=loaded_dtype(info.dtype), device="meta") for name, info in infos.items()},
         filename_pattern="donor{suffix}.safetensors",
-        max_shard_size=max_shard_size,
+        max_shard_size=parse_size(max_shard_size, "max_shard_size"),
     )
     stamps: dict[str, FileStamp] = {}
     total = sum(map(size_of, infos.values()))

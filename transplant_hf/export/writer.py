@@ -16,7 +16,7 @@ from ..donor.record import FileStamp
 from ..donor.stream import PIECE, bytes_of, is_finite, pieces, size_of, stream_file
 from ..donor.tensors import FileTensors
 from ..errors import CheckpointError
-from ..storage import sha256_of, write_json
+from ..storage import parse_size, sha256_of, write_json
 from .plan import PlannedTensor
 
 __all__ = ["WEIGHTS_INDEX", "write_weights"]
@@ -48,7 +48,7 @@ def write_weights(
     split = split_torch_state_dict_into_shards(
         {name: torch.empty(info.shape, dtype=loaded_dtype(info.dtype), device="meta") for name, info in infos.items()},
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
+        max_shard_size=parse_size(max_shard_size, "max_shard_size"),
     )
     stamps: dict[str, FileStamp] = {}
     checks: list[Future[None]] = []

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 from ..errors import ConfigurationError
 
-__all__ = ["PARALLEL", "Hardware", "parse_size"]
+__all__ = ["PARALLEL", "Hardware"]
 
 # How layers and tensors are spread: whole layers on devices (`device_map="auto"`), a part of every tensor on each
 # (`DistributedConfig(tp_size=...)`), some experts on each besides (`ep_size=...`), or parts that are gathered layer by
 # layer (`fsdp_size=...`, `fully_shard`).
 PARALLEL = ("auto", "tensor", "expert", "fsdp")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,27 +45,3 @@ class Hardware:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigurationError(f"{name} must be more than 0 bytes, got {value}.")
-
-
-def parse_size(text: str | int | None, what: str = "size") -> int | None:
-    """Read a number of bytes, or of bytes in a second.
-
-    Args:
-        text: Such as "80GiB" (1024 to the third), "80GB" (1000 to the third), "2GB/s", or a number.
-        what: What it is, for the message.
-
-    Raises:
-        ConfigurationError: Not a size.
-
-    Example:
-        >>> parse_size("80GiB"), parse_size("2GB/s"), parse_size("512"), parse_size(None)
-        (85899345920, 2000000000, 512, None)
-    """
-    if text is None or isinstance(text, int):
-        return text
-    match = _SIZE.fullmatch(text.strip().removesuffix("/s"))
-    if match is None:
-        raise ConfigurationError(f"{what} must be a number of bytes such as 80GiB, 80GB or 2GB/s, got {text!r}.")
-    number, unit, binary = match.groups()
-    power = "KMGT".find(unit.upper()) + 1 if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)

@@ -6,19 +6,22 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..architecture import Anatomy
+from ..architecture import Anatomy, text_config
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..sources import HubOptions
+from ..storage import parse_size
 from .body import Body, bodies
 from .cache import LayerCaches, measure_caches, running_caches
 from .cost import CacheKind, Cost, Plan, PlannedDonor, Reading
-from .hardware import Hardware, parse_size
+from .hardware import Hardware
 from .numbers import dtype_name
 from .sharing import share_model
 from .subject import Subject, find_subject
 
 __all__ = ["plan"]
+
+_CONTEXT = 4096
 
 
 def plan(
@@ -34,7 +37,7 @@ def plan(
     parallel: str = "auto",
     dtype: str = "auto",
     batch: int = 1,
-    context: int = 4096,
+    context: int | None = None,
     dequantize: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -60,7 +63,7 @@ def plan(
             `DistributedConfig` with `tp_size`, with `ep_size` as large, and with `fsdp_size` divides tensors.
         dtype: The type of numbers as in `from_pretrained`.
         batch: Sequences at once.
-        context: Tokens of each.
+        context: Tokens of each; by default 4096, or fewer where the model reads fewer.
         dequantize: Plan a quantised recipient as it is after dequantising.
         revision: Branch, tag or commit of `what`.
         token: As in `from_pretrained`.
@@ -96,18 +99,15 @@ def plan(
         >>> found.after.cache[0].kind, found.after.cache[0].per_token
         ('full attention', 2048)
     """
-    hardware = Hardware(
-        devices,
-        parse_size(memory, "memory"),
-        parse_size(cpu_memory, "cpu_memory"),
-        parse_size(bandwidth, "bandwidth"),
-        parallel,
-    )
-    for name, value in (("batch", batch), ("context", context), ("layers", 1 if layers is None else layers)):
-        if value < 1:
+    sizes = {"memory": memory, "cpu_memory": cpu_memory, "bandwidth": bandwidth}
+    known = {name: parse_size(size, name) for name, size in sizes.items() if size is not None}
+    hardware = Hardware(devices, parallel=parallel, **known)
+    for name, value in (("batch", batch), ("context", context), ("layers", layers)):
+        if value is not None and value < 1:
             raise ConfigurationError(f"{name} must be at least 1, got {value}.")
     hub = HubOptions(token, cache_dir, local_files_only)
     subject = find_subject(os.fspath(what), donors, layers, position, dtype, revision, hub)
+    context = _context(subject, context)
     before, after = bodies(subject, dequantize)
     measured = measure_caches(_anatomies(subject), context)
     running = after or before
@@ -126,6 +126,17 @@ def plan(
         after=costs[-1],
         notes=subject.notes,
     )
+
+
+def _context(subject: Subject, asked: int | None) -> int:
+    known = getattr(text_config(subject.recipient.config).config, "max_position_embeddings", None) or 0
+    if asked is None:
+        return min(known, _CONTEXT) if known > 0 else _CONTEXT
+    if 0 < known < asked:  # below 1 where there is no limit
+        raise ConfigurationError(
+            f"context is {asked}, but {subject.source} reads at most {known} tokens (max_position_embeddings)."
+        )
+    return asked
 
 
 def _donors(subject: Subject, body: Body) -> Sequence[PlannedDonor]:

@@ -8,12 +8,12 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..errors import ConfigurationError
+from ..storage import parse_size
 
-__all__ = ["DonorTrainingArguments", "parse_size"]
+__all__ = ["DonorTrainingArguments"]
 
 _METHODS, _MODES, _STARTS = ("in_place", "standalone"), ("insert", "replace"), ("identity", "copy")
 _CACHES = ("auto", "memory", "disk", "off")
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass
@@ -36,7 +36,7 @@ class DonorTrainingArguments(TrainingArguments):
         distillation: Weight of KL(untouched recipient || model), on the rows of general text if there are any.
         cache_prefix: Whether the hidden states before the donor are computed once for each block: in "memory", on
             "disk", "off", or "auto": in memory up to a gibibyte, else on disk.
-        prefix_cache_limit: Most bytes for that, such as "20GB".
+        prefix_cache_limit: Most bytes for that, such as "20GB" or "20GiB".
         prefix_cache_dir: Where to keep them on disk; by default in the output folder, removed after training.
         strength: The strength that the donor's repo recommends; by default 1, or 0.75 without general text.
         learning_rate: By default what did best for the method, in proportion to 1 / width.
@@ -84,22 +84,4 @@ class DonorTrainingArguments(TrainingArguments):
             )
         if not 0.0 <= self.replay_share < 1.0:
             raise ConfigurationError(f"replay_share must be at least 0 and below 1, got {self.replay_share}.")
-        parse_size(self.prefix_cache_limit)
-
-
-def parse_size(size: str | int) -> int:
-    """Read a number of bytes.
-
-    Raises:
-        ConfigurationError: Not a size.
-
-    Example:
-        >>> parse_size("1.5GB"), parse_size(10)
-        (1500000000, 10)
-    """
-    text = str(size).strip().upper()
-    number = text.rstrip("KMGTB")
-    try:
-        return int(float(number) * _UNITS[text[len(number) :].strip()])
-    except (ValueError, KeyError) as error:
-        raise ConfigurationError(f"{size!r} is not a size in bytes, such as '20GB'.") from error
+        parse_size(self.prefix_cache_limit, "prefix_cache_limit")

@@ -15,8 +15,9 @@ from ..donor import Donor
 from ..errors import ConfigurationError
 from ..model.memory import transplant
 from ..partial import stack_of
+from ..storage import parse_size
 from ..texts import Blocks
-from .arguments import DonorTrainingArguments, parse_size
+from .arguments import DonorTrainingArguments
 from .defaults import default_learning_rate, default_position, default_strength
 from .making import note_in_donors, record_of_making
 from .part_trainer import CachePlan, Part, PartTrainer

@@ -20,7 +20,7 @@ from ..layer_map import RECIPIENT
 from ..model.gates import attach_gate, detach_gate
 from ..model.memory import transplant
 from ..partial import stack_of
-from .arguments import parse_size
+from ..storage import parse_size
 from .making import note_in_donors, versions
 from .part_trainer import CachePlan, Part, PartTrainer
 from .reading import blocks_of_run, model_and_tokenizer, rows_of_run
