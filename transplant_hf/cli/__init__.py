@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `transplant-hf`; by default those of the process.
 
     Returns:
-        The exit status: 0 done, 1 refused or failed, 2 wrong usage.
+        The exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 stopped by Ctrl-C.
 
     Example:
         >>> main(["--version"])
@@ -43,14 +43,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         register()
         return int(options.run(options))
-    except TransplantError as error:
-        if options.json:
-            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        print(f"transplant-hf: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         return 1
+    except (TransplantError, OSError) as error:
+        return _failed(options, error, str(error), 1)
+    except KeyboardInterrupt as error:
+        return _failed(options, error, str(error) or "stopped.", 130)
+    finally:
+        _let_go_of_output()
+
+
+def _failed(options: argparse.Namespace, error: BaseException, sentence: str, status: int) -> int:
+    if options.json and not options.printed:
+        print(json.dumps({"error": type(error).__name__, "message": sentence}))
+    print(f"transplant-hf: {sentence}", file=sys.stderr)
+    return status
+
+
+def _let_go_of_output() -> None:
+    """Keep Python from writing again, when it ends, what could not be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _parser() -> argparse.ArgumentParser:

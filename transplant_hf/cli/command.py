@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
-__all__ = ["HOW_IT_ENDS", "command", "show"]
+__all__ = ["HOW_IT_ENDS", "command", "printing", "show"]
 
-HOW_IT_ENDS = "exit status: 0 done, 1 refused or failed (one sentence on standard error), 2 wrong usage"
+HOW_IT_ENDS = (
+    "exit status: 0 done, 1 refused or failed (one sentence on standard error), 2 wrong usage, 130 stopped by Ctrl-C"
+)
 
 
 class Shown(Protocol):
@@ -40,10 +44,29 @@ def command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--json", action="store_true", help="print the result as JSON")
-    made.set_defaults(run=run)
+    made.set_defaults(run=run, printed=False)
     return made
 
 
 def show(result: Shown, options: argparse.Namespace) -> None:
     """Print a result on standard output, for people or for machines."""
-    print(json.dumps(result.to_dict(), indent=2) if options.json else result)
+    with printing(options):
+        print(json.dumps(result.to_dict(), indent=2) if options.json else result)
+
+
+@contextmanager
+def printing(options: argparse.Namespace) -> Iterator[None]:
+    """Print a result inside a `with` block; when the block ends, all of it is written.
+
+    Args:
+        options: Of the command; they remember that there is a result on standard output.
+
+    Raises:
+        CheckpointError: It could not be written: the disk is full.
+    """
+    from ..storage import writing
+
+    options.printed = True
+    with writing("the result on standard output", "What the command wrote into files is there."):
+        yield
+        sys.stdout.flush()

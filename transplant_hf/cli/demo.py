@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .command import command
+from .command import command, printing
 
 __all__ = ["add"]
 
@@ -23,8 +23,9 @@ def _run(options: argparse.Namespace) -> int:
     from ..demo import print_report, run_demo
 
     report = run_demo(options.folder, fresh=options.fresh)
-    if options.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        print_report(report)
+    with printing(options):
+        if options.json:
+            print(json.dumps(report.to_dict(), indent=2))
+        else:
+            print_report(report)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .reading import (
     measuring_arguments,
     text_sources,
 )
+from .values import number
 
 __all__ = ["add"]
 
@@ -38,7 +40,7 @@ def add(commands: Any) -> None:
     )
     evaluate.add_argument("--recipient", help="model to measure beside it (default: itself without its donors)")
     evaluate.add_argument(
-        "--strengths", type=float, nargs="+", metavar="S", help="measure the donors at each of these strengths"
+        "--strengths", type=number(), nargs="+", metavar="S", help="measure the donors at each of these strengths"
     )
     evaluate.add_argument("--plot", type=Path, metavar="FILE", help="with --strengths: draw the curve")
     add_text_options(evaluate)
@@ -47,6 +49,10 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    wrong = _wrong_usage(options)
+    if wrong:
+        print(f"transplant-hf evaluate: {wrong}", file=sys.stderr)
+        return 2
     if options.strengths is not None:
         return _dial(options)
     from ..evaluation import evaluate
@@ -62,19 +68,29 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _wrong_usage(options: argparse.Namespace) -> str | None:
+    if options.plot is not None and options.strengths is None:
+        return "--plot draws the curve of --strengths; give both, or neither"
+    if options.recipient is not None and options.strengths is not None:
+        return "--recipient does not go with --strengths: a transplant at strength 0 is its own recipient"
+    return None
+
+
 def _dial(options: argparse.Namespace) -> int:
     from ..evaluation import strength_curve
+    from ..plots import check_strengths_picture, plot_strengths
 
+    texts = text_sources(options)
+    if options.plot is not None:
+        check_strengths_picture(options.plot, texts)
     report = strength_curve(
         options.model,
-        text_sources(options),
+        texts,
         options.strengths,
         **measuring_arguments(options),
         **loading_arguments(options),
     )
-    if options.plot is not None:
-        from ..plots import plot_strengths
-
-        plot_strengths(report, options.plot)
     show(report, options)
+    if options.plot is not None:
+        plot_strengths(report, options.plot)
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import command, show
+from .values import dtype
 
 __all__ = ["add"]
 
@@ -40,7 +41,11 @@ def add(commands: Any) -> None:
         "--mode", choices=["insert", "replace"], help="for donors with --position (default: insert); else their own"
     )
     export.add_argument(
-        "--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="default: as in the files"
+        "--dtype",
+        type=dtype,
+        choices=["auto", "bfloat16", "float16", "float32"],
+        default="auto",
+        help="default: as in the files",
     )
     export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
     export.add_argument(

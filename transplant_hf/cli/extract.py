@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import command, show
+from .values import dtype, whole
 
 __all__ = ["add"]
 
@@ -33,7 +34,7 @@ def add(commands: Any) -> None:
         metavar="N",
         help="consecutive layers, by their running numbers (default: from a third of the way up)",
     )
-    chosen.add_argument("--count", type=int, default=3, help="how many layers, where none are named (default: 3)")
+    chosen.add_argument("--count", type=whole(), default=3, help="how many layers, where none are named (default: 3)")
     extract.add_argument(
         "--init",
         choices=("copy", "identity"),
@@ -45,7 +46,7 @@ def add(commands: Any) -> None:
     )
     extract.add_argument("--name", help="what to call the donor (default: after the output)")
     extract.add_argument("--revision", help="the model's branch, tag or commit")
-    extract.add_argument("--dtype", default="auto", help="such as bfloat16 (default: the checkpoint's)")
+    extract.add_argument("--dtype", type=dtype, default="auto", help="such as bfloat16 (default: the checkpoint's)")
     extract.add_argument("--push-to-hub", metavar="REPO", help="upload the donor to this repository, as one commit")
     extract.add_argument("--private", action="store_true", help="make that repository private if it is new")
     extract.add_argument("--trust-remote-code", action="store_true", help="run the model's own modelling code")

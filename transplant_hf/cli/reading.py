@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..errors import DataError
+from .values import dtype, whole
 
 __all__ = [
     "TEXT_HELP",
@@ -28,21 +29,26 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-revision", help="its branch, tag or commit")
     parser.add_argument("--streaming", action="store_true", help="read it no further than needed")
     parser.add_argument(
-        "--block-length", type=int, metavar="N", help="tokens in a block (default: what the model reads, at most 1024)"
+        "--block-length",
+        type=whole(),
+        metavar="N",
+        help="tokens in a block (default: what the model reads, at most 1024)",
     )
 
 
 def add_measuring_options(parser: argparse.ArgumentParser) -> None:
     """Add options on how perplexity is measured."""
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="read no further in each text")
-    parser.add_argument("--stride", type=int, metavar="N", help="slide the window by so many (default: no overlap)")
-    parser.add_argument("--batch-size", type=int, metavar="N", default=8, help="windows read at once (default: 8)")
+    parser.add_argument("--max-tokens", type=whole(2), metavar="N", help="read no further in each text")
+    parser.add_argument("--stride", type=whole(), metavar="N", help="slide the window by so many (default: no overlap)")
+    parser.add_argument("--batch-size", type=whole(), metavar="N", default=8, help="windows read at once (default: 8)")
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """Add options on how the model is loaded."""
     parser.add_argument("--revision", help="branch, tag or commit of the model")
-    parser.add_argument("--dtype", default="auto", help="such as float32 or bfloat16 (default: as it is saved)")
+    parser.add_argument(
+        "--dtype", type=dtype, default="auto", help="such as float32 or bfloat16 (default: as it is saved)"
+    )
     parser.add_argument("--device-map", metavar="WHERE", help='such as "cuda" or "auto" (default: the CPU)')
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own modelling code")
 

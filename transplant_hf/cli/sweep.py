@@ -15,6 +15,7 @@ from .reading import (
     measuring_arguments,
     text_sources,
 )
+from .values import number, whole
 
 __all__ = ["add"]
 
@@ -38,8 +39,8 @@ def add(commands: Any) -> None:
         metavar="[NAME=]DATA[:SPLIT]",
         help="a file, a folder or a dataset on the Hub",
     )
-    sweep.add_argument("--positions", type=int, nargs="+", metavar="P", help="default: all")
-    sweep.add_argument("--strengths", type=float, nargs="+", metavar="S", default=[1.0], help="default: 1")
+    sweep.add_argument("--positions", type=whole(0), nargs="+", metavar="P", help="default: all")
+    sweep.add_argument("--strengths", type=number(), nargs="+", metavar="S", default=[1.0], help="default: 1")
     sweep.add_argument("--mode", choices=["insert", "replace"], default="insert", help="default: insert")
     sweep.add_argument("--plot", type=Path, metavar="FILE", help="draw position against perplexity")
     add_text_options(sweep)
@@ -49,7 +50,10 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from ..evaluation import sweep
+    from ..plots import check_picture, plot_sweep
 
+    if options.plot is not None:
+        check_picture(options.plot)
     (text,) = text_sources(options).values()
     report = sweep(
         options.recipient,
@@ -61,9 +65,7 @@ def _run(options: argparse.Namespace) -> int:
         **measuring_arguments(options),
         **loading_arguments(options),
     )
-    if options.plot is not None:
-        from ..plots import plot_sweep
-
-        plot_sweep(report, options.plot)
     show(report, options)
+    if options.plot is not None:
+        plot_sweep(report, options.plot)
     return 0 if report.best else 1

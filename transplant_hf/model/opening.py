@@ -7,12 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import TransplantConfig
+from ..errors import ConfigurationError
 from ..sources import HubOptions, commit_of, points_to_folder, reading
 
-__all__ = ["load_model", "pinned_commit"]
+__all__ = ["check_device_map", "load_model", "pinned_commit"]
+
+# How Transformers spreads a model over what there is.
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+_ALWAYS = ("cpu", "meta")
 
 
 def load_model(
@@ -31,7 +37,9 @@ def load_model(
 
     Raises:
         TransplantError: Out of reach, or something does not fit.
+        ConfigurationError: A `device_map` that names a device this machine lacks.
     """
+    check_device_map(kwargs.get("device_map"))
     name = os.fspath(reference)
     hub = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only", "trust_remote_code") if key in kwargs}
     with reading("the model", name, revision):
@@ -39,6 +47,30 @@ def load_model(
         if keep_replaced and isinstance(config, TransplantConfig):
             kwargs["keep_replaced"] = True
         return AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **kwargs)
+
+
+def check_device_map(device_map: Any) -> None:
+    """Refuse a device that is not there, before anything is downloaded or read.
+
+    Args:
+        device_map: As in `from_pretrained`.
+
+    Raises:
+        ConfigurationError: Neither a device of this machine nor a way of spreading a model over devices.
+    """
+    if not isinstance(device_map, str | int | torch.device) or device_map in _SPREAD:
+        return
+    there = torch.accelerator.current_accelerator(check_available=True)
+    known = [] if there is None else [f"{there.type}:{number}" for number in range(torch.accelerator.device_count())]
+    try:
+        device = torch.device(device_map)
+    except RuntimeError:  # no such word, or a number without accelerators
+        device = None
+    if device is None or (device.type not in _ALWAYS and f"{device.type}:{device.index or 0}" not in known):
+        raise ConfigurationError(
+            f"device_map={device_map!r} is no device of this machine, which has {', '.join([*_ALWAYS[:1], *known])} "
+            f"(torch {torch.__version__}). Name one of these or one of {', '.join(_SPREAD)}."
+        )
 
 
 def pinned_commit(reference: str, revision: str | None, kwargs: Mapping[str, Any]) -> str | None:

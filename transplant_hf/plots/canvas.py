@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +11,27 @@ from typing import Any
 from ..errors import ConfigurationError
 from ..storage import writing
 
-__all__ = ["COLOURS", "canvas"]
+__all__ = ["COLOURS", "canvas", "check_picture"]
 
 # Told apart by people with any kind of colour vision (Okabe and Ito, 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4419", "#999999", "#5B2A86")
+
+_FORMATS = (".jpg", ".jpeg", ".pdf", ".png", ".svg")
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a picture that could not be drawn, before the work whose result it would show.
+
+    Args:
+        path: The picture's file.
+
+    Raises:
+        ConfigurationError: Its ending is of no known format, or matplotlib is not installed.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise ConfigurationError(f"a picture's name ends in one of {', '.join(_FORMATS)}; got {path}.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigurationError("drawing needs matplotlib: pip install 'transplant_hf[plots]'.")
 
 
 @contextmanager
@@ -30,13 +48,12 @@ def canvas(path: Path, title: str, x: str, y: str) -> Iterator[Any]:
         Matplotlib's axes.
 
     Raises:
-        ConfigurationError: Matplotlib is not installed.
+        ConfigurationError: As in `check_picture`.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError("drawing needs matplotlib: pip install 'transplant_hf[plots]'.") from error
+    check_picture(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     # A figure of its own: the global state of pyplot belongs to the caller.
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)

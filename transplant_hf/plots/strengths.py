@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
-from .canvas import COLOURS, canvas
+from .canvas import COLOURS, canvas, check_picture
 
 if TYPE_CHECKING:
     from ..evaluation import StrengthCurve
 
-__all__ = ["plot_strengths"]
+__all__ = ["check_strengths_picture", "plot_strengths"]
+
+
+def check_strengths_picture(path: Path, texts: Collection[str]) -> None:
+    """Refuse a curve of strengths that could not be drawn, before anything is measured.
+
+    Args:
+        path: The picture's file.
+        texts: The texts' names.
+
+    Raises:
+        ConfigurationError: It is not on two texts, or as in `check_picture`.
+    """
+    if len(texts) != 2:
+        raise ConfigurationError(f"a curve is drawn on two texts, this one is on {', '.join(texts)}.")
+    check_picture(path)
 
 
 def plot_strengths(curve: StrengthCurve, path: Path) -> None:
@@ -22,10 +38,9 @@ def plot_strengths(curve: StrengthCurve, path: Path) -> None:
         path: The picture's file.
 
     Raises:
-        ConfigurationError: It is not on two texts.
+        ConfigurationError: As in `check_strengths_picture`.
     """
-    if len(curve.texts) != 2:
-        raise ConfigurationError(f"a curve is drawn on two texts, this one is on {', '.join(curve.texts)}.")
+    check_strengths_picture(path, curve.texts)
     one, other = curve.texts
     points = [(point[one].value, point[other].value) for point in curve.points.values()]
     with canvas(path, f"Strength of {', '.join(curve.donors)}", f"perplexity, {one}", f"perplexity, {other}") as axes:

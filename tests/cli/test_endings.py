@@ -1,0 +1,187 @@
+"""How commands end: with one sentence and a status, before long work where that is possible."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from transplant_hf.cli import main
+
+LONG_WORK = ("evaluation.evaluate", "evaluation.strength_curve", "evaluation.sweep")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "hamlet.txt"
+    path.write_text("To be, or not to be, that is the question. " * 5)
+    return path
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever takes long fails the test."""
+    for name in LONG_WORK:
+        monkeypatch.setattr(f"transplant_hf.{name}", lambda *args, _name=name, **kwargs: pytest.fail(f"{_name} ran"))
+
+
+def ended(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]:
+    try:
+        status = main(list(map(str, words)))
+    except SystemExit as wrong_usage:
+        status = int(str(wrong_usage.code))
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+# -- One sentence --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [
+        (KeyboardInterrupt(), 130, "stopped."),
+        (KeyboardInterrupt("stopped; go on with --resume."), 130, "stopped; go on with --resume."),
+        (PermissionError(13, "Permission denied", "/out"), 1, "[Errno 13] Permission denied: '/out'"),
+        (BrokenPipeError(), 1, None),
+    ],
+)
+def test_what_ends_a_command_is_one_sentence(
+    error: BaseException,
+    status: int,
+    sentence: str | None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("transplant_hf.model.auto.check_compatibility", failing)
+    told = "" if sentence is None else f"transplant-hf: {sentence}\n"
+    assert ended(capsys, "check", "recipient", "donor") == (status, "", told)
+    _, out, _ = ended(capsys, "check", "recipient", "donor", "--json")
+    assert out == "" if sentence is None else json.loads(out)["message"] == sentence
+
+
+def test_an_error_in_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transplant_hf.model.auto.check_compatibility", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["check", "recipient", "donor"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_one_sentence(tiny_gpt2: Path) -> None:
+    words = [sys.executable, "-m", "transplant_hf", "check", str(tiny_gpt2 / "recipient"), str(tiny_gpt2 / "donor")]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("transplant-hf: the result on standard output could not be written")
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_after_a_result_no_error_is_printed_as_json(
+    tiny_gpt2: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", full := Full())
+    assert main(["check", str(tiny_gpt2 / "recipient"), str(tiny_gpt2 / "donor"), "--json"]) == 1
+    assert "error" not in json.loads(full.getvalue())
+    assert "the disk is full" in capsys.readouterr().err
+
+
+# -- Wrong usage -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--dtype", "bf61"], "bf16"),
+        (["--plot", "curve.png"], "--plot draws the curve of --strengths"),
+        (["--strengths", "1", "--recipient", "r"], "--recipient does not go with --strengths"),
+        (["--strengths", "1", "nan"], "must be a finite number, got nan"),
+        (["--max-tokens", "1"], "must be at least 2, got 1"),
+        (["--stride", "0"], "must be at least 1, got 0"),
+        (["--batch-size", "x"], "invalid whole number value: 'x'"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_anything_is_measured(
+    words: list[str], told: str, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = ended(capsys, "evaluate", "model", "--text", text, *words)
+    assert (status, out) == (2, "")
+    assert told in err
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("FP32", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_common_names_of_dtypes_are_known(
+    name: str, dtype: str, tiny_gpt2: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    asked = []
+    monkeypatch.setattr("transplant_hf.evaluation.sweep", lambda *args, dtype, **kwargs: asked.append(dtype))
+    with pytest.raises(AttributeError, match="to_dict"):  # of the result that is not there
+        main(["sweep", "recipient", "donor", "--text", str(text), "--dtype", name, "--json"])
+    assert asked == [dtype]
+
+
+@pytest.mark.parametrize("where", ["cuda:99", "gpu", "cdua"])
+def test_a_device_that_is_not_there_is_one_sentence(
+    where: str, tiny_gpt2: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--text", text, "--device-map", where)
+    for command in ("evaluate", "sweep"):
+        status, _, err = ended(capsys, command, tiny_gpt2 / "donor", *words)
+        assert status == 1
+        assert f"device_map={where!r} is no device of this machine, which has cpu" in err
+
+
+# -- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def _drawing(text: Path, picture: Path) -> list[tuple[Any, ...]]:
+    sweep = ("sweep", "recipient", "donor", "--text", text, "--plot", picture)
+    curve = ("evaluate", "donor", "--text", text, "--text", f"b={text}", "--strengths", 0, 1, "--plot", picture)
+    return [sweep, curve]
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_picture_that_cannot_be_drawn_is_refused_first(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in _drawing(text, tmp_path / "picture.xyz"):
+        status, out, err = ended(capsys, *words)
+        assert (status, out) == (1, "")
+        assert ".png" in err and "picture.xyz" in err
+    status, _, err = ended(capsys, *_drawing(text, tmp_path / "curve.png")[1], "--text", f"c={text}")
+    assert status == 1 and "a curve is drawn on two texts" in err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for words in _drawing(text, tmp_path / "picture.png"):
+        status, out, err = ended(capsys, *words)
+        assert (status, out) == (1, "")
+        assert "drawing needs matplotlib" in err
+
+
+def test_results_are_printed_before_they_are_drawn(
+    tiny_gpt2: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transplant_hf.plots.plot_sweep", full)
+    monkeypatch.setattr("transplant_hf.plots.plot_strengths", full)
+    for words in _drawing(text, tmp_path / "picture.png"):
+        named = [tiny_gpt2 / word if word in ("recipient", "donor") else word for word in words]
+        status, out, err = ended(capsys, *named, "--block-length", 16)
+        assert status == 1
+        assert len(out.splitlines()) > 2
+        assert "No space left on device" in err
