@@ -20,6 +20,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedConfig,
@@ -37,7 +38,6 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
-from transformers.initialization import no_init_weights
 from transformers.integrations.accelerate import get_balanced_memory, infer_auto_device_map
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -65,7 +65,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
         "model/mixin.py, model/loading.py",
     ),
     (PreTrainedModel._finalize_model_loading, "(model, load_config, loading_info)", "model/mixin.py"),
-    (PreTrainedModel._from_config, "(config, **kwargs)", "architecture/build.py, model/auto.py"),
+    (PreTrainedModel._from_config, "(config, **kwargs)", "model/auto.py"),
     (
         rename_source_key,
         "(source_key, weight_renamings, weight_converters, base_model_prefix, meta_state_dict, reverse)",
@@ -73,7 +73,12 @@ SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
     ),
     (revert_weight_conversion, "(model, state_dict)", "donor/extract.py"),
     (get_model_conversion_mapping, "(model, key_mapping, hf_quantizer, add_legacy)", "architecture/names.py"),
-    (no_init_weights, "()", "architecture/build.py"),
+    (
+        PreTrainedModel.get_init_context.__func__,  # type: ignore[attr-defined]
+        "(cls, dtype, is_quantized, _is_ds_init_called, allow_all_kernels)",
+        "architecture/build.py, model/mixin.py",
+    ),
+    (PreTrainedModel.initialize_weights, "(self)", "architecture/build.py, model/mixin.py"),
     (maybe_install_capturing_hooks, "(model)", "model/switch.py"),
     (load_state_dict, "(checkpoint_file, map_location, weights_only, disable_mmap)", "splice/weights.py"),
     (
@@ -120,6 +125,20 @@ def test_signature(function: Callable[..., Any], known: str, used_in: str) -> No
         f"Transformers {transformers.__version__} changed the private {function.__qualname__}: it takes {found}, "
         f"transplant_hf was written for {known}. Look at transplant_hf/{used_in}."
     )
+
+
+def test_what_a_model_is_built_under() -> None:
+    """`thread_contexts` of architecture/build.py has a counterpart for these, and lets the others be."""
+    contexts = PreTrainedModel.get_init_context(torch.float32, False, False, None)
+    names = [getattr(getattr(context, "func", None), "__name__", str(context)) for context in contexts]
+    assert names == ["local_torch_dtype", "no_tie_weights", "apply_patches", "meta", "meta_device_safe_creation_ops"]
+
+
+def test_loaded_tensors_are_marked(tmp_path: Path) -> None:
+    """Transformers' mark keeps what was loaded from being initialized again."""
+    tiny_llama_model(0).save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert all(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
 
 
 def test_hooks_into_loading_are_static() -> None:

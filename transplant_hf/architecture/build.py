@@ -1,20 +1,34 @@
-"""Build models on the meta device, to look at them: structure without weights."""
+"""Build models, for this thread alone.
+
+While Transformers builds a model, it changes what the whole process builds: torch's default dtype, the functions of
+`torch.nn.init`, the tying of weights. Two threads that do so at once may leave it changed for good. The modes here say
+the same to one thread, and nothing to the others.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
-from transformers.utils import logging
 
-__all__ = ["BUILD_ERRORS", "build_on_meta"]
+__all__ = [
+    "BUILD_ERRORS",
+    "build_on_meta",
+    "construction",
+    "initialize",
+    "inner_models",
+    "settle",
+    "thread_contexts",
+]
 
 # What model and configuration classes raise for a configuration they cannot build. Their own code decides, so the
 # list is wide; a failure is never swallowed, it becomes the reason why a candidate was rejected.
@@ -30,42 +44,198 @@ BUILD_ERRORS = (
     ValueError,
 )
 
+# The dtype of the model that is being built in this context; unset outside.
+_dtype: ContextVar[torch.dtype] = ContextVar("transplant_hf_dtype")
+
 
 def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """Build a model without memory for its weights.
 
     Args:
         model_class: The class to build.
-        config: Its configuration; copied, not changed.
+        config: Its configuration; copied, not changed. The model has its dtype.
 
     Returns:
-        The model on the meta device.
+        The model on the meta device; no weights are tied.
     """
-    with _quiet(), torch.device("meta"), no_init_weights(), _NoDrawing():
-        return model_class._from_config(copy.deepcopy(config))
+    config = copy.deepcopy(config)
+    for part in _inside(config, deeper=False):
+        part.dtype = config.dtype
+    with construction(config.dtype), inner_models(config):
+        model = model_class(config)
+        settle(model)
+    return model
 
 
-class _NoDrawing(TorchFunctionMode):
-    """Skip random initialisation, which on the meta device takes most of the time and changes nothing."""
+def initialize(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> None:
+    """Give values to the tensors of a model that have none yet.
 
-    _DRAWS = frozenset(
-        f"{name}_" for name in ("normal", "uniform", "trunc_normal", "xavier_normal", "xavier_uniform", "orthogonal")
-    ) | {"kaiming_normal_", "kaiming_uniform_"}
+    Args:
+        model: The model; tensors with Transformers' mark `_is_hf_initialized` stay as they are.
+        model_class: The class that says how.
+    """
+    # Without its decorators: one replaces the functions of torch.nn.init for the whole process.
+    function: Any = inspect.unwrap(model_class.initialize_weights)
+    with torch.no_grad(), _KeepInitialized():
+        function(model)
+
+
+def thread_contexts(contexts: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """Return what Transformers builds a model under, with a `construction` for what concerns the whole process.
+
+    Args:
+        contexts: As `PreTrainedModel.get_init_context` returns them; those of DeepSpeed ZeRO-3 stay as they are.
+        dtype: The dtype of the model.
+    """
+    if not any(isinstance(context, torch.device) for context in contexts):
+        return list(contexts)
+    kept = [context for context in contexts if not isinstance(context, torch.device)]
+    kept = [context for context in kept if getattr(context, "func", construction).__name__ not in _PROCESS_WIDE]
+    return [*kept, construction(dtype)]
+
+
+_PROCESS_WIDE = frozenset({"local_torch_dtype", "no_tie_weights", "meta_device_safe_creation_ops"})
+
+
+@contextmanager
+def construction(dtype: torch.dtype | str | None) -> Iterator[None]:
+    """Let this thread build models on the meta device, in a dtype.
+
+    Args:
+        dtype: What torch's default dtype would be set to; `None` for the default dtype as it is.
+
+    Raises:
+        ValueError: Not a floating-point dtype.
+    """
+    chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
+    if not chosen.is_floating_point:
+        raise ValueError(f"a model cannot be built in {chosen}, which is not a floating-point dtype")
+    token = _dtype.set(chosen)
+    try:
+        with torch.device("meta"), _Construction(chosen):
+            yield
+    finally:
+        _dtype.reset(token)
+
+
+@contextmanager
+def inner_models(config: PreTrainedConfig) -> Iterator[None]:
+    """Build models inside a model in its dtype: the dtype of their configurations would be set for the whole process.
+
+    Does nothing outside a `construction`.
+    """
+    dtypes = [(part, part.dtype) for part in _inside(config)] if _dtype.get(None) is not None else []
+    for part, _ in dtypes:
+        part.dtype = None
+    try:
+        yield
+    finally:
+        for part, dtype in dtypes:
+            part.dtype = dtype
+
+
+def settle(model: PreTrainedModel) -> None:
+    """Finish a model that was built in a `construction`; does nothing outside.
+
+    Args:
+        model: The outermost model. Its tied weights become tensors of their own, as loading needs them.
+    """
+    dtype = _dtype.get(None)
+    if dtype is None:
+        return
+    for name in model.all_tied_weights_keys:
+        parent, _, last = name.rpartition(".")
+        module = model.get_submodule(parent)
+        tied = getattr(module, last)
+        own = torch.empty_like(tied)
+        setattr(module, last, nn.Parameter(own, tied.requires_grad) if isinstance(tied, nn.Parameter) else own)
+    for module in model.modules():
+        if _asks_for_default_dtype(type(module)):
+            module._apply(lambda tensor: tensor.to(dtype) if tensor.dtype == torch.get_default_dtype() else tensor)
+
+
+def _inside(config: PreTrainedConfig, deeper: bool = True) -> Iterator[PreTrainedConfig]:
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            yield part
+            if deeper:
+                yield from _inside(part)
+
+
+def _asks_for_default_dtype(module_class: type[nn.Module]) -> bool:
+    """Whether a class reads torch's default dtype, which no mode can answer."""
+    functions = (getattr(member, "__func__", member) for member in vars(module_class).values())
+    return any(
+        "get_default_dtype" in function.__code__.co_names for function in functions if hasattr(function, "__code__")
+    )
+
+
+# Functions that make a tensor of torch's default dtype, whatever their arguments.
+_DEFAULT = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.eye, torch.linspace})
+# Methods that say the dtype of what they return by their name or their kind.
+_NAMED = frozenset({torch.Tensor.float, torch.Tensor.double, torch.Tensor.type, torch.from_numpy, torch.frombuffer})
+_DRAWS = frozenset(
+    f"{name}_" for name in ("normal", "uniform", "trunc_normal", "xavier_normal", "xavier_uniform", "orthogonal")
+) | {"kaiming_normal_", "kaiming_uniform_"}
+
+
+class _Construction(TorchFunctionMode):
+    """What Transformers changes while it builds a model, for one thread.
+
+    Random initialization is skipped: on the meta device it takes most of the time and changes nothing.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in self._DRAWS:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _DRAWS:
+            drawn = args[0] if args else kwargs["tensor"]
+            if drawn.is_meta:
+                return drawn
+        if func is torch.linspace and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "cpu"}  # code of older models asks it for numbers
+        if func in _DEFAULT and kwargs.get("dtype") is None and kwargs.get("out") is None:
+            return func(*args, **{**kwargs, "dtype": self._dtype})
+        result = func(*args, **kwargs)
+        if (
+            isinstance(result, torch.Tensor)
+            and result.dtype == torch.get_default_dtype() != self._dtype
+            and func not in _NAMED
+            and not any(map(_says_dtype, (*args, *kwargs.values())))
+        ):
+            return result.to(self._dtype)
+        return result
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep a trial build from saying what the real one will say again."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
+def _says_dtype(argument: Any) -> bool:
+    """Whether an argument decides the dtype of what comes out, which is then not the default."""
+    if isinstance(argument, torch.Tensor):
+        return argument.is_floating_point() or argument.is_complex()
+    if isinstance(argument, list | tuple):
+        return any(isinstance(item, torch.Tensor) and _says_dtype(item) for item in argument)
+    return isinstance(argument, torch.dtype) or hasattr(argument, "dtype")
+
+
+class _KeepInitialized(TorchFunctionMode):
+    """Let no initialization write into tensors that were loaded, nor into views of them; for one thread."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_"):
+            written = args[0] if args else kwargs.get("tensor")
+            if isinstance(written, torch.Tensor) and (_is_initialized(written) or _is_initialized(written._base)):
+                return written
+        return func(*args, **kwargs)
+
+
+def _is_initialized(tensor: torch.Tensor | None) -> bool:
+    return getattr(tensor, "_is_hf_initialized", False)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from ..architecture import Anatomy, LayerOrigin, decoder_stack, native_class, splice_config
+from ..architecture.build import build_on_meta, initialize
 from ..donor import Donor
 from ..donor.dtypes import loaded_dtype
 from ..errors import CheckpointError, ConfigurationError
@@ -76,16 +76,18 @@ def _shell(anatomy: Anatomy, donor: Donor) -> PreTrainedModel:
             f"layer {donor.layer_indices[0]} of {donor} cannot be run alone ({spliced.reasons[0]}); convert it without "
             "verifying outputs."
         )
-    dtype = _main_dtype(donor.part([0]))
-    with no_init_weights():
-        shell: PreTrainedModel = anatomy.model_class._from_config(spliced.config, dtype=dtype)
+    spliced.config.dtype = _main_dtype(donor.part([0]))
+    shell = build_on_meta(anatomy.model_class, spliced.config).to_empty(device="cpu")
     large = {
         id(part.weight) for part in (shell.get_input_embeddings(), shell.get_output_embeddings()) if part is not None
     }
     with torch.no_grad():
+        parameter: Any
         for parameter in shell.parameters():
+            parameter._is_hf_initialized = True
             if id(parameter) not in large:
                 parameter.zero_()
+    initialize(shell, anatomy.model_class)  # the buffers
     shell.tie_weights()
     return shell.eval()
 

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..architecture.build import build_on_meta
 from ..config import DonorSpec, TransplantConfig
 from ..donor.card import write_donor_card
 from ..donor.companions import copy_companions, tokenizer_class
@@ -248,8 +249,8 @@ def _shell(model: PreTrainedModel, blueprint: Blueprint) -> PreTrainedModel:
     """A recipient without memory, to save the recipient's weights through."""
     config = copy.deepcopy(blueprint.recipient.config)
     config.dtype = model.dtype
-    with torch.device("meta"):
-        shell = blueprint.recipient.model_class._from_config(config)
+    shell = build_on_meta(blueprint.recipient.model_class, config)
+    shell.tie_weights()
     if hasattr(model, "_weight_conversions"):
         shell._weight_conversions = model._weight_conversions
     if model.can_generate():

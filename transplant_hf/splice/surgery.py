@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import Anatomy, LayerOrigin, SplicedConfig, decoder_stack, text_config
-from ..architecture.build import BUILD_ERRORS, build_on_meta
+from ..architecture.build import BUILD_ERRORS, build_on_meta, inner_models
 from ..architecture.fingerprint import is_layer_number, module_attributes, plain
 from ..layer_map import RECIPIENT, Stage
 from .blueprint import Blueprint
@@ -49,7 +49,9 @@ def build_layers(anatomy: Anatomy, indices: Sequence[int], config: PreTrainedCon
         indices: Its layers that are wanted.
         config: The configuration of the model they will run in; they read it from then on.
     """
-    built = anatomy.model_class(copy.deepcopy(anatomy.config))
+    source = copy.deepcopy(anatomy.config)
+    with inner_models(source):
+        built = anatomy.model_class(source)
     layers = [decoder_stack(built, anatomy.stack_path)[index] for index in indices]
     own, new = text_config(built.config).config, text_config(config).config
     for layer in layers:
