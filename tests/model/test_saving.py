@@ -77,7 +77,7 @@ def test_a_full_save_is_a_native_checkpoint(tiny: Path, tmp_path: Path) -> None:
     assert config["architectures"] == [type(model).__name__]
     assert "transplant" not in json.dumps(config)
     assert "auto_map" not in config
-    names = sorted(path.name for path in (tmp_path / "full").iterdir())
+    names = sorted(path.name for path in (tmp_path / "full").iterdir() if not path.name.startswith("tokenizer"))
     assert names == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
     again = load_file(tmp_path / "full" / "model.safetensors")
     donor = Donor.from_pretrained(tiny / "donor").tensors()

@@ -1,42 +1,152 @@
-"""The files that travel with a donor so that `pipeline` needs one name: the tokenizer and the generation config."""
+"""The files that travel with a model so that `pipeline` needs one name: tokenizer, processor, generation."""
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+from transformers.utils import logging
 
+from ..config import TransplantConfig
+from ..sources import HubOptions, Source, locate, points_to_folder
 from ..storage import read_json
+from .entry import CODE_FILE
 
-__all__ = ["COMPANION_FILES", "at_hand", "copy_companions", "has_tokenizer", "tokenizer_class"]
+__all__ = [
+    "NAMED_TEMPLATES",
+    "at_hand",
+    "companions_in",
+    "copy_companions",
+    "has_tokenizer",
+    "is_companion",
+    "locate_with_companions",
+    "tokenizer_class",
+]
 
-COMPANION_FILES = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "spiece.model",
-    "sentencepiece*",
-    "generation_config.json",
+logger = logging.get_logger(__name__)
+
+NAMED_TEMPLATES = "additional_chat_templates"
+_TEMPLATE = "chat_template.jinja"
+_CUSTOM_GENERATE = "custom_generate"
+# Any of them is a tokenizer; its configuration alone is none.
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model*",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*.tokenizer",
+    "*.vocab",
+    "*.bpe",
+    "tekken*.json",
+    "*vocab*.json",
+    "*vocab*.txt",
+    "byte_maps.json",
 )
+# What is known to belong to a tokenizer or a processor, and nothing else: a folder may hold anything besides, which
+# must not be published with a donor. Files of one group belong together and come from one place.
+_GROUPS = {
+    "tokenizer": (
+        *_TOKENIZERS,
+        "tokenizer*.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "merges.txt",
+        "*.codes",
+        "dict*.txt",
+        "emoji.json",
+        "normalizer.json",
+        "word_pronunciation.json",
+        "word_shape.json",
+        "chat_template*.jinja",
+        "chat_template.json",
+        f"{NAMED_TEMPLATES}/*",
+    ),
+    "processor": ("*processor_config.json", "audio_tokenizer_config.json"),
+    _CUSTOM_GENERATE: (f"{_CUSTOM_GENERATE}/*",),
+    "generation": ("generation_config.json",),
+}
+_PATTERNS = tuple(pattern for patterns in _GROUPS.values() for pattern in patterns)
+# In these, `auto_map` names the code of a tokenizer or processor that Transformers has no class for.
+_CODE_NAMED_IN = ("tokenizer_config.json", "*processor_config.json")
+_MODULE = re.compile(r"\w+")
+_IMPORTED = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
+_LARGEST = 1 << 28  # the largest tokenizers have some 40 MB; more is something else under a tokenizer's name
 # One of them is in the cache when anything of a model is.
 _ALWAYS_THERE = ("config.json", "tokenizer_config.json", "tokenizer.json", "README.md")
-# Any of them is a tokenizer; its configuration alone is none.
-_TOKENIZERS = ("tokenizer.*", "vocab.*", "spiece.model", "sentencepiece*")
+
+_Groups = dict[str, dict[str, Path]]
 
 
-def copy_companions(recipient: str, revision: str | None, folder: Path, cache_dir: str | None = None) -> None:
-    """Copy the recipient's tokenizer and generation config, when they are at hand; nothing is downloaded."""
-    source = at_hand(recipient, revision, cache_dir)
-    for path in _matching(source, COMPANION_FILES) if source else ():
-        if not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+def is_companion(name: str) -> bool:
+    """Whether a file of a model's folder, by its path there, belongs to its tokenizer, processor or generation.
+
+    Code that a tokenizer's or processor's configuration names is not told by its name: see `companions_in`.
+    """
+    return _group_of(name) is not None
+
+
+def companions_in(folder: Path) -> set[str]:
+    """Return the paths, in a folder, of everything that belongs to the tokenizer, the processor or generation."""
+    return {name for files in _read(folder).values() for name in files}
+
+
+def copy_companions(
+    sources: Sequence[tuple[str, str | None]], staging: Path, target: Path, cache_dir: str | None = None
+) -> None:
+    """Copy tokenizer, processor and generation files, when they are at hand; nothing is downloaded.
+
+    What lies in the target already is kept, then comes what the first source has. A tokenizer or a processor is taken
+    whole, from one place.
+
+    Args:
+        sources: Names and revisions of the models whose files are wanted, the recipient last.
+        staging: The folder to write into; what is there already stays.
+        target: The folder that it is going to replace.
+        cache_dir: As in `from_pretrained`.
+    """
+    found = [folder for name, revision in sources if name and (folder := at_hand(name, revision, cache_dir))]
+    groups = [_of_the_user(target, cache_dir), *map(_read, found)]
+    for group in _GROUPS:
+        taken: dict[str, Path] = {}
+        for source in groups:
+            if not _is_whole(group, taken):
+                taken = {**source.get(group, {}), **taken}
+        if group == "tokenizer" and found:
+            taken = _without_stale_templates(taken, groups[-1].get(group, {}), target)
+        for name, path in taken.items():
+            copy = staging / name
+            if not copy.exists():
+                copy.parent.mkdir(exist_ok=True, parents=True)
+                shutil.copyfile(path, copy)
+
+
+def locate_with_companions(
+    reference: str,
+    *,
+    files: Sequence[str] = ("config.json",),
+    revision: str | None = None,
+    subfolder: str | None = None,
+    hub: HubOptions | None = None,
+) -> Source:
+    """Find a model as `locate` does, and have its tokenizer, processor and generation files at hand too."""
+    source = locate(reference, files=(*files, *_PATTERNS), revision=revision, subfolder=subfolder, hub=hub)
+    asked: set[str] = set()
+    while source.from_hub and (
+        lacking := _code(source.folder) - asked - {path.name for path in source.folder.iterdir()}
+    ):
+        # What code imports is known once it is there.
+        asked |= lacking
+        wanted = (*files[:1], *sorted(lacking))
+        locate(reference, files=wanted, revision=source.revision, subfolder=subfolder, hub=hub)
+    return source
 
 
 def at_hand(recipient: str, revision: str | None, cache_dir: str | None = None) -> Path | None:
@@ -57,7 +167,7 @@ def at_hand(recipient: str, revision: str | None, cache_dir: str | None = None) 
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer."""
-    return bool(_matching(folder, _TOKENIZERS))
+    return folder.is_dir() and _is_whole("tokenizer", [path.name for path in folder.iterdir()])
 
 
 def tokenizer_class(model_type: str, folder: Path) -> str | None:
@@ -68,8 +178,113 @@ def tokenizer_class(model_type: str, folder: Path) -> str | None:
     path = folder / "tokenizer_config.json"
     if path.exists() and read_json(path, "the tokenizer's configuration").get("tokenizer_class"):
         return None
-    return TOKENIZER_MAPPING_NAMES.get(model_type) if _matching(folder, COMPANION_FILES[:2]) else None
+    return TOKENIZER_MAPPING_NAMES.get(model_type) if path.exists() or has_tokenizer(folder) else None
 
 
-def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+def _group_of(name: str) -> str | None:
+    folder = name.rpartition("/")[0].partition("/")[0]
+    if folder not in ("", NAMED_TEMPLATES, _CUSTOM_GENERATE) or "__pycache__" in name:
+        return None
+    return next((group for group, patterns in _GROUPS.items() if _matches(name, patterns)), None)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_whole(group: str, names: Any) -> bool:
+    """Whether nothing is to be added to a group's files from another place."""
+    return any(_matches(name, _TOKENIZERS) for name in names) if group == "tokenizer" else bool(names)
+
+
+def _read(folder: Path) -> _Groups:
+    groups: _Groups = {}
+    inner = (path for name in (NAMED_TEMPLATES, _CUSTOM_GENERATE) for path in (folder / name).rglob("*"))
+    for path in sorted([*folder.iterdir(), *inner]) if folder.is_dir() else ():
+        name = path.relative_to(folder).as_posix()
+        group = _group_of(name)
+        if group is None or not path.is_file():
+            continue
+        if path.stat().st_size > _LARGEST:
+            logger.warning(f"{path} is left out: {path.stat().st_size:,} bytes are too many for a part of a tokenizer.")
+            continue
+        groups.setdefault(group, {})[name] = path
+    for group, files in groups.items():
+        configs = [path for name, path in files.items() if _matches(name, _CODE_NAMED_IN)]
+        code = {name: folder / name for name in sorted(_code(folder, configs)) if (folder / name).is_file()}
+        groups[group] = {**files, **code}
+    return groups
+
+
+def _code(folder: Path, configs: Sequence[Path] | None = None) -> set[str]:
+    """Return the code files that configurations of tokenizers and processors name, and what these import beside them.
+
+    They run nowhere but under `trust_remote_code=True`, as in the recipient.
+    """
+    if configs is None:
+        configs = [path for path in folder.iterdir() if _matches(path.name, _CODE_NAMED_IN)]
+    named: set[str] = set()
+    for path in configs:
+        for entry in _entries(read_json(path, "the configuration of a tokenizer or processor").get("auto_map")):
+            named.add(entry.rpartition(".")[0])  # of another repository, "user/model--module.Class", it is no name
+    found: set[str] = set()
+    while named:
+        files = {f"{name}.py" for name in named if _MODULE.fullmatch(name)} - found - {CODE_FILE}
+        found |= files
+        there = [folder / name for name in files if (folder / name).is_file()]
+        named = {name for path in there for name in _IMPORTED.findall(path.read_text("utf-8", errors="replace"))}
+    return found
+
+
+def _entries(value: Any) -> list[str]:
+    """The class references of an `auto_map`, one or several for a class."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [entry for item in value for entry in _entries(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _of_the_user(target: Path, cache_dir: str | None) -> _Groups:
+    """What lies in a folder, without what an earlier save copied there from the recipient it had then."""
+    found = _read(target)
+    path = target / "config.json"
+    fields = read_json(path, "the old config.json") if found and path.exists() else {}
+    if fields.get("model_type") != TransplantConfig.model_type:
+        return found
+    name, revision = fields.get("recipient"), fields.get("recipient_revision")
+    if not isinstance(name, str) or not name:
+        return found
+    before = points_to_folder(name, Source(str(target), target))
+    if before is None:
+        before = at_hand(name, revision if isinstance(revision, str) else None, cache_dir)
+    return {group: files for group, files in found.items() if before is None or not _are_copies(files, before)}
+
+
+def _are_copies(files: Mapping[str, Path], folder: Path) -> bool:
+    return all(_equal(path, folder / name) for name, path in files.items())
+
+
+def _equal(one: Path, other: Path) -> bool:
+    return other.is_file() and one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
+
+
+def _without_stale_templates(taken: dict[str, Path], recipients: Mapping[str, Path], target: Path) -> dict[str, Path]:
+    """Leave out the recipient's named chat templates beside a template that is not the recipient's.
+
+    They are what an earlier save put there: a tokenizer that is saved over them leaves them where they are.
+    """
+    own, theirs = taken.get(_TEMPLATE), recipients.get(_TEMPLATE)
+    if own is None or theirs is None or _equal(own, theirs):
+        return taken
+    stale = [
+        name
+        for name, path in taken.items()
+        if name.startswith(f"{NAMED_TEMPLATES}/") and name in recipients and _equal(path, recipients[name])
+    ]
+    if stale:
+        logger.warning(
+            f"{target} gets a chat template of its own, so that the recipient's others are left out: "
+            f"{', '.join(stale)}. Copy them there if they are wanted."
+        )
+    return {name: path for name, path in taken.items() if name not in stale}

@@ -16,9 +16,9 @@ from ..archive import PtFile
 from ..config import TransplantConfig
 from ..errors import CheckpointError, CompatibilityError, ConfigurationError
 from ..layouts import Layout, match_layers
-from ..sources import HubOptions, Source, locate, reading
+from ..sources import HubOptions, Source, reading
 from ..storage import read_json
-from .companions import COMPANION_FILES
+from .companions import locate_with_companions
 from .pt_tensors import PtTensors
 from .record import DonorRecord
 
@@ -88,7 +88,7 @@ def _source_model(
     reference = os.fspath(recipient)
     if Path(reference).expanduser().is_file():
         reference = str(Path(reference).expanduser().absolute().parent)
-    source = locate(reference, files=("config.json", *COMPANION_FILES), revision=revision, hub=hub)
+    source = locate_with_companions(reference, revision=revision, hub=hub)
     fields = read_json(source.folder / "config.json", "the recipient's config.json")
     if fields.get("model_type") == TransplantConfig.model_type:
         raise ConfigurationError(

@@ -17,7 +17,7 @@ from ..config import DonorSpec, TransplantConfig
 from ..errors import ConfigurationError
 from ..storage import parse_size, publish, read_json, write_json
 from .card import write_donor_card
-from .companions import copy_companions, tokenizer_class
+from .companions import NAMED_TEMPLATES, copy_companions, tokenizer_class
 from .dtypes import loaded_dtype
 from .entry import CODE_FILE, write_entry
 from .record import DONOR_CONFIG, DonorRecord, FileStamp
@@ -59,6 +59,7 @@ def replaced_in(folder: Path) -> Callable[[str], bool]:
     card = folder / CARD_FILE
     if card.is_file() and written_by_us(card.read_text(encoding="utf-8", errors="replace")):
         folders.add(CARD_FILE)
+    folders.add(NAMED_TEMPLATES)  # written again where they are kept, see `copy_companions`
     return lambda name: is_artefact_file(name) or name in folders
 
 
@@ -143,7 +144,7 @@ def save_donor(
     config.vocab_size = vocabulary_of(donor.record.source_config)
     with publish(folder, replaced_in(folder)) as staging:
         record = write_donor(staging, dataclasses.replace(donor.record, name=name), donor.store, max_shard_size)
-        copy_companions(donor.companions_in(recipient), revision, staging)
+        copy_companions([(donor.companions_in(recipient), revision)], staging, folder)
         config.tokenizer_class = tokenizer_class(record.model_type, staging)
         write_entry(staging, config)
         write_donor_card(

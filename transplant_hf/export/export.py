@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..donor.companions import COMPANION_FILES, copy_companions
+from ..donor.companions import copy_companions, locate_with_companions
 from ..donor.record import FileStamp
 from ..donor.save import replaced_in
 from ..errors import ConfigurationError
 from ..layer_map import LayerMap
 from ..model.loading import FileChecks
-from ..sources import HubOptions, Source, locate, points_to_folder
+from ..sources import HubOptions, Source, points_to_folder
 from ..splice import follow_quantization
 from ..storage import publish
 from .card import write_export_card
@@ -32,7 +32,6 @@ from .writer import write_weights
 __all__ = ["DTYPES", "Export", "export_transplant"]
 
 DTYPES = ("bfloat16", "float16", "float32")
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _TERMS = ("LICENSE*", "NOTICE*")
 
 
@@ -186,7 +185,7 @@ def export_transplant(
     ):
         stamps = write_weights(staging, plan.tensors, max_shard_size)
         checks.result()
-        recipient = _write_companions(opened, staging)
+        recipient = _write_companions(opened, staging, target.expanduser())
         _write_config(opened, staging, wanted, plan)
         write_export_card(opened, staging, target, recipient, license)
         difference = compare_logits(opened, staging, plan.main_dtype) if verify else 0.0
@@ -248,17 +247,20 @@ def _refuse_place(target: Path, opened: Opened) -> None:
         )
 
 
-def _write_companions(opened: Opened, staging: Path) -> Path:
-    """Copy tokenizer and generation config, the transplant's own before the recipient's; return where the latter is."""
-    config, request = opened.config, opened.request
-    files = ("config.json", *COMPANION_FILES, *_PROCESSOR_FILES, *_TERMS, "README.md")
-    recipient = locate(str(config.recipient), files=files, revision=config.recipient_revision, hub=opened.hub)
+def _write_companions(opened: Opened, staging: Path, target: Path) -> Path:
+    """Copy tokenizer and the like, the transplant's own before the recipient's, and return the latter's folder."""
+    config, request, hub = opened.config, opened.request, opened.hub
+    recipient = locate_with_companions(
+        str(config.recipient),
+        files=("config.json", *_TERMS, "README.md"),
+        revision=config.recipient_revision,
+        hub=hub,
+    )
     own: Source = request.source
     if request.names_transplant and own.from_hub:
-        own = locate(own.reference, files=files, revision=own.revision, subfolder=own.subfolder, hub=opened.hub)
-    for source in (own, recipient):
-        copy_companions(str(source.folder), None, staging)
-    for pattern in (*_PROCESSOR_FILES, *_TERMS):
+        own = locate_with_companions(own.reference, revision=own.revision, subfolder=own.subfolder, hub=hub)
+    copy_companions([(str(source.folder), None) for source in (own, recipient)], staging, target)
+    for pattern in _TERMS:
         for path in recipient.folder.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, staging / path.name)

@@ -11,17 +11,15 @@ from typing import Any
 from ..architecture import decoder_stack, find_stack
 from ..config import TransplantConfig
 from ..donor import Donor
-from ..donor.companions import COMPANION_FILES
+from ..donor.companions import locate_with_companions
 from ..donor.deliver import deliver
 from ..donor.save import save_donor
 from ..errors import CompatibilityError, ConfigurationError
 from ..layer_map import RECIPIENT, paper_layers
-from ..sources import HubOptions, Source, locate
+from ..sources import HubOptions, Source
 from .opening import load_model
 
 __all__ = ["Extraction", "extract"]
-
-_FILES = ("config.json", *COMPANION_FILES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +132,7 @@ def extract(
     if output is None and push_to is None:
         raise ConfigurationError("extract needs somewhere to write to: name a folder (output), or push_to.")
     hub = HubOptions(token, cache_dir, local_files_only)
-    source = locate(os.fspath(model), files=_FILES, revision=revision, hub=hub)
+    source = locate_with_companions(os.fspath(model), revision=revision, hub=hub)
     donor, place, recipient = _taken(source, layers, count, init, name, dtype, trust_remote_code, hub)
     place = _checked(place if position is None else position, recipient)
     if push_to is not None and not recipient.source.from_hub:
@@ -195,7 +193,7 @@ def _taken(
         recipient = _Recipient(source, len(decoder_stack(loaded, path)))
     else:
         # Positions are in the recipient's numbering, whatever the layers came from.
-        found = locate(config.recipient, files=_FILES, revision=config.recipient_revision, hub=hub)
+        found = locate_with_companions(config.recipient, revision=config.recipient_revision, hub=hub)
         recipient = _Recipient(found, loaded._transplant.blueprint.splice.num_layers)
     if layers is None:
         layers = list(paper_layers(recipient.num_layers, count))

@@ -112,8 +112,10 @@ def _save(
                 native(staging, *args, **{**kwargs, "state_dict": {**own, **baked}})
                 records = [part.donor.record for part in state.blueprint.parts]
             else:
-                records = _write_full(model, state.blueprint, staging, kwargs)
-        if not all_off and not variant:  # a variant's weights stand beside a model that has its card
+                records = _write_full(model, state.blueprint, staging, target, kwargs)
+        if not variant:  # a variant's weights stand beside a model that has its tokenizer and its card
+            _copy_companions(state, staging, target)
+        if not all_off and not variant:
             write_full_card(model, staging, target, records, repo_id, license)
     return None
 
@@ -171,7 +173,7 @@ def _write_thin(
         donors=specs,
         composition=config.composition,
     )
-    _write_companions(model, config, staging, state.cache_dir)
+    _write_companions(model, staging, target)
     saved.vocab_size = vocabulary_of(blueprint.recipient.config.to_dict())
     saved.tokenizer_class = tokenizer_class(blueprint.recipient.config.model_type, staging)
     write_entry(staging, saved)
@@ -192,12 +194,16 @@ def _reference(config: TransplantConfig, target: Path) -> str:
     return config.recipient if config.recipient_revision else written_reference(config.recipient, target)
 
 
-def _write_companions(model: Any, config: TransplantConfig, staging: Path, cache_dir: str | None) -> None:
+def _write_companions(model: Any, staging: Path, target: Path) -> None:
     if model.can_generate():
         model.generation_config.save_pretrained(staging)
-    for holder, revision in ((config.name_or_path, None), (config.recipient, config.recipient_revision)):
-        if holder:
-            copy_companions(holder, revision, staging, cache_dir)
+    _copy_companions(model._transplant, staging, target)
+
+
+def _copy_companions(state: Any, staging: Path, target: Path) -> None:
+    config = state.blueprint.config
+    sources = [(config.name_or_path, None), (config.recipient, config.recipient_revision)]
+    copy_companions(sources, staging, target, state.cache_dir)
 
 
 def _folders(blueprint: Blueprint) -> list[str | None]:
@@ -220,7 +226,9 @@ def _write_donors(
     return records
 
 
-def _write_full(model: Any, blueprint: Blueprint, staging: Path, kwargs: dict[str, Any]) -> list[DonorRecord]:
+def _write_full(
+    model: Any, blueprint: Blueprint, staging: Path, target: Path, kwargs: dict[str, Any]
+) -> list[DonorRecord]:
     """Write the recipient and the donors side by side, for layers that no native configuration can describe."""
     reason = "; ".join(blueprint.state(()).reasons[:2] or blueprint.beyond_native)
     logger.warning(
@@ -238,7 +246,7 @@ def _write_full(model: Any, blueprint: Blueprint, staging: Path, kwargs: dict[st
         for part, folder in zip(blueprint.parts, _folders(blueprint), strict=True)
     ]
     saved = TransplantConfig(recipient=f"./{RECIPIENT_FOLDER}", donors=specs, composition=blueprint.config.composition)
-    _write_companions(model, blueprint.config, staging, model._transplant.cache_dir)
+    _write_companions(model, staging, target)
     saved.vocab_size = vocabulary_of(blueprint.recipient.config.to_dict())
     saved.tokenizer_class = tokenizer_class(blueprint.recipient.config.model_type, staging)
     write_entry(staging, saved)
