@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -185,3 +186,53 @@ def test_results_are_printed_before_they_are_drawn(
         assert status == 1
         assert len(out.splitlines()) > 2
         assert "No space left on device" in err
+
+
+# -- No model ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sweep", "compare", "train", "recover", "extract"])
+def test_a_folder_without_a_model_is_one_sentence(
+    command: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    rest = {
+        "evaluate": ("--text", text),
+        "sweep": (folder, "--text", text),
+        "compare": (text, "--general", text, "--methods", "donor", "--no-equal-time"),
+        "train": (text, tmp_path / "out"),
+        "recover": (text, tmp_path / "out"),
+        "extract": (tmp_path / "out",),
+    }[command]
+    for content, told in (
+        (None, f"there is no model in {folder}: no config.json (it is empty)."),
+        ("model.gguf", f"there is no model in {folder}: no config.json (it holds model.gguf)."),
+        ("config.json", f"cannot load model {folder}: Unrecognized model"),
+    ):
+        if content is not None:
+            (folder / content).write_text("{}")
+        status, out, err = ended(capsys, command, folder, *rest)
+        assert (status, out) == (1, "")
+        assert told in err and err.count("\n") == 1, err
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+    _, _, err = ended(capsys, command, folder, *rest)
+    assert "cannot load model" in err and "T5Config" in err and err.count("\n") == 1, err
+    status, _, err = ended(capsys, command, tmp_path / "missing", *rest)
+    assert status == 1 and "missing' is neither a folder" in err
+
+
+def test_a_model_without_a_tokenizer_is_one_sentence(
+    tiny_llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny_llama / "recipient", folder)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    for words in (
+        ("evaluate", folder, "--text", text),
+        ("train", folder, text, tmp_path / "out"),
+        ("compare", folder, text, "--general", text, "--methods", "donor", "--no-equal-time"),
+    ):
+        status, _, err = ended(capsys, *words)
+        assert status == 1 and f"there is no tokenizer in {folder}" in err

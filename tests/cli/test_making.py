@@ -12,6 +12,7 @@ from tests.helpers import Shelf, copied
 from tests.hub_server import ALICE
 from transplant_hf import Donor
 from transplant_hf.cli import main
+from transplant_hf.comparison import RunResult
 
 _TRAINED = ("--steps", "4", "--batch-size", "2", "--block-length", "16", "--layers", "2", "--json")
 
@@ -106,7 +107,29 @@ def test_compare(asked: str, family: Path, text: Path, tmp_path: Path, capsys: p
         "comparison.json",
         "comparison.png",
         "comparison.txt",
+        "runs.jsonl",
     }
+    (run_,) = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
+    assert (run_["method"], run_["steps"]) == ("donor", 2) and set(run_["test"]) == {"domain", "general"}
+
+
+def test_a_comparison_that_is_stopped_keeps_its_runs(
+    family: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(method: Any, setting: Any, rate: float, budget: Any, *texts: Any) -> list[RunResult]:
+        if rate == 3.0:
+            raise KeyboardInterrupt
+        return [RunResult(method.name, "", rate, budget.steps, budget.share, {}, {"domain": 7.5, "general": 9.0})]
+
+    monkeypatch.setattr("transplant_hf.comparison.study.run_method", trained)
+    words = ("compare", family / "recipient", text, "--general", text, "--methods", "donor", "--no-equal-time")
+    words += ("--block-length", 16, "--layers", 2, "--learning-rates", 1, 2, 3)
+    status, out, err = run(capsys, *words, "--output", tmp_path / "out")
+    assert (status, out) == (130, "") and "Traceback" not in err
+    lines = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["learning_rate"] for line in lines] == [1.0, 2.0]
+    _, _, err = run(capsys, *words)
+    assert err.count("domain 7.50, general 9.00") == 2
 
 
 def test_what_is_refused_is_one_sentence(

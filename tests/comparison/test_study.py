@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers import copied, refused
 from tests.training.helpers import noise
 from transplant_hf import ConfigurationError
-from transplant_hf.comparison import METHODS, ComparisonReport, Held, compare
+from transplant_hf.comparison import METHODS, ComparisonReport, Held, compare, compare_texts
 from transplant_hf.plots import plot_comparison
 
 pytest.importorskip("peft")
@@ -73,6 +76,10 @@ def test_costs_are_measured(report: ComparisonReport) -> None:
 def test_it_can_be_printed_saved_and_drawn(report: ComparisonReport, tmp_path: Path) -> None:
     table = str(report)
     assert "full fine-tuning" in table and "no way back" in table
+    assert table.count("at equal steps, 25% general text replayed:") == table.count("at equal time, 25%") == 1
+    assert max(map(len, table.splitlines())) <= 100
+    long = dataclasses.replace(report, rows=tuple(dataclasses.replace(row, label=row.label * 3) for row in report.rows))
+    assert max(map(len, str(long).splitlines())) <= 100
     report.save(tmp_path)
     told = json.loads((tmp_path / "comparison.json").read_text())
     assert len(told["rows"]) == len(report.rows) and told["about"]["steps"] == 4
@@ -89,3 +96,31 @@ def test_what_is_refused(tiny_llama: Path) -> None:
         compare(tiny_llama / "recipient", noise(), None, held, methods=["donor"])
     with refused(ConfigurationError, "need general text"):
         compare(tiny_llama / "recipient", noise(), None, held)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"learning_rates": [1e-3, -1.0]}, "finite numbers above 0, got [0.001, -1.0]"),
+        ({"learning_rates": [float("nan")]}, "finite numbers above 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"shares": [1.0]}, "at least 0 and below 1"),
+        ({"layers": 9}, "layers=9, but"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_any_training(
+    wrong: dict[str, Any], told: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transplant_hf.comparison.study.run_method", lambda *args: pytest.fail("it trained"))
+    held = Held({"law": noise(4)}, {"law": noise(4)})
+    with refused(ConfigurationError, told):
+        compare(tiny_llama / "recipient", noise(), noise(seed=2), held, **wrong)
+
+
+def test_a_library_that_is_missing_is_named_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for load in ("transplant_hf.comparison.study.load_model", "transplant_hf.comparison.study.model_and_tokenizer"):
+        monkeypatch.setattr(load, lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    without = "donor donor-end standalone last full"
+    with refused(ConfigurationError, "lora and lora-last needs peft", f"compare without: methods {without}"):
+        compare_texts("recipient", "text.txt", "general.txt")

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .command import command, show
 from .reading import TEXT_HELP, add_loading_options, add_text_options, loading_arguments, text_source
+from .values import number, share, whole
+
+if TYPE_CHECKING:
+    from ..comparison import RunResult
 
 __all__ = ["add"]
+
+_PICTURE = "comparison.png"
 
 
 def add(commands: Any) -> None:
@@ -26,27 +34,38 @@ def add(commands: Any) -> None:
     compare.add_argument("--general", metavar="TEXT", required=True, help="general text; its last fifth is held out")
     add_text_options(compare)
     compare.add_argument("--methods", nargs="+", metavar="NAME", help="only these (default: all)")
-    compare.add_argument("--learning-rates", type=float, nargs="+", metavar="LR", help="instead of each method's own")
-    compare.add_argument("--steps", type=int, default=200, help="optimizer steps (default: 200)")
-    compare.add_argument("--batch-size", type=int, default=8, help="blocks in a step (default: 8)")
-    compare.add_argument("--blocks", type=int, help="train on so many blocks, evenly spread (default: all)")
     compare.add_argument(
-        "--held-out-blocks", type=int, default=192, help="most blocks of each test text (default: 192)"
+        "--learning-rates", type=number(above=0), nargs="+", metavar="LR", help="instead of each method's own"
+    )
+    compare.add_argument("--steps", type=whole(), default=200, help="optimizer steps (default: 200)")
+    compare.add_argument("--batch-size", type=whole(), default=8, help="blocks in a step (default: 8)")
+    compare.add_argument("--blocks", type=whole(), help="train on so many blocks, evenly spread (default: all)")
+    compare.add_argument(
+        "--held-out-blocks", type=whole(), default=192, help="most blocks of each test text (default: 192)"
     )
     compare.add_argument(
-        "--replay-shares", type=float, nargs="+", default=[0.0, 0.25], metavar="S", help="(default: 0 0.25)"
+        "--replay-shares", type=share, nargs="+", default=[0.0, 0.25], metavar="S", help="(default: 0 0.25)"
     )
     compare.add_argument("--no-equal-time", action="store_true", help="at equal steps only")
-    compare.add_argument("--layers", type=int, default=3, metavar="K", help="k (default: 3)")
-    compare.add_argument("--rank", type=int, default=16, help="of LoRA (default: 16)")
-    compare.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
+    compare.add_argument("--layers", type=whole(), default=3, metavar="K", help="k (default: 3)")
+    compare.add_argument("--rank", type=whole(), default=16, help="of LoRA (default: 16)")
+    compare.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of everything (default: 0)")
     compare.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
-    compare.add_argument("--output", type=Path, help="folder for comparison.json, comparison.txt and comparison.png")
+    compare.add_argument(
+        "--output",
+        type=Path,
+        help="folder for comparison.json, comparison.txt, comparison.png, and runs.jsonl: a line as each run ends",
+    )
     add_loading_options(compare)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..comparison import compare_texts
+    from ..comparison import append_run, compare_texts
+    from ..plots import check_picture, plot_comparison
+
+    folder: Path | None = options.output
+    if folder is not None:
+        check_picture(folder / _PICTURE)
 
     report = compare_texts(
         options.recipient,
@@ -66,12 +85,20 @@ def _run(options: argparse.Namespace) -> int:
         seed=options.seed,
         bf16=options.bf16,
         quiet=options.json,
+        on_result=_tell if folder is None else functools.partial(append_run, folder),
         **loading_arguments(options),
     )
-    if options.output is not None:
-        from ..plots import plot_comparison
-
-        report.save(options.output)
-        plot_comparison(report, options.output / "comparison.png")
     show(report, options)
+    if folder is not None:
+        report.save(folder)
+        plot_comparison(report, folder / _PICTURE)
     return 0
+
+
+def _tell(result: RunResult) -> None:
+    """Without a folder to write into, a run that is done is at least seen."""
+    found = result.failed or ", ".join(f"{text} {value:.2f}" for text, value in result.test.items())
+    name = ", ".join(filter(None, (result.method, result.view)))
+    print(
+        f"{name}, replay {result.share:g}, lr {result.learning_rate:g}, {result.steps} steps: {found}", file=sys.stderr
+    )

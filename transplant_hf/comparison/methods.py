@@ -12,7 +12,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..donor import Donor
-from ..errors import ConfigurationError
 from ..model.memory import transplant
 from ..partial import running_only, stack_of
 from ..training import Part
@@ -80,12 +79,14 @@ class Method:
         what: One phrase for the table.
         prepare: Makes a model ready.
         learning_rates: Those that are tried.
+        needs: The library that it needs beside those of a plain installation.
     """
 
     name: str
     what: str
     prepare: Callable[[Setting], Prepared]
     learning_rates: tuple[float, ...]
+    needs: str | None = None
 
 
 def _grown(setting: Setting, position: int, mode: str = "insert", init: str = "identity") -> Any:
@@ -170,12 +171,8 @@ def _full(setting: Setting) -> Prepared:
 
 
 def _lora(setting: Setting, layers: Sequence[int] | None = None) -> Prepared:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigurationError(
-            "comparing with LoRA needs PEFT: pip install 'transplant_hf[train]', or leave LoRA out of methods."
-        ) from error
+    from peft import LoraConfig, get_peft_model
+
     inner = setting.load()
     names: Any = "all-linear" if layers is None else _linear_names(inner, layers)
     config = LoraConfig(
@@ -212,8 +209,8 @@ METHODS: dict[str, Method] = {
         Method("donor", "donor, in place, at L-1", lambda s: in_place(s, s.count - 1), (3e-3, 1e-2, 2e-2)),
         Method("donor-end", "donor, in place, at L", lambda s: in_place(s, s.count), (3e-3, 1e-2, 2e-2)),
         Method("standalone", "donor, standalone (the paper's)", _standalone, (1e-3, 3e-3, 1e-2)),
-        Method("lora", "LoRA, all linear layers", _lora, (3e-3, 1e-2, 2e-2)),
-        Method("lora-last", "LoRA, last k layers, cached", lambda s: _lora(s, s.last), (3e-3, 1e-2, 2e-2)),
+        Method("lora", "LoRA, all linear layers", _lora, (3e-3, 1e-2, 2e-2), "peft"),
+        Method("lora-last", "LoRA, last k layers, cached", lambda s: _lora(s, s.last), (3e-3, 1e-2, 2e-2), "peft"),
         Method(
             "last", "last k layers fine-tuned, cached", lambda s: in_place(s, s.last[0], "replace"), (1e-3, 3e-3, 1e-2)
         ),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from textwrap import shorten, wrap
 from typing import Any
 
 from ..storage import write_json, writing
 from .runs import RunResult
 
-__all__ = ["ComparisonReport", "ComparisonRow"]
+__all__ = ["ComparisonReport", "ComparisonRow", "append_run"]
+
+_WIDTH = 100  # of the table, in characters
+_NARROWEST = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,24 +67,46 @@ class ComparisonReport:
 
     def __str__(self) -> str:
         texts = list(self.rows[0].result.test)
-        head = ["method", "equal", "replay", "lr", "steps", *texts, "train s", "cache s", "trained", "MB", "removal"]
-        lines = [head, *(_cells(row, texts) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-        ruler = ["-" * width for width in widths]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in [head, ruler, *lines[1:]]
-        )
+        head = ["lr", "steps", *(shorten(text, 10, placeholder="...") for text in texts)]
+        head += ["seconds", "trained", "MB", "removal"]
+        cells = [_cells(row, texts) for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+        room = max(_WIDTH - sum(widths) - 2 * len(widths), _NARROWEST)
+        labels = [wrap(row.label, room, subsequent_indent="  ") for row in self.rows]
+        first = max(len(part) for label in (["method"], *labels) for part in label)
+
+        def line(text: str, numbers: list[str]) -> str:
+            return "  ".join([text.ljust(first), *map(str.rjust, numbers, widths)])
+
+        lines = [line("method", head), "  ".join("-" * width for width in (first, *widths))]
+        under = None
+        for row, label, numbers in zip(self.rows, labels, cells, strict=True):
+            if row.budget != "-" and under != (row.budget, row.result.share):
+                under = (row.budget, row.result.share)
+                lines.append(f"at equal {row.budget}, {row.result.share:.0%} general text replayed:")
+            lines += [line(label[0], numbers), *label[1:]]
+        return "\n".join(lines)
+
+
+def append_run(folder: Path, result: RunResult) -> None:
+    """Add a run to `runs.jsonl`, one JSON object a line, so that a comparison that is stopped loses none.
+
+    Args:
+        folder: Where the comparison is written; it is made if it is not there.
+        result: The run, in one view.
+    """
+    path = folder / "runs.jsonl"
+    with writing(path, "The runs before are unchanged."):
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(dataclasses.asdict(result))}\n")
 
 
 def _cells(row: ComparisonRow, texts: list[str]) -> list[str]:
+    """The numbers of a row, without its label."""
     result = row.result
     if row.budget == "-":
-        numbers = [f"{result.test[text]:.1f}" for text in texts]
-        return [row.label, "-", "-", "-", "-", *numbers, "-", "-", "-", "-", "-"]
+        return ["-", "-", *(f"{result.test[text]:.1f}" for text in texts), "-", "-", "-", "-"]
     numbers = [f"{result.test[text]:.1f}" if result.failed is None else "diverged" for text in texts]
     removal = (
         "no way back"
@@ -89,15 +116,11 @@ def _cells(row: ComparisonRow, texts: list[str]) -> list[str]:
         else f"{result.removal_error:.1g}"
     )
     return [
-        row.label,
-        row.budget,
-        f"{result.share:g}",
         f"{result.learning_rate:g}",
         str(result.steps),
         *numbers,
-        f"{result.seconds:.1f}",
-        f"{result.cache_seconds:.1f}",
-        f"{result.trainable:,}",
+        f"{result.whole_seconds:.1f}",
+        f"{result.trainable / 1e6:.2f}M",
         f"{result.artefact_bytes / 1e6:.1f}",
         removal,
     ]

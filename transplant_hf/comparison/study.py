@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import inspect
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from ..donor import Donor
 from ..errors import ConfigurationError
@@ -17,7 +19,7 @@ from ..model.memory import remove_transplants, transplant
 from ..model.opening import load_model
 from ..texts import Blocks
 from ..training.making import versions
-from ..training.reading import as_blocks
+from ..training.reading import as_blocks, model_and_tokenizer
 from .methods import METHODS, Method, Setting
 from .report import ComparisonReport, ComparisonRow
 from .runs import Budget, Held, RunResult, measure, run_method
@@ -77,7 +79,7 @@ def compare(
     Raises:
         ConfigurationError: Unknown methods, a share without general text, or equal time without full fine-tuning.
     """
-    chosen = _chosen(methods, equal_time)
+    chosen = checked_methods(methods, equal_time, learning_rates, steps, batch, shares, layers, rank)
     if any(shares) and general is None:
         raise ConfigurationError(f"shares {list(shares)} of general text need general text to replay.")
 
@@ -86,6 +88,8 @@ def compare(
         return remove_transplants(load_model(recipient, keep_replaced=True, **model_kwargs))
 
     setting = Setting(load, load().eval().requires_grad_(False), layers, rank)
+    if layers >= setting.count:
+        raise ConfigurationError(f"layers={layers}, but {recipient} has {setting.count} layers; choose fewer.")
     rates = {method.name: tuple(learning_rates or method.learning_rates) for method in chosen}
     began = time.perf_counter()
     rows = _controls(setting, held, load_model(recipient, keep_replaced=True, **model_kwargs))
@@ -129,7 +133,30 @@ def compare(
     return ComparisonReport(tuple(rows), tuple(runs), about)
 
 
-def _chosen(methods: Sequence[str] | None, equal_time: bool) -> list[Method]:
+def checked_methods(
+    methods: Sequence[str] | None = None,
+    equal_time: bool = True,
+    learning_rates: Sequence[float] | None = None,
+    steps: int = 1,
+    batch: int = 1,
+    shares: Sequence[float] = (0.0,),
+    layers: int = 1,
+    rank: int = 1,
+    **others: Any,
+) -> list[Method]:
+    """Return the methods that are compared, once all that they need is there: before the hours that they take.
+
+    Raises:
+        ConfigurationError: Unknown methods, a library that is missing, or a number out of range.
+    """
+    for name, least in (("steps", steps), ("batch", batch), ("layers", layers), ("rank", rank)):
+        if least < 1:
+            raise ConfigurationError(f"{name} must be at least 1, got {least}.")
+    wrong = [rate for rate in learning_rates or () if not 0 < rate < math.inf]
+    if wrong or (learning_rates is not None and not learning_rates):
+        raise ConfigurationError(f"learning rates must be finite numbers above 0, got {learning_rates}.")
+    if not shares or not all(0 <= share < 1 for share in shares):
+        raise ConfigurationError(f"shares of general text must be at least 0 and below 1, got {list(shares)}.")
     names = list(METHODS) if methods is None else list(methods)
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
@@ -139,7 +166,15 @@ def _chosen(methods: Sequence[str] | None, equal_time: bool) -> list[Method]:
             f"equal time is that of full fine-tuning: add {_REFERENCE!r} to the methods, or compare at equal "
             "steps only."
         )
-    return [METHODS[name] for name in names]
+    chosen = [METHODS[name] for name in names]
+    lacking = [method for method in chosen if method.needs and importlib.util.find_spec(method.needs) is None]
+    if lacking:
+        without = " ".join(method.name for method in chosen if method not in lacking)
+        raise ConfigurationError(
+            f"comparing with {' and '.join(method.name for method in lacking)} needs {lacking[0].needs}: pip install "
+            f"'transplant_hf[train]', or compare without: methods {without or 'donor'}."
+        )
+    return chosen
 
 
 def _controls(setting: Setting, held: Held, loaded: Any) -> list[ComparisonRow]:
@@ -196,6 +231,10 @@ def _at_equal_time(
     return results
 
 
+# Of its keyword arguments, those that are not for loading the model.
+_OWN = frozenset(inspect.signature(compare).parameters)
+
+
 def compare_texts(
     recipient: Any,
     text: Any,
@@ -224,9 +263,9 @@ def compare_texts(
     Returns:
         The report.
     """
-    model = load_model(recipient, revision=revision, dtype=kwargs.get("dtype", "auto"))
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(recipient, revision=revision)
+    checked_methods(**{name: value for name, value in kwargs.items() if name in _OWN})
+    loading = {name: value for name, value in kwargs.items() if name not in _OWN}
+    model, tokenizer, revision = model_and_tokenizer(recipient, tokenizer, revision, loading)
     whole = {
         name: as_blocks(data, model, tokenizer, block_length, name)
         for name, data in (("domain", text), ("general", general))

@@ -17,7 +17,7 @@ from ..texts import Blocks, TextSource, check_tokenizer, documents, encode, star
 __all__ = ["Opened", "Text", "find_tokenizer", "open_model", "read_text"]
 
 Text = Blocks | torch.Tensor
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "config.json")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json")
 
 
 class Opened:
@@ -85,8 +85,8 @@ def find_tokenizer(opened: Opened) -> Any:
     for reference, revision in places:
         if not reference:
             continue
-        source = locate(reference, files=_TOKENIZER_FILES, revision=revision, hub=opened.hub)
-        if any(source.folder.glob("tokenizer*")):
+        source = locate(reference, files=(*_TOKENIZER_FILES, "config.json"), revision=revision, hub=opened.hub)
+        if any(any(source.folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
             with reading("the tokenizer", reference, revision):
                 return AutoTokenizer.from_pretrained(source.folder)
     looked = ", ".join(reference for reference, _ in places if reference) or "a model without a name"

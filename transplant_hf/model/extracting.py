@@ -175,18 +175,15 @@ def _taken(
     hub: HubOptions,
 ) -> tuple[Donor, int, _Recipient]:
     """Load the model, and return the donor, its place, and the recipient it has that place in."""
-    try:
-        loaded = load_model(
-            source.reference,
-            revision=source.revision,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            token=hub.token,
-            cache_dir=hub.cache_dir,
-            local_files_only=hub.local_files_only,
-        )
-    except ValueError as error:
-        raise ConfigurationError(f"{source} is no model that can be loaded: {error}") from error
+    loaded = load_model(
+        source.reference,
+        revision=source.revision,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        token=hub.token,
+        cache_dir=hub.cache_dir,
+        local_files_only=hub.local_files_only,
+    )
     path = find_stack(loaded, str(source))
     config: TransplantConfig | None = getattr(loaded, "transplant_config", None)
     if config is None:

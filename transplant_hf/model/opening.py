@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import CONFIG_NAME
 
 from ..config import TransplantConfig
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, TransplantError
 from ..sources import HubOptions, commit_of, points_to_folder, reading
 
 __all__ = ["check_device_map", "load_model", "pinned_commit"]
@@ -37,16 +39,49 @@ def load_model(
 
     Raises:
         TransplantError: Out of reach, or something does not fit.
-        ConfigurationError: A `device_map` that names a device this machine lacks.
+        ConfigurationError: No model, one of a kind that cannot be loaded, or a device that this machine lacks.
     """
     check_device_map(kwargs.get("device_map"))
     name = os.fspath(reference)
     hub = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only", "trust_remote_code") if key in kwargs}
-    with reading("the model", name, revision):
+    if kwargs.get("gguf_file") is None:
+        _refuse_without_model(name)
+    with reading("the model", name, revision), _one_sentence(name, revision):
         config = AutoConfig.from_pretrained(name, revision=revision or "main", **hub)
         if keep_replaced and isinstance(config, TransplantConfig):
             kwargs["keep_replaced"] = True
         return AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **kwargs)
+
+
+def _refuse_without_model(name: str) -> None:
+    folder = points_to_folder(name)
+    if folder is None or (folder / CONFIG_NAME).is_file():
+        return
+    if not folder.is_dir():
+        raise ConfigurationError(f"{name!r} is neither a folder (looked for {folder}) nor a Hub id.")
+    held = sorted(path.name for path in folder.iterdir())
+    what = (
+        f"it holds {', '.join(held[:3])}{f' and {len(held) - 3} more' if len(held) > 3 else ''}"
+        if held
+        else "it is empty"
+    )
+    hint = ", or name its GGUF file with gguf_file=" if any(file.endswith(".gguf") for file in held) else ""
+    raise ConfigurationError(
+        f"there is no model in {name}: no {CONFIG_NAME} ({what}). Name a folder that save_pretrained wrote, or a Hub "
+        f"id{hint}."
+    )
+
+
+@contextmanager
+def _one_sentence(name: str, revision: str | None) -> Iterator[None]:
+    """Turn what Transformers raises for models that it does not know into one sentence."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, TransplantError):
+            raise
+        sentence = str(error).strip().partition("\n")[0]  # what follows lists hundreds of classes
+        raise ConfigurationError(f"cannot load model {name}{f'@{revision}' if revision else ''}: {sentence}") from error
 
 
 def check_device_map(device_map: Any) -> None:

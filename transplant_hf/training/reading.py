@@ -6,11 +6,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..errors import ConfigurationError, DataError
+from ..evaluation.reading import Opened, find_tokenizer
 from ..evaluation.windows import longest_block
 from ..model.opening import load_model, pinned_commit
+from ..sources import HubOptions
 from ..texts import Blocks, TextSource, check_tokenizer, pack
 from .rows import Rows, rows_needed
 
@@ -70,7 +72,7 @@ def model_and_tokenizer(
     commit = pinned_commit(reference, revision, loading)
     loaded = load_model(reference, revision=commit, keep_replaced=True, **loading)
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(reference, revision=commit or "main")
+        tokenizer = find_tokenizer(Opened(loaded, reference, commit, HubOptions.from_kwargs(loading)))
     return loaded, tokenizer, commit
 
 
