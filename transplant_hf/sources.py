@@ -28,7 +28,17 @@ from .storage import writing
 # depends on the client's version.
 _HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 
-__all__ = ["HubOptions", "Source", "commit_of", "hub_errors", "locate", "points_to_folder", "reading"]
+__all__ = [
+    "HubOptions",
+    "Source",
+    "commit_of",
+    "for_transformers",
+    "hub_errors",
+    "locate",
+    "points_to_folder",
+    "reading",
+    "revision_for",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +103,7 @@ def locate(
         reference: Hub id, folder, or "." for `relative_to` itself.
         files: Names or patterns of the files that are needed; only these are downloaded. The first one, if a name,
             must be in the cache when the Hub cannot be asked.
-        revision: Branch, tag or commit of a repository; ignored for folders.
+        revision: Branch, tag or commit. With one, a name is never that of a folder in the working directory.
         subfolder: A folder inside it.
         relative_to: What holds the `config.json` in which the reference stands.
         hub: How to reach the Hub.
@@ -102,11 +112,12 @@ def locate(
         The folder with the files, and the commit it shows.
 
     Raises:
-        ConfigurationError: Not a Hub id, no such folder, or a repository that points out of itself.
+        ConfigurationError: Not a Hub id, no such folder, a folder with a revision, or a repository that points out of
+            itself.
         HubError: Missing, gated, private or out of reach.
     """
     hub = hub or HubOptions()
-    folder = points_to_folder(reference, relative_to)
+    folder = points_to_folder(reference, relative_to, revision)
     if folder is not None:
         remote = relative_to is not None and relative_to.from_hub
         if not folder.is_dir() and not remote:
@@ -144,14 +155,69 @@ def commit_of(reference: str, revision: str | None, hub: HubOptions) -> str:
     return Path(path).parent.name
 
 
-def points_to_folder(reference: str, relative_to: Source | None = None) -> Path | None:
+def for_transformers(
+    reference: str, revision: str | None, hub: HubOptions, *, weights: bool, file: str | None = None
+) -> str:
+    """Return what Transformers must be given, so that it loads what this package means.
+
+    Transformers takes a folder in the working directory before the repository of that name, whatever the revision.
+    Where there is one, the repository's files are downloaded first, and their folder is returned instead of the name.
+
+    Args:
+        reference: Hub id or folder, as `locate` found it.
+        revision: The commit; `None` for a folder.
+        hub: How to reach the Hub.
+        weights: Whether the weights are going to be read.
+        file: A file that is also needed, such as the `gguf_file` of `from_pretrained`.
+
+    Raises:
+        HubError: Out of reach.
+    """
+    if revision is None or not os.path.exists(reference):
+        return reference
+    wanted = ["*.json", "*.py", *(["*.safetensors"] if weights and file is None else []), *([file] if file else [])]
+    with _downloading(reference, revision, hub):
+
+        def snapshot(patterns: Sequence[str]) -> Path:
+            beside = None if file else ["*/*"]  # folders of other formats, which can be large
+            found = snapshot_download(
+                reference, revision=revision, allow_patterns=list(patterns), ignore_patterns=beside, **hub.as_kwargs()
+            )
+            return Path(found)
+
+        folder = snapshot(wanted)
+        if weights and file is None and not any(folder.glob("*.safetensors")):
+            snapshot(["*.bin"])
+    return str(folder)
+
+
+def revision_for(reference: str, revision: str | None) -> str | None:
+    """Return what `revision` says in a call like `from_pretrained`, for a name that a user typed.
+
+    "main" is what Transformers assumes where nothing is said, and what tools pass on by default. So it says nothing of
+    a folder, while any other revision cannot mean one.
+    """
+    return None if revision == "main" and points_to_folder(reference) is not None else revision
+
+
+def points_to_folder(reference: str, relative_to: Source | None = None, revision: str | None = None) -> Path | None:
     """Return the folder a reference means, or `None` when it is a Hub id.
 
     Relative references mean folders beside the `config.json` in which they stand, then in the working directory. A
-    repository from the Hub may only point into itself.
+    repository from the Hub may only point into itself. A name with a revision is a Hub id: what was pinned must not
+    be replaced by a folder that happens to have that name.
+
+    Raises:
+        ConfigurationError: A path with a revision, or a repository that points out of itself.
     """
     path = Path(reference).expanduser()
     looks_local = path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1
+    if revision is not None and looks_local:
+        where = f", in the config.json of {relative_to}" if relative_to is not None else ""
+        raise ConfigurationError(
+            f"{reference!r} is a folder, which has no revisions, but revision {revision!r} is asked for{where}. Leave "
+            "the revision out, or name the repository on the Hub."
+        )
     if relative_to is not None:
         base = relative_to.folder.resolve()
         beside = (base / path).resolve()
@@ -164,9 +230,9 @@ def points_to_folder(reference: str, relative_to: Source | None = None) -> Path 
                     "only name Hub ids and its own folders."
                 )
             return beside if looks_local else None
-        if looks_local or beside.is_dir():
+        if looks_local or (revision is None and beside.is_dir()):
             return beside
-    return path if looks_local or path.is_dir() else None
+    return path if looks_local or (revision is None and path.is_dir()) else None
 
 
 def _inside(folder: Path, subfolder: str | None) -> Path:

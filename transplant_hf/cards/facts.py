@@ -102,17 +102,17 @@ class CardFacts:
     @property
     def recipient_id(self) -> str | None:
         """The recipient, if it is on the Hub."""
-        return self.recipient if is_hub_id(self.recipient) else None
+        return self.recipient if is_hub_id(self.recipient, self.recipient_revision) else None
 
 
-def is_hub_id(reference: str | None) -> bool:
-    """Whether a reference names a repository on the Hub, and no folder.
+def is_hub_id(reference: str | None, revision: str | None = None) -> bool:
+    """Whether a reference names a repository on the Hub, and no folder; with a revision it can only be the former.
 
     Example:
         >>> is_hub_id("openai-community/gpt2"), is_hub_id("../gpt2"), is_hub_id("/models/gpt2")
         (True, False, False)
     """
-    if not reference or reference.startswith((".", "/", "~")) or Path(reference).is_dir():
+    if not reference or reference.startswith((".", "/", "~")) or (revision is None and Path(reference).is_dir()):
         return False
     try:
         validate_repo_id(reference)

@@ -24,7 +24,7 @@ from ..cards import (
 from ..config import DonorSpec, TransplantConfig
 from ..layer_map import LayerMap, Placement, Splice
 from ..storage import read_json
-from .companions import at_hand, has_tokenizer
+from .companions import has_tokenizer
 from .record import DonorRecord
 
 __all__ = ["chosen_license", "donor_facts", "write_donor_card"]
@@ -37,9 +37,8 @@ def write_donor_card(
     records: Sequence[DonorRecord],
     repo_id: str | None = None,
     *,
-    recipient_folder: str,
+    recipient_files: Path | None,
     layer_map: LayerMap | None = None,
-    cache_dir: str | None = None,
     license: str | None = None,
 ) -> None:
     """Write the card of a thin transplant, unless a person wrote one.
@@ -50,16 +49,14 @@ def write_donor_card(
         config: What is saved; all its donors are in the folder.
         records: What is known of each donor.
         repo_id: Where it is going to be loaded from, if not from the target.
-        recipient_folder: Where the recipient's files are, or its name.
+        recipient_files: Where the recipient's files are, as far as they are at hand.
         layer_map: What runs, if that is known.
-        cache_dir: As in `from_pretrained`.
         license: What was passed.
     """
     named = license_named(license) if license is not None else None
     if keeps_its_card(target):
         return
-    folder = at_hand(recipient_folder, config.recipient_revision, cache_dir)
-    drawn = (layer_map, True) if layer_map is not None else _layer_map(config, records, folder)
+    drawn = (layer_map, True) if layer_map is not None else _layer_map(config, records, recipient_files)
     facts = CardFacts(
         repo=repo_id or target.absolute().name,
         model_type=records[0].model_type,
@@ -68,7 +65,7 @@ def write_donor_card(
         whole_map=drawn[1],
         recipient=config.recipient,
         recipient_revision=config.recipient_revision,
-        license=named or chosen_license(records, folder, of_all=False),
+        license=named or chosen_license(records, recipient_files, of_all=False),
         with_tokenizer=has_tokenizer(staging),
         side_by_side=bool(config.crowds),
     )

@@ -152,7 +152,8 @@ def locate_with_companions(
 def at_hand(recipient: str, revision: str | None, cache_dir: str | None = None) -> Path | None:
     """Return the folder in which a recipient's files are, as far as they are on this machine."""
     source = Path(recipient).expanduser()
-    if source.is_dir():
+    # With a revision a name is a Hub id, and only a path can be a folder: one that the repository's files are in.
+    if source.is_dir() and (revision is None or source.is_absolute()):
         return source
     # Not a snapshot as a whole: the client refuses one of which it knows that files are missing.
     for name in _ALWAYS_THERE:

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from ..cards import CARD_FILE, written_by_us
 from ..config import DonorSpec, TransplantConfig
 from ..errors import ConfigurationError
+from ..sources import points_to_folder
 from ..storage import parse_size, publish, read_json, write_json
 from .card import write_donor_card
-from .companions import NAMED_TEMPLATES, copy_companions, tokenizer_class
+from .companions import NAMED_TEMPLATES, at_hand, copy_companions, tokenizer_class
 from .dtypes import loaded_dtype
 from .entry import CODE_FILE, write_entry
 from .record import DONOR_CONFIG, DonorRecord, FileStamp
@@ -71,13 +72,14 @@ def replaced_among(names: Sequence[str]) -> set[str]:
     return {name for name, folder, last in parts if is_artefact_file(last) and (not folder or folder in holders)}
 
 
-def refuse_recipients_place(recipient: str, folder: Path) -> None:
+def refuse_recipients_place(recipient: str, folder: Path, revision: str | None) -> None:
     """Refuse to replace a recipient by what refers to it.
 
     Raises:
         ConfigurationError: The folder is the recipient's own.
     """
-    if Path(recipient).expanduser().is_dir() and Path(recipient).expanduser().resolve() == folder.resolve():
+    path = points_to_folder(recipient, revision=revision)
+    if path is not None and path.is_dir() and path.resolve() == folder.resolve():
         raise ConfigurationError(
             f"{folder} is the folder of the recipient itself, whose weights would be lost. Choose another folder."
         )
@@ -122,15 +124,17 @@ def save_donor(
         raise ConfigurationError(
             f"donor {donor} has no recommended position; say where it belongs: save_pretrained(..., position=p)."
         )
+    # What a repository records is on the Hub, whatever folders there are here.
+    recorded_there = not recipient and donor.source is not None and donor.source.from_hub
     recipient = recipient or donor.record.source_id
     if not recipient:
         raise ConfigurationError(
             f"donor {donor} does not know its recipient: its model was not loaded by name. Pass "
             "save_pretrained(..., recipient='user/model or folder')."
         )
-    refuse_recipients_place(recipient, folder)
     name = donor.name or folder.name
     revision = recipient_revision or (donor.record.source_revision if recipient == donor.record.source_id else None)
+    refuse_recipients_place(recipient, folder, revision)
     place = DonorSpec(
         ".",
         position=position,
@@ -138,18 +142,16 @@ def save_donor(
         name=name,
         strength=donor.strength if strength is None else strength,
     )
-    config = TransplantConfig(
-        recipient=written_reference(recipient, folder), recipient_revision=revision, donors=[place]
-    )
+    written = recipient if recorded_there else written_reference(recipient, folder, revision)
+    config = TransplantConfig(recipient=written, recipient_revision=revision, donors=[place])
     config.vocab_size = vocabulary_of(donor.record.source_config)
+    files = at_hand(donor.companions_in(recipient), revision or ("main" if recorded_there else None))
     with publish(folder, replaced_in(folder)) as staging:
         record = write_donor(staging, dataclasses.replace(donor.record, name=name), donor.store, max_shard_size)
-        copy_companions([(donor.companions_in(recipient), revision)], staging, folder)
+        copy_companions([(str(files), None)] if files is not None else [], staging, folder)
         config.tokenizer_class = tokenizer_class(record.model_type, staging)
         write_entry(staging, config)
-        write_donor_card(
-            staging, folder, config, [record], repo_id, recipient_folder=donor.companions_in(recipient), license=license
-        )
+        write_donor_card(staging, folder, config, [record], repo_id, recipient_files=files, license=license)
         check(staging)
 
 
@@ -175,14 +177,14 @@ def write_donor(folder: Path, record: DonorRecord, store: TensorStore, max_shard
     return record
 
 
-def written_reference(recipient: str, folder: Path) -> str:
+def written_reference(recipient: str, folder: Path, revision: str | None) -> str:
     """Return how a `config.json` in `folder` refers to a recipient.
 
     A Hub id stays; a folder next to `folder` becomes relative, so that the two can be moved together; any other
     folder becomes absolute.
     """
-    path = Path(recipient).expanduser()
-    if not path.is_dir():
+    path = points_to_folder(recipient, revision=revision)
+    if path is None or not path.is_dir():
         return recipient
     path, folder = path.resolve(), folder.resolve()
     if path.is_relative_to(folder.parent):

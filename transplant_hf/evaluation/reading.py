@@ -7,17 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from ..errors import ConfigurationError, DataError
-from ..model.opening import load_model
-from ..sources import HubOptions, locate, reading
+from ..model.opening import load_model, load_tokenizer
+from ..sources import HubOptions
 from ..texts import Blocks, TextSource, check_tokenizer, documents, encode, starting_token
 
 __all__ = ["Opened", "Text", "find_tokenizer", "open_model", "read_text"]
 
 Text = Blocks | torch.Tensor
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json")
 
 
 class Opened:
@@ -85,10 +83,9 @@ def find_tokenizer(opened: Opened) -> Any:
     for reference, revision in places:
         if not reference:
             continue
-        source = locate(reference, files=(*_TOKENIZER_FILES, "config.json"), revision=revision, hub=opened.hub)
-        if any(any(source.folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
-            with reading("the tokenizer", reference, revision):
-                return AutoTokenizer.from_pretrained(source.folder)
+        found = load_tokenizer(reference, revision, opened.hub)
+        if found is not None:
+            return found
     looked = ", ".join(reference for reference, _ in places if reference) or "a model without a name"
     raise ConfigurationError(f"there is no tokenizer in {looked}: pass tokenizer=.")
 

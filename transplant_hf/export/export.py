@@ -236,7 +236,7 @@ def _refuse_place(target: Path, opened: Opened) -> None:
     place = target.expanduser().resolve()
     donors = [part.donor.source for part in opened.blueprint.parts]
     inputs = [source.folder for source in (opened.request.source, *donors) if source is not None]
-    recipient = points_to_folder(str(opened.config.recipient))
+    recipient = points_to_folder(str(opened.config.recipient), revision=opened.config.recipient_revision)
     for folder in (*inputs, *([recipient] if recipient else [])):
         if place == folder.resolve():
             raise ConfigurationError(f"{target} is what is being exported, whose files would be lost. Choose another.")

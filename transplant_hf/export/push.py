@@ -131,13 +131,13 @@ def _opened(folder: Path) -> tuple[str, list[_Weight]]:
     config = TransplantConfig(**{**fields, "name_or_path": str(folder)})
     source = Source(str(folder), folder)
     weights: list[_Weight] = []
-    inside = points_to_folder(str(config.recipient), source)
+    inside = points_to_folder(str(config.recipient), source, config.recipient_revision)
     if inside is not None:
         _refuse_outside(folder, inside, f"recipient {config.recipient!r}")
         weights += _model_weights(inside, read_json(inside / "config.json", "the recipient's config.json"))
     for spec in config.donors:
         if spec.donor != ".":
-            outside = points_to_folder(spec.donor, source)
+            outside = points_to_folder(spec.donor, source, spec.revision)
             if outside is None:
                 continue  # a repository of its own
             _refuse_outside(folder, outside, f"donor {spec.donor!r}")

@@ -81,8 +81,8 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
         layer_map = report.layer_map
         problems += [] if report else [str(report)]
     elif place is not None and recipient is not None:
-        # A reference in `config.json` is relative to it; one in the record is not.
-        base = files.source if named else None
+        # A reference in `config.json` is relative to it; one in the record is not, but means the Hub where it is there.
+        base = files.source if named or files.source.from_hub else None
         placement = Placement(name, place, record.layer_indices, donor.mode == "replace")
         layer_map, notes = _map_of(recipient, revision, base, [placement], asked.hub)
     else:
@@ -189,7 +189,7 @@ def read_transplant(fields: Mapping[str, Any], source: Source) -> TransplantConf
 
 def carries_recipient(config: TransplantConfig, source: Source) -> bool:
     """Whether a transplant's recipient is a folder inside it."""
-    folder = points_to_folder(config.recipient, source)
+    folder = points_to_folder(config.recipient, source, config.recipient_revision)
     return folder is not None and folder.resolve().is_relative_to(source.folder.resolve())
 
 

@@ -15,7 +15,7 @@ from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor import Donor
 from ..errors import ConfigurationError
-from ..sources import HubOptions, Source, reading
+from ..sources import HubOptions, Source, for_transformers, reading
 from ..splice import Blueprint, draw_blueprint, follow_quantization, report_fit
 from .loading import FileChecks, Loading, loading
 from .mixin import transplant_class
@@ -193,9 +193,10 @@ def _load(
         with contextlib.suppress(OSError):  # none of its own: the recipient's is loaded
             kwargs["generation_config"] = GenerationConfig.from_pretrained(request.source.folder)
     where = (request.config.recipient, request.config.recipient_revision)
+    name = for_transformers(*where, hub, weights=True, file=kwargs.get("gguf_file"))
     with reading("the weights", *where), loading(Loading(blueprint, checks)):
         return transplant_class(recipient.model_class).from_pretrained(
-            request.config.recipient,
+            name,
             *model_args,
             config=follow_quantization(spliced.config if spliced.native else recipient.config, blueprint),
             revision=request.config.recipient_revision or "main",
@@ -230,28 +231,35 @@ def _draw(
     }
     trust = kwargs.get("trust_remote_code")
     config, unused = recipient_config(request, hub, kwargs.pop("trust_remote_code", None), kwargs)
-    model_class, config = _class_for(auto_class, config, request.config.recipient, trust, hub)
+    where = (request.config.recipient, request.config.recipient_revision)
+    model_class, config = _class_for(auto_class, config, *where, trust, hub)
     blueprint = draw_blueprint(model_class, config, opened, request.config, keep_replaced)
     return blueprint, {**unused, **held, "trust_remote_code": trust}
 
 
 def _class_for(
-    auto_class: Any, config: PreTrainedConfig, name: str, trust_remote_code: bool | None, hub: HubOptions
+    auto_class: Any,
+    config: PreTrainedConfig,
+    name: str,
+    revision: str | None,
+    trust_remote_code: bool | None,
+    hub: HubOptions,
 ) -> tuple[Any, PreTrainedConfig]:
     """Return the class an Auto class would use, and the configuration it would give it."""
     known = type(config) in auto_class._model_mapping
     reference = getattr(config, "auto_map", {}).get(auto_class.__name__) if hasattr(config, "auto_map") else None
     if reference is not None and resolve_trust_remote_code(trust_remote_code, name, known, True):
-        return get_class_from_dynamic_module(reference, name, **hub.as_kwargs()), config
+        place = for_transformers(name, revision, hub, weights=False)
+        return get_class_from_dynamic_module(reference, place, revision=revision, **hub.as_kwargs()), config
     return native_class(auto_class, config, name)
 
 
 def _remember(model: Any, request: Request, hub: HubOptions) -> None:
     state = model._transplant
     state.local_only, state.cache_dir = hub.local_files_only, hub.cache_dir
-    if request.names_transplant:
-        # What an adapter trained on this model will refer to.
-        model.config._name_or_path = model.name_or_path = request.asked
+    # What an adapter trained on this model will refer to.
+    named = request.asked if request.names_transplant else request.config.recipient
+    model.config._name_or_path = model.name_or_path = named
     request.config._name_or_path = str(request.source.folder) if request.names_transplant else ""
 
 
@@ -280,9 +288,8 @@ def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) ->
     request = read_request(asked, donors=None, config=config, revision=None, subfolder=None, hub=hub)
     opened = open_donors(request, hub)
     found, _ = recipient_config(request, hub, kwargs.get("trust_remote_code"), {})
-    model_class, found = _class_for(
-        auto_class, found, request.config.recipient, kwargs.pop("trust_remote_code", None), hub
-    )
+    where = (request.config.recipient, request.config.recipient_revision)
+    model_class, found = _class_for(auto_class, found, *where, kwargs.pop("trust_remote_code", None), hub)
     blueprint = draw_blueprint(model_class, found, opened, request.config)
     spliced = blueprint.built_config
     with FileChecks(donor for _, donor in opened) as checks, loading(Loading(blueprint, checks)):
@@ -318,11 +325,12 @@ def check_compatibility(
         model_class, config, name = type(recipient), recipient.config, recipient.config.name_or_path
     elif isinstance(recipient, PreTrainedConfig):
         name = recipient.name_or_path or recipient.model_type
-        model_class, config = _class_for(AutoModelForCausalLM, recipient, name, trust, hub)
+        model_class, config = _class_for(AutoModelForCausalLM, recipient, name, None, trust, hub)
     else:
         name = os.fspath(recipient)
         request = Request(name, Source(name, Path(name)), TransplantConfig(recipient=name), names_transplant=False)
         config, _ = recipient_config(request, hub, trust, {})
-        model_class, config = _class_for(AutoModelForCausalLM, config, name, trust, hub)
+        where = (request.config.recipient, request.config.recipient_revision)
+        model_class, config = _class_for(AutoModelForCausalLM, config, *where, trust, hub)
     spec = DonorSpec(str(opened), place, mode, name=opened.name or "donor")
     return report_fit(model_class, config, name or model_class.__name__, spec, opened)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import CONFIG_NAME
 
 from ..config import TransplantConfig
+from ..donor.companions import has_tokenizer, locate_with_companions
 from ..errors import ConfigurationError, TransplantError
-from ..sources import HubOptions, commit_of, points_to_folder, reading
+from ..sources import HubOptions, commit_of, for_transformers, points_to_folder, reading, revision_for
+from .auto import load_transplant
 
-__all__ = ["check_device_map", "load_model", "pinned_commit"]
+__all__ = ["check_device_map", "load_model", "load_tokenizer", "pinned_commit"]
 
 # How Transformers spreads a model over what there is.
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -43,18 +44,47 @@ def load_model(
     """
     check_device_map(kwargs.get("device_map"))
     name = os.fspath(reference)
+    revision = revision_for(name, revision)
     hub = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only", "trust_remote_code") if key in kwargs}
     if kwargs.get("gguf_file") is None:
-        _refuse_without_model(name)
+        _refuse_without_model(name, revision)
+    place = for_transformers(name, revision, HubOptions.from_kwargs(kwargs), weights=False)
     with reading("the model", name, revision), _one_sentence(name, revision):
-        config = AutoConfig.from_pretrained(name, revision=revision or "main", **hub)
-        if keep_replaced and isinstance(config, TransplantConfig):
-            kwargs["keep_replaced"] = True
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **kwargs)
+        config = AutoConfig.from_pretrained(place, revision=revision, **hub)
+        if isinstance(config, TransplantConfig):
+            return load_transplant(AutoModelForCausalLM, name, revision=revision, keep_replaced=keep_replaced, **kwargs)
+        place = for_transformers(
+            name, revision, HubOptions.from_kwargs(kwargs), weights=True, file=kwargs.get("gguf_file")
+        )
+        model = AutoModelForCausalLM.from_pretrained(place, revision=revision, **kwargs)
+    model.config._name_or_path = model.name_or_path = name
+    return model
 
 
-def _refuse_without_model(name: str) -> None:
-    folder = points_to_folder(name)
+def load_tokenizer(reference: str, revision: str | None, hub: HubOptions) -> Any:
+    """Load the tokenizer beside a model.
+
+    Args:
+        reference: Hub id or folder.
+        revision: Its branch, tag or commit.
+        hub: How to reach the Hub.
+
+    Returns:
+        The tokenizer; `None` where there is none.
+
+    Raises:
+        HubError: Out of reach.
+    """
+    revision = revision_for(reference, revision)
+    source = locate_with_companions(reference, revision=revision, hub=hub)
+    if not has_tokenizer(source.folder):
+        return None
+    with reading("the tokenizer", reference, revision):
+        return AutoTokenizer.from_pretrained(source.folder)
+
+
+def _refuse_without_model(name: str, revision: str | None) -> None:
+    folder = points_to_folder(name, revision=revision)
     if folder is None or (folder / CONFIG_NAME).is_file():
         return
     if not folder.is_dir():
@@ -121,6 +151,7 @@ def pinned_commit(reference: str, revision: str | None, kwargs: Mapping[str, Any
     Raises:
         HubError: Out of reach.
     """
-    if points_to_folder(reference) is not None or Path(reference).expanduser().is_dir():
+    revision = revision_for(reference, revision)
+    if points_to_folder(reference, revision=revision) is not None:
         return None
     return commit_of(reference, revision, HubOptions.from_kwargs(kwargs))

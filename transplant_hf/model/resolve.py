@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..donor import DONOR_FILES, Donor
 from ..errors import ConfigurationError
-from ..sources import HubOptions, Source, commit_of, locate, points_to_folder, reading
+from ..sources import HubOptions, Source, commit_of, for_transformers, locate, points_to_folder, reading, revision_for
 from ..storage import read_json
 
 __all__ = ["Request", "open_donors", "read_request", "recipient_config"]
@@ -61,7 +61,10 @@ def read_request(
     """
     asked = os.fspath(asked)
     files = ("config.json", "generation_config.json")
+    revision = revision_for(asked, revision)
     source = locate(asked, files=files, revision=revision, subfolder=subfolder, hub=hub)
+    if config is not None and source.from_hub and config.name_or_path == asked and os.path.isdir(asked):
+        config = None  # the Auto classes read it in a folder of that name, whatever the revision
     path = source.folder / "config.json"
     if config is None and not path.exists():
         raise ConfigurationError(
@@ -137,7 +140,7 @@ def recipient_config(
     """
     config = request.config
     base = request.source if request.names_transplant else None
-    folder = points_to_folder(config.recipient, base)
+    folder = points_to_folder(config.recipient, base, config.recipient_revision)
     if folder is not None:
         # A repository may carry its recipient: its files are then those of one commit.
         source = locate(config.recipient, files=("*",), relative_to=base, hub=hub)
@@ -146,10 +149,14 @@ def recipient_config(
         config.recipient, config.recipient_revision = str(source.folder.resolve()), None
     else:
         config.recipient_revision = commit_of(config.recipient, config.recipient_revision, hub)
-    with reading("the configuration", config.recipient, config.recipient_revision):
+        if trust_remote_code:
+            _refuse_shadowed_code(config, hub)
+    where = (config.recipient, config.recipient_revision)
+    name = for_transformers(*where, hub, weights=False, file=kwargs.get("gguf_file"))
+    with reading("the configuration", *where):
         try:
             found, unused = AutoConfig.from_pretrained(
-                config.recipient,
+                name,
                 revision=config.recipient_revision,
                 return_unused_kwargs=True,
                 trust_remote_code=trust_remote_code,
@@ -158,9 +165,24 @@ def recipient_config(
             )
         except ValueError as error:
             raise ConfigurationError(f"recipient {config.recipient} is no model that can be loaded: {error}") from error
+    found.name_or_path = config.recipient
     if isinstance(found, TransplantConfig):
         raise ConfigurationError(
             f"recipient {config.recipient} is itself a transplant of {found.recipient}. Use {found.recipient} as the "
             "recipient and name all donors together, or save the transplant in full first."
         )
     return found, unused
+
+
+def _refuse_shadowed_code(config: TransplantConfig, hub: HubOptions) -> None:
+    """Refuse a recipient whose code is in another repository where a folder of that name would be run instead."""
+    source = locate(config.recipient, files=("config.json",), revision=config.recipient_revision, hub=hub)
+    fields = read_json(source.folder / "config.json", "the recipient's config.json").get("auto_map")
+    for reference in (fields or {}).values() if isinstance(fields, dict) else ():
+        name, separate, _ = str(reference).partition("--")
+        if separate and os.path.exists(name):
+            raise ConfigurationError(
+                f"{source} is run by code in the repository {name}, but the working directory {os.getcwd()} holds a "
+                f"folder {name}, whose code Transformers would run instead. Rename that folder, or start in another "
+                "directory."
+            )

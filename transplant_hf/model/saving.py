@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..architecture.build import build_on_meta
 from ..config import DonorSpec, TransplantConfig
 from ..donor.card import write_donor_card
-from ..donor.companions import copy_companions, tokenizer_class
+from ..donor.companions import at_hand, copy_companions, tokenizer_class
 from ..donor.entry import write_entry
 from ..donor.extract import checkpoint_tensors
 from ..donor.record import DonorRecord
@@ -89,7 +89,8 @@ def _save(
     if thin:
         _refuse_unless_all_on(state.blueprint, state.switch.disabled)
         target = Path(save_directory)
-        refuse_recipients_place(state.blueprint.config.recipient or "", target)
+        pinned = state.blueprint.config
+        refuse_recipients_place(pinned.recipient, target, pinned.recipient_revision)
         with publish(target, replaced_in(target)) as staging:
             _write_thin(model, state, staging, target, kwargs.get("max_shard_size", "5GB"), repo_id, license)
         return None
@@ -183,15 +184,14 @@ def _write_thin(
         saved,
         records,
         repo_id,
-        recipient_folder=config.recipient,
+        recipient_files=at_hand(config.recipient, config.recipient_revision, state.cache_dir),
         layer_map=blueprint.layer_map(),
-        cache_dir=state.cache_dir,
         license=license,
     )
 
 
 def _reference(config: TransplantConfig, target: Path) -> str:
-    return config.recipient if config.recipient_revision else written_reference(config.recipient, target)
+    return written_reference(config.recipient, target, config.recipient_revision)
 
 
 def _write_companions(model: Any, staging: Path, target: Path) -> None:

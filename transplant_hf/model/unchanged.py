@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError
 from ..layouts.names import is_adapted
-from ..sources import hub_errors
+from ..sources import HubOptions, for_transformers, hub_errors
 
 __all__ = ["check_unchanged"]
 
@@ -68,9 +68,10 @@ def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
             "a thin save compares the recipient's weights with the pinned recipient's, which is not possible for a "
             "quantised model. Load it without quantization to save it."
         )
+    hub = HubOptions(cache_dir=state.cache_dir, local_files_only=state.local_only)
     with hub_errors(config.recipient, config.recipient_revision):
         loaded: Any = recipient.model_class.from_pretrained(
-            config.recipient,
+            for_transformers(config.recipient, config.recipient_revision, hub, weights=True),
             revision=config.recipient_revision or "main",
             config=copy.deepcopy(recipient.config),
             dtype=model.dtype,

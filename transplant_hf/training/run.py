@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigurationError
 from ..evaluation import perplexity
+from ..sources import points_to_folder
 from ..texts import Blocks
 from .arguments import DonorTrainingArguments
 from .donor_trainer import DonorTrainer
@@ -202,7 +203,7 @@ def _carried_out(
 ) -> TrainingReport:
     """Train, save, measure, and remove the checkpoints of what is saved now."""
     config = trainer.model.transplant_config
-    if push_to is not None and Path(config.recipient).is_dir():
+    if push_to is not None and points_to_folder(config.recipient, revision=config.recipient_revision) is not None:
         raise ConfigurationError(
             f"what is pushed must name a recipient on the Hub, and {config.recipient} is a folder. Push the recipient "
             "first and train from there, or write to a folder only."
