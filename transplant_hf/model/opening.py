@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import CONFIG_NAME
 
 from ..config import TransplantConfig
 from ..donor.companions import has_tokenizer, locate_with_companions
@@ -85,7 +84,7 @@ def load_tokenizer(reference: str, revision: str | None, hub: HubOptions) -> Any
 
 def _refuse_without_model(name: str, revision: str | None) -> None:
     folder = points_to_folder(name, revision=revision)
-    if folder is None or (folder / CONFIG_NAME).is_file():
+    if folder is None or (folder / "config.json").is_file():
         return
     if not folder.is_dir():
         raise ConfigurationError(f"{name!r} is neither a folder (looked for {folder}) nor a Hub id.")
@@ -97,7 +96,7 @@ def _refuse_without_model(name: str, revision: str | None) -> None:
     )
     hint = ", or name its GGUF file with gguf_file=" if any(file.endswith(".gguf") for file in held) else ""
     raise ConfigurationError(
-        f"there is no model in {name}: no {CONFIG_NAME} ({what}). Name a folder that save_pretrained wrote, or a Hub "
+        f"there is no model in {name}: no config.json ({what}). Name a folder that save_pretrained wrote, or a Hub "
         f"id{hint}."
     )
 
