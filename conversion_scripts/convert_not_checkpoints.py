@@ -36,6 +36,7 @@ def main() -> int:
             private=options.private or None,
             verify=options.verify,
             max_shard_size=options.max_shard_size,
+            overwrite=options.overwrite,
         )
     except TransplantError as error:
         print(f"convert_not_checkpoints: {error}", file=sys.stderr)
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("output", type=Path, help="folder that receives a donor repo for each donor")
+    add("--overwrite", action="store_true", help="replace donors that transplant_hf wrote there before")
     add("--source", default=CHECKPOINTS, help="the author's repository, or a folder (default: %(default)s)")
     add("--only", nargs="+", choices=folders, default=folders, help="default: all three")
     add("--recipient", action="append", default=[], metavar="FOLDER=MODEL", help="another recipient for a donor")

@@ -20,6 +20,7 @@ ROOMS = (
     "layer_map",  # up to here pure: what reads or writes files stands to the right
     "cards",  # needs no more than facts that others hand over
     "storage",
+    "outputs",
     "sources",
     "hub",
     "archive",

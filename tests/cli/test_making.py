@@ -44,7 +44,7 @@ def test_train_on_a_folder(family: Path, text: Path, capsys: pytest.CaptureFixtu
     donor = Donor.from_pretrained(family / "new")
     assert (donor.num_layers, donor.position, donor.mode, donor.name) == (2, 2, "replace", "hamlet")
     assert not (family / "new.training").exists()
-    status, out, _ = run(capsys, *words[:-1], "--position", 1, "--cache-prefix", "disk")
+    status, out, _ = run(capsys, *words[:-1], "--overwrite", "--position", 1, "--cache-prefix", "disk")
     assert status == 0 and "perplexity with donor" in out and "strength            hamlet 0.75" in out
 
 

@@ -251,7 +251,7 @@ def test_a_refused_file_leaves_what_was_there(author: Path) -> None:
     bad = saved(author / "bad" / "nan.pt", layers)
     for output in (author / "donor", author / "new"):
         with refused(CheckpointError, "layers.1.mlp.down_proj.weight", "NaN or infinity"):
-            convert(bad, author / "source", output, metadata=RECORDED)
+            convert(bad, author / "source", output, overwrite=True, metadata=RECORDED)
     bad.unlink()
     bad.parent.rmdir()
     assert digest_of(author) == before
@@ -260,7 +260,7 @@ def test_a_refused_file_leaves_what_was_there(author: Path) -> None:
 
 def test_an_old_donor_is_replaced_by_a_new_one(author: Path) -> None:
     for metadata, layers in ((RECORDED, [5, 6]), ({"layer_indices": [1, 2]}, [1, 2])):
-        convert(author / "donor_layers.pt", author / "source", author / "donor", metadata=metadata)
+        convert(author / "donor_layers.pt", author / "source", author / "donor", overwrite=True, metadata=metadata)
         assert Donor.from_pretrained(author / "donor").layer_indices == layers
 
 

@@ -26,9 +26,8 @@ def test_files_beside_the_donor_stay_at_home(hub: HubServer, as_user: Any, tiny_
     (tmp_path / "out" / "diary.txt").write_text("mine")
     (tmp_path / "out" / "linked").symlink_to("/etc/hostname")
 
-    done = convert(
-        tmp_path / "law.pt", "alice/base-converted", tmp_path / "out", layers=[1, 2], push_to="alice/law-converted"
-    )
+    options: dict[str, Any] = {"layers": [1, 2], "push_to": "alice/law-converted"}
+    done = convert(tmp_path / "law.pt", "alice/base-converted", tmp_path / "out", overwrite=True, **options)
 
     assert done.commit and done.folder == str(tmp_path / "out")
     assert (tmp_path / "out" / "diary.txt").read_text() == "mine"

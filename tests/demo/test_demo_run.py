@@ -93,7 +93,7 @@ def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     mine.write_text("precious")
     for fresh in (False, True):
         with pytest.raises(TransplantError, match="left alone"):
-            run_demo(tmp_path, fresh=fresh, quiet=True, budget=TINY)
+            run_demo(tmp_path, fresh=fresh, overwrite=True, quiet=True, budget=TINY)
     assert mine.read_text() == "precious"
 
 
@@ -116,6 +116,10 @@ def test_stage_is_made_again_when_its_inputs_change(tmp_path: Path) -> None:
     stages = [run_stage(tmp_path, "stage", print_, build, in_place=False) for print_ in ("1", "1", "2")]
     assert [stage.reused for stage in stages] == [False, True, False]
     assert len(made) == 2
+    (tmp_path / "stage" / "mine.txt").write_text("precious")
+    with pytest.raises(TransplantError, match=r"mine\.txt, which the demo did not write"):
+        run_stage(tmp_path, "stage", "3", build, in_place=False)
+    (tmp_path / "stage" / "mine.txt").unlink()
     assert (tmp_path / "stage" / STAMP).exists()
     clear_stage(tmp_path, "stage")
     assert list(tmp_path.iterdir()) == []

@@ -170,7 +170,7 @@ def test_shards(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_an_earlier_export_is_replaced(tiny_llama: Path, tmp_path: Path) -> None:
     export_transplant(tiny_llama / "donor", tmp_path / "full", max_shard_size="40KB")
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    done = export_transplant(tiny_llama / "donor", tmp_path / "full")
+    done = export_transplant(tiny_llama / "donor", tmp_path / "full", overwrite=True)
     names = {path.name for path in (tmp_path / "full").iterdir()}
     assert {name for name in names if "safetensors" in name} == set(done.files) == {"model.safetensors"}
     assert "notes.txt" in names

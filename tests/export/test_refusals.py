@@ -63,14 +63,14 @@ def test_alone_side_by_side_is_as_stacked(tiny_gpt2: Path, tmp_path: Path) -> No
 
 def test_where_it_may_not_be_written(tiny_llama: Path, tmp_path: Path) -> None:
     family = copied(tiny_llama, tmp_path / "family")
-    for taken in ("donor", "recipient"):
-        with refused(ConfigurationError, "is what is being exported"):
-            export_transplant(family / "donor", family / taken)
+    for taken, fact in (("donor", "is what is being exported"), ("recipient", "no record of writing")):
+        with refused(ConfigurationError, fact):
+            export_transplant(family / "donor", family / taken, overwrite=True)
     (tmp_path / "full").mkdir()
     export_transplant(family / "donor", tmp_path / "full", verify=False)  # an empty folder will do
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("mine")
-    with refused(ConfigurationError, "holds other files", "chapter.tex"):
+    with refused(ConfigurationError, "is not empty", "chapter.tex"):
         export_transplant(family / "donor", tmp_path / "thesis")
     with refused(ConfigurationError, "is a file"):
         export_transplant(family / "donor", tmp_path / "thesis" / "chapter.tex")

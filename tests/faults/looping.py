@@ -38,7 +38,13 @@ def converting(family: Path, target: str) -> list[Callable[[], Any]]:
     path = pt_file(family)
     return [
         lambda position=position: convert(  # type: ignore[misc]
-            path, family / "recipient", target, layers=list(DONOR_LAYERS), position=position, name=f"at-{position}"
+            path,
+            family / "recipient",
+            target,
+            overwrite=True,
+            layers=list(DONOR_LAYERS),
+            position=position,
+            name=f"at-{position}",
         )
         for position in POSITIONS
     ]

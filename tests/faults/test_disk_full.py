@@ -28,7 +28,7 @@ Write = Callable[[Path, Path, Path], Any]
 
 
 def convert_again(family: Path, file: Path, target: Path) -> None:
-    convert(file, family / "recipient", target, layers=list(DONOR_LAYERS), position=2)
+    convert(file, family / "recipient", target, overwrite=True, layers=list(DONOR_LAYERS), position=2)
 
 
 def save_donor_again(family: Path, file: Path, target: Path) -> None:

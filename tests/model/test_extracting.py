@@ -47,7 +47,7 @@ def test_the_layers_and_place_that_were_asked_for(tiny_llama: Path, tmp_path: Pa
 def test_dtypes_are_the_checkpoints_unless_said(tiny_llama: Path, tmp_path: Path) -> None:
     plain(tiny_llama / "recipient", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
     for dtype, wanted in (({}, torch.bfloat16), ({"dtype": "float32"}, torch.float32)):
-        extract(tmp_path / "half", tmp_path / "donor", **dtype)
+        extract(tmp_path / "half", tmp_path / "donor", overwrite=True, **dtype)
         found = {tensor.dtype for tensor in Donor.from_pretrained(tmp_path / "donor").tensors().values()}
         assert found == {wanted}
 
@@ -128,8 +128,8 @@ def test_no_model(tmp_path: Path) -> None:
 def test_the_models_own_folder(tiny_llama: Path, tmp_path: Path) -> None:
     folder = copied(tiny_llama / "recipient", tmp_path / "model")
     before = digest_of(folder)
-    with refused(ConfigurationError, "the folder of the recipient itself"):
-        extract(folder, folder)
+    with refused(ConfigurationError, "no record of writing"):
+        extract(folder, folder, overwrite=True)
     assert digest_of(folder) == before
 
 
@@ -181,7 +181,7 @@ def test_a_push(both: Shelf, as_user: Any, tmp_path: Path) -> None:
     as_user(ALICE)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "diary.txt").write_text("mine")
-    done = extract(both.base, tmp_path / "out", init="identity", push_to="alice/new-pushed")
+    done = extract(both.base, tmp_path / "out", overwrite=True, init="identity", push_to="alice/new-pushed")
     assert done.commit and done.folder == str(tmp_path / "out")
     paths = set(both.hub.paths("alice/new-pushed"))
     assert {"config.json", "donor_config.json", "donor.safetensors", "README.md", "tokenizer.json"} <= paths

@@ -9,20 +9,19 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers.utils import logging
 
-__all__ = ["CARD_FILE", "keeps_its_card", "signed", "written_by_us"]
+__all__ = ["CARD_FILE", "began_as_ours", "keeps_its_card", "signed", "written_by_us"]
 
 logger = logging.get_logger(__name__)
 
 CARD_FILE = "README.md"
-_SIGNATURE = re.compile(r"<!-- Written by transplant_hf \(([0-9a-f]{16})\)[^\n]*-->\s*\Z")
+_BY_US = "<!-- Written by transplant_hf"
+_SIGNATURE = re.compile(_BY_US + r" \(([0-9a-f]{16})\)[^\n]*-->\s*\Z")
 
 
 def signed(card: ModelCard) -> ModelCard:
     """Put a line under a card by which it is known again for as long as nobody edits it."""
     digest = _digest(str(card))
-    card.text = (
-        f"{card.text.rstrip()}\n\n<!-- Written by transplant_hf ({digest}); once edited, it is not overwritten. -->\n"
-    )
+    card.text = f"{card.text.rstrip()}\n\n{_BY_US} ({digest}); once edited, it is not overwritten. -->\n"
     return card
 
 
@@ -30,6 +29,11 @@ def written_by_us(text: str) -> bool:
     """Whether a card is as transplant_hf wrote it."""
     found = _SIGNATURE.search(text)
     return found is not None and _digest(text[: found.start()]) == found.group(1)
+
+
+def began_as_ours(text: str) -> bool:
+    """Whether transplant_hf wrote a card, edited since or not."""
+    return _BY_US in text
 
 
 def keeps_its_card(folder: Path) -> bool:

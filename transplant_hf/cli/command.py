@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-__all__ = ["HOW_IT_ENDS", "command", "printing", "show"]
+__all__ = ["HOW_IT_ENDS", "add_overwrite", "command", "printing", "show"]
 
 HOW_IT_ENDS = (
     "exit status: 0 done, 1 refused or failed (one sentence on standard error), 2 wrong usage, 130 stopped by Ctrl-C"
@@ -46,6 +46,16 @@ def command(
     made.add_argument("--json", action="store_true", help="print the result as JSON")
     made.set_defaults(run=run, printed=False)
     return made
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add the option that every command with an output has."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what transplant_hf wrote to the output before; other files stay (default: refuse an output that "
+        "is there)",
+    )
 
 
 def show(result: Shown, options: argparse.Namespace) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import command, show
+from .command import add_overwrite, command, show
 from .reading import TEXT_HELP, add_loading_options, add_text_options, loading_arguments, text_source
 from .values import number, share, whole
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from ..comparison import RunResult
 
 __all__ = ["add"]
-
-_PICTURE = "comparison.png"
 
 
 def add(commands: Any) -> None:
@@ -56,16 +53,19 @@ def add(commands: Any) -> None:
         type=Path,
         help="folder for comparison.json, comparison.txt, comparison.png, and runs.jsonl: a line as each run ends",
     )
+    add_overwrite(compare)
     add_loading_options(compare)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..comparison import append_run, compare_texts
+    from ..comparison import compare_texts
+    from ..comparison.report import PICTURE, check_comparison_folder, run_writer
     from ..plots import check_picture, plot_comparison
 
     folder: Path | None = options.output
     if folder is not None:
-        check_picture(folder / _PICTURE)
+        check_comparison_folder(folder, options.overwrite)
+        check_picture(folder / PICTURE, options.overwrite)
 
     report = compare_texts(
         options.recipient,
@@ -85,13 +85,13 @@ def _run(options: argparse.Namespace) -> int:
         seed=options.seed,
         bf16=options.bf16,
         quiet=options.json,
-        on_result=_tell if folder is None else functools.partial(append_run, folder),
+        on_result=_tell if folder is None else run_writer(folder),
         **loading_arguments(options),
     )
     show(report, options)
     if folder is not None:
-        report.save(folder)
-        plot_comparison(report, folder / _PICTURE)
+        report.save(folder, overwrite=True)  # of what the runs have just written there
+        plot_comparison(report, folder / PICTURE, options.overwrite)
     return 0
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .command import command, show
+from .command import add_overwrite, command, show
 
 __all__ = ["add"]
 
@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
     )
     convert.add_argument("file", type=Path, help="the .pt file")
     convert.add_argument("output", type=Path, nargs="?", help="folder to write; may be left out with --push-to-hub")
+    add_overwrite(convert)
     convert.add_argument(
         "--recipient", required=True, help="the model the layers came from: Hub id, folder or config.json"
     )
@@ -52,6 +53,7 @@ def _run(options: argparse.Namespace) -> int:
         options.file,
         options.recipient,
         options.output,
+        overwrite=options.overwrite,
         metadata=options.metadata,
         layers=options.layers,
         position=options.position,

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .command import command, printing
+from .command import add_overwrite, command, printing
 
 __all__ = ["add"]
 
@@ -16,13 +16,14 @@ def add(commands: Any) -> None:
     """Add the command."""
     demo = command(commands, "demo", _run, "train a small recipient and a donor, transplant, compare", "demo")
     demo.add_argument("--folder", type=Path, default=Path("transplant-demo"), help="where to keep everything")
+    add_overwrite(demo)
     demo.add_argument("--fresh", action="store_true", help="train again instead of using what is there")
 
 
 def _run(options: argparse.Namespace) -> int:
     from ..demo import print_report, run_demo
 
-    report = run_demo(options.folder, fresh=options.fresh)
+    report = run_demo(options.folder, fresh=options.fresh, overwrite=options.overwrite)
     with printing(options):
         if options.json:
             print(json.dumps(report.to_dict(), indent=2))

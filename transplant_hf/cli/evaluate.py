@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .command import command, show
+from .command import add_overwrite, command, show
 from .reading import (
     add_loading_options,
     add_measuring_options,
@@ -43,6 +43,7 @@ def add(commands: Any) -> None:
         "--strengths", type=number(), nargs="+", metavar="S", help="measure the donors at each of these strengths"
     )
     evaluate.add_argument("--plot", type=Path, metavar="FILE", help="with --strengths: draw the curve")
+    add_overwrite(evaluate)
     add_text_options(evaluate)
     add_measuring_options(evaluate)
     add_loading_options(evaluate)
@@ -82,7 +83,7 @@ def _dial(options: argparse.Namespace) -> int:
 
     texts = text_sources(options)
     if options.plot is not None:
-        check_strengths_picture(options.plot, texts)
+        check_strengths_picture(options.plot, texts, options.overwrite)
     report = strength_curve(
         options.model,
         texts,
@@ -92,5 +93,5 @@ def _dial(options: argparse.Namespace) -> int:
     )
     show(report, options)
     if options.plot is not None:
-        plot_strengths(report, options.plot)
+        plot_strengths(report, options.plot, options.overwrite)
     return 0

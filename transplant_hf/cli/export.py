@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .command import command, show
+from .command import add_overwrite, command, show
 from .values import dtype
 
 __all__ = ["add"]
@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
         "source", metavar="SOURCE", help="Hub id or folder of a transplant or donor; with --donor, of the recipient"
     )
     export.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write")
+    add_overwrite(export)
     export.add_argument(
         "--donor", action="append", metavar="DONOR", help="Hub id or folder of a donor; may be given several times"
     )
@@ -67,6 +68,7 @@ def _run(options: argparse.Namespace) -> int:
         options.source,
         options.output,
         _donors(options),
+        overwrite=options.overwrite,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         verify=not options.no_verify,

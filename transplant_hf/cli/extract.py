@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .command import command, show
+from .command import add_overwrite, command, show
 from .values import dtype, whole
 
 __all__ = ["add"]
@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
     extract.add_argument(
         "output", metavar="OUTPUT", type=Path, nargs="?", help="folder to write; may be left out with --push-to-hub"
     )
+    add_overwrite(extract)
     chosen = extract.add_mutually_exclusive_group()
     chosen.add_argument(
         "--layers",
@@ -61,6 +62,7 @@ def _run(options: argparse.Namespace) -> int:
     done = extract(
         options.model,
         options.output,
+        overwrite=options.overwrite,
         layers=options.layers,
         count=options.count,
         init=options.init,

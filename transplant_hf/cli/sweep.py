@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .command import command, show
+from .command import add_overwrite, command, show
 from .reading import (
     add_loading_options,
     add_measuring_options,
@@ -43,6 +43,7 @@ def add(commands: Any) -> None:
     sweep.add_argument("--strengths", type=number(), nargs="+", metavar="S", default=[1.0], help="default: 1")
     sweep.add_argument("--mode", choices=["insert", "replace"], default="insert", help="default: insert")
     sweep.add_argument("--plot", type=Path, metavar="FILE", help="draw position against perplexity")
+    add_overwrite(sweep)
     add_text_options(sweep)
     add_measuring_options(sweep)
     add_loading_options(sweep)
@@ -53,7 +54,7 @@ def _run(options: argparse.Namespace) -> int:
     from ..plots import check_picture, plot_sweep
 
     if options.plot is not None:
-        check_picture(options.plot)
+        check_picture(options.plot, options.overwrite)
     (text,) = text_sources(options).values()
     report = sweep(
         options.recipient,
@@ -67,5 +68,5 @@ def _run(options: argparse.Namespace) -> int:
     )
     show(report, options)
     if options.plot is not None:
-        plot_sweep(report, options.plot)
+        plot_sweep(report, options.plot, options.overwrite)
     return 0 if report.best else 1

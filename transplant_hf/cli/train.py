@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .command import command, show
+from .command import add_overwrite, command, show
 from .reading import TEXT_HELP, add_loading_options, add_text_options, loading_arguments, text_source
 
 __all__ = ["add"]
@@ -89,6 +89,7 @@ def _add_shared(parser: argparse.ArgumentParser, what: str, told: str, learning_
     parser.add_argument(
         "output", metavar="OUTPUT", type=Path, nargs="?", help="folder; may be left out with --push-to-hub"
     )
+    add_overwrite(parser)
     parser.add_argument("--general", metavar="TEXT", help="general text to replay against forgetting")
     parser.add_argument("--held-out", metavar="TEXT", help="text to measure on before and after")
     add_text_options(parser)
@@ -145,6 +146,7 @@ def _run(options: argparse.Namespace, run: Any, chosen: dict[str, Any]) -> int:
         push_to=options.push_to_hub,
         push_kwargs={"private": True} if options.private else {},
         resume=options.resume,
+        overwrite=options.overwrite,
         revision=loaded.pop("revision", None),
         model_kwargs=loaded,
         max_steps=options.steps,

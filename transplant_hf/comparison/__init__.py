@@ -1,7 +1,7 @@
 """Donors beside adapters and fine-tuning, on the same text, at equal steps and at equal time."""
 
 from .methods import METHODS, Method
-from .report import ComparisonReport, ComparisonRow, append_run
+from .report import ComparisonReport, ComparisonRow
 from .runs import Budget, Held, RunResult
 from .study import compare, compare_texts
 
@@ -13,7 +13,6 @@ __all__ = [
     "Held",
     "Method",
     "RunResult",
-    "append_run",
     "compare",
     "compare_texts",
 ]

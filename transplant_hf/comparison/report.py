@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import shorten, wrap
 from typing import Any
 
-from ..storage import write_json, writing
+from ..outputs import check_output_folder
+from ..storage import read_json, write_json, writing
 from .runs import RunResult
 
-__all__ = ["ComparisonReport", "ComparisonRow", "append_run"]
+__all__ = ["PICTURE", "ComparisonReport", "ComparisonRow", "check_comparison_folder", "run_writer"]
 
+PICTURE = "comparison.png"
+_JSON, _TEXT, _RUNS = "comparison.json", "comparison.txt", "runs.jsonl"
 _WIDTH = 100  # of the table, in characters
 _NARROWEST = 20
 
@@ -54,16 +58,21 @@ class ComparisonReport:
             "runs": [dataclasses.asdict(run) for run in self.runs],
         }
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, overwrite: bool = False) -> None:
         """Write `comparison.json` and `comparison.txt`.
 
         Args:
             folder: Where to; it is made if it is not there.
+            overwrite: Replace an earlier comparison there; without it, a folder that is not empty is refused.
+
+        Raises:
+            ConfigurationError: The folder is not empty.
         """
+        check_comparison_folder(folder, overwrite)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "comparison.json", self.to_dict())
-            (folder / "comparison.txt").write_text(f"{self}\n", encoding="utf-8")
+            write_json(folder / _JSON, self.to_dict())
+            (folder / _TEXT).write_text(f"{self}\n", encoding="utf-8")
 
     def __str__(self) -> str:
         texts = list(self.rows[0].result.test)
@@ -88,18 +97,51 @@ class ComparisonReport:
         return "\n".join(lines)
 
 
-def append_run(folder: Path, result: RunResult) -> None:
-    """Add a run to `runs.jsonl`, one JSON object a line, so that a comparison that is stopped loses none.
+def run_writer(folder: Path) -> Callable[[RunResult], None]:
+    """Return what adds a run to `runs.jsonl`, a JSON object a line, so that a comparison that is stopped loses none.
 
     Args:
-        folder: Where the comparison is written; it is made if it is not there.
-        result: The run, in one view.
+        folder: Where the comparison is written; it is made if it is not there. The first run replaces what an earlier
+            comparison wrote to the file.
     """
-    path = folder / "runs.jsonl"
-    with writing(path, "The runs before are unchanged."):
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(dataclasses.asdict(result))}\n")
+    path, mode = folder / _RUNS, "w"
+
+    def write(result: RunResult) -> None:
+        nonlocal mode
+        with writing(path, "The runs before are unchanged."):
+            folder.mkdir(parents=True, exist_ok=True)
+            with path.open(mode, encoding="utf-8") as file:
+                file.write(f"{json.dumps(dataclasses.asdict(result))}\n")
+        mode = "a"
+
+    return write
+
+
+def check_comparison_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder to write a comparison into; see `check_output_folder`.
+
+    Raises:
+        ConfigurationError: It is not empty, or holds files of the same names that are not of a comparison.
+    """
+    check_output_folder(folder, overwrite, _strangers)
+
+
+def _strangers(folder: Path) -> set[str]:
+    """The files of a comparison's names that are of no comparison."""
+    found = {name for name in (_JSON, _TEXT, PICTURE, _RUNS) if (folder / name).exists()}
+    if _JSON in found and {"about", "rows", "runs"} <= set(read_json(folder / _JSON, "the comparison")):
+        return set()
+    return found - {_RUNS} if _RUNS in found and _is_run(folder / _RUNS) else found
+
+
+def _is_run(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        line = file.readline(1 << 16)
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and {"method", "learning_rate", "steps"} <= set(fields)
 
 
 def _cells(row: ComparisonRow, texts: list[str]) -> list[str]:

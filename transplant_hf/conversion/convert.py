@@ -11,6 +11,7 @@ from typing import Any
 from ..donor import Donor
 from ..donor.deliver import deliver
 from ..donor.from_pt import OpenedPt, open_pt
+from ..donor.recorded import check_artefact_folder
 from ..donor.save import save_donor
 from ..errors import CompatibilityError
 from ..sources import HubOptions
@@ -78,6 +79,7 @@ def convert(
     recipient: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
+    overwrite: bool = False,
     metadata: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     layers: Sequence[int] | None = None,
     position: int | None = None,
@@ -101,6 +103,8 @@ def convert(
         path: The file.
         recipient: The model its layers came from: Hub id, folder or `config.json`.
         output: The folder to write.
+        overwrite: Replace what transplant_hf wrote to the output before; without it, an output that is not empty is
+            refused, before anything else is done.
         metadata: As in `Donor.from_pt`.
         layers: The same.
         position: The recommended position; by default the best known one, else the first quarter.
@@ -121,9 +125,11 @@ def convert(
     Raises:
         CheckpointError: The file is damaged, or holds no such layers.
         CompatibilityError: The recipient has no such position.
-        ConfigurationError: Nothing says which layers they are.
+        ConfigurationError: Nothing says which layers they are, or the output is not empty.
         HubError: The recipient or the repository is out of reach.
     """
+    if output is not None:
+        check_artefact_folder(output, overwrite)
     opened = open_pt(
         path, recipient, metadata, layers, name, recipient_revision, HubOptions(token, cache_dir, local_files_only)
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..donor.recorded import check_artefact_folder
 from ..errors import CheckpointError
 from ..sources import HubOptions, locate
 from .convert import Conversion, convert
@@ -55,6 +56,7 @@ def convert_seeds(
     token: str | bool | None = None,
     cache_dir: str | None = None,
     local_files_only: bool = False,
+    overwrite: bool = False,
     **options: Any,
 ) -> list[Conversion]:
     """Convert the author's donors into one donor repo each.
@@ -68,6 +70,7 @@ def convert_seeds(
         token: As in `from_pretrained`.
         cache_dir: The same.
         local_files_only: The same.
+        overwrite: Replace donors that transplant_hf wrote there before; as in `convert`, for each donor.
         **options: `max_shard_size`, `verify` and `private`, as in `convert`.
 
     Returns:
@@ -77,9 +80,12 @@ def convert_seeds(
         HubError: No access to the repository, or out of reach.
         CheckpointError: A file is missing, or is not what it should be.
     """
+    chosen = list(seeds)
+    for seed in chosen:  # all of them before any work
+        check_artefact_folder(Path(output) / seed.name, overwrite)
     hub = HubOptions(token, cache_dir, local_files_only)
     done = []
-    for seed in seeds:
+    for seed in chosen:
         files = (f"{seed.folder}/{_WEIGHTS}", f"{seed.folder}/{_METADATA}")
         found = locate(os.fspath(source), files=files, revision=revision, hub=hub)
         path = found.folder / seed.folder / _WEIGHTS
@@ -90,6 +96,7 @@ def convert_seeds(
                 path,
                 seed.recipient,
                 Path(output) / seed.name,
+                overwrite=overwrite,
                 layers=seed.layers,
                 position=seed.position,
                 name=seed.name,

@@ -8,13 +8,13 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, Pipeline, PreTrainedModel, pipeline
 
-from ..errors import ConfigurationError
+from ..outputs import check_output_folder
 from .budget import DemoBudget
 from .donor import DONOR_NAME, build_donor
 from .evaluate import perplexity
 from .recipient import build_recipient
 from .report import DemoReport, PerplexityRow, Sample
-from .stages import check_stage, clear_stage, run_stage
+from .stages import check_stage, clear_stage, is_stage, run_stage
 from .texts import load_texts
 from .threads import quickest_threads
 from .tokenizer import encode_stream
@@ -29,7 +29,14 @@ PROMPTS = (
 )
 
 
-def run_demo(folder: Path, *, fresh: bool = False, quiet: bool = False, budget: DemoBudget | None = None) -> DemoReport:
+def run_demo(
+    folder: Path,
+    *,
+    fresh: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    budget: DemoBudget | None = None,
+) -> DemoReport:
     """Train a recipient and a donor on this machine and measure what the donor changes.
 
     What an earlier run with the same budget and the same Python installation finished is reused.
@@ -37,6 +44,7 @@ def run_demo(folder: Path, *, fresh: bool = False, quiet: bool = False, budget: 
     Args:
         folder: Where `recipient` and `donor` are written.
         fresh: Make both anew.
+        overwrite: Write into a folder that holds other files; these stay.
         quiet: Show no progress of the training on standard error.
         budget: Sizes and steps; the default takes about three minutes on two CPU cores.
 
@@ -50,8 +58,8 @@ def run_demo(folder: Path, *, fresh: bool = False, quiet: bool = False, budget: 
     budget = budget or DemoBudget()
     # Resolved, so that what the donor notes of its recipient does not depend on the working directory.
     folder = Path(folder).expanduser().resolve()
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"{folder} is a file; the demo needs a folder.")
+    earlier = folder.is_dir() and any(map(is_stage, folder.iterdir()))
+    check_output_folder(folder, overwrite or earlier)
     for name in ("donor", "recipient"):
         # Both are checked before any time is spent.
         check_stage(folder, name)

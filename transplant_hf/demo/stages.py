@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import TransplantError
+from ..outputs import some_of
 
-__all__ = ["STAMP", "Stage", "check_stage", "clear_stage", "run_stage"]
+__all__ = ["STAMP", "Stage", "check_stage", "clear_stage", "is_stage", "run_stage"]
 
 STAMP = "demo_stage.json"
+_STAGED = "demo-stage-"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Stage:
         fingerprint: Digest of everything the result depends on.
         seconds: Wall time of making it, in seconds.
         cpu_seconds: Processor time of making it, in seconds, all threads together.
+        files: What it wrote, by paths relative to its folder.
         reused: Whether an earlier run made it.
     """
 
@@ -34,6 +37,7 @@ class Stage:
     fingerprint: str
     seconds: float
     cpu_seconds: float
+    files: tuple[str, ...]
     reused: bool = False
 
 
@@ -63,7 +67,8 @@ def run_stage(folder: Path, name: str, fingerprint: str, build: Callable[[Path],
     wall, cpu = time.perf_counter(), time.process_time()
 
     def stamp(place: Path) -> Stage:
-        stage = Stage(name, fingerprint, time.perf_counter() - wall, time.process_time() - cpu)
+        files = tuple(_files_in(place))
+        stage = Stage(name, fingerprint, time.perf_counter() - wall, time.process_time() - cpu, files)
         content = {key: value for key, value in asdict(stage).items() if key != "reused"}
         (place / STAMP).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return stage
@@ -71,7 +76,7 @@ def run_stage(folder: Path, name: str, fingerprint: str, build: Callable[[Path],
     if in_place:
         build(target)
         return stamp(target)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder, ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f".{_STAGED}{name}-", dir=folder, ignore_cleanup_errors=True) as temporary:
         place = Path(temporary, name)
         place.mkdir()
         build(place)
@@ -92,6 +97,12 @@ def clear_stage(folder: Path, name: str) -> None:
     """
     check_stage(folder, name)
     target = folder / name
+    others = sorted(set(_files_in(target)) - set(_written(target)))
+    if others:
+        raise TransplantError(
+            f"{target} would be made again, and holds {some_of(others)}, which the demo did not write. Move them "
+            "away, or choose another folder for the demo."
+        )
     if target.exists():
         shutil.rmtree(target)
 
@@ -114,6 +125,20 @@ def check_stage(folder: Path, name: str) -> None:
         )
 
 
+def is_stage(path: Path) -> bool:
+    """Whether something in the demo's folder is the demo's: a finished stage, or what is left of a killed one."""
+    return _read_stamp(path) is not None or path.name.startswith(f".{_STAGED}")
+
+
+def _files_in(target: Path) -> list[str]:
+    return sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir())
+
+
+def _written(target: Path) -> tuple[str, ...]:
+    stage = _read_stamp(target)
+    return (STAMP, *stage.files) if stage is not None else ()
+
+
 def _read_stamp(target: Path) -> Stage | None:
     """The stamp of a finished stage; None where there is none or it cannot be read."""
     try:
@@ -123,6 +148,7 @@ def _read_stamp(target: Path) -> Stage | None:
             fingerprint=str(content["fingerprint"]),
             seconds=float(content["seconds"]),
             cpu_seconds=float(content["cpu_seconds"]),
+            files=tuple(map(str, content["files"])),
             reused=True,
         )
     except (OSError, ValueError, KeyError, TypeError):

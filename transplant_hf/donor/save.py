@@ -20,8 +20,9 @@ from ..storage import parse_size, publish, read_json, write_json
 from .card import write_donor_card
 from .companions import NAMED_TEMPLATES, at_hand, copy_companions, tokenizer_class
 from .dtypes import loaded_dtype
-from .entry import CODE_FILE, write_entry
+from .entry import write_entry
 from .record import DONOR_CONFIG, DonorRecord, FileStamp
+from .recorded import is_artefact_file
 from .stream import size_of, write_safetensors
 from .tensors import DONOR_INDEX, TensorStore
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from .donor import Donor
 
 __all__ = [
-    "is_artefact_file",
     "refuse_recipients_place",
     "replaced_among",
     "replaced_in",
@@ -40,12 +40,6 @@ __all__ = [
 ]
 
 _PROGRESS_FROM = 1 << 28
-
-
-def is_artefact_file(name: str) -> bool:
-    """Whether a file belongs to a saved model or donor, and goes when it is saved anew."""
-    weights = name.endswith((".safetensors", ".safetensors.index.json"))
-    return (weights and name.startswith(("model", "donor"))) or name in (DONOR_CONFIG, "config.json", CODE_FILE)
 
 
 def replaced_in(folder: Path) -> Callable[[str], bool]:

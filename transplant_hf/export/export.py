@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from ..donor.companions import copy_companions, locate_with_companions
 from ..donor.record import FileStamp
+from ..donor.recorded import check_artefact_folder
 from ..donor.save import replaced_in
 from ..errors import ConfigurationError
 from ..layer_map import LayerMap
@@ -115,6 +116,7 @@ def export_transplant(
     output: str | os.PathLike[str],
     donors: Any = None,
     *,
+    overwrite: bool = False,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     verify: bool = True,
@@ -133,8 +135,10 @@ def export_transplant(
 
     Args:
         source: A transplant or a donor, as Hub id or folder; or, with `donors`, a recipient.
-        output: The folder to write. A model that was saved there before is replaced in one step.
+        output: The folder to write.
         donors: `{donor: position}`, `None` as the position meaning the recommended one, or a list of `DonorSpec`.
+        overwrite: Replace what transplant_hf wrote to the output before; without it, an output that is not empty is
+            refused, before anything else is done.
         dtype: "bfloat16", "float16" or "float32" for weights that are not quantised; by default as they are in the
             recipient's files, donors included.
         max_shard_size: Largest weight file.
@@ -170,6 +174,7 @@ def export_transplant(
         >>> done.verified, AutoModelForCausalLM.from_pretrained(f"{folder}/full").config.n_layer
         (True, 5)
     """
+    check_artefact_folder(output, overwrite)
     wanted = _dtype(dtype)
     hub = HubOptions(token, cache_dir, local_files_only)
     opened = open_transplant(source, donors, composition, revision, hub)
@@ -228,7 +233,7 @@ def _breaks_pattern(before: list[Any], after: list[Any]) -> bool:
 
 
 def _refuse_place(target: Path, opened: Opened) -> None:
-    """Refuse a folder that holds something else than a saved model, or what the export is made from.
+    """Refuse a folder that holds what the export is made from.
 
     Raises:
         ConfigurationError: With what is there.
@@ -240,11 +245,6 @@ def _refuse_place(target: Path, opened: Opened) -> None:
     for folder in (*inputs, *([recipient] if recipient else [])):
         if place == folder.resolve():
             raise ConfigurationError(f"{target} is what is being exported, whose files would be lost. Choose another.")
-    if place.is_dir() and any(place.iterdir()) and not (place / "config.json").exists():
-        raise ConfigurationError(
-            f"{target} holds other files and no saved model ({next(place.iterdir()).name}, ...). Choose a new folder, "
-            "an empty one, or one with an earlier export to be replaced."
-        )
 
 
 def _write_companions(opened: Opened, staging: Path, target: Path) -> Path:

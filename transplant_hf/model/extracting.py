@@ -13,6 +13,7 @@ from ..config import TransplantConfig
 from ..donor import Donor
 from ..donor.companions import locate_with_companions
 from ..donor.deliver import deliver
+from ..donor.recorded import check_artefact_folder
 from ..donor.save import save_donor
 from ..errors import CompatibilityError, ConfigurationError
 from ..layer_map import RECIPIENT, paper_layers
@@ -73,6 +74,7 @@ def extract(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
+    overwrite: bool = False,
     layers: Sequence[int] | None = None,
     count: int = 3,
     init: str = "copy",
@@ -94,6 +96,8 @@ def extract(
         model: Hub id or folder of a model, or of a transplant or donor, in which case layers are running numbers and
             all of one source.
         output: The folder to write.
+        overwrite: Replace what transplant_hf wrote to the output before; without it, an output that is not empty is
+            refused, before anything else is done.
         layers: Consecutive running numbers; by default those of the paper, from a third of the way up.
         count: How many, where `layers` are not named.
         init: As in `Donor.from_model`: "copy", or "identity" for a donor to be trained.
@@ -114,7 +118,7 @@ def extract(
         What was done.
 
     Raises:
-        ConfigurationError: No such layers, or layers of several sources.
+        ConfigurationError: No such layers, layers of several sources, or an output that is not empty.
         CompatibilityError: No such position, or layers that cannot be the identity.
         CheckpointError: Weights that are quantised.
         HubError: The model or the repository is out of reach.
@@ -131,6 +135,8 @@ def extract(
     """
     if output is None and push_to is None:
         raise ConfigurationError("extract needs somewhere to write to: name a folder (output), or push_to.")
+    if output is not None:
+        check_artefact_folder(output, overwrite)
     hub = HubOptions(token, cache_dir, local_files_only)
     source = locate_with_companions(os.fspath(model), revision=revision, hub=hub)
     donor, place, recipient = _taken(source, layers, count, init, name, dtype, trust_remote_code, hub)

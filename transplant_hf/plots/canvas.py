@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..outputs import check_output_file
 from ..storage import writing
 
 __all__ = ["COLOURS", "canvas", "check_picture"]
@@ -19,23 +20,26 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 _FORMATS = (".jpg", ".jpeg", ".pdf", ".png", ".svg")
 
 
-def check_picture(path: Path) -> None:
+def check_picture(path: Path, overwrite: bool = False) -> None:
     """Refuse a picture that could not be drawn, before the work whose result it would show.
 
     Args:
         path: The picture's file.
+        overwrite: Replace the file if it exists.
 
     Raises:
-        ConfigurationError: Its ending is of no known format, or matplotlib is not installed.
+        ConfigurationError: Its ending is of no known format, matplotlib is not installed, or the file exists or cannot
+            be written.
     """
     if path.suffix.lower() not in _FORMATS:
         raise ConfigurationError(f"a picture's name ends in one of {', '.join(_FORMATS)}; got {path}.")
+    check_output_file(path, overwrite)
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigurationError("drawing needs matplotlib: pip install 'transplant_hf[plots]'.")
 
 
 @contextmanager
-def canvas(path: Path, title: str, x: str, y: str) -> Iterator[Any]:
+def canvas(path: Path, title: str, x: str, y: str, overwrite: bool = False) -> Iterator[Any]:
     """Draw a picture in a `with` block and write it when the block ends.
 
     Args:
@@ -43,6 +47,7 @@ def canvas(path: Path, title: str, x: str, y: str) -> Iterator[Any]:
         title: Above it.
         x: Below the horizontal axis.
         y: Beside the vertical one.
+        overwrite: Replace the file if it exists.
 
     Yields:
         Matplotlib's axes.
@@ -50,7 +55,7 @@ def canvas(path: Path, title: str, x: str, y: str) -> Iterator[Any]:
     Raises:
         ConfigurationError: As in `check_picture`.
     """
-    check_picture(path)
+    check_picture(path, overwrite)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

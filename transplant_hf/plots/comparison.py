@@ -17,12 +17,13 @@ __all__ = ["plot_comparison"]
 _FARTHEST_LEARNT, _FARTHEST_FORGOTTEN = 1.2, 6.0
 
 
-def plot_comparison(report: ComparisonReport, path: Path) -> None:
+def plot_comparison(report: ComparisonReport, path: Path, overwrite: bool = False) -> None:
     """Draw a comparison: one curve for each method, filled marks where general text was replayed.
 
     Args:
         report: What `compare` returned.
         path: The picture's file.
+        overwrite: Replace the file if it exists.
     """
     domain, general = list(report.rows[0].result.test)[:2]
     untouched = report.rows[0].result.test
@@ -33,7 +34,11 @@ def plot_comparison(report: ComparisonReport, path: Path) -> None:
             curves.setdefault((run.method, run.view, run.share), []).append(run)
     names = list(dict.fromkeys((method, view) for method, view, _ in curves))
     with canvas(
-        path, "What was learnt and what was forgotten", f"perplexity, {domain}", f"perplexity, {general}"
+        path,
+        "What was learnt and what was forgotten",
+        f"perplexity, {domain}",
+        f"perplexity, {general}",
+        overwrite,
     ) as axes:
         axes.scatter(
             untouched[domain], untouched[general], marker="*", s=160, color="black", label="recipient, untouched"

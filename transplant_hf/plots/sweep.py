@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 __all__ = ["plot_sweep"]
 
 
-def plot_sweep(report: SweepReport, path: Path) -> None:
+def plot_sweep(report: SweepReport, path: Path, overwrite: bool = False) -> None:
     """Draw a sweep: a curve for each donor and strength.
 
     Args:
         report: What `sweep` returned.
         path: The picture's file.
+        overwrite: Replace the file if it exists.
     """
     curves: dict[tuple[str, float], list[tuple[int, float]]] = {}
     for row in report.rows:
@@ -26,7 +27,7 @@ def plot_sweep(report: SweepReport, path: Path) -> None:
             curves.setdefault((row.donor, row.strength), []).append((row.position, row.perplexity.value))
     one_strength = len({strength for _, strength in curves}) == 1
     best = report.best
-    with canvas(path, f"Where a donor does best, on {report.text}", "position", "perplexity") as axes:
+    with canvas(path, f"Where a donor does best, on {report.text}", "position", "perplexity", overwrite) as axes:
         axes.axhline(report.recipient.value, color="black", linestyle=":", label="recipient, untouched")
         for number, ((donor, strength), points) in enumerate(curves.items()):
             label = donor if one_strength else f"{donor}, strength {strength:g}"

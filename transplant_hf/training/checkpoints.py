@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,15 @@ from torch import nn
 from ..errors import CheckpointError, ConfigurationError, TrainingError
 from ..storage import read_json, write_json, writing
 
-__all__ = ["check_same_run", "last_checkpoint", "load_trained", "save_trained", "trained_tensors"]
+__all__ = [
+    "check_same_run",
+    "checkpoints",
+    "last_checkpoint",
+    "load_trained",
+    "remove_checkpoints",
+    "save_trained",
+    "trained_tensors",
+]
 
 TRAINED_FILE = "trained.safetensors"
 RUN_FILE = "transplant_run.json"
@@ -90,15 +100,24 @@ def load_trained(folder: Path, model: nn.Module) -> None:
 
 def last_checkpoint(output: Path) -> Path | None:
     """Return the last checkpoint that was written whole; a killed process may leave a newer one half-written."""
-    whole = [(number, folder) for number, folder in _checkpoints(output) if _is_whole(folder, number)]
+    whole = [(number, folder) for number, folder in checkpoints(output) if _is_whole(folder, number)]
     return max(whole)[1] if whole else None
 
 
-def _checkpoints(output: Path) -> list[tuple[int, Path]]:
+def checkpoints(output: Path) -> list[tuple[int, Path]]:
+    """Return the checkpoints that a run wrote into a folder, whole or not, each with its step."""
     if not output.is_dir():
         return []
-    found = [(_FOLDER.fullmatch(path.name), path) for path in output.iterdir() if path.is_dir()]
+    found = [(_FOLDER.fullmatch(path.name), path) for path in output.iterdir() if (path / RUN_FILE).is_file()]
     return [(int(match[1]), path) for match, path in found if match]
+
+
+def remove_checkpoints(output: Path) -> None:
+    """Remove a run's checkpoints from a folder, and the folder if nothing else is in it."""
+    for _, folder in checkpoints(output):
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # it is not there, or holds other files
+        output.rmdir()
 
 
 def _is_whole(folder: Path, number: int) -> bool:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..donor.recorded import check_artefact_folder
 from ..errors import ConfigurationError
 from ..evaluation import perplexity
+from ..outputs import check_output_folder
 from ..sources import points_to_folder
 from ..texts import Blocks
 from .arguments import DonorTrainingArguments
+from .checkpoints import checkpoints, remove_checkpoints
 from .donor_trainer import DonorTrainer
 from .recovery import RecoveryArguments, RecoveryTrainer
 
@@ -82,6 +84,7 @@ def train_donor(
     held_out: Any = None,
     push_to: str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     revision: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     push_kwargs: Mapping[str, Any] | None = None,
@@ -97,6 +100,8 @@ def train_donor(
         held_out: Text to measure on before and after.
         push_to: The repository to upload to.
         resume: Go on from the last checkpoint beside the output.
+        overwrite: Replace what transplant_hf wrote to the output before; without it, an output that is not empty, or
+            checkpoints of an earlier run that `resume` does not continue, are refused before anything else is done.
         revision: The recipient's revision.
         model_kwargs: Further arguments for loading it.
         push_kwargs: Further arguments for the upload.
@@ -108,7 +113,7 @@ def train_donor(
     Raises:
         TransplantError: Saying what is wrong; checkpoints of what was trained so far are kept.
     """
-    with _working(output, push_to) as work:
+    with _working(output, push_to, resume, overwrite) as work:
         args = DonorTrainingArguments(work, **arguments)
         trainer = DonorTrainer(recipient, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs)
         name, model = trainer.donor_name, trainer.model
@@ -134,6 +139,7 @@ def recover_transplant(
     held_out: Any = None,
     push_to: str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     revision: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     push_kwargs: Mapping[str, Any] | None = None,
@@ -149,6 +155,8 @@ def recover_transplant(
         held_out: Text to measure on before and after.
         push_to: The repository to upload to.
         resume: Go on from the last checkpoint beside the output.
+        overwrite: Replace what transplant_hf wrote to the output before; without it, an output that is not empty, or
+            checkpoints of an earlier run that `resume` does not continue, are refused before anything else is done.
         revision: The transplant's revision.
         model_kwargs: Further arguments for loading it.
         push_kwargs: Further arguments for the upload.
@@ -160,7 +168,7 @@ def recover_transplant(
     Raises:
         TransplantError: Saying what is wrong; checkpoints of what was trained so far are kept.
     """
-    with _working(output, push_to) as work:
+    with _working(output, push_to, resume, overwrite) as work:
         args = RecoveryArguments(work, **arguments)
         trainer = RecoveryTrainer(
             transplant, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs
@@ -180,16 +188,31 @@ def recover_transplant(
 
 
 @contextmanager
-def _working(output: str | os.PathLike[str] | None, push_to: str | None) -> Iterator[str]:
+def _working(
+    output: str | os.PathLike[str] | None, push_to: str | None, resume: bool, overwrite: bool
+) -> Iterator[str]:
     """Have a folder for checkpoints beside the output; where none was written, nothing stays of it."""
     if output is None and push_to is None:
         raise ConfigurationError("say where the result goes: an output folder, or a repository to push to.")
+    if output is not None:
+        check_artefact_folder(output, overwrite)
     work = Path(f"{os.fspath(output) if output is not None else str(push_to).replace('/', '--')}{_WORK}")
+    _check_work(work, resume, overwrite)
     try:
         yield str(work)
     finally:
         with suppress(OSError):  # not empty: there is something to go on from
             work.rmdir()
+
+
+def _check_work(work: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder for checkpoints that holds an earlier run's, unless they are meant to be used or to go."""
+    if not resume and not overwrite and checkpoints(work):
+        raise ConfigurationError(
+            f"{work} holds checkpoints of an earlier run. Go on from them with resume=True (--resume), or start again "
+            "with overwrite=True (--overwrite), which removes them."
+        )
+    check_output_folder(work, resume or overwrite)
 
 
 def _carried_out(
@@ -208,10 +231,13 @@ def _carried_out(
             f"what is pushed must name a recipient on the Hub, and {config.recipient} is a folder. Push the recipient "
             "first and train from there, or write to a folder only."
         )
+    work = Path(str(trainer.args.output_dir))
+    if not resume:
+        remove_checkpoints(work)
     result = trainer.train(resume_from_checkpoint=resume)
     save()
     after = _perplexity(trainer, label)
-    shutil.rmtree(str(trainer.args.output_dir), ignore_errors=True)
+    remove_checkpoints(work)
     return TrainingReport(
         output=str(output or push_to),
         layer_map=str(trainer.model.layer_map),
