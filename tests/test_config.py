@@ -68,7 +68,7 @@ def test_missing_donor_fields_are_all_named() -> None:
         TransplantConfig(recipient="r", donors=[{"donor": "user/law"}])
 
 
-@pytest.mark.parametrize("position", [-1, 1.0, "1", True, None])
+@pytest.mark.parametrize("position", [-1, 1.0, "1", True])
 def test_position_is_a_whole_number_from_zero(position: Any) -> None:
     with refused(ConfigurationError, "position", "'user/law'", str(position)):
         DonorSpec("user/law", position)
@@ -80,7 +80,7 @@ def test_layers_are_consecutive(layers: Any) -> None:
         DonorSpec("user/law", 0, layers=layers)
 
 
-@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf"), "1", None, True])
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf"), "1", True])
 def test_strength_is_a_finite_number(strength: Any) -> None:
     with refused(ConfigurationError, "strength", "finite", "'user/law'", repr(strength)):
         DonorSpec("user/law", 0, strength=strength)
@@ -136,10 +136,36 @@ def test_order_of_donors_is_kept() -> None:
     assert [spec.name for spec in specs] == ["c", "a", "b"]
 
 
-@pytest.mark.parametrize("donors", ["user/law", 3, ["user/law"], [3]])
+@pytest.mark.parametrize(
+    "donors",
+    ["user/law", Path("user/law"), ["user/law"], {"user/law": None}, DonorSpec("user/law"), [DonorSpec("user/law")]],
+)
+def test_without_a_position_the_recommended_place_is_meant(donors: Any) -> None:
+    (spec,) = donor_specs(donors)
+    assert (spec.donor, spec.position, spec.mode, spec.strength) == ("user/law", None, None, None)
+    (placed,) = donor_specs({"user/law": 2})
+    assert (placed.position, placed.mode, placed.strength) == (2, "insert", 1.0)
+    config = TransplantConfig(recipient="user/base", donors=donors)
+    assert TransplantConfig(**config.to_dict()).donors == config.donors
+    with refused(ConfigurationError, "mode", "'append'"):
+        DonorSpec("user/law", mode="append")
+
+
+def test_a_donor_may_be_in_a_folder_called_donor() -> None:
+    assert donor_specs({"donor": 2}) == [DonorSpec("donor", 2)]
+    assert donor_specs({"donor": None}) == [DonorSpec("donor")]
+
+
+def test_a_name_that_was_not_given_stays_open() -> None:
+    """The record's name takes its place once the donor is opened."""
+    assert not DonorSpec("user/law", 1).is_named
+    assert not DonorSpec("user/law", 1).replaced(position=2).is_named
+    assert DonorSpec("user/law", 1, name="law").replaced(position=2).is_named
+
+
+@pytest.mark.parametrize("donors", [3, [3], {3: 1}, {"user/law": 1, 4: 2}])
 def test_other_ways_to_name_donors(donors: Any) -> None:
-    entry = donors[0] if isinstance(donors, list) else donors
-    with refused(ConfigurationError, repr(entry), "DonorSpec"):
+    with refused(ConfigurationError, "got 3" if donors != {"user/law": 1, 4: 2} else "got 4", "DonorSpec"):
         donor_specs(donors)
 
 
@@ -181,7 +207,7 @@ def test_newer_format_names_the_version_needed(tmp_path: Path) -> None:
     content["format_version"] = 7
     content["donors"][0]["warp"] = 9
     path.write_text(json.dumps(content))
-    with refused(ConfigurationError, "format_version 7", "up to 1", "pip install --upgrade transplant_hf"):
+    with refused(ConfigurationError, "format_version 7", "up to 1", "a newer transplant_hf"):
         AutoConfig.from_pretrained(tmp_path)
 
 

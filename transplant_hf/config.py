@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
@@ -55,7 +56,7 @@ def check_format_version(found: Any, where: str) -> int:
         needed = f"transplant_hf >= {release}" if release else "a newer transplant_hf"
         raise ConfigurationError(
             f"{where} has format_version {found}, this release reads up to {FORMAT_VERSION}: it needs {needed} "
-            "that knows this format. Upgrade with: pip install --upgrade transplant_hf"
+            "that knows this format. Install that release."
         )
     return found
 
@@ -87,13 +88,17 @@ class DonorSpec:
 
     Args:
         donor: Hub id, folder, or "." for the repo that holds this configuration.
-        position: How many recipient layers run before the donor, 0..L, in the untouched recipient's numbering.
-        mode: "insert" adds the donor's k layers; "replace" removes recipient layers position .. position+k-1.
+        position: How many recipient layers run before the donor, 0..L, in the untouched recipient's numbering; `None`
+            for the position that the donor recommends, which is known once it is opened.
+        mode: "insert" adds the donor's k layers; "replace" removes recipient layers position .. position+k-1. By
+            default "insert"; at the recommended position what the donor recommends.
         revision: Branch, tag or commit of the donor's repo; a commit once saved.
         subfolder: Folder inside the donor's repo.
-        name: What the donor is called in the layer map; defaults to the last part of `donor`.
+        name: What the donor is called in the layer map. By default the name in its record, which is known once it is
+            opened; until then, and where that is missing or another donor has it, the last part of `donor`.
         layers: A contiguous part of the donor, by its own order 0..k-1; all of it by default.
-        strength: Scales what the donor's layers add to the hidden state; 0 is exactly the recipient.
+        strength: Scales what the donor's layers add to the hidden state; 0 is exactly the recipient. By default 1; at
+            the recommended position what the donor recommends.
 
     Raises:
         ConfigurationError: A value of the wrong kind.
@@ -104,22 +109,32 @@ class DonorSpec:
     """
 
     donor: str
-    position: int
-    mode: str = "insert"
+    # `None` only where the donor's recommendation is meant and the donor is not opened yet.
+    position: int = None  # type: ignore[assignment]
+    mode: str = None  # type: ignore[assignment]
     revision: str | None = None
     subfolder: str | None = None
     name: str | None = None
     layers: tuple[int, ...] | None = None
-    strength: float = 1.0
+    strength: float = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "donor", str(self.donor))
         if not self.donor:
             raise ConfigurationError('donor must be a Hub id, a folder or ".", got an empty string.')
-        self._check_place()
-        self._check_strength()
+        if self.position is not None:
+            for name, default in (("mode", "insert"), ("strength", 1.0)):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, default)
+            self._check_position()
+        if self.mode is not None and self.mode not in _MODES:
+            raise ConfigurationError(f"mode of donor {self.donor!r} must be one of {_MODES}, got {self.mode!r}.")
+        if self.strength is not None:
+            self._check_strength()
         if self.layers is not None:
             object.__setattr__(self, "layers", _contiguous(self.layers, self.donor))
+        # "donor" is what the repo itself was called where its own name was not known yet.
+        object.__setattr__(self, "_named", self.name is not None and (self.donor, self.name) != (".", "donor"))
         if self.name is None:
             object.__setattr__(self, "name", _default_name(self.donor, self.subfolder))
         elif not isinstance(self.name, str) or not _PLAIN_NAME.fullmatch(self.name):
@@ -127,7 +142,20 @@ class DonorSpec:
                 f"name of donor {self.donor!r} must be a plain name, which can also name a folder, got '{self.name}'."
             )
 
-    def _check_place(self) -> None:
+    @property
+    def is_named(self) -> bool:
+        """Whether its name was given, and is not just the last part of `donor`."""
+        return bool(vars(self)["_named"])
+
+    def replaced(self, **changed: Any) -> DonorSpec:
+        """Return the spec with some fields changed; unlike `dataclasses.replace`, a name that was not given stays so.
+
+        Args:
+            **changed: The fields.
+        """
+        return dataclasses.replace(self, **{"name": self.name if self.is_named else None, **changed})
+
+    def _check_position(self) -> None:
         if isinstance(self.position, bool) or not isinstance(self.position, int):
             raise ConfigurationError(f"position of donor {self.donor!r} must be a whole number, got {self.position!r}.")
         if self.position < 0:
@@ -135,8 +163,6 @@ class DonorSpec:
                 f"position of donor {self.donor!r} is {self.position}; it counts the recipient layers that run "
                 "before the donor, so it must lie in 0..L. Negative positions are not counted from the end."
             )
-        if self.mode not in _MODES:
-            raise ConfigurationError(f"mode of donor {self.donor!r} must be one of {_MODES}, got {self.mode!r}.")
 
     def _check_strength(self) -> None:
         number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
@@ -181,7 +207,8 @@ class DonorSpec:
         kept: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("donor", "position", "mode", "name") or value != field.default:
+            default = 1.0 if field.name == "strength" else None
+            if field.name in ("donor", "position", "mode", "name") or value not in (None, default):
                 kept[field.name] = list(value) if isinstance(value, tuple) else value
         return kept
 
@@ -210,7 +237,8 @@ def donor_specs(donors: Any) -> list[DonorSpec]:
     """Read any accepted way of naming donors.
 
     Args:
-        donors: `{donor: position}`, a spec, a JSON object, or a list of specs and JSON objects.
+        donors: `{donor: position}`, a donor's name, a spec, a JSON object, or a list of those. The position `None`, or
+            a bare name, means the position that the donor recommends.
 
     Returns:
         The specs in their order, names checked to be unique.
@@ -219,19 +247,18 @@ def donor_specs(donors: Any) -> list[DonorSpec]:
         ConfigurationError: Anything else, unknown fields or two donors of one name.
 
     Example:
-        >>> [spec.position for spec in donor_specs({"user/law": 2, "user/code": 4})]
-        [2, 4]
+        >>> [spec.position for spec in donor_specs({"user/law": 2, "user/code": None})]
+        [2, None]
     """
     if donors is None:
         return []
-    if isinstance(donors, DonorSpec):
+    if isinstance(donors, Mapping) and not isinstance(donors.get("donor"), str):
+        donors = [DonorSpec(_reference(name), position) for name, position in donors.items()]
+    elif isinstance(donors, DonorSpec | Mapping | str | os.PathLike):
         donors = [donors]
-    elif isinstance(donors, Mapping):
-        donors = [donors] if "donor" in donors else [DonorSpec(str(k), position=v) for k, v in donors.items()]
-    elif isinstance(donors, str | bytes) or not isinstance(donors, Iterable):
+    elif not isinstance(donors, Iterable) or isinstance(donors, bytes):
         raise ConfigurationError(
-            f"donors must be {{donor: position}} or a list of DonorSpec, got {donors!r}. "
-            f"For one donor write donors={{{donors!r}: position}}."
+            f"donors must be {{donor: position}} or a list of donors or DonorSpec, got {donors!r}."
         )
     specs = []
     for entry in donors:
@@ -240,9 +267,17 @@ def donor_specs(donors: Any) -> list[DonorSpec]:
         elif isinstance(entry, Mapping):
             specs.append(DonorSpec.from_dict(entry))
         else:
-            raise ConfigurationError(f"each donor must be a DonorSpec or a JSON object, got {entry!r}.")
+            specs.append(DonorSpec(_reference(entry)))
     _check_unique_names(specs)
     return specs
+
+
+def _reference(donor: Any) -> str:
+    if not isinstance(donor, str | os.PathLike):
+        raise ConfigurationError(
+            f"a donor must be named by its Hub id or folder, or be a DonorSpec or a JSON object, got {donor!r}."
+        )
+    return os.fspath(donor)
 
 
 def _check_unique_names(specs: list[DonorSpec]) -> None:

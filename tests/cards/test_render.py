@@ -144,7 +144,7 @@ def test_the_card_of_a_full_export() -> None:
 def test_the_card_of_a_full_export_in_the_transplant_format() -> None:
     card = reread(full_card(FACTS))
     assert "transformers" not in card.data.tags
-    assert "needs `pip install transplant_hf`" in card.text
+    assert "needs the Python package transplant_hf, installed from its own sources" in card.text
     assert "import transplant_hf" in card.text
     assert "trust_remote_code=True)" in card.text
     headless = full_card(dataclasses.replace(FACTS, auto_class="AutoModel", task=None))

@@ -42,6 +42,15 @@ def test_as_json(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["layer_map"] == [list(slot) for slot in model.layer_map]
 
 
+def test_a_donor_without_a_position_goes_where_it_recommends(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run(capsys, tiny_llama / "recipient", "--donor", tiny_llama / "donor", "--json")
+    assert status == 0
+    _, alone, _ = run(capsys, tiny_llama / "donor", "--json")
+    assert json.loads(out)["layer_map"] == json.loads(alone)["layer_map"]
+
+
 def test_what_does_not_fit_fails(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, tiny_llama / "recipient", "--layers", 1, "--memory", "4KiB")
     assert status == 1
@@ -49,9 +58,9 @@ def test_what_does_not_fit_fails(tiny_llama: Path, capsys: pytest.CaptureFixture
 
 
 def test_what_is_refused_is_one_sentence(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run(capsys, tiny_llama / "recipient", "--donor", tiny_llama / "donor")
+    status, out, err = run(capsys, tiny_llama / "recipient", "--donor", f"{tiny_llama / 'donor'}@x")
     assert (status, out) == (1, "")
-    assert "--donor must be DONOR@POSITION" in err
+    assert "DONOR or DONOR@POSITION" in err and "donor@x" in err
     status, out, _ = run(capsys, tiny_llama / "recipient", "--layers", 2, "--memory", "much", "--json")
     assert status == 1
     assert json.loads(out)["error"] == "ConfigurationError"

@@ -79,7 +79,8 @@ def transplant_as_recipient(desk: Desk) -> None:
     load("law", donors={"law": 1})
 
 
-def donors_as_a_name(desk: Desk) -> None:
+def no_recommended_position(desk: Desk) -> None:
+    Path("law/config.json").unlink()
     load("recipient", donors="law")
 
 

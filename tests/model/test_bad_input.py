@@ -236,9 +236,9 @@ def test_a_donor_that_is_not_there(family: Path) -> None:
         load(family / "recipient", donors={missing: 1})
 
 
-def test_donors_named_without_a_position(family: Path) -> None:
-    with refused(ConfigurationError, "donors must be {donor: position}", "user/law"):
-        load(family / "recipient", donors="user/law")
+def test_donors_that_are_no_donors(family: Path) -> None:
+    with refused(ConfigurationError, "donors must be {donor: position}", "got 3"):
+        load(family / "recipient", donors=3)
 
 
 @pytest.mark.parametrize("fields", [{"recipient": ""}, {"donors": []}])

@@ -94,10 +94,52 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
         read(path)
 
 
-def test_a_table_needs_the_library_and_says_how_to_get_it(tmp_path: Path, without_datasets: None) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "x"}\n')
-    with refused(ConfigurationError, "pip install 'transplant_hf[train]'", str(path)):
+def test_parquet_needs_the_library_and_says_how_to_get_it(tmp_path: Path, without_datasets: None) -> None:
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"")
+    with refused(ConfigurationError, "pip install datasets.", ".jsonl", str(path)):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", '\ufeff{"text": "one"}\n\n{"text": "two\\nlines"}', ["one", "two\nlines"]),
+        ("a.json", '[{"text": "one"}, {"text": "two"}]', ["one", "two"]),
+        ("a.json", '{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
+        ("a.json", '{\n  "text": "one"\n}', ["one"]),
+        ("a.csv", '\ufeffid,body\n1,"one, ""quoted""\nline"\n2,two\n', ['one, "quoted"\nline', "two"]),
+        ("a.csv", "text\n42\nx\n", ["42", "x"]),
+    ],
+)
+def test_json_and_csv_need_no_library(
+    tmp_path: Path, without_datasets: None, name: str, content: str, expected: list[str]
+) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8", newline="")
+    assert read(path) == expected
+    assert read(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "facts"),
+    [
+        ("a.jsonl", '{"text": "one"}\n{"text": ', ("line 1 column",)),
+        ("a.jsonl", '{"text": "one"}\n["two"]\n', ("line 2 of", "list")),
+        ("a.json", "[1]", ("row 0 of", "int")),
+        ("a.json", "[" * 100_000, ("recursion",)),
+        ("a.json", "{", ("line 1",)),
+        ("a.csv", 'text\n"one\n', ("CSV", "unexpected end")),
+        ("a.csv", f"text\n{'x' * 200_000}\n", ("CSV", "131072", ".jsonl")),
+        ("a.csv", "a,b\n1,2,3\n", ("no column of text", "a, b")),
+    ],
+)
+def test_a_damaged_table_is_refused_by_name(
+    tmp_path: Path, without_datasets: None, name: str, content: str, facts: tuple[str, ...]
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with refused(DataError, str(path), *facts):
         read(path)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from .command import command, show
+from .donors import DONOR, DONOR_HELP, donor_spec
 
 __all__ = ["add"]
 
@@ -17,21 +19,25 @@ def add(commands: Any) -> None:
         "check",
         _run,
         "say whether a donor fits a recipient, without reading weights",
-        "check openai-community/gpt2 user/gpt2-law --position 1",
+        "check openai-community/gpt2 user/gpt2-law@1",
     )
     check.add_argument("recipient", help="Hub id or folder")
-    check.add_argument("donor", help="Hub id or folder")
-    check.add_argument("--position", type=int, help="recipient layers that run before it; the donor's own by default")
+    check.add_argument("donor", metavar=DONOR, help=DONOR_HELP)
+    check.add_argument("--position", type=int, metavar="P", help="the same as DONOR@P")
     check.add_argument("--trust-remote-code", action="store_true", help="run the recipient's own modelling code")
 
 
 def _run(options: argparse.Namespace) -> int:
     from ..model.auto import check_compatibility
 
+    spec = donor_spec(options.donor)
+    if options.position is not None and spec.position is not None:
+        print("transplant-hf check: give the position once, as DONOR@P or as --position P", file=sys.stderr)
+        return 2
     report = check_compatibility(
         options.recipient,
-        options.donor,
-        options.position,
+        spec.donor,
+        spec.position if options.position is None else options.position,
         trust_remote_code=options.trust_remote_code or None,
     )
     show(report, options)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import add_overwrite, command, show
+from .donors import DONOR, DONOR_HELP, donor_spec
 from .values import dtype
 
 __all__ = ["add"]
@@ -21,25 +22,25 @@ def add(commands: Any) -> None:
         _run,
         "write a transplant as a plain checkpoint that loads without transplant_hf",
         "export user/gpt2-law gpt2-law-full --dtype bfloat16\n"
-        "  transplant-hf export openai-community/gpt2 full --donor user/gpt2-law --position 4",
+        "  transplant-hf export openai-community/gpt2 full --donor user/gpt2-law@4",
     )
     export.add_argument(
         "source", metavar="SOURCE", help="Hub id or folder of a transplant or donor; with --donor, of the recipient"
     )
     export.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write")
     add_overwrite(export)
-    export.add_argument(
-        "--donor", action="append", metavar="DONOR", help="Hub id or folder of a donor; may be given several times"
-    )
+    export.add_argument("--donor", action="append", metavar=DONOR, help=f"{DONOR_HELP}; may be given several times")
     export.add_argument(
         "--position",
         type=int,
         action="append",
         metavar="P",
-        help="recipient layers that run before it, one for each --donor in order (default: the donors' own)",
+        help="the same as DONOR@P: one for each --donor, in order",
     )
     export.add_argument(
-        "--mode", choices=["insert", "replace"], help="for donors with --position (default: insert); else their own"
+        "--mode",
+        choices=["insert", "replace"],
+        help="for donors whose position is given (default: insert)",
     )
     export.add_argument(
         "--dtype",
@@ -84,17 +85,14 @@ def _wrong_usage(options: argparse.Namespace) -> str | None:
     donors, positions = options.donor or [], options.position or []
     if positions and len(positions) != len(donors):
         return f"{len(positions)} --position for {len(donors)} --donor; give one for each, or none"
-    if options.mode and not positions:
-        return "--mode goes with --position"
+    if options.mode and not positions and not any("@" in donor for donor in donors):
+        return "--mode goes with --position or DONOR@P"
     return None
 
 
 def _donors(options: argparse.Namespace) -> Any:
-    from ..config import DonorSpec
-
     if options.donor is None:
         return None
-    if options.position is None:
-        return dict.fromkeys(options.donor)
-    pairs = zip(options.donor, options.position, strict=True)
-    return [DonorSpec(donor, position, options.mode or "insert") for donor, position in pairs]
+    positions = options.position or [None] * len(options.donor)
+    words = [donor if at is None else f"{donor}@{at}" for donor, at in zip(options.donor, positions, strict=True)]
+    return [donor_spec(word, options.mode) for word in words]

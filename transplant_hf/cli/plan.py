@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from .command import command, show
+from .donors import DONOR, DONOR_HELP, donor_spec
 
 __all__ = ["add"]
 
@@ -23,8 +24,8 @@ def add(commands: Any) -> None:
     plan.add_argument(
         "--donor",
         action="append",
-        metavar="DONOR@POSITION",
-        help="a donor for that recipient, and the recipient layers that run before it; may be given several times",
+        metavar=DONOR,
+        help=f"{DONOR_HELP}; may be given several times",
     )
     plan.add_argument("--layers", type=int, metavar="K", help="instead: K layers of the recipient's shape, yet to come")
     plan.add_argument("--position", type=int, metavar="P", help="where those go (default: after a third)")
@@ -51,7 +52,7 @@ def _run(options: argparse.Namespace) -> int:
     names = ("layers", "position", "devices", "memory", "cpu_memory", "bandwidth", "parallel", "dtype", "batch")
     found = plan(
         options.what,
-        [_spec(text) for text in options.donor or ()] or None,
+        [donor_spec(text) for text in options.donor or ()] or None,
         context=options.context,
         dequantize=options.dequantize,
         revision=options.revision,
@@ -59,13 +60,3 @@ def _run(options: argparse.Namespace) -> int:
     )
     show(found, options)
     return 0 if found else 1
-
-
-def _spec(text: str) -> Any:
-    from ..config import DonorSpec
-    from ..errors import ConfigurationError
-
-    donor, _, position = text.rpartition("@")
-    if not donor or not position.isdigit():
-        raise ConfigurationError(f"--donor must be DONOR@POSITION, such as user/gpt2-law@10, got {text!r}.")
-    return DonorSpec(donor, int(position))

@@ -172,7 +172,7 @@ def checked_methods(
         without = " ".join(method.name for method in chosen if method not in lacking)
         raise ConfigurationError(
             f"comparing with {' and '.join(method.name for method in lacking)} needs {lacking[0].needs}: pip install "
-            f"'transplant_hf[train]', or compare without: methods {without or 'donor'}."
+            f"{lacking[0].needs}, or compare without: methods {without or 'donor'}."
         )
     return chosen
 

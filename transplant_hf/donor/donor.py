@@ -6,20 +6,19 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
-from ..config import DonorSpec, TransplantConfig
 from ..errors import CheckpointError, ConfigurationError, IntegrityError
 from ..hub import push_folder
 from ..sources import HubOptions, Source, locate
-from ..storage import read_json
 from .extract import layers_of_model
 from .from_pt import open_pt
+from .place import recommendation, recommended_in
 from .pt_tensors import PtTensors
 from .record import DONOR_CONFIG, DonorRecord
 from .save import replaced_among, save_donor
@@ -121,8 +120,7 @@ class Donor:
         record = DonorRecord.read(source.folder)
         for name, stamp in record.files.items():
             stamp.check_size(source.folder / name, str(source))
-        config = source.folder / "config.json"
-        place = _recommended_place(config) if config.exists() else None
+        recommended = recommended_in(source.folder)
         try:
             store = open_donor_files(source.folder)
         except CheckpointError:
@@ -136,7 +134,7 @@ class Donor:
                 f"{', '.join(unlisted)} of donor {source} has no sha256 in {DONOR_CONFIG}, so that its bytes cannot "
                 "be checked. Save the donor again with save_pretrained."
             )
-        return cls(record, store, **_recommended(place), source=source)
+        return cls(record, store, **recommended, source=source)
 
     @classmethod
     def from_model(
@@ -175,7 +173,7 @@ class Donor:
             tensor(False)
         """
         record, store, place = layers_of_model(model, layers, name, init, revision)
-        return cls(record, store, **_recommended(place))
+        return cls(record, store, **recommendation(place))
 
     @classmethod
     def from_pt(
@@ -224,8 +222,9 @@ class Donor:
 
     @property
     def name(self) -> str | None:
-        """What the donor is called."""
-        return self.record.name
+        """What the donor is called: the name in its record, else the last part of the folder or repo it came from."""
+        known = (self.source.subfolder or self.source.reference) if self.source else ""
+        return self.record.name or PurePath(known).name or None
 
     @property
     def num_layers(self) -> int:
@@ -421,15 +420,3 @@ class _PartOf:
 
     def slices(self) -> Mapping[str, Any]:
         return self._only(self._whole.slices())
-
-
-def _recommended_place(path: Path) -> DonorSpec | None:
-    content = read_json(path, "the donor's config.json")
-    if content.get("model_type") != TransplantConfig.model_type:
-        return None
-    own = [spec for spec in TransplantConfig(**content).donors if spec.donor == "."]
-    return own[0] if len(own) == 1 else None
-
-
-def _recommended(place: DonorSpec | None) -> dict[str, Any]:
-    return {} if place is None else {name: getattr(place, name) for name in ("position", "mode", "strength")}

@@ -12,17 +12,23 @@ __all__ = ["AUTO_MAP", "CODE_FILE", "transplant_fields", "write_entry"]
 
 CODE_FILE = "modeling_transplant.py"
 
-# With `trust_remote_code=True` Transformers runs this file where it does not know transplants yet. It looks through
-# the imports first, and where the package is missing it says `pip install transplant_hf`: so no `try` here.
-_CODE = '''"""Lets `trust_remote_code=True` load this repository: `pip install transplant_hf` is all that it needs."""
+# With `trust_remote_code=True` Transformers runs this file where it does not know transplants yet. Of imports outside a
+# `try` that are missing it says `pip install`, which would ask a package index for a name that may be anybody's there.
+_CODE = '''"""Lets `trust_remote_code=True` load this repository, with the Python package transplant_hf."""
 
-from transplant_hf import TransplantConfig
-from transplant_hf.registration import (
-    TransplantForCausalLM,
-    TransplantForSequenceClassification,
-    TransplantForTokenClassification,
-    TransplantModel,
-)
+try:
+    from transplant_hf import TransplantConfig
+    from transplant_hf.registration import (
+        TransplantForCausalLM,
+        TransplantForSequenceClassification,
+        TransplantForTokenClassification,
+        TransplantModel,
+    )
+except ImportError as error:
+    raise ImportError(
+        "This repository needs the Python package transplant_hf, which is not installed. Install it from its own "
+        "sources; a package of that name on an index may be another one."
+    ) from error
 
 __all__ = [
     "TransplantConfig",

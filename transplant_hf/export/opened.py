@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from transformers import (
@@ -16,14 +15,13 @@ from transformers import (
 )
 
 from ..architecture import native_class
-from ..config import DonorSpec, TransplantConfig, donor_specs
-from ..donor import Donor
+from ..config import TransplantConfig
 from ..errors import ConfigurationError
 from ..model.resolve import Request, open_donors, read_request, recipient_config
 from ..sources import HubOptions
 from ..splice import Blueprint, draw_blueprint
 
-__all__ = ["Opened", "open_transplant", "specs_for"]
+__all__ = ["Opened", "open_transplant"]
 
 _HEADS = (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModel)
 
@@ -56,30 +54,6 @@ class Opened:
         return f"{self.config.recipient}@{revision}" if revision else str(self.config.recipient)
 
 
-def specs_for(donors: Any, hub: HubOptions) -> list[DonorSpec] | None:
-    """Read which donors are meant; one without a position goes where it says itself.
-
-    Args:
-        donors: `{donor: position or None}`, or a list of `DonorSpec`; `None` where the source names its own.
-        hub: How to reach the Hub.
-
-    Raises:
-        ConfigurationError: A donor that recommends no position.
-    """
-    if not isinstance(donors, Mapping):
-        return donor_specs(donors) if donors is not None else None
-    specs = []
-    for name, position in donors.items():
-        if position is not None:
-            specs.append(DonorSpec(os.fspath(name), position))
-            continue
-        donor = Donor.from_pretrained(name, **hub.as_kwargs())
-        if donor.position is None:
-            raise ConfigurationError(f"donor {donor} recommends no position; say where it goes.")
-        specs.append(DonorSpec(os.fspath(name), donor.position, donor.mode, strength=donor.strength))
-    return donor_specs(specs)
-
-
 def open_transplant(
     source: str | os.PathLike[str],
     donors: Any,
@@ -91,7 +65,7 @@ def open_transplant(
 
     Args:
         source: A transplant, a donor, or with `donors` a recipient.
-        donors: As in `specs_for`.
+        donors: As in `from_pretrained`; `None` where the source names its own.
         composition: "stacked" or "side_by_side"; by default as the source says.
         revision: The source's revision.
         hub: How to reach the Hub.
@@ -101,8 +75,7 @@ def open_transplant(
         CompatibilityError: A donor does not fit.
         HubError: Out of reach.
     """
-    specs = specs_for(donors, hub)
-    request = read_request(source, donors=specs, config=None, revision=revision, subfolder=None, hub=hub)
+    request = read_request(source, donors=donors, config=None, revision=revision, subfolder=None, hub=hub)
     if composition is not None:
         request.config.composition = composition
     found = open_donors(request, hub)

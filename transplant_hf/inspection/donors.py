@@ -11,6 +11,7 @@ from ..architecture.build import BUILD_ERRORS
 from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig
 from ..donor import Donor, DonorRecord
+from ..donor.place import named, placed, recommended_in
 from ..donor.tensors import DONOR_FILE, DONOR_INDEX, layer_of
 from ..errors import ConfigurationError, TransplantError
 from ..layer_map import LayerMap, Placement, Splice
@@ -66,7 +67,7 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
     """
     config = read_transplant(fields, files.source) if fields.get("model_type") == TransplantConfig.model_type else None
     spec = next((spec for spec in config.donors if spec.donor == "."), None) if config is not None else None
-    opened = _open(files, spec, asked.verify)
+    opened = _open(files, asked.verify)
     donor, record = opened.donor, opened.donor.record
     named = config.recipient if config is not None and config.recipient else None
     recipient = named or record.source_id
@@ -75,7 +76,7 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
     notes: list[str] = []
     problems = list(opened.problems)
     report, layer_map = None, LayerMap()
-    name = _running_name(spec, donor, asked.what)
+    name = str(spec.name) if spec is not None and spec.is_named else donor.name or Path(asked.what).name or "donor"
     if asked.recipient is not None:
         report = _fit(asked.recipient, donor, place, donor.mode, asked.hub)
         layer_map = report.layer_map
@@ -135,15 +136,19 @@ def inspect_transplant(files: Files, fields: Mapping[str, Any], asked: Asked) ->
     donors: list[PlacedDonor] = []
     problems: list[str] = []
     reports = []
+    found = []
     for written in config.donors:
-        spec = written if asked.position is None else dataclasses.replace(written, position=asked.position)
+        spec = written if asked.position is None else written.replaced(position=asked.position)
         part = Files.find(
             spec.donor, asked.hub, revision=spec.revision, subfolder=spec.subfolder, relative_to=files.source
         )
-        opened = _open(part, None, asked.verify)
+        opened = _open(part, asked.verify)
         chosen = opened.donor if spec.layers is None else opened.donor.part(spec.layers)
+        found.append((placed(spec, chosen), chosen, opened, part.source))
+    specs = [spec for spec, _ in named([(spec, chosen) for spec, chosen, *_ in found], asked.what)]
+    for spec, (_, chosen, opened, source) in zip(specs, found, strict=True):
         problems += [f"donor {spec.name}: {problem}" for problem in opened.problems]
-        donors.append(_placed(spec, _running_name(spec, chosen, asked.what), chosen, opened.weights, part.source))
+        donors.append(_placed(spec, chosen, opened.weights, source))
         if asked.recipient is not None:
             report = _fit(asked.recipient, chosen, spec.position, spec.mode, asked.hub)
             reports.append(report)
@@ -222,15 +227,13 @@ def _map_of(
     return Splice(layers, placements).layer_map(), []
 
 
-def _open(files: Files, spec: DonorSpec | None, verify: bool) -> _Opened:
+def _open(files: Files, verify: bool) -> _Opened:
     record = DonorRecord.read(files.folder)
     name = DONOR_INDEX if files.has(DONOR_INDEX) else DONOR_FILE
     headers = read_weights(files, name, DONOR_INDEX)
     tensors = headers.flat()
-    place: dict[str, Any] = (
-        {} if spec is None else {"position": spec.position, "mode": spec.mode, "strength": spec.strength}
-    )
-    donor = Donor(record, HeaderTensors(tensors, str(files.source)), **place, source=files.source)
+    tensors_there = HeaderTensors(tensors, str(files.source))
+    donor = Donor(record, tensors_there, **recommended_in(files.folder), source=files.source)
     weights, problems = summary(files, headers, record.files, verify)
     unlisted = sorted(set(headers.files) - set(record.files))
     if unlisted and (record.files or files.source.from_hub):
@@ -241,16 +244,9 @@ def _open(files: Files, spec: DonorSpec | None, verify: bool) -> _Opened:
     return _Opened(donor, dataclasses.replace(weights, per_layer=tuple(per_layer)), tuple(problems))
 
 
-def _running_name(spec: DonorSpec | None, donor: Donor, what: str) -> str:
-    """What the layer map calls a donor: one that is written as "." and has no name of its own is named later."""
-    if spec is not None and (spec.donor != "." or spec.name != "donor"):
-        return str(spec.name)
-    return donor.name or Path(what).name or "donor"
-
-
-def _placed(spec: DonorSpec, name: str, donor: Donor, weights: Weights, source: Source) -> PlacedDonor:
+def _placed(spec: DonorSpec, donor: Donor, weights: Weights, source: Source) -> PlacedDonor:
     return PlacedDonor(
-        name=name,
+        name=str(spec.name),
         donor=source.reference,
         revision=source.revision,
         subfolder=source.subfolder,

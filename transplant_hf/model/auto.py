@@ -14,6 +14,7 @@ from ..architecture import native_class
 from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor import Donor
+from ..donor.place import spec_of
 from ..errors import ConfigurationError
 from ..sources import HubOptions, Source, for_transformers, reading
 from ..splice import Blueprint, draw_blueprint, follow_quantization, report_fit
@@ -317,10 +318,7 @@ def check_compatibility(
     trust = hub_kwargs.pop("trust_remote_code", None)
     hub = HubOptions.from_kwargs(hub_kwargs)
     opened = donor if isinstance(donor, Donor) else Donor.from_pretrained(donor, **hub.as_kwargs())
-    place = opened.position if position is None else position
-    if place is None:
-        raise ConfigurationError(f"donor {opened} recommends no position; say which one to check.")
-    mode = mode or (opened.mode if position is None else "insert")
+    spec = spec_of(opened, position, mode=mode, name=opened.name or "donor", strength=1.0)
     if isinstance(recipient, PreTrainedModel):
         model_class, config, name = type(recipient), recipient.config, recipient.config.name_or_path
     elif isinstance(recipient, PreTrainedConfig):
@@ -332,5 +330,4 @@ def check_compatibility(
         config, _ = recipient_config(request, hub, trust, {})
         where = (request.config.recipient, request.config.recipient_revision)
         model_class, config = _class_for(AutoModelForCausalLM, config, *where, trust, hub)
-    spec = DonorSpec(str(opened), place, mode, name=opened.name or "donor")
     return report_fit(model_class, config, name or model_class.__name__, spec, opened)

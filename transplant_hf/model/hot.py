@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config import DonorSpec
 from ..donor import Donor
+from ..donor.place import spec_of
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, Slot, Stage
 from ..splice import Blueprint, DonorPart
@@ -78,20 +79,7 @@ def open_donor(
         ConfigurationError: No position given and none recommended.
     """
     opened = donor if isinstance(donor, Donor) else Donor.from_pretrained(donor)
-    if position is None and opened.position is None:
-        raise ConfigurationError(f"donor {opened} recommends no position; say where it goes: position=0..L.")
-    recommended = position is None
-    source = opened.source
-    spec = DonorSpec(
-        str(source.reference if source else opened.name or "."),
-        position=opened.position if position is None else position,  # type: ignore[arg-type]
-        mode=mode or (opened.mode if recommended else "insert"),
-        name=name or opened.name,
-        strength=strength if strength is not None else opened.strength if recommended else 1.0,
-        revision=source.revision if source else None,
-        subfolder=source.subfolder if source else None,
-    )
-    return spec, opened
+    return spec_of(opened, position, mode=mode, name=name, strength=strength), opened
 
 
 def _changeable(model: Any) -> TransplantState:

@@ -30,8 +30,8 @@ __all__ = ["remove_transplants", "transplant"]
 
 
 def transplant(
-    model: PreTrainedModel, donor: Donor | str, position: int, mode: str = "insert", *, name: str | None = None,
-    strength: float = 1.0, composition: str | None = None, in_place: bool = False,
+    model: PreTrainedModel, donor: Donor | str, position: int | None = None, mode: str | None = None, *,
+    name: str | None = None, strength: float | None = None, composition: str | None = None, in_place: bool = False,
 ) -> TransplantedModel:  # fmt: skip
     """Return a model that runs a loaded recipient's layers with a donor's between them.
 
@@ -42,10 +42,12 @@ def transplant(
     Args:
         model: A loaded decoder-only model.
         donor: The donor, or its Hub id or folder.
-        position: How many recipient layers run before it, 0..L.
-        mode: "insert" or "replace"; replaced layers are kept, so that the donor can be switched off.
+        position: How many recipient layers run before it, 0..L; by default what it recommends.
+        mode: "insert" or "replace"; by default what it recommends together with its position, at a position of your
+            own "insert". Replaced layers are kept, so that the donor can be switched off.
         name: What to call it; by default its own name.
-        strength: Scales what its layers add to the hidden state.
+        strength: Scales what its layers add to the hidden state; by default what it recommends together with its
+            position, at a position of your own 1.
         composition: How donors at one position go together, "stacked" or "side_by_side"; by default as in the model.
         in_place: Change the model itself, which may then be quantised, offloaded or on several devices.
 
@@ -95,7 +97,13 @@ def transplant(
 
 
 def _transplant_into(
-    model: Any, donor: Donor | str, position: int, mode: str, name: str | None, strength: float, composition: str | None
+    model: Any,
+    donor: Donor | str,
+    position: int | None,
+    mode: str | None,
+    name: str | None,
+    strength: float | None,
+    composition: str | None,
 ) -> Any:
     if not isinstance(model, PreTrainedModel):
         raise ConfigurationError(

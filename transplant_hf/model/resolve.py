@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..donor import DONOR_FILES, Donor
+from ..donor.place import named, placed, spec_of
 from ..errors import ConfigurationError
 from ..sources import HubOptions, Source, commit_of, for_transformers, locate, points_to_folder, reading, revision_for
 from ..storage import read_json
+from .fresh import own_tensors
 
 __all__ = ["Request", "open_donors", "read_request", "recipient_config"]
 
@@ -28,12 +31,14 @@ class Request:
         source: Where its configuration was found.
         config: The transplant to load.
         names_transplant: Whether `asked` is a transplant or donor, not a recipient.
+        opened: The donors that were given as such and not by their names, by their place in the list.
     """
 
     asked: str
     source: Source
     config: TransplantConfig
     names_transplant: bool
+    opened: Mapping[int, Donor] = dataclasses.field(default_factory=dict)
 
 
 def read_request(
@@ -49,7 +54,7 @@ def read_request(
 
     Args:
         asked: Hub id or folder.
-        donors: Donors named in the call, or `None`.
+        donors: Donors named in the call, or `None`: what `donor_specs` takes, or opened ones instead of their names.
         config: A configuration given in the call.
         revision: The revision asked for.
         subfolder: The folder inside it.
@@ -79,8 +84,9 @@ def read_request(
                 f"{source} is a model of type {fields.get('model_type')!r}, not a transplant: say which donors go "
                 "into it, donors={'user/donor': position}."
             )
-        own = TransplantConfig(recipient=asked, recipient_revision=source.revision, donors=donor_specs(donors))
-        return Request(asked, source, own, names_transplant=False)
+        specs, opened = _specs(donors)
+        own = TransplantConfig(recipient=asked, recipient_revision=source.revision, donors=specs)
+        return Request(asked, source, own, names_transplant=False, opened=opened)
     if donors:
         raise ConfigurationError(
             f"{source} is a transplant already (recipient {config.recipient}). Name its recipient instead, with all "
@@ -92,6 +98,24 @@ def read_request(
     return Request(asked, source, copy.deepcopy(config), names_transplant=True)
 
 
+def _specs(donors: Any) -> tuple[list[DonorSpec], dict[int, Donor]]:
+    """Return the specs of the donors named in a call, and those that are opened already by their place among them."""
+    if isinstance(donors, Donor):
+        donors = [donors]
+    if isinstance(donors, Mapping) and any(isinstance(one, Donor) for one in donors):
+        donors = [(one, position) for one, position in donors.items()]
+    elif isinstance(donors, list | tuple):
+        donors = [(one, None) for one in donors]
+    else:
+        return donor_specs(donors), {}
+    opened = {number: one for number, (one, _) in enumerate(donors) if isinstance(one, Donor)}
+    specs = [
+        spec_of(one, position) if isinstance(one, Donor) else one if position is None else DonorSpec(one, position)
+        for one, position in donors
+    ]
+    return donor_specs(specs), opened
+
+
 def open_donors(request: Request, hub: HubOptions) -> list[tuple[DonorSpec, Donor]]:
     """Open every donor of a request by its headers, and pin its revision in the request's configuration.
 
@@ -101,18 +125,26 @@ def open_donors(request: Request, hub: HubOptions) -> list[tuple[DonorSpec, Dono
     """
     base = request.source if request.names_transplant else None
     opened = []
-    for spec in request.config.donors:
+    for number, spec in enumerate(request.config.donors):
+        if (given := request.opened.get(number)) is not None:
+            opened.append((spec, own_tensors(given)))
+            continue
         source = locate(
             spec.donor, files=DONOR_FILES, revision=spec.revision, subfolder=spec.subfolder, relative_to=base, hub=hub
         )
         donor = Donor.open(source)
-        reference = source.reference if source.from_hub else str(_whole(source))
-        name = spec.name if spec.donor != "." or spec.name != "donor" else donor.name or Path(request.asked).name
-        subfolder = source.subfolder
-        spec = dataclasses.replace(spec, donor=reference, revision=source.revision, subfolder=subfolder, name=name)
-        opened.append((spec, donor))
+        opened.append((placed(spec, donor), donor))
+    opened = [(_pinned(spec, donor), donor) for spec, donor in named(opened, request.asked)]
     request.config.donors = donor_specs([spec for spec, _ in opened])
     return opened
+
+
+def _pinned(spec: DonorSpec, donor: Donor) -> DonorSpec:
+    source = donor.source
+    if source is None:
+        return spec
+    reference = source.reference if source.from_hub else str(_whole(source))
+    return dataclasses.replace(spec, donor=reference, revision=source.revision, subfolder=source.subfolder)
 
 
 def _whole(source: Source) -> Path:

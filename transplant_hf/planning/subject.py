@@ -10,6 +10,7 @@ from ..architecture import Anatomy
 from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..donor import DONOR_CONFIG, Donor, DonorRecord
 from ..donor.dtypes import stored_dtype
+from ..donor.place import named, placed, recommended_in
 from ..donor.tensors import DONOR_FILE, DONOR_INDEX
 from ..errors import ConfigurationError
 from ..inspection.donors import read_transplant
@@ -93,11 +94,12 @@ def find_subject(
     look = look_at(recipient, at, base, hub)
     headers, notes = _headers(Files.find(recipient, hub, revision=at, relative_to=base))
     anatomy = dataclasses.replace(look.anatomy, config=asked_dtype(look.anatomy.config, dtype, headers))
-    placed = [(spec, _donor(spec, base, hub)) for spec in config.donors]
+    parts = [(spec, _donor(spec, base, hub)) for spec in config.donors]
+    parts = named([(placed(spec, donor), donor) for spec, donor in parts], what)
     if layers:
-        spec, donor = _invented(anatomy, layers, position)
-        config.donors, placed = [spec], [(spec, donor)]
-    blueprint = draw_blueprint(anatomy.model_class, anatomy.config, placed, config) if placed else None
+        parts = [_invented(anatomy, layers, position)]
+    config.donors = donor_specs([spec for spec, _ in parts])
+    blueprint = draw_blueprint(anatomy.model_class, anatomy.config, parts, config) if parts else None
     return Subject(blueprint.recipient if blueprint else anatomy, look.source, blueprint, headers, bool(layers), notes)
 
 
@@ -116,7 +118,8 @@ def _donor(spec: DonorSpec, base: Source | None, hub: HubOptions) -> Donor:
         raise ConfigurationError(f"{files.source} is no donor: it has no {DONOR_CONFIG}.")
     record = DonorRecord.read(files.folder)
     headers = read_weights(files, DONOR_INDEX if files.has(DONOR_INDEX) else DONOR_FILE, DONOR_INDEX)
-    return Donor(record, HeaderTensors(headers.flat(), str(files.source)), source=files.source)
+    tensors = HeaderTensors(headers.flat(), str(files.source))
+    return Donor(record, tensors, **recommended_in(files.folder), source=files.source)
 
 
 def _invented(recipient: Anatomy, count: int, position: int | None) -> tuple[DonorSpec, Donor]:

@@ -35,7 +35,7 @@ def check_picture(path: Path, overwrite: bool = False) -> None:
         raise ConfigurationError(f"a picture's name ends in one of {', '.join(_FORMATS)}; got {path}.")
     check_output_file(path, overwrite)
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigurationError("drawing needs matplotlib: pip install 'transplant_hf[plots]'.")
+        raise ConfigurationError("drawing needs matplotlib: pip install matplotlib.")
 
 
 @contextmanager

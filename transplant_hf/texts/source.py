@@ -15,9 +15,9 @@ from .tables import hub_documents, table_documents
 
 __all__ = ["TextSource", "documents"]
 
-# How a file is read: whole, or by a builder of the library datasets.
+# How a file is read: whole, or as a table of that kind.
 _WHOLE = "whole"
-_KINDS = {".txt": _WHOLE, ".md": _WHOLE, ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_KINDS = {".txt": _WHOLE, ".md": _WHOLE, ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 # Words in the path of a file that say which split of its folder it belongs to.
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),

@@ -1,0 +1,124 @@
+"""What a donor is called and where it goes: one rule, in every call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import copied, edit_json, logits_of, plain, refused
+from transplant_hf import (
+    AutoModelWithTransplant,
+    ConfigurationError,
+    Donor,
+    DonorSpec,
+    check_compatibility,
+    transplant,
+)
+from transplant_hf.export import export_transplant
+from transplant_hf.inspection import inspect
+from transplant_hf.planning import plan
+
+PLACE = [("law", 2, "insert", 0.5)]
+
+
+def places(model: Any) -> list[tuple[Any, ...]]:
+    return [(spec.name, spec.position, spec.mode, spec.strength) for spec in model.transplant_config.donors]
+
+
+@pytest.fixture(scope="module")
+def family(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A donor in a folder of another name, which recommends a strength too."""
+    folder = copied(tiny_llama, tmp_path_factory.mktemp("place") / "family")
+    donor = Donor.from_model(plain(folder / "source"), [1, 2], name="law")
+    donor.save_pretrained(folder / "llama-law", position=2, strength=0.5, recipient=str(folder / "recipient"))
+    return folder
+
+
+@pytest.mark.parametrize("way", ["bare", "list", "none", "path", "spec", "object", "objects", "loaded", "add"])
+def test_a_donor_goes_where_it_recommends_under_its_own_name(family: Path, way: str) -> None:
+    folder = str(family / "llama-law")
+    ways: dict[str, Any] = {
+        "bare": folder,
+        "list": [folder],
+        "none": {folder: None},
+        "path": {Path(folder): None},
+        "spec": DonorSpec(folder),
+        "object": {Donor.from_pretrained(folder): None},
+        "objects": [Donor.from_pretrained(folder)],
+    }
+    if way == "loaded":
+        model = transplant(plain(family / "recipient"), folder)
+    elif way == "add":
+        model = transplant(plain(family / "recipient"), folder, in_place=True)
+    else:
+        model = AutoModelWithTransplant.from_pretrained(family / "recipient", donors=ways[way])
+    assert places(model) == PLACE
+    assert torch.equal(logits_of(model), logits_of(AutoModelWithTransplant.from_pretrained(folder)))
+
+
+def test_what_is_given_goes_before_what_is_recommended(family: Path) -> None:
+    folder = str(family / "llama-law")
+    donors = [DonorSpec(folder, strength=0.25), DonorSpec(folder, 3, name="again")]
+    model = AutoModelWithTransplant.from_pretrained(family / "recipient", donors=donors)
+    assert places(model) == [("law", 2, "insert", 0.25), ("again", 3, "insert", 1.0)]
+    named = AutoModelWithTransplant.from_pretrained(family / "recipient", donors=[DonorSpec(folder, name="llama-law")])
+    assert places(named) == [("llama-law", 2, "insert", 0.5)]
+
+
+def test_a_donor_in_memory_may_be_given_to_from_pretrained(family: Path) -> None:
+    source = plain(family / "source")
+    donor = Donor.from_model(source, [1, 2], name="law")
+    model = AutoModelWithTransplant.from_pretrained(family / "recipient", donors={donor: 3})
+    assert places(model) == [("law", 3, "insert", 1.0)]
+    expected = AutoModelWithTransplant.from_pretrained(family / "recipient", donors={str(family / "llama-law"): 3})
+    assert torch.equal(logits_of(model), logits_of(expected))
+    with torch.no_grad():
+        source.model.layers[1].mlp.up_proj.weight.zero_()
+    assert torch.equal(logits_of(model), logits_of(expected))
+
+
+def test_two_donors_of_one_recorded_name_are_called_after_their_folders(family: Path, tmp_path: Path) -> None:
+    copied(family / "llama-law", tmp_path / "one")
+    copied(family / "llama-law", tmp_path / "two")
+    donors = {str(tmp_path / "one"): 1, str(tmp_path / "two"): None}
+    model = AutoModelWithTransplant.from_pretrained(family / "recipient", donors=donors)
+    assert [place[:2] for place in places(model)] == [("one", 1), ("two", 2)]
+
+
+def test_headers_alone_say_the_same(family: Path, tmp_path: Path) -> None:
+    folder = str(family / "llama-law")
+    report = check_compatibility(family / "recipient", folder)
+    planned = plan(family / "recipient", {folder: None})
+    assert report.position == planned.donors[0].position == 2
+    assert report.layer_map == planned.layer_map == inspect(folder).layer_map
+    assert report.layer_map.layers_of("law") == [2, 3]
+    done = export_transplant(family / "recipient", tmp_path / "full", [DonorSpec(folder, strength=1.0)], verify=False)
+    assert done.layer_map == report.layer_map
+
+
+def test_a_donor_that_recommends_no_position_needs_one(family: Path, tmp_path: Path) -> None:
+    folder = copied(family / "llama-law", tmp_path / "loose")
+    (folder / "config.json").unlink()
+    facts = ("recommends no position", "position=0..L", "{donor: position}", "DONOR@POSITION", str(folder))
+    recipient = family / "recipient"
+    for call in (
+        lambda: AutoModelWithTransplant.from_pretrained(recipient, donors=str(folder)),
+        lambda: transplant(plain(recipient), str(folder)),
+        lambda: check_compatibility(recipient, folder),
+        lambda: plan(recipient, str(folder)),
+        lambda: export_transplant(recipient, tmp_path / "full", {folder: None}),
+    ):
+        with refused(ConfigurationError, *facts):
+            call()
+    assert AutoModelWithTransplant.from_pretrained(recipient, donors={folder: 0}).layer_map[0].source == "law"
+
+
+def test_a_donor_without_a_recorded_name_is_called_after_its_folder(family: Path, tmp_path: Path) -> None:
+    folder = copied(family / "llama-law", tmp_path / "nameless")
+    edit_json(folder / "donor_config.json", name=None)
+    assert Donor.from_pretrained(folder).name == "nameless"
+    model = AutoModelWithTransplant.from_pretrained(family / "recipient", donors={folder: 1})
+    assert places(model)[0][0] == "nameless"

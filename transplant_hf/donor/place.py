@@ -1,0 +1,90 @@
+"""What a donor is called in a transplant and where it goes: one rule, for every call and command.
+
+Its name is the one that is given, else the one in its record, else the last part of its folder or repository. Its
+position is the one that is given, else the one that it recommends, and then its mode and strength too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import DonorSpec, TransplantConfig
+from ..errors import ConfigurationError
+from ..storage import read_json
+
+if TYPE_CHECKING:
+    from .donor import Donor
+
+__all__ = ["named", "placed", "recommendation", "recommended_in", "spec_of"]
+
+
+def recommended_in(folder: Path) -> dict[str, Any]:
+    """Return position, mode and strength that the `config.json` of a donor's folder recommends; empty without one."""
+    path = folder / "config.json"
+    content = read_json(path, "the donor's config.json") if path.exists() else {}
+    if content.get("model_type") != TransplantConfig.model_type:
+        return {}
+    own = [spec for spec in TransplantConfig(**content).donors if spec.donor == "."]
+    return recommendation(own[0]) if len(own) == 1 else {}
+
+
+def recommendation(place: DonorSpec | None) -> dict[str, Any]:
+    """Return what a donor that has this place recommends."""
+    return {} if place is None else {name: getattr(place, name) for name in ("position", "mode", "strength")}
+
+
+def spec_of(donor: Donor, position: int | None = None, **given: Any) -> DonorSpec:
+    """Return the spec of an opened donor: what is not given is what it recommends, its name included.
+
+    Args:
+        donor: The donor.
+        position: How many recipient layers run before it.
+        **given: `mode`, `name` and `strength`; `None` where they are not given.
+
+    Raises:
+        ConfigurationError: No position is given and none recommended.
+    """
+    source = donor.source
+    spec = DonorSpec(
+        str(source.reference if source else donor.name or "."),
+        position,  # type: ignore[arg-type]
+        **{"name": donor.name, **{name: value for name, value in given.items() if value is not None}},
+        revision=source.revision if source else None,
+        subfolder=source.subfolder if source else None,
+    )
+    return placed(spec, donor)
+
+
+def placed(spec: DonorSpec, donor: Donor) -> DonorSpec:
+    """Return the spec with the position, mode and strength that the donor recommends, where it says none.
+
+    Raises:
+        ConfigurationError: The donor recommends no position.
+    """
+    if spec.position is not None:
+        return spec
+    if donor.position is None:
+        raise ConfigurationError(
+            f"donor {donor} recommends no position; say where it goes: position=0..L, {{donor: position}} or "
+            "DonorSpec(donor, position), on the command line DONOR@POSITION."
+        )
+    chosen = {"position": donor.position, "mode": spec.mode or donor.mode}
+    return spec.replaced(strength=donor.strength if spec.strength is None else spec.strength, **chosen)
+
+
+def named(donors: Sequence[tuple[DonorSpec, Donor]], asked: str) -> list[tuple[DonorSpec, Donor]]:
+    """Name opened donors that were given no name: as recorded, or where two would have one name, by their folders.
+
+    Args:
+        donors: The donors of one transplant.
+        asked: What stands for "." as the last resort.
+    """
+    names = [str(spec.name) if spec.is_named else donor.name or Path(asked).name for spec, donor in donors]
+    times = Counter(names)
+    return [
+        (spec if spec.is_named or (times[name] > 1 and spec.donor != ".") else spec.replaced(name=name), donor)
+        for (spec, donor), name in zip(donors, names, strict=True)
+    ]
