@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -270,10 +271,13 @@ def _alive(pid: int) -> bool:
 
 def _open_to_others(folder: Path) -> None:
     """Give files the mode that `open` would: safetensors writes them for the owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
+    # Asked by making one: the umask itself can only be read by changing it, for the whole process.
+    probe = folder / f".{secrets.token_hex(4)}.tmp"
+    probe.touch()
+    file_mode, folder_mode = (stat.S_IMODE(path.stat().st_mode) for path in (probe, folder))
+    probe.unlink()
     for path in folder.rglob("*"):
-        path.chmod(0o777 & ~umask if path.is_dir() else 0o666 & ~umask)
+        path.chmod(folder_mode if path.is_dir() else file_mode)
 
 
 def _carry_over(old: Path, new: Path, replaces: Callable[[str], bool]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 __all__ = [
     "BUILD_ERRORS",
     "build_on_meta",
+    "build_random",
     "construction",
     "initialize",
     "inner_models",
@@ -67,6 +68,26 @@ def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) 
     return model
 
 
+def build_random(model_class: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:
+    """Build a model with random weights, as `from_config` does.
+
+    Args:
+        model_class: The class to build.
+        config: Its configuration, which the model keeps.
+        **kwargs: As in `AutoModel.from_config`.
+    """
+    dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or config.dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with construction(dtype, on_meta=False):
+        model = model_class._from_config(config, dtype=None, **kwargs)  # a dtype would be set for the whole process
+    for part in (model.config, *_inside(model.config, deeper=False)):
+        part.dtype = dtype
+    if model.device.type != "meta":
+        model.initialize_weights()
+    model.tie_weights(recompute_mapping=False)
+    return model
+
+
 def initialize(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> None:
     """Give values to the tensors of a model that have none yet.
 
@@ -98,11 +119,12 @@ _PROCESS_WIDE = frozenset({"local_torch_dtype", "no_tie_weights", "meta_device_s
 
 
 @contextmanager
-def construction(dtype: torch.dtype | str | None) -> Iterator[None]:
-    """Let this thread build models on the meta device, in a dtype.
+def construction(dtype: torch.dtype | str | None, on_meta: bool = True) -> Iterator[None]:
+    """Let this thread build models in a dtype.
 
     Args:
         dtype: What torch's default dtype would be set to; `None` for the default dtype as it is.
+        on_meta: Build on the meta device; elsewhere the model is to be given its values by `initialize`.
 
     Raises:
         ValueError: Not a floating-point dtype.
@@ -112,7 +134,7 @@ def construction(dtype: torch.dtype | str | None) -> Iterator[None]:
         raise ValueError(f"a model cannot be built in {chosen}, which is not a floating-point dtype")
     token = _dtype.set(chosen)
     try:
-        with torch.device("meta"), _Construction(chosen):
+        with torch.device("meta") if on_meta else nullcontext(), _Construction(chosen):
             yield
     finally:
         _dtype.reset(token)
@@ -138,7 +160,8 @@ def settle(model: PreTrainedModel) -> None:
     """Finish a model that was built in a `construction`; does nothing outside.
 
     Args:
-        model: The outermost model. Its tied weights become tensors of their own, as loading needs them.
+        model: The outermost model. On the meta device its tied weights become tensors of their own, as loading needs
+            them.
     """
     dtype = _dtype.get(None)
     if dtype is None:
@@ -147,6 +170,8 @@ def settle(model: PreTrainedModel) -> None:
         parent, _, last = name.rpartition(".")
         module = model.get_submodule(parent)
         tied = getattr(module, last)
+        if not tied.is_meta:
+            continue
         own = torch.empty_like(tied)
         setattr(module, last, nn.Parameter(own, tied.requires_grad) if isinstance(tied, nn.Parameter) else own)
     for module in model.modules():
@@ -198,6 +223,10 @@ class _Construction(TorchFunctionMode):
             drawn = args[0] if args else kwargs["tensor"]
             if drawn.is_meta:
                 return drawn
+        if func is torch.tensor and args == ([],) and not kwargs:
+            # How Transformers asks where a model is built: on the meta device it initializes nothing, and so does not
+            # replace the functions of torch.nn.init for the whole process.
+            return torch.empty(0, device="meta")
         if func is torch.linspace and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "cpu"}  # code of older models asks it for numbers
         if func in _DEFAULT and kwargs.get("dtype") is None and kwargs.get("out") is None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 
 from ..architecture import native_class
+from ..architecture.build import build_random
 from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor import Donor
@@ -294,7 +295,7 @@ def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) ->
     blueprint = draw_blueprint(model_class, found, opened, request.config)
     spliced = blueprint.built_config
     with FileChecks(donor for _, donor in opened) as checks, loading(Loading(blueprint, checks)):
-        model: Any = transplant_class(model_class)._from_config(spliced.config if spliced.native else found, **kwargs)
+        model: Any = build_random(transplant_class(model_class), spliced.config if spliced.native else found, **kwargs)
     model._transplant = finish(model, blueprint)
     return model
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from ..architecture.build import initialize, inner_models, settle, thread_contexts
 from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor import Donor
 from ..donor.record import DonorRecord
@@ -34,9 +35,11 @@ class TransplantMixin:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         load = active_loading()
         claimed = load is not None and load.claim(self)
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        with inner_models(config):
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if claimed and load is not None and not load.blueprint.built_config.native:
             insert_layers(self, load.blueprint, load.blueprint.built)  # type: ignore[arg-type]
+        settle(self)  # type: ignore[arg-type]
 
     @property
     def transplant_config(self) -> TransplantConfig | None:
@@ -261,6 +264,15 @@ class TransplantMixin:
             return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]
         native = functools.partial(super().save_pretrained)  # type: ignore[misc]
         return push_transplant(self, native, repo_id, args, thin, kwargs)
+
+    @classmethod
+    def get_init_context(cls, dtype: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """What Transformers builds a model under while it loads one, for this thread alone."""
+        return thread_contexts(super().get_init_context(dtype, *args, **kwargs), dtype)  # type: ignore[misc]
+
+    def initialize_weights(self) -> None:
+        """Initialize what was not loaded, for this thread alone."""
+        initialize(self, native_class(type(self)))  # type: ignore[arg-type]
 
     @staticmethod
     def _load_pretrained_model(
