@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -40,9 +41,11 @@ class DonorPart:
         return str(self.spec.name)
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Blueprint:
     """What is going to run.
+
+    It never changes: a model gets another one, so that copies of a model can share what is costly in it.
 
     Args:
         recipient: The recipient, looked at.
@@ -57,8 +60,8 @@ class Blueprint:
     keep_replaced: bool = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> Blueprint:
-        # Nothing in it changes after it is drawn.
-        return self
+        # The configuration is the user's to change.
+        return self._with(self.parts, copy.deepcopy(self.config, memo))
 
     @cached_property
     def splice(self) -> Splice:
@@ -129,10 +132,27 @@ class Blueprint:
         config = copy.deepcopy(self.config)
         config.donors = [part.spec for part in parts]
         config.composition = composition or config.composition
-        made = dataclasses.replace(self, parts=parts, config=config)
+        made = self._with(parts, config)
         if made.beyond_native:
             self.refuse_scaling()
-        # None of these depends on it, and they are costly.
+        return made
+
+    def noted(self, notes: Mapping[str, Mapping[str, Any]]) -> Blueprint:
+        """The same layers with more in the metadata that their donors are saved with.
+
+        Args:
+            notes: What to add, by the donors' names.
+        """
+        parts = tuple(
+            dataclasses.replace(part, donor=_noted(part.donor, notes[part.name])) if part.name in notes else part
+            for part in self.parts
+        )
+        return self._with(parts, self.config)
+
+    def _with(self, parts: tuple[DonorPart, ...], config: TransplantConfig) -> Blueprint:
+        """The same layers at the same positions."""
+        made = dataclasses.replace(self, parts=parts, config=config)
+        # None of these depends on what differs, and they are costly.
         known = vars(self).keys() & {"splice", "built", "built_config"}
         vars(made).update({name: vars(self)[name] for name in known})
         return made
@@ -188,6 +208,18 @@ class Blueprint:
         """Where each layer was built."""
         anatomies = {part.name: part.anatomy for part in self.parts}
         return [LayerOrigin(anatomies.get(s.slot.source, self.recipient), s.slot.index) for s in stages]
+
+
+def _noted(donor: Donor, note: Mapping[str, Any]) -> Donor:
+    record = dataclasses.replace(donor.record, metadata={**donor.record.metadata, **note})
+    return Donor(
+        record,
+        donor.store,
+        position=donor.position,
+        source=donor.source,
+        mode=donor.mode,
+        strength=donor.strength,
+    )
 
 
 def _placement(part: DonorPart) -> Placement:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ import torch
 import transformers
 
 from .. import __version__
-from ..donor import Donor
 
 if TYPE_CHECKING:
     from .donor_trainer import DonorTrainer
@@ -81,20 +79,5 @@ def note_in_donors(model: Any, notes: Mapping[str, Mapping[str, Any]]) -> None:
         model: The model.
         notes: What to add, by the donors' names.
     """
-    blueprint = model._transplant.blueprint
-    blueprint.parts = tuple(
-        dataclasses.replace(part, donor=_noted(part.donor, notes[part.name])) if part.name in notes else part
-        for part in blueprint.parts
-    )
-
-
-def _noted(donor: Donor, note: Mapping[str, Any]) -> Donor:
-    record = dataclasses.replace(donor.record, metadata={**donor.record.metadata, **note})
-    return Donor(
-        record,
-        donor.store,
-        position=donor.position,
-        source=donor.source,
-        mode=donor.mode,
-        strength=donor.strength,
-    )
+    state = model._transplant
+    state.blueprint = state.blueprint.noted(notes)
