@@ -196,6 +196,18 @@ def test_a_link_is_refused(both: Shelf, as_user: Any, tmp_path: Path, kind: str)
     assert len(both.hub.requests) == 0
 
 
+def test_a_link_to_a_folder_of_what_is_meant_is_refused(both: Shelf, as_user: Any, tmp_path: Path) -> None:
+    """Other links stay here without a word."""
+    as_user(ALICE)
+    folder = copied(both.family / "donor", tmp_path / "copy")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "recipient").symlink_to(tmp_path / "elsewhere")
+    with refused(ConfigurationError, str(folder / "recipient"), "is a link"):
+        push(folder, f"{both.law}-links", only={"config.json", "recipient/config.json"})
+    push(folder, f"{both.law}-links", only={"config.json"})
+    assert set(both.hub.paths(f"{both.law}-links")) - {".gitattributes"} == {"config.json"}
+
+
 def test_hidden_files_stay_here(both: Shelf, target: str) -> None:
     folder = both.family / "donor"
     (folder / ".git").mkdir()

@@ -49,7 +49,7 @@ def push_folder(
         revision: The branch; made if it does not exist.
         create_pr: Open a pull request instead.
         replaced: Tells which of the repository's files belong to the old artefact, and go.
-        only: The names in the folder that are meant; by default all.
+        only: The files that are meant, by their paths in the folder; by default all.
 
     Returns:
         The commit; the present one when nothing has changed.
@@ -120,7 +120,7 @@ def _keeps_its_card(api: HfApi, repo_id: str, found: ModelInfo) -> bool:
 
 
 def _files_in(folder: Path, only: Collection[str] | None) -> dict[str, Path]:
-    """The files below a folder by their names in the repository, hidden ones left out.
+    """The files below a folder that are meant, by their names in the repository; never hidden ones.
 
     Raises:
         ConfigurationError: A link among them.
@@ -128,15 +128,19 @@ def _files_in(folder: Path, only: Collection[str] | None) -> dict[str, Path]:
     found = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        if any(part.startswith(".") for part in inside.parts) or (only is not None and inside.parts[0] not in only):
+        if any(part.startswith(".") for part in inside.parts):
             continue
-        if path.is_symlink():
+        name = inside.as_posix()
+        linked = path.is_symlink()  # one to a folder may lead to files that are meant
+        if only is not None and name not in only and not (linked and any(one.startswith(f"{name}/") for one in only)):
+            continue
+        if linked:
             raise ConfigurationError(
                 f"{path} is a link to {path.readlink()}; links are not uploaded. Put a copy of the file in its place, "
                 "or remove it. Nothing was uploaded."
             )
         if path.is_file():
-            found[inside.as_posix()] = path
+            found[name] = path
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import ConfigurationError
 
-__all__ = ["check_output_file", "check_output_folder", "entries", "some_of"]
+__all__ = ["check_output_file", "check_output_folder", "files_in", "some_of"]
 
 _SHOWN = 3
 
@@ -32,7 +32,7 @@ def check_output_folder(
     if place.exists() and not place.is_dir():
         raise ConfigurationError(f"{folder} is a file; a folder to write into is needed.")
     _refuse_not_writable(place)
-    held = entries(place)
+    held = [path.name for path in place.iterdir()] if place.is_dir() else []
     if held and not overwrite:
         raise ConfigurationError(
             f"{folder} is not empty: it holds {some_of(held)}. Choose another folder, or pass overwrite=True "
@@ -64,9 +64,9 @@ def check_output_file(path: str | os.PathLike[str], overwrite: bool) -> None:
     _refuse_not_writable(place)
 
 
-def entries(folder: Path) -> list[str]:
-    """Return the names of what a folder holds; none where there is no folder."""
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+def files_in(folder: Path) -> set[str]:
+    """Return the paths, in a folder, of all files and links below it, `/` between their parts."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
 
 
 def some_of(names: Collection[str]) -> str:

@@ -139,9 +139,9 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(type(model).__name__, model.config.num_hidden_layers)
 """
     assert run_python(code, target).split() == ["LlamaForCausalLM", "6"]
-    (tmp_path / "full" / "notes.md").write_text("more")
+    (tmp_path / "full" / "LICENSE").write_text("more")
     assert run(capsys, "push", tmp_path / "full", target, "--revision", "next")[0] == 0
-    assert "notes.md" not in both.hub.paths(target)
+    assert "LICENSE" not in both.hub.paths(target)
     status, out, _ = run(capsys, "push", tmp_path / "full", target, "--create-pr")
     assert status == 0 and "/discussions/" in out
 
@@ -210,10 +210,55 @@ def test_what_is_not_pushed(both: Shelf, as_user: Any, tmp_path: Path, capsys: p
     weights["lm_head.weight"][3, 3] = float("inf")
     save_file(weights, both.family / "recipient" / "model.safetensors", metadata={"format": "pt"})
     assert "lm_head.weight" in refusal(both.family / "recipient")
-    (donor / "link.txt").symlink_to(tmp_path)
+    tokenizer = (donor / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (donor / "tokenizer.json").symlink_to(tokenizer)
     assert "is a link" in refusal(donor)
     assert not both.hub.requests.commits()
     assert (donor / "README.md").read_bytes() != before  # named anew only once everything else was found right
-    (donor / "link.txt").unlink()
+    (donor / "tokenizer.json").unlink()
     as_user(BOB)
     assert "alice" in refusal(donor)
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("kind", ["donor", "thin", "full", "format"])
+def test_files_of_the_user_are_not_pushed(
+    kind: str,
+    both: Shelf,
+    as_user: Any,
+    inverse_gpt2: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The list of what is sent is told before, and so is what stays."""
+    as_user(ALICE)
+    folder, target = tmp_path / "saved", f"{both.law}-{kind}"
+    specs = [DonorSpec(both.law, 1, name="a"), DonorSpec(both.law, 3, name="b", layers=[0])]
+    if kind == "donor":
+        copied(both.family / "donor", folder)
+    elif kind == "thin":
+        load(both.base, donors=specs).save_pretrained(folder, thin=True)
+    elif kind == "full":
+        assert run(capsys, "export", both.law, folder, "--max-shard-size", "40KB", "--no-verify")[0] == 0
+    else:
+        load(inverse_gpt2 / "donor").save_pretrained(folder)
+    (folder / "LICENSE.txt").write_text("terms")
+    saved = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    mine = ["mine.txt", "secret.env", "model.backup.safetensors", "old/model.safetensors", "old/config.json", ".env"]
+    mine += ["a/diary.txt"] if kind == "thin" else []
+    for name in mine:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("secret")
+    (folder / "linked").symlink_to("/etc")
+    status, out, err = run(capsys, "push", folder, target, "--json")
+    assert status == 0, err
+    assert set(both.hub.paths(target)) - {".gitattributes"} == saved
+    found = json.loads(out)
+    stays = {"mine.txt", "secret.env", "model.backup.safetensors", "old/", ".env", "linked"}
+    assert set(found["left_out"]) == stays | ({"a/diary.txt"} if kind == "thin" else set())
+    assert {file["name"]: file["size"] for file in found["files"]} == {
+        name: (folder / name).stat().st_size for name in saved
+    }
+    for name in saved:
+        assert f"{(folder / name).stat().st_size:>15,}  {name}\n" in err
+    assert "not sent" in err and all(name in err for name in stays)

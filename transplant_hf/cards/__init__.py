@@ -2,11 +2,12 @@
 
 from .authorship import CARD_FILE, keeps_its_card, written_by_us
 from .facts import CardFacts, DonorFacts, FileFacts
-from .licenses import License, license_in, license_named
+from .licenses import TERMS, License, license_in, license_named
 from .render import donor_card, full_card
 
 __all__ = [
     "CARD_FILE",
+    "TERMS",
     "CardFacts",
     "DonorFacts",
     "FileFacts",

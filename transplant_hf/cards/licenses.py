@@ -9,7 +9,10 @@ from typing import Any
 
 from ..errors import ConfigurationError
 
-__all__ = ["License", "license_in", "license_named"]
+__all__ = ["TERMS", "License", "license_in", "license_named"]
+
+# The files, by their names, that hold the terms of a model.
+TERMS = ("LICENSE*", "NOTICE*")
 
 # As the Hub writes them: "mit", "apache-2.0", "cc-by-nc-4.0", "other".
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")

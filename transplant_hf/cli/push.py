@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,15 @@ def _run(options: argparse.Namespace) -> int:
         revision=options.revision,
         create_pr=options.create_pr,
         commit_message=options.message,
+        on_files=_list,
     )
     show(done, options)
     return 0
+
+
+def _list(files: Mapping[str, int], left_out: Sequence[str]) -> None:
+    """Say what is going to be uploaded, and what stays, on standard error."""
+    lines = [f"{size:>15,}  {name}" for name, size in files.items()]
+    lines = [f"{len(files)} files, {sum(files.values()):,} bytes; what the repository has already is not sent:", *lines]
+    lines += [f"not sent, no part of what was saved: {', '.join(left_out)}"] if left_out else []
+    print("\n".join(lines), file=sys.stderr, flush=True)

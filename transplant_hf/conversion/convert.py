@@ -14,6 +14,7 @@ from ..donor.from_pt import OpenedPt, open_pt
 from ..donor.recorded import check_artefact_folder
 from ..donor.save import save_donor
 from ..errors import CompatibilityError
+from ..outputs import files_in
 from ..sources import HubOptions
 from .readback import compare_tensors
 from .verify import compare_outputs
@@ -144,7 +145,7 @@ def convert(
     written: list[Donor] = []
 
     def check(folder: Path) -> None:
-        names.update(path.name for path in folder.iterdir())
+        names.update(files_in(folder))
         written.append(Donor.from_pretrained(folder))
         compare_tensors(donor.store, written[0].store, str(path), str(folder))
         if verify:

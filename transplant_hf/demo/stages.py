@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import TransplantError
-from ..outputs import some_of
+from ..outputs import files_in, some_of
 
 __all__ = ["STAMP", "Stage", "check_stage", "clear_stage", "is_stage", "run_stage"]
 
@@ -67,7 +67,7 @@ def run_stage(folder: Path, name: str, fingerprint: str, build: Callable[[Path],
     wall, cpu = time.perf_counter(), time.process_time()
 
     def stamp(place: Path) -> Stage:
-        files = tuple(_files_in(place))
+        files = tuple(sorted(files_in(place)))
         stage = Stage(name, fingerprint, time.perf_counter() - wall, time.process_time() - cpu, files)
         content = {key: value for key, value in asdict(stage).items() if key != "reused"}
         (place / STAMP).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -97,7 +97,7 @@ def clear_stage(folder: Path, name: str) -> None:
     """
     check_stage(folder, name)
     target = folder / name
-    others = sorted(set(_files_in(target)) - set(_written(target)))
+    others = files_in(target) - set(_written(target))
     if others:
         raise TransplantError(
             f"{target} would be made again, and holds {some_of(others)}, which the demo did not write. Move them "
@@ -128,10 +128,6 @@ def check_stage(folder: Path, name: str) -> None:
 def is_stage(path: Path) -> bool:
     """Whether something in the demo's folder is the demo's: a finished stage, or what is left of a killed one."""
     return _read_stamp(path) is not None or path.name.startswith(f".{_STAGED}")
-
-
-def _files_in(target: Path) -> list[str]:
-    return sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir())
 
 
 def _written(target: Path) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from .entry import CODE_FILE
 __all__ = [
     "NAMED_TEMPLATES",
     "at_hand",
+    "code_named_in",
     "companions_in",
     "copy_companions",
     "has_tokenizer",
@@ -140,7 +141,7 @@ def locate_with_companions(
     source = locate(reference, files=(*files, *_PATTERNS), revision=revision, subfolder=subfolder, hub=hub)
     asked: set[str] = set()
     while source.from_hub and (
-        lacking := _code(source.folder) - asked - {path.name for path in source.folder.iterdir()}
+        lacking := code_named_in(source.folder) - asked - {path.name for path in source.folder.iterdir()}
     ):
         # What code imports is known once it is there.
         asked |= lacking
@@ -212,12 +213,12 @@ def _read(folder: Path) -> _Groups:
         groups.setdefault(group, {})[name] = path
     for group, files in groups.items():
         configs = [path for name, path in files.items() if _matches(name, _CODE_NAMED_IN)]
-        code = {name: folder / name for name in sorted(_code(folder, configs)) if (folder / name).is_file()}
+        code = {name: folder / name for name in sorted(code_named_in(folder, configs)) if (folder / name).is_file()}
         groups[group] = {**files, **code}
     return groups
 
 
-def _code(folder: Path, configs: Sequence[Path] | None = None) -> set[str]:
+def code_named_in(folder: Path, configs: Sequence[Path] | None = None) -> set[str]:
     """Return the code files that configurations of tokenizers and processors name, and what these import beside them.
 
     They run nowhere but under `trust_remote_code=True`, as in the recipient.

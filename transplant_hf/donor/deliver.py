@@ -28,7 +28,7 @@ def deliver(
     """Write a donor repo, and upload what was written where that is asked for.
 
     Args:
-        write: Writes it into a folder, and returns the names of its files.
+        write: Writes it into a folder, and returns its files, by their paths there.
         output: The folder; one that is gone afterwards by default.
         push_to: The repository to upload to, as one commit.
         name: What the donor is called, if it is known; else it is called after the folder.

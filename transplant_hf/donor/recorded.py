@@ -10,7 +10,7 @@ from typing import Any
 from ..cards import CARD_FILE
 from ..cards.authorship import began_as_ours
 from ..config import TransplantConfig
-from ..outputs import check_output_folder
+from ..outputs import check_output_folder, files_in
 from ..storage import read_json
 from .entry import CODE_FILE
 from .record import DONOR_CONFIG, DonorRecord
@@ -109,8 +109,7 @@ def _strangers(folder: Path) -> set[str]:
     own = recorded_files(folder) if _is_ours(folder) else set()
     found = {path.name for path in folder.iterdir() if not path.is_dir() and is_artefact_file(path.name)}
     for part in {name.partition("/")[0] for name in own if "/" in name}:
-        inside = (path for path in (folder / part).rglob("*") if not path.is_dir())
-        found |= {path.relative_to(folder).as_posix() for path in inside}
+        found |= {f"{part}/{name}" for name in files_in(folder / part)}
     return found - own
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
+from ..cards import TERMS
 from ..donor.companions import copy_companions, locate_with_companions
 from ..donor.record import FileStamp
 from ..donor.recorded import check_artefact_folder
@@ -33,7 +34,6 @@ from .writer import write_weights
 __all__ = ["DTYPES", "Export", "export_transplant"]
 
 DTYPES = ("bfloat16", "float16", "float32")
-_TERMS = ("LICENSE*", "NOTICE*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +252,7 @@ def _write_companions(opened: Opened, staging: Path, target: Path) -> Path:
     config, request, hub = opened.config, opened.request, opened.hub
     recipient = locate_with_companions(
         str(config.recipient),
-        files=("config.json", *_TERMS, "README.md"),
+        files=("config.json", *TERMS, "README.md"),
         revision=config.recipient_revision,
         hub=hub,
     )
@@ -260,7 +260,7 @@ def _write_companions(opened: Opened, staging: Path, target: Path) -> Path:
     if request.names_transplant and own.from_hub:
         own = locate_with_companions(own.reference, revision=own.revision, subfolder=own.subfolder, hub=hub)
     copy_companions([(str(source.folder), None) for source in (own, recipient)], staging, target)
-    for pattern in _TERMS:
+    for pattern in TERMS:
         for path in recipient.folder.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, staging / path.name)

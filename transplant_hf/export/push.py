@@ -5,23 +5,26 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard
 from tqdm import tqdm
 
-from ..cards import CARD_FILE, written_by_us
+from ..cards import CARD_FILE, TERMS, written_by_us
 from ..cards.authorship import signed
 from ..cards.text import python_literal
 from ..config import TransplantConfig
 from ..donor import Donor
+from ..donor.companions import code_named_in, companions_in
+from ..donor.recorded import recorded_files
 from ..donor.save import replaced_among
 from ..donor.stream import is_finite, pieces, size_of
 from ..donor.tensors import TensorInfo
 from ..errors import CheckpointError, ConfigurationError
 from ..hub import push_folder
+from ..outputs import files_in
 from ..sources import HubOptions, Source, points_to_folder
 from ..storage import read_json, writing
 from .checkpoint import open_recipient
@@ -46,6 +49,8 @@ class Push:
         url: Its page; of a pull request, that one's.
         tensors: How many tensors were looked at.
         size: Their bytes.
+        files: What the repository holds of the folder now, by paths there, with the sizes.
+        left_out: What else lies in the folder, and was not sent; a folder ends in `/`.
     """
 
     folder: str
@@ -55,10 +60,13 @@ class Push:
     url: str
     tensors: int
     size: int
+    files: Mapping[str, int]
+    left_out: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
-        return dataclasses.asdict(self)
+        files = [{"name": name, "size": size} for name, size in self.files.items()]
+        return {**dataclasses.asdict(self), "files": files}
 
     def __str__(self) -> str:
         return f"{self.folder}: a {self.kind}, {self.tensors} tensors, {self.size:,} bytes, all finite\n{self.url}"
@@ -73,13 +81,15 @@ def push_artefact(
     create_pr: bool = False,
     commit_message: str | None = None,
     token: str | bool | None = None,
+    on_files: Callable[[Mapping[str, int], Sequence[str]], None] | None = None,
 ) -> Push:
     """Upload a donor, a transplant or an exported model, as it lies in a folder, as one commit.
 
     Before anything is sent, every weight is read: donors must have their recorded sha256, nothing may be NaN or
-    infinite, and what the configuration refers to must be there for others too. Everything in the folder is uploaded
-    but hidden files; what the repository has already is not sent again, and files of an older artefact in it go. A
-    card that transplant_hf wrote is changed so that its examples load the repository.
+    infinite, and what the configuration refers to must be there for others too. Only what belongs to the artefact is
+    uploaded: the files that its configuration, record or index names, the tokenizer, processor and generation
+    configuration, the card, licence and notice. What the repository has already is not sent again, and files of an
+    older artefact in it go. A card that transplant_hf wrote is changed so that its examples load the repository.
 
     Args:
         folder: What was saved.
@@ -89,12 +99,15 @@ def push_artefact(
         create_pr: Open a pull request instead.
         commit_message: Its first line.
         token: As in huggingface_hub.
+        on_files: Called before anything is sent, with the sizes of the files by their paths, and with the names of what
+            is left out.
 
     Returns:
         What was uploaded, and where it is.
 
     Raises:
-        ConfigurationError: No such folder, nothing that was saved, or a reference to a folder on this machine.
+        ConfigurationError: No such folder, nothing that was saved, a reference to a folder on this machine, or a link
+            in the place of a file.
         CheckpointError: Weights that are missing, malformed or not finite.
         IntegrityError: A donor's bytes are not the recorded ones.
         HubError: Missing, gated, private or out of reach.
@@ -106,9 +119,13 @@ def push_artefact(
     kind, weights = _opened(place)
     _refuse_not_finite(weights)
     _name_in_card(place / CARD_FILE, repo_id)
+    files, left_out = _outgoing(place)
+    if on_files is not None:
+        on_files(files, left_out)
     done: CommitInfo = push_folder(
         place,
         repo_id,
+        only=files.keys(),
         commit_message=commit_message or f"Upload {kind} {place.resolve().name}",
         token=token,
         private=private,
@@ -117,7 +134,22 @@ def push_artefact(
         replaced=replaced_among,
     )
     size = sum(size_of(info) for info, _, _ in weights)
-    return Push(str(folder), kind, repo_id, str(done.oid), str(done.pr_url or done.commit_url), len(weights), size)
+    url = str(done.pr_url or done.commit_url)
+    return Push(str(folder), kind, repo_id, str(done.oid), url, len(weights), size, files, left_out)
+
+
+def _outgoing(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the sizes of the files that belong to the artefact in a folder, and the names of all else there."""
+    terms = {path.name for pattern in TERMS for path in folder.glob(pattern)}
+    code = code_named_in(folder, [folder / "config.json"])
+    wanted = recorded_files(folder) | companions_in(folder) | terms | code | {CARD_FILE}
+    there = files_in(folder)
+    sent = {name: (folder / name).lstat().st_size for name in sorted(wanted & there)}
+    others = sorted(there - set(sent))
+    folders = {name.partition("/")[0] for name in sent if "/" in name}
+    # A folder of which nothing is sent is named once.
+    names = (name if (top := name.partition("/")[0]) in folders or top == name else f"{top}/" for name in others)
+    return sent, tuple(dict.fromkeys(names))
 
 
 _Weight = tuple[TensorInfo, Any, str]

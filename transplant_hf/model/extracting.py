@@ -17,6 +17,7 @@ from ..donor.recorded import check_artefact_folder
 from ..donor.save import save_donor
 from ..errors import CompatibilityError, ConfigurationError
 from ..layer_map import RECIPIENT, paper_layers
+from ..outputs import files_in
 from ..sources import HubOptions, Source
 from .opening import load_model
 
@@ -153,7 +154,7 @@ def extract(
     def write(target: Path) -> set[str]:
         save_donor(
             donor, target, place, recipient.source.reference, recipient.source.revision, max_shard_size, push_to,
-            check=lambda folder: names.update(path.name for path in folder.iterdir()),
+            check=lambda folder: names.update(files_in(folder)),
         )  # fmt: skip
         done.append(_report(source, recipient, Donor.from_pretrained(target), init))
         return names
