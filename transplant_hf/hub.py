@@ -29,6 +29,7 @@ def push_folder(
     repo_id: str,
     *,
     commit_message: str,
+    commit_description: str | None = None,
     token: str | bool | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -44,6 +45,7 @@ def push_folder(
         folder: A folder this process has just written.
         repo_id: The repository; made if it does not exist.
         commit_message: Its first line.
+        commit_description: The rest of its message.
         token: As in huggingface_hub.
         private: The same; a public repository that exists is not made private, but refused.
         revision: The branch; made if it does not exist.
@@ -85,6 +87,7 @@ def push_folder(
                 repo_id,
                 operations,
                 commit_message=commit_message,
+                commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=found.sha,

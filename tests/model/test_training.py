@@ -40,7 +40,8 @@ def trainer(model: Any, folder: Path, **arguments: Any) -> Trainer:
         "save_strategy": "no",
         "logging_strategy": "no",
     }
-    return Trainer(model=model, args=TrainingArguments(**{**defaults, **arguments}), train_dataset=Texts())
+    args = TrainingArguments(**{**defaults, **arguments})
+    return Trainer(model=model, args=args, train_dataset=Texts(), eval_dataset=Texts())
 
 
 def freeze_recipient(model: Any) -> None:

@@ -255,11 +255,11 @@ def _of_the_user(target: Path, cache_dir: str | None) -> _Groups:
     if fields.get("model_type") != TransplantConfig.model_type:
         return found
     name, revision = fields.get("recipient"), fields.get("recipient_revision")
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or not isinstance(revision, str | None):
         return found
-    before = points_to_folder(name, Source(str(target), target))
+    before = points_to_folder(name, Source(str(target), target)) if revision is None else None
     if before is None:
-        before = at_hand(name, revision if isinstance(revision, str) else None, cache_dir)
+        before = at_hand(name, revision, cache_dir)
     return {group: files for group, files in found.items() if before is None or not _are_copies(files, before)}
 
 

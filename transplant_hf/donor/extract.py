@@ -67,7 +67,11 @@ def _record(model: PreTrainedModel, numbers: list[int], name: str | None, revisi
 
 
 def checkpoint_tensors(
-    model: PreTrainedModel, path: str, numbers: Sequence[int], zeroed: Mapping[int, Collection[str]] | None = None
+    model: PreTrainedModel,
+    path: str,
+    numbers: Sequence[int],
+    zeroed: Mapping[int, Collection[str]] | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of some layers under a donor's names.
 
@@ -76,6 +80,7 @@ def checkpoint_tensors(
         path: Path of its list of layers.
         numbers: Running numbers; the first becomes layer 0.
         zeroed: For each running number, parameters that are zero in the donor.
+        state_dict: The whole model's weights by their names in it, if others are meant than it holds.
 
     Returns:
         `{"layers.{i}.{name inside the layer}": tensor}`, sharing the model's memory where no fused tensor is split;
@@ -87,9 +92,10 @@ def checkpoint_tensors(
     stack = decoder_stack(model, path)
     state: dict[str, Any] = {}
     for number in numbers:
-        for key, tensor in stack[number].state_dict().items():
+        for key, held in stack[number].state_dict().items():
             if key == GATE:
                 continue
+            tensor = held if state_dict is None else state_dict[f"{path}.{number}.{key}"]
             if is_adapted(key):
                 raise CheckpointError(
                     f"{path}.{number} holds an adapter ({key}), which is no part of a donor. Merge it into the layers "

@@ -25,12 +25,15 @@ _TOLERANCE = 1e-5  # of what the layer adds, in float32
 _SEED = 0
 
 
-def baked_strengths(model: Any, blueprint: Blueprint) -> dict[str, torch.Tensor] | None:
+def baked_strengths(
+    model: Any, blueprint: Blueprint, state: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor] | None:
     """Return the weights with which a model's donors do at strength 1 what they do at their strengths now.
 
     Args:
         model: The transplanted model, all its donors switched on; it is run on a few tokens and left as it was.
         blueprint: What runs.
+        state: The weights to be saved, if not the model's own.
 
     Returns:
         Tensors to save in place of the model's own, by their names in it; `None` where no weights do the same.
@@ -55,7 +58,9 @@ def baked_strengths(model: Any, blueprint: Blueprint) -> dict[str, torch.Tensor]
         own = _scaled(stack[number], projections[number], strength)
         if not _does_the_same(stack[number], own, strength, calls[number]):
             return None
-        weights |= {f"{path}.{number}.{key}": tensor for key, tensor in own.items()}
+        for key, tensor in own.items():
+            place = f"{path}.{number}.{key}"
+            weights[place] = tensor if state is None else state[place] * strength
     return weights
 
 

@@ -99,14 +99,23 @@ def refuse_gate(state: TransplantState, name: str) -> None:
 
 
 @contextmanager
-def gates_aside(state: TransplantState) -> Iterator[None]:
-    """Let every gate be a plain strength inside a `with` block, so that it can be written down."""
+def gates_aside(state: TransplantState, saved: dict[str, torch.Tensor] | None = None) -> Iterator[None]:
+    """Let every gate be a plain strength inside a `with` block, so that it can be written down.
+
+    Args:
+        state: The model's transplant.
+        saved: The weights that are going to be written, if not the model's; gates are taken out of them.
+    """
     gates = gates_of(state)
     if not gates:
         yield
         return
     before = state.blueprint
-    state.blueprint = before.turned({name: float(gate.detach()) for name, gate in gates.items()})
+    path, layer_map = before.recipient.stack_path, before.layer_map()
+    values = {
+        name: (saved or {}).pop(f"{path}.{layer_map.layers_of(name)[0]}.{GATE}", gate) for name, gate in gates.items()
+    }
+    state.blueprint = before.turned({name: float(value.detach()) for name, value in values.items()})
     for name in gates:
         _take_off(state, name)
     try:

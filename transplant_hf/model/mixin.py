@@ -246,24 +246,28 @@ class TransplantMixin:
                 wrote or edited is kept.
 
         Raises:
-            ConfigurationError: `thin` where a recipient weight differs from the pinned recipient's.
+            ConfigurationError: `thin` where a recipient weight differs from the pinned recipient's; or an argument that
+                a thin save, or one in the transplant format, cannot honor.
         """
         native = functools.partial(super().save_pretrained)  # type: ignore[misc]
         return save_transplant(self, native, save_directory, args, thin, kwargs)
 
-    def push_to_hub(self, repo_id: str, *args: Any, thin: bool = False, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, *, thin: bool = False, **kwargs: Any) -> Any:
         """Upload the model as one commit.
 
         Args:
             repo_id: The repository; made if it does not exist.
-            *args: As in Transformers.
             thin: As in `save_pretrained`.
-            **kwargs: `commit_message`, `private`, `token`, `revision`, `create_pr`, and what `save_pretrained` takes.
+            **kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, and what
+                `save_pretrained` takes.
+
+        Raises:
+            ConfigurationError: Another argument.
         """
         if self._transplant is None or (getattr(self, "_hf_peft_config_loaded", False) and not thin):
-            return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]
+            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
         native = functools.partial(super().save_pretrained)  # type: ignore[misc]
-        return push_transplant(self, native, repo_id, args, thin, kwargs)
+        return push_transplant(self, native, repo_id, thin, kwargs)
 
     @classmethod
     def get_init_context(cls, dtype: Any, *args: Any, **kwargs: Any) -> list[Any]:

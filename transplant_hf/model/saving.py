@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from ..storage import publish
 from .baking import baked_strengths
 from .card import write_full_card
 from .gates import gates_aside
+from .resumable import Resumable
+from .save_args import PUSH_ARGS, by_name, checked_state, refuse_arguments
 from .unchanged import check_unchanged
 
 __all__ = ["push_transplant", "recipient_state", "save_transplant"]
@@ -45,7 +48,6 @@ __all__ = ["push_transplant", "recipient_state", "save_transplant"]
 logger = logging.get_logger(__name__)
 
 RECIPIENT_FOLDER = "recipient"
-_PUSH_ARGS = ("commit_message", "private", "token", "revision", "create_pr")
 
 
 def save_transplant(
@@ -58,62 +60,81 @@ def save_transplant(
     repo_id: str | None = None,
 ) -> Any:
     """Do the work of `save_pretrained`; `native` is the recipient class's own."""
-    if model._transplant is None:
-        return _save(model, native, save_directory, args, thin, kwargs, repo_id)
-    with gates_aside(model._transplant):
-        return _save(model, native, save_directory, args, thin, kwargs, repo_id)
-
-
-def _save(
-    model: Any,
-    native: Callable[..., Any],
-    save_directory: str | os.PathLike[str],
-    args: tuple[Any, ...],
-    thin: bool,
-    kwargs: dict[str, Any],
-    repo_id: str | None,
-) -> Any:
     state = model._transplant
-    license = kwargs.pop("license", None) if state is not None else None
     adapters_only = getattr(model, "_hf_peft_config_loaded", False)
     if thin and (state is None or not state.blueprint.parts):
         raise ConfigurationError("thin=True saves donors, but this model holds no transplant.")
     if state is None or (adapters_only and not thin):
         return native(save_directory, *args, **kwargs)
+    kwargs = by_name(native, args, kwargs)
     if kwargs.pop("push_to_hub", False):
-        target = kwargs.pop("repo_id", Path(save_directory).name)
-        pushed = {name: kwargs.pop(name) for name in _PUSH_ARGS if name in kwargs}
-        kwargs |= {"license": license}
-        save_transplant(model, native, save_directory, args, thin, dict(kwargs), target)
-        return push_transplant(model, native, target, (), thin, {**kwargs, **pushed})
-    if thin:
-        _refuse_unless_all_on(state.blueprint, state.switch.disabled)
-        target = Path(save_directory)
-        pinned = state.blueprint.config
-        refuse_recipients_place(pinned.recipient, target, pinned.recipient_revision)
-        with publish(target, replaced_in(target)) as staging:
-            _write_thin(model, state, staging, target, kwargs.get("max_shard_size", "5GB"), repo_id, license)
-        return None
-    is_main = kwargs.get("is_main_process", args[0] if args else True)
+        target = kwargs.pop("repo_id", None) or Path(save_directory).name
+        pushed = {name: kwargs.pop(name) for name in PUSH_ARGS if name in kwargs}
+        save_transplant(model, native, save_directory, (), thin, kwargs, target)
+        if not kwargs.get("is_main_process", True):
+            return None
+        return push_transplant(model, native, target, thin, {**kwargs, **pushed})
+    given = kwargs.get("state_dict")
+    if given is not None:
+        given = kwargs["state_dict"] = dict(given)  # what is written is taken out of it
+    resumable = None if thin else Resumable.of(model, save_directory, given)
+    with gates_aside(state, given):
+        return _save(model, native, Path(save_directory), thin, kwargs, repo_id, resumable)
+
+
+def _save(
+    model: Any,
+    native: Callable[..., Any],
+    target: Path,
+    thin: bool,
+    kwargs: dict[str, Any],
+    repo_id: str | None,
+    resumable: Resumable | None,
+) -> Any:
+    state = model._transplant
+    blueprint = state.blueprint
+    license = kwargs.pop("license", None)
+    is_main = kwargs.get("is_main_process", True)
+    all_off = state.switch.disabled == set(blueprint.splice.names)
+    native_format = not thin and (blueprint.native or all_off)
+    if not native_format:
+        _refuse_unless_all_on(blueprint, state.switch.disabled)
+        if is_main:
+            kwargs["state_dict"] = checked_state(model, kwargs.get("state_dict"))
+    baked = None
+    # The weights of a checkpoint go back into a model that has the strength itself.
+    if not (thin or native_format or resumable):
+        baked = baked_strengths(model, blueprint, kwargs.get("state_dict") if is_main else None)
+    if baked is not None:
+        if kwargs.get("distributed_checkpoint"):
+            raise ConfigurationError(
+                f"distributed_checkpoint=True writes the weights as they are, and the strength of "
+                f"{', '.join(blueprint.scaled)} would be lost. Leave it out, or set the strengths to 1."
+            )
+        own = model.state_dict() if kwargs.get("state_dict") is None else kwargs["state_dict"]
+        kwargs["state_dict"] = {**own, **baked}
+    elif not native_format:
+        refuse_arguments("A thin transplant" if thin else "A model in the transplant format", kwargs)
+        if not is_main:
+            return None
     if not is_main or kwargs.get("distributed_checkpoint"):
-        return native(save_directory, *args, **kwargs)
+        return native(target, **kwargs)
     variant = kwargs.get("variant")
-    target = Path(save_directory)
+    if thin:
+        refuse_recipients_place(blueprint.config.recipient, target, blueprint.config.recipient_revision)
     with publish(target, (lambda name: False) if variant else replaced_in(target)) as staging:
-        all_off = state.switch.disabled == set(state.blueprint.splice.names)
-        if state.blueprint.native or all_off:
-            native(staging, *args, **kwargs)
-            records = [part.donor.record for part in state.blueprint.parts]
-        else:
-            _refuse_unless_all_on(state.blueprint, state.switch.disabled)
-            baked = baked_strengths(model, state.blueprint)
+        if thin:
+            _write_thin(model, state, staging, target, kwargs, repo_id, license)
+            return None
+        if native_format or baked is not None:
             if baked is not None:
-                logger.info(f"The strength of {', '.join(state.blueprint.scaled)} is in the weights that are written.")
-                own = kwargs.get("state_dict") or model.state_dict()
-                native(staging, *args, **{**kwargs, "state_dict": {**own, **baked}})
-                records = [part.donor.record for part in state.blueprint.parts]
-            else:
-                records = _write_full(model, state.blueprint, staging, target, kwargs)
+                logger.info(f"The strength of {', '.join(blueprint.scaled)} is in the weights that are written.")
+            native(staging, **kwargs)
+            records = [part.donor.record for part in blueprint.parts]
+        else:
+            records = _write_full(model, blueprint, staging, target, kwargs)
+            if resumable is not None:
+                resumable.write(staging)
         if not variant:  # a variant's weights stand beside a model that has its tokenizer and its card
             _copy_companions(state, staging, target)
         if not all_off and not variant:
@@ -121,20 +142,25 @@ def _save(
     return None
 
 
-def push_transplant(
-    model: Any,
-    native: Callable[..., Any],
-    repo_id: str,
-    args: tuple[Any, ...],
-    thin: bool,
-    kwargs: dict[str, Any],
-) -> Any:
-    """Upload a model with a transplant; `native` is the recipient class's own `save_pretrained`."""
-    pushed = {name: kwargs.pop(name) for name in _PUSH_ARGS if name in kwargs}
+def push_transplant(model: Any, native: Callable[..., Any], repo_id: str, thin: bool, kwargs: Mapping[str, Any]) -> Any:
+    """Upload a model with a transplant; `native` is the recipient class's own `save_pretrained`.
+
+    Raises:
+        ConfigurationError: Arguments that neither a push nor a save takes.
+    """
+    pushed = {name: kwargs[name] for name in PUSH_ARGS if name in kwargs}
+    saved = {name: value for name, value in kwargs.items() if name not in pushed}
+    known = {*inspect.signature(native).parameters, "license"} - {"save_directory", "push_to_hub", "kwargs"}
+    unknown = [name for name in saved if name not in known]
+    if unknown:
+        raise ConfigurationError(
+            f"push_to_hub takes no {', '.join(unknown)} here. It takes {', '.join(PUSH_ARGS)}, and what "
+            f"save_pretrained takes: {', '.join(sorted(known))}. Tags belong into README.md."
+        )
     message = pushed.pop("commit_message", None) or f"Upload {type(model).__name__} transplant"
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / repo_id.rpartition("/")[2]
-        save_transplant(model, native, target, args, thin, kwargs, repo_id)
+        save_transplant(model, native, target, (), thin, saved, repo_id)
         return push_folder(target, repo_id, commit_message=message, replaced=replaced_among, **pushed)
 
 
@@ -150,7 +176,7 @@ def _write_thin(
     state: Any,
     staging: Path,
     target: Path,
-    max_shard_size: int | str,
+    kwargs: Mapping[str, Any],
     repo_id: str | None,
     license: str | None,
 ) -> None:
@@ -161,8 +187,8 @@ def _write_thin(
             "a thin save refers to its recipient, but this model's recipient was not loaded by name. Save it in full, "
             "or load it with AutoModelWithTransplant.from_pretrained(recipient, donors=...)."
         )
-    check_unchanged(model, state, recipient_state(model))
-    records = _write_donors(model, blueprint, staging, max_shard_size)
+    check_unchanged(model, state, recipient_state(model, kwargs.get("state_dict")))
+    records = _write_donors(model, blueprint, staging, kwargs)
     recipient = _reference(config, target)
     specs = [
         dataclasses.replace(part.spec, donor=".", subfolder=folder, revision=None, layers=None, name=part.name)
@@ -212,7 +238,7 @@ def _folders(blueprint: Blueprint) -> list[str | None]:
 
 
 def _write_donors(
-    model: PreTrainedModel, blueprint: Blueprint, staging: Path, max_shard_size: int | str
+    model: PreTrainedModel, blueprint: Blueprint, staging: Path, kwargs: Mapping[str, Any]
 ) -> list[DonorRecord]:
     records = []
     layer_map = blueprint.layer_map()
@@ -220,9 +246,10 @@ def _write_donors(
         place = staging / folder if folder else staging
         place.mkdir(parents=True, exist_ok=True)
         numbers = layer_map.layers_of(part.name)
-        tensors = checkpoint_tensors(model, blueprint.recipient.stack_path, numbers)
+        state_dict = kwargs.get("state_dict")
+        tensors = checkpoint_tensors(model, blueprint.recipient.stack_path, numbers, state_dict=state_dict)
         record = dataclasses.replace(part.donor.record, name=part.name)
-        records.append(write_donor(place, record, MemoryTensors(tensors), max_shard_size))
+        records.append(write_donor(place, record, MemoryTensors(tensors), kwargs.get("max_shard_size", "5GB")))
     return records
 
 
@@ -237,8 +264,9 @@ def _write_full(
     )
     save_args = {name: value for name, value in kwargs.items() if name in ("max_shard_size", "save_original_format")}
     shell = _shell(model, blueprint)
-    shell.save_pretrained(staging / RECIPIENT_FOLDER, state_dict=recipient_state(model), **save_args)
-    records = _write_donors(model, blueprint, staging, kwargs.get("max_shard_size", "5GB"))
+    recipients = recipient_state(model, kwargs.get("state_dict"))
+    shell.save_pretrained(staging / RECIPIENT_FOLDER, state_dict=recipients, **save_args)
+    records = _write_donors(model, blueprint, staging, kwargs)
     specs = [
         DonorSpec(
             ".", part.spec.position, part.spec.mode, subfolder=folder, name=part.name, strength=part.spec.strength
@@ -266,19 +294,30 @@ def _shell(model: PreTrainedModel, blueprint: Blueprint) -> PreTrainedModel:
     return shell
 
 
-def recipient_state(model: Any) -> dict[str, torch.Tensor]:
+def recipient_state(model: Any, given: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """Return the recipient's weights in a transplanted model, under the recipient's own names.
 
     Layers that a donor replaced and that were not kept are absent.
+
+    Args:
+        model: The model.
+        given: Its weights, if others are meant than it holds.
     """
     state = model._transplant
     path = f"{state.blueprint.recipient.stack_path}."
-    outer = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(path)}
-    return {**outer, **dict(_recipient_layers(state, path))}
+    own = model.state_dict() if given is None else given
+    outer = {name: tensor for name, tensor in own.items() if not name.startswith(path)}
+    return {**outer, **dict(_recipient_layers(model, path, given))}
 
 
-def _recipient_layers(state: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for stage, layer in state.layers.items():
+def _recipient_layers(
+    model: Any, path: str, given: Mapping[str, torch.Tensor] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    running = {slot: number for number, slot in enumerate(model.layer_map)}
+    for stage, layer in model._transplant.layers.items():
         if stage.slot.source == RECIPIENT:
+            place = f"{path}{running.get(stage.slot)}."
             for name, tensor in layer.state_dict().items():
-                yield f"{path}{stage.slot.index}.{name}", tensor
+                # One that a donor replaced, and that was kept, does not run.
+                meant = tensor if given is None else given.get(f"{place}{name}", tensor)
+                yield f"{path}{stage.slot.index}.{name}", meant
