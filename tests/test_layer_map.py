@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
+from xml.etree import ElementTree
 
 import pytest
 
@@ -106,6 +109,23 @@ def test_long_recipients_are_shortened_in_print() -> None:
     ):
         assert line in picture
     assert "81 layers run: 80 recipient, 1 law" in picture
+
+
+def test_a_legend_is_printed_and_changes_nothing_else() -> None:
+    bare = Splice(8, [Placement("a<b", 1, (4,))]).layer_map()
+    layer_map = LayerMap(bare, [("a<b", "strength 1 & on")])
+    assert layer_map == bare == tuple(bare) and hash(layer_map) == hash(bare)
+    assert str(layer_map) == f"{bare}\na<b: strength 1 & on"
+    assert str(copy.deepcopy(layer_map)) == str(pickle.loads(pickle.dumps(layer_map))) == str(layer_map)  # noqa: S301
+
+
+def test_the_table_for_notebooks_is_escaped_and_says_the_same() -> None:
+    layer_map = LayerMap(Splice(8, [Placement("a<b", 1, (4,))]).layer_map(), [("a<b", "strength 1 & on")])
+    table = layer_map._repr_html_()
+    assert "<tr><td>1</td><td>a&lt;b 4</td></tr>" in table and "a<b" not in table
+    assert "9 layers run: 8 recipient, 1 a&lt;b<br>a&lt;b: strength 1 &amp; on" in table
+    assert table.count("<tr>") == 1 + len(str(layer_map).splitlines()) - 3
+    ElementTree.fromstring(f"<div>{table.replace('<br>', '<br/>')}</div>")
 
 
 @pytest.mark.parametrize(

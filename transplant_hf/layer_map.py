@@ -7,7 +7,8 @@ untouched recipient's numbering, whatever else is transplanted.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+import html
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from .errors import ConfigurationError
@@ -27,6 +28,11 @@ class Slot(NamedTuple):
 class LayerMap(tuple[Slot, ...]):
     """For each layer that runs, in order, where it came from. Prints as a picture of the stack.
 
+    Args:
+        slots: (source, index) pairs.
+        legend: What is known of the sources: a name and a phrase of each, printed below the picture. No part of the
+            tuple, and without effect on what it equals.
+
     Example:
         >>> print(LayerMap([("recipient", 0), ("law", 4), ("law", 5), ("recipient", 1)]))
         layer  from
@@ -37,19 +43,39 @@ class LayerMap(tuple[Slot, ...]):
         4 layers run: 2 recipient, 2 law
     """
 
-    def __new__(cls, slots: Iterable[tuple[str, int]] = ()) -> LayerMap:
+    legend: tuple[tuple[str, str], ...]
+
+    def __new__(cls, slots: Iterable[tuple[str, int]] = (), legend: Iterable[tuple[str, str]] = ()) -> LayerMap:
         """Make a map of (source, index) pairs."""
-        return super().__new__(cls, (Slot(*slot) for slot in slots))
+        made = super().__new__(cls, (Slot(*slot) for slot in slots))
+        made.legend = tuple(legend)
+        return made
 
     def __repr__(self) -> str:
         return f"LayerMap({[tuple(slot) for slot in self]})"
 
     def __str__(self) -> str:
         lines = ["layer  from"]
-        for run in self._runs():
-            lines += self._picture(run)
-        counts = ", ".join(f"{len(self.layers_of(source))} {source}" for source in self.sources)
-        return "\n".join([*lines, f"{len(self)} layers run: {counts}"])
+        for number, slot in self._rows():
+            if slot is None:
+                lines.append("    :  :")
+            else:
+                lines.append(f"{number:>5}  {'' if slot.source == RECIPIENT else '|  '}{slot.source} {slot.index}")
+        return "\n".join([*lines, self._counts(), *(f"{name}: {phrase}" for name, phrase in self.legend)])
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks."""
+        rows = [
+            "<tr><td>&#8942;</td><td>&#8942;</td></tr>"
+            if slot is None
+            else f"<tr><td>{number}</td><td>{html.escape(f'{slot.source} {slot.index}')}</td></tr>"
+            for number, slot in self._rows()
+        ]
+        below = [html.escape(line) for line in (self._counts(), *(f"{name}: {told}" for name, told in self.legend))]
+        return (
+            f"<table><thead><tr><th>layer</th><th>from</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+            f"<p>{'<br>'.join(below)}</p>"
+        )
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -75,12 +101,19 @@ class LayerMap(tuple[Slot, ...]):
                 runs.append([number])
         return runs
 
-    def _picture(self, run: list[int]) -> list[str]:
-        lines = [f"{n:5d}  {'' if self[n].source == RECIPIENT else '|  '}{' '.join(map(str, self[n]))}" for n in run]
-        # A deep recipient is mostly "and so on": only the ends of a long run tell something.
-        if self[run[0]].source == RECIPIENT and len(run) > 6:
-            lines[2:-2] = ["    :  :"]
-        return lines
+    def _rows(self) -> Iterator[tuple[int, Slot | None]]:
+        """The layers that are shown; `None` for those that are left out."""
+        for run in self._runs():
+            # A deep recipient is mostly "and so on": only the ends of a long run tell something.
+            long = self[run[0]].source == RECIPIENT and len(run) > 6
+            for number in [*run[:2], *run[-2:]] if long else run:
+                if long and number == run[-2]:
+                    yield number, None
+                yield number, self[number]
+
+    def _counts(self) -> str:
+        counts = ", ".join(f"{len(self.layers_of(source))} {source}" for source in self.sources)
+        return f"{len(self)} layers run: {counts}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -265,5 +265,7 @@ def test_a_file_of_another_size(tiny_gpt2: Path, tmp_path: Path) -> None:
 
 def test_printing_reads_nothing(tiny_gpt2: Path) -> None:
     donor = Donor.from_pretrained(tiny_gpt2 / "donor")
-    assert repr(donor) == f"Donor({str(tiny_gpt2 / 'donor')!r}, gpt2, layers [1, 2])"
+    assert repr(donor) == f"Donor('donor', gpt2, layers [1, 2], insert at position 1, from {tiny_gpt2 / 'donor'})"
+    loose = Donor.from_model(plain(tiny_gpt2 / "source"), [1], name="loose")
+    assert repr(loose) == "Donor('loose', gpt2, layers [1], no recommended position)"
     assert str(Donor.from_model(tiny_gpt2_model(0), [1], name="law")) == "law"

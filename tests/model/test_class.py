@@ -7,6 +7,7 @@ import json
 import weakref
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import (
     AutoConfig,
@@ -32,7 +33,7 @@ from tests.helpers import (
     logits_of,
     some_ids,
 )
-from transplant_hf import AutoModelWithTransplant, DonorSpec, LayerMap, TransplantConfig
+from transplant_hf import AutoModelWithTransplant, DonorSpec, LayerMap, TransplantConfig, remove_transplants
 
 load = AutoModelWithTransplant.from_pretrained
 
@@ -218,3 +219,49 @@ def test_a_model_that_is_let_go_of_is_freed_at_once(tiny: Path) -> None:
         assert [one() for one in gone] == [None, None]
     finally:
         gc.enable()
+
+
+# -- What one sees of it -------------------------------------------------------------------------------------------
+
+
+def test_one_look_says_what_is_in_the_model(tiny_llama: Path) -> None:
+    donors = [DonorSpec(str(tiny_llama / "donor"), 1), DonorSpec(str(tiny_llama / "donor"), 2, "replace", name="code")]
+    model = load(tiny_llama / "recipient", donors=donors, keep_replaced=True)
+    model.set_strength("donor", 0.5)
+    recipient = f"recipient: {(tiny_llama / 'recipient').resolve()}"
+    code = "code: replaces layers from position 2, strength 1, on"
+    lines = [recipient, "donor: inserted at position 1, strength 0.5, on", code]
+    assert str(model.layer_map).splitlines()[-3:] == lines
+    assert all(line in model.layer_map._repr_html_() for line in lines)
+    assert all(line in repr(model) for line in lines)
+    with model.disable_transplants("donor"):
+        assert str(model.layer_map).splitlines()[-3:] == [
+            recipient,
+            "donor: inserted at position 1, strength 0.5, off",
+            code,
+        ]
+    assert str(remove_transplants(load(tiny_llama / "donor"))).count("donor") == 0
+
+
+def test_trainable_parameters_are_printed_as_peft_prints_them(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = loaded(tiny_llama)
+    model.requires_grad_(False)
+    layers_of(model)[1].requires_grad_(True)
+    model.print_trainable_parameters()
+    ours = capsys.readouterr().out
+    peft.PeftModel.print_trainable_parameters(_Counted(model))
+    assert ours == capsys.readouterr().out
+
+
+class _Counted:
+    """What PEFT needs of a model to print its parameters."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)

@@ -389,7 +389,9 @@ class Donor:
         return str(self.source or file or self.name or "in memory")
 
     def __repr__(self) -> str:
-        return f"Donor({str(self)!r}, {self.model_type}, layers {self.layer_indices})"
+        place = "no recommended position" if self.position is None else f"{self.mode} at position {self.position}"
+        source = f", from {self.source}" if self.source else ""
+        return f"Donor({self.name!r}, {self.model_type}, layers {self.layer_indices}, {place}{source})"
 
     def _check_layer_numbers(self) -> None:
         found = {layer_of(name)[0] for name in self.infos()}

@@ -58,6 +58,8 @@ class AutoModelWithTransplant:
             3  recipient 1
             4  recipient 2
         5 layers run: 3 recipient, 2 tail
+        recipient: .../recipient
+        tail: inserted at position 1, strength 1, on
     """
 
     def __init__(self) -> None:

@@ -48,11 +48,44 @@ class TransplantMixin:
 
     @property
     def layer_map(self) -> LayerMap:
-        """For each layer that runs now, its source and its index there; prints as a picture."""
+        """For each layer that runs now, its source and its index there; prints as a picture, and what each donor is."""
         if self._transplant is None:
             layers = self.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[attr-defined]
             return LayerMap((RECIPIENT, index) for index in range(layers))
-        return self._transplant.blueprint.layer_map(self._transplant.switch.disabled)
+        running = self._transplant.blueprint.layer_map(self._transplant.switch.disabled)
+        return LayerMap(running, self._legend())
+
+    def _legend(self) -> list[tuple[str, str]]:
+        """What the recipient and each donor are, on one line each."""
+        config = self._transplant.blueprint.config
+        revision = f"@{config.recipient_revision}" if config.recipient_revision else ""
+        lines = [(RECIPIENT, f"{config.recipient}{revision}")] if config.recipient else []
+        for spec in config.donors:
+            how = "replaces layers from" if spec.mode == "replace" else "inserted at"
+            strength = self.strengths[str(spec.name)]
+            state = "off" if spec.name in self._transplant.switch.disabled else "on"
+            lines.append((str(spec.name), f"{how} position {spec.position}, strength {strength:g}, {state}"))
+        return lines
+
+    def extra_repr(self) -> str:
+        """What `print(model)` says before the modules."""
+        native = super().extra_repr()  # type: ignore[misc]
+        lines = [native] if native else []
+        return "\n".join([*lines, *(f"{name}: {told}" for name, told in (self._legend() if self._transplant else ()))])
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, how many there are, and the share, as PEFT prints it.
+
+        Example:
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> from transplant_hf import Donor, transplant
+            >>> recipient = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+            >>> model = transplant(recipient, Donor.from_model(recipient, layers=[1], name="law"), position=2)
+            >>> model.print_trainable_parameters()
+            trainable params: 3,696 || all params: 3,696 || trainable%: 100.0000
+        """
+        trained, count = self.num_parameters(only_trainable=True), self.num_parameters()  # type: ignore[attr-defined]
+        print(f"trainable params: {trained:,d} || all params: {count:,d} || trainable%: {100 * trained / count:.4f}")
 
     @property
     def strengths(self) -> dict[str, float]:
