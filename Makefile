@@ -31,7 +31,7 @@ format:
 	$(PYTHON) -m ruff format .
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto
 
 test-slow:
 	$(PYTHON) -m pytest -m slow
