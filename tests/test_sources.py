@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from tests.helpers import refused
-from transplant_hf import ConfigurationError
+from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, HubError
+from transplant_hf.inspection import inspect
 from transplant_hf.sources import HubOptions, Source, locate, points_to_folder
 
 COMMIT = "a" * 40
@@ -96,3 +100,20 @@ def test_hub_options_are_picked_out_of_a_call() -> None:
 def test_sources_print_what_the_user_wrote() -> None:
     assert str(Source("user/thin", Path("/cache/x"), COMMIT)) == f"user/thin@{COMMIT}"
     assert str(Source("../thin", Path("/data/thin"))) == "../thin"
+
+
+@pytest.mark.parametrize("call", [inspect, Donor.from_pretrained, AutoModelWithTransplant.from_pretrained])
+def test_a_misspelled_folder_is_said_to_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[str], Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with refused(HubError, "there is no folder 'shak' here, and shak is not in the local cache"):
+        call("shak")
+
+
+def test_a_repository_with_a_revision_is_no_missing_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with refused(HubError, "user/law@v1 is not in the local cache") as caught:
+        Donor.from_pretrained("user/law", revision="v1")
+    assert "no folder" not in str(caught.value)

@@ -275,7 +275,8 @@ def _downloading(reference: str, revision: str | None, hub: HubOptions) -> Itera
     """Like `hub_errors`, for what is written into the local cache."""
     where = f"{reference}@{revision}" if revision else reference
     try:
-        with hub_errors(reference, revision), writing(hub.cache_dir or constants.HF_HUB_CACHE, _kept(where)):
+        cache = hub.cache_dir or constants.HF_HUB_CACHE
+        with hub_errors(reference, revision, or_folder=revision is None), writing(cache, _kept(where)):
             yield
     except ValueError as error:
         _refuse_if_hostile(where, error)
@@ -292,9 +293,16 @@ def _refuse_if_hostile(where: str, error: ValueError) -> None:
 
 
 @contextmanager
-def hub_errors(reference: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the Hub client raises into one sentence that says what to do; the original is the `__cause__`."""
+def hub_errors(reference: str, revision: str | None = None, or_folder: bool = False) -> Iterator[None]:
+    """Turn what the Hub client raises into one sentence that says what to do; the original is the `__cause__`.
+
+    Args:
+        reference: The repository.
+        revision: Its revision.
+        or_folder: Whether a folder could have been meant, which was looked for first.
+    """
     where = f"{reference}@{revision}" if revision else reference
+    no_folder = f"there is no folder {reference!r} here, and on the Hub " if or_folder else ""
     try:
         yield
     except HFValidationError as error:
@@ -305,7 +313,7 @@ def hub_errors(reference: str, revision: str | None = None) -> Iterator[None]:
         ) from error
     except RepositoryNotFoundError as error:
         raise HubError(
-            f"{where} was not found, or is private. Check the name; for a private one log in or pass token=."
+            f"{no_folder}{where} was not found, or is private. Check the name; for a private one log in or pass token=."
         ) from error
     except RevisionNotFoundError as error:
         raise HubError(f"{reference} has no revision {revision!r}.") from error
@@ -314,9 +322,10 @@ def hub_errors(reference: str, revision: str | None = None) -> Iterator[None]:
             raise HubError(f"{_refusal(where, error.__cause__)} It is not in the local cache either.") from error
         # Of its kinds, the one that says more: some files are there.
         partly = isinstance(error, LocalEntryNotFoundError) and type(error) is not LocalEntryNotFoundError
+        found = f"{where} is only partly" if partly else f"{no_folder.removesuffix('on the Hub ')}{where} is not"
         raise HubError(
-            f"{where} is {'only partly' if partly else 'not'} in the local cache and the Hub cannot be asked: offline "
-            f"mode, local_files_only or no connection.{f' Load it once with a connection. {error}' if partly else ''}"
+            f"{found} in the local cache and the Hub cannot be asked: offline mode, local_files_only or no connection."
+            f"{f' Load it once with a connection. {error}' if partly else ''}"
         ) from error
     except HfHubHTTPError as error:
         raise HubError(_refusal(where, error)) from error

@@ -122,7 +122,7 @@ OTHER_FILES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         ("a pickle of another kind",),
     ),
     "text": (lambda path: path.write_text("hello"), ("it begins with b'hello'",)),
-    "a folder": (lambda path: path.mkdir(), ("there is no file",)),
+    "a folder": (lambda path: path.mkdir(), ("is a folder", "Files in it: none")),
     "a pipe": (os.mkfifo, ("there is no file",)),
     "no file": (lambda path: None, ("there is no file",)),
     "a link to nowhere": (lambda path: path.symlink_to(path.parent / "gone"), ("there is no file",)),

@@ -249,3 +249,9 @@ def test_another_source_of_the_same_shape(tmp_path: Path, tiny_llama: Path) -> N
     report = check_compatibility(tiny_llama / "recipient", donor, 2)
     assert report
     assert report.layer_map[2:4] == (("deep", 4), ("deep", 5))
+
+
+def test_swapped_arguments_are_told_apart(tiny_llama: Path) -> None:
+    recipient, donor = tiny_llama / "recipient", tiny_llama / "donor"
+    with refused(ConfigurationError, f"{recipient} is no donor, but {donor} is", "the recipient comes first"):
+        check_compatibility(donor, recipient)

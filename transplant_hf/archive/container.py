@@ -101,6 +101,9 @@ def open_container(path: Path) -> Container:
     """
     try:
         if not path.is_file():
+            if path.is_dir():
+                inside = ", ".join(sorted(found.name for found in path.glob("*.pt"))) or "none"
+                raise CheckpointError(f"{path} is a folder, not a file that torch.save wrote. Files in it: {inside}.")
             raise CheckpointError(f"there is no file {path}.")
         with path.open("rb") as file:
             start = file.read(512)

@@ -16,9 +16,10 @@ from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor import Donor
 from ..donor.place import spec_of
-from ..errors import ConfigurationError
-from ..sources import HubOptions, Source, for_transformers, reading
+from ..errors import CheckpointError, ConfigurationError
+from ..sources import HubOptions, Source, for_transformers, locate, reading
 from ..splice import Blueprint, draw_blueprint, follow_quantization, report_fit
+from ..storage import read_json
 from .loading import FileChecks, Loading, loading
 from .mixin import transplant_class
 from .resolve import Request, open_donors, read_request, recipient_config
@@ -302,6 +303,13 @@ def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) ->
     return model
 
 
+def _names_transplant(what: Any, hub: HubOptions) -> bool:
+    if not isinstance(what, str | os.PathLike):
+        return False
+    path = locate(os.fspath(what), files=("config.json",), hub=hub).folder / "config.json"
+    return path.exists() and read_json(path, "config.json").get("model_type") == TransplantConfig.model_type
+
+
 def check_compatibility(
     recipient: Any, donor: Any, position: int | None = None, mode: str | None = None, **hub_kwargs: Any
 ) -> CompatibilityReport:
@@ -320,7 +328,14 @@ def check_compatibility(
     """
     trust = hub_kwargs.pop("trust_remote_code", None)
     hub = HubOptions.from_kwargs(hub_kwargs)
-    opened = donor if isinstance(donor, Donor) else Donor.from_pretrained(donor, **hub.as_kwargs())
+    try:
+        opened = donor if isinstance(donor, Donor) else Donor.from_pretrained(donor, **hub.as_kwargs())
+    except CheckpointError as error:
+        if _names_transplant(recipient, hub):
+            raise ConfigurationError(
+                f"{donor} is no donor, but {recipient} is: the recipient comes first, then the donor. {error}"
+            ) from error
+        raise
     spec = spec_of(opened, position, mode=mode, name=opened.name or "donor", strength=1.0)
     if isinstance(recipient, PreTrainedModel):
         model_class, config, name = type(recipient), recipient.config, recipient.config.name_or_path
