@@ -41,6 +41,7 @@ def test_train_on_a_folder(family: Path, text: Path, capsys: pytest.CaptureFixtu
     found = json.loads(out)
     assert status == 0 and found["steps"] == 4
     assert set(found["perplexity"]) == {"recipient", "with donor"}
+    assert found["held_out"] == {"hamlet": found["perplexity"]}
     donor = Donor.from_pretrained(family / "new")
     assert (donor.num_layers, donor.position, donor.mode, donor.name) == (2, 2, "replace", "hamlet")
     assert not (family / "new.training").exists()

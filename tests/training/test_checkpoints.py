@@ -109,6 +109,19 @@ def test_a_killed_run_goes_on_from_a_whole_checkpoint(tmp_path: Path) -> None:
         resumed.train(resume_from_checkpoint=True)
 
 
+def test_a_run_can_go_on_for_longer(tmp_path: Path) -> None:
+    fields = {"replay_dataset": noise(seed=2, name="general"), "lr_scheduler_type": "constant", "warmup_steps": 0}
+    whole = trainer(tmp_path / "whole", max_steps=12, **fields)
+    whole.train()
+    _stopped(tmp_path / "run", **fields)
+    resumed = trainer(tmp_path / "run", max_steps=12, **fields)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 12
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+    with refused(ConfigurationError, "checkpoint-4 is at step 4, and this run shall end at step 3", "more steps"):
+        trainer(tmp_path / "run", max_steps=3, **fields).train(resume_from_checkpoint=True)
+
+
 def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     _stopped(tmp_path)
     other = trainer(tmp_path, learning_rate=3e-3, train_dataset=noise(seed=3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ DONOR_TEMPLATE, FULL_TEMPLATE = "donor.md", "full_export.md"
 # An installed package carries the templates inside; a source checkout has them at its top.
 PLACES = (Path(__file__).parent / "templates", Path(__file__).parents[2] / "model_cards")
 _MOST_ENTRIES = 40
+# The metadata entry of trainings: {text: {state of the model: perplexity}}.
+MEASURED = "held_out_perplexity"
 
 
 def template_path(name: str) -> Path:
@@ -111,7 +114,8 @@ def _variables(facts: CardFacts) -> dict[str, Any]:
         "generates": facts.task == "text-generation",
         "origin": facts.origin,
         "quoted_from": facts.quoted_from,
-        "records": any(donor.metadata for donor in facts.donors),
+        "records": any(_entries(donor) for donor in facts.donors),
+        "measured": any(_measured(donor) for donor in facts.donors),
         "files": [_file(file) for donor in facts.donors for file in donor.files],
         "format": code(TransplantConfig.model_type),
     }
@@ -119,7 +123,7 @@ def _variables(facts: CardFacts) -> dict[str, Any]:
 
 def _donor(donor: DonorFacts) -> dict[str, Any]:
     count = len(donor.layers)
-    entries = list(donor.metadata.items())
+    entries = _entries(donor)
     return {
         "name": code(donor.name),
         "count": count,
@@ -132,7 +136,32 @@ def _donor(donor: DonorFacts) -> dict[str, Any]:
         "revision": code(donor.revision) if donor.revision else None,
         "entries": [(code(key), quoted(value)) for key, value in entries[:_MOST_ENTRIES]],
         "left_out": max(0, len(entries) - _MOST_ENTRIES),
+        "measured": _measured(donor)[:_MOST_ENTRIES],
+        "untrained": donor.metadata.get("init") == "identity" and not donor.metadata.get("steps"),
     }
+
+
+def _entries(donor: DonorFacts) -> list[tuple[str, Any]]:
+    """What the author recorded, without what has a part of the card to itself."""
+    return [(key, value) for key, value in donor.metadata.items() if key != MEASURED]
+
+
+def _measured(donor: DonorFacts) -> list[tuple[str, str]]:
+    """The perplexities on held-out texts that a training or a recovery recorded, each text with its numbers."""
+    records = (donor.metadata, donor.metadata.get("recovered"))
+    held = [record.get(MEASURED) for record in records if isinstance(record, Mapping)]
+    return [
+        (code(text), ", ".join(f"{escaped(state)} {_number(value)}" for state, value in states.items()))
+        for texts in held
+        if isinstance(texts, Mapping)
+        for text, states in texts.items()
+        if isinstance(states, Mapping)
+    ]
+
+
+def _number(value: Any) -> str:
+    """A perplexity; one that JSON has no number for was too large to write down."""
+    return f"{value:.2f}" if isinstance(value, int | float) and math.isfinite(value) else "too large"
 
 
 def _named(reference: str | None) -> str:

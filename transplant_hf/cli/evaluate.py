@@ -60,7 +60,7 @@ def _run(options: argparse.Namespace) -> int:
 
     report = evaluate(
         options.model,
-        text_sources(options),
+        text_sources(options.text, options),
         recipient=options.recipient,
         **measuring_arguments(options),
         **loading_arguments(options),
@@ -81,7 +81,7 @@ def _dial(options: argparse.Namespace) -> int:
     from ..evaluation import strength_curve
     from ..plots import check_strengths_picture, plot_strengths
 
-    texts = text_sources(options)
+    texts = text_sources(options.text, options)
     if options.plot is not None:
         check_strengths_picture(options.plot, texts, options.overwrite)
     report = strength_curve(

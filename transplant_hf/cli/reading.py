@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import DataError
@@ -68,17 +69,21 @@ def text_source(specification: str | None, options: argparse.Namespace) -> Any:
     )
 
 
-def text_sources(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the texts by their names.
+def text_sources(specifications: Iterable[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Return texts by their names.
+
+    Args:
+        specifications: What names each.
+        options: How they are read.
 
     Raises:
         DataError: Two have one name.
     """
     found: dict[str, Any] = {}
-    for text in options.text if isinstance(options.text, list) else [options.text]:
+    for text in specifications:
         source = text_source(text, options)
         if source.name in found:
-            raise DataError(f"two texts are named {source.name!r}. Name them: --text NAME={source.data}.")
+            raise DataError(f"two texts are named {source.name!r}. Name them: NAME={source.data}.")
         found[str(source.name)] = source
     return found
 

@@ -13,7 +13,7 @@ from .reading import (
     add_text_options,
     loading_arguments,
     measuring_arguments,
-    text_sources,
+    text_source,
 )
 from .values import number, whole
 
@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.plot is not None:
         check_picture(options.plot, options.overwrite)
-    (text,) = text_sources(options).values()
+    text = text_source(options.text, options)
     report = sweep(
         options.recipient,
         options.donors or None,

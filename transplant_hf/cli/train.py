@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .command import add_overwrite, command, show
-from .reading import TEXT_HELP, add_loading_options, add_text_options, loading_arguments, text_source
+from .reading import TEXT_HELP, add_loading_options, add_text_options, loading_arguments, text_source, text_sources
+from .values import number, share, whole
 
 __all__ = ["add"]
 
@@ -25,6 +26,7 @@ _DONOR_OPTIONS = (
 )
 _SHARED_OPTIONS = (
     "block_length",
+    "held_out_blocks",
     "replay_share",
     "learning_rate",
     "seed",
@@ -57,13 +59,15 @@ def add(commands: Any) -> None:
     train.add_argument(
         "--position", type=int, help="recipient layers that run before it (default: L-1; L-k to replace)"
     )
-    train.add_argument("--layers", type=int, default=3, dest="donor_layers", metavar="K", help="how many (default: 3)")
+    train.add_argument(
+        "--layers", type=whole(), default=3, dest="donor_layers", metavar="K", help="how many (default: 3)"
+    )
     train.add_argument("--start-layers", type=int, nargs="+", metavar="N", help="recipient layers it starts from")
     train.add_argument("--name", dest="donor_name", help="what to call it (default: after the text)")
     train.add_argument(
-        "--distillation", type=float, default=0.0, help="weight of KL to the untouched recipient (default: 0)"
+        "--distillation", type=number(), default=0.0, help="weight of KL to the untouched recipient (default: 0)"
     )
-    train.add_argument("--strength", type=float, help="recommended strength (default: 1; 0.75 without general text)")
+    train.add_argument("--strength", type=number(), help="recommended strength (default: 1; 0.75 without general text)")
     recover = command(
         commands,
         "recover",
@@ -79,7 +83,7 @@ def add(commands: Any) -> None:
         default=["donor", "neighbours"],
         help="what is trained (default: donor neighbours)",
     )
-    recover.add_argument("--neighbours", type=int, default=1, help="recipient layers on either side (default: 1)")
+    recover.add_argument("--neighbours", type=whole(0), default=1, help="recipient layers on either side (default: 1)")
     recover.add_argument("--donors", nargs="+", metavar="NAME", help="only these (default: all)")
 
 
@@ -91,16 +95,26 @@ def _add_shared(parser: argparse.ArgumentParser, what: str, told: str, learning_
     )
     add_overwrite(parser)
     parser.add_argument("--general", metavar="TEXT", help="general text to replay against forgetting")
-    parser.add_argument("--held-out", metavar="TEXT", help="text to measure on before and after")
+    parser.add_argument(
+        "--held-out",
+        action="append",
+        metavar="TEXT",
+        help="text to measure on before and after; may be given several times. What is found is recorded",
+    )
+    parser.add_argument(
+        "--held-out-blocks", type=whole(), metavar="N", help="most blocks of each such text (default: all)"
+    )
     add_text_options(parser)
-    parser.add_argument("--replay-share", type=float, default=0.25, help="its share of each batch (default: 0.25)")
+    parser.add_argument("--replay-share", type=share, help="its share of each batch (default: 0.25)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=-1, help="optimizer steps")
-    length.add_argument("--epochs", type=float, default=1.0, help="times through the text (default: 1)")
-    parser.add_argument("--batch-size", type=int, default=8, help="blocks in a step and process (default: 8)")
+    length.add_argument("--steps", type=whole(), default=-1, help="optimizer steps")
+    length.add_argument("--epochs", type=number(above=0), default=1.0, help="times through the text (default: 1)")
+    parser.add_argument("--batch-size", type=whole(), default=8, help="blocks in a step and process (default: 8)")
     chosen = "by method and width" if learning_rate is None else f"{learning_rate:g}"
-    parser.add_argument("--learning-rate", type=float, default=learning_rate, help=f"the peak (default: {chosen})")
-    parser.add_argument("--seed", type=int, default=42, help="of everything (default: 42)")
+    parser.add_argument(
+        "--learning-rate", type=number(above=0), default=learning_rate, help=f"the peak (default: {chosen})"
+    )
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=42, help="of everything (default: 42)")
     parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
     parser.add_argument(
         "--cache-prefix",
@@ -109,8 +123,9 @@ def _add_shared(parser: argparse.ArgumentParser, what: str, told: str, learning_
         help="where hidden states before the trained part are kept (default: auto)",
     )
     parser.add_argument("--prefix-cache-limit", default="20GB", help="most bytes for that (default: 20GB)")
-    parser.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints (default: 200)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--save-steps", type=whole(), default=200, help="steps between checkpoints (default: 200)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, also for more steps")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="keep them when all is done")
     add_loading_options(parser)
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository, as one commit")
     parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
@@ -131,9 +146,22 @@ def _recover(options: argparse.Namespace) -> int:
     )
 
 
-def _run(options: argparse.Namespace, run: Any, chosen: dict[str, Any]) -> int:
+def _wrong_usage(options: argparse.Namespace) -> str | None:
     if options.output is None and options.push_to_hub is None:
-        print("name a folder to write, or --push-to-hub REPO", file=sys.stderr)
+        return "name a folder to write, or --push-to-hub REPO"
+    if options.private and options.push_to_hub is None:
+        return "--private goes with --push-to-hub"
+    if options.replay_share is not None and options.general is None:
+        return "--replay-share is the share of --general; give both, or neither"
+    if options.held_out_blocks is not None and options.held_out is None:
+        return "--held-out-blocks goes with --held-out"
+    return None
+
+
+def _run(options: argparse.Namespace, run: Any, chosen: dict[str, Any]) -> int:
+    wrong = _wrong_usage(options)
+    if wrong:
+        print(f"transplant-hf: {wrong}", file=sys.stderr)
         return 2
     chosen |= {name: getattr(options, name) for name in _SHARED_OPTIONS if getattr(options, name) is not None}
     loaded = loading_arguments(options)
@@ -142,11 +170,12 @@ def _run(options: argparse.Namespace, run: Any, chosen: dict[str, Any]) -> int:
         text_source(options.text, options),
         options.output,
         general=text_source(options.general, options),
-        held_out=text_source(options.held_out, options),
+        held_out=text_sources(options.held_out, options) if options.held_out else None,
         push_to=options.push_to_hub,
         push_kwargs={"private": True} if options.private else {},
         resume=options.resume,
         overwrite=options.overwrite,
+        keep_checkpoints=options.keep_checkpoints,
         revision=loaded.pop("revision", None),
         model_kwargs=loaded,
         max_steps=options.steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import TrainingArguments
 from ..errors import ConfigurationError
 from ..storage import parse_size
 
-__all__ = ["DonorTrainingArguments"]
+__all__ = ["DonorTrainingArguments", "check_run"]
 
 _METHODS, _MODES, _STARTS = ("in_place", "standalone"), ("insert", "replace"), ("identity", "copy")
 _CACHES = ("auto", "memory", "disk", "off")
@@ -32,6 +33,7 @@ class DonorTrainingArguments(TrainingArguments):
             "copy" starts as the layers are. A replacing donor always starts as a copy.
         donor_name: What to call the donor.
         block_length: Tokens in a block; by default what the recipient can read, at most 1024.
+        held_out_blocks: Most blocks of each text that is measured on; by default all.
         replay_share: The share of each batch that is general text, where such text is given.
         distillation: Weight of KL(untouched recipient || model), on the rows of general text if there are any.
         cache_prefix: Whether the hidden states before the donor are computed once for each block: in "memory", on
@@ -57,6 +59,7 @@ class DonorTrainingArguments(TrainingArguments):
     init: str = "identity"
     donor_name: str | None = None
     block_length: int | None = None
+    held_out_blocks: int | None = None
     replay_share: float = 0.25
     distillation: float = 0.0
     cache_prefix: str = "auto"
@@ -70,6 +73,7 @@ class DonorTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_run(self)
         for name, known in (("method", _METHODS), ("mode", _MODES), ("init", _STARTS), ("cache_prefix", _CACHES)):
             if getattr(self, name) not in known:
                 raise ConfigurationError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
@@ -82,6 +86,32 @@ class DonorTrainingArguments(TrainingArguments):
                 "distillation compares the model with the untouched recipient layer by layer, which needs "
                 'method="in_place" and mode="insert". Set distillation=0.'
             )
-        if not 0.0 <= self.replay_share < 1.0:
-            raise ConfigurationError(f"replay_share must be at least 0 and below 1, got {self.replay_share}.")
-        parse_size(self.prefix_cache_limit, "prefix_cache_limit")
+
+
+def check_run(args: Any) -> None:
+    """Refuse numbers with which a run would fail, or do nothing, after hours of preparation.
+
+    Args:
+        args: Of a donor or of a recovery.
+
+    Raises:
+        ConfigurationError: A number out of range.
+    """
+    if args.max_steps != -1 and args.max_steps < 1:
+        raise ConfigurationError(
+            f"max_steps must be at least 1, or -1 for num_train_epochs; got {args.max_steps}. A donor that is not "
+            "trained is made by extract."
+        )
+    if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
+        raise ConfigurationError(f"num_train_epochs must be above 0, got {args.num_train_epochs}.")
+    for name in ("learning_rate", "gate_learning_rate"):
+        rate = getattr(args, name, None)
+        if rate is not None and not 0 < rate < math.inf:
+            raise ConfigurationError(f"{name} must be a finite number above 0, got {rate}.")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "held_out_blocks"):
+        count = getattr(args, name)
+        if count is not None and count < 1:
+            raise ConfigurationError(f"{name} must be at least 1, got {count}.")
+    if not 0.0 <= args.replay_share < 1.0:
+        raise ConfigurationError(f"replay_share must be at least 0 and below 1, got {args.replay_share}.")
+    parse_size(args.prefix_cache_limit, "prefix_cache_limit")

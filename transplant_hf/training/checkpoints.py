@@ -32,6 +32,8 @@ TRAINED_FILE = "trained.safetensors"
 RUN_FILE = "transplant_run.json"
 _STATE_FILE = "trainer_state.json"
 _OPTIMIZER_FILE = "optimizer.pt"
+# What may differ when a run is resumed: the first rows of a longer run are those of a shorter one.
+_LENGTH = {"rows", "max_steps"}
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -132,7 +134,7 @@ def _is_whole(folder: Path, number: int) -> bool:
 
 
 def check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
-    """Refuse to resume a run from a checkpoint of another.
+    """Refuse to resume a run from a checkpoint of another; only how long it is may differ.
 
     Raises:
         ConfigurationError: With everything that differs.
@@ -140,10 +142,15 @@ def check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
     """
     saved = read_json(folder / RUN_FILE, "the checkpoint's run")
     now = json.loads(json.dumps(dict(run)))
-    differing = [name for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
+    differing = [name for name in sorted({*saved, *now} - _LENGTH) if saved.get(name) != now.get(name)]
     if differing:
         lines = "; ".join(f"{name}: {saved.get(name)!r} there, {now.get(name)!r} now" for name in differing)
         raise ConfigurationError(
             f"{folder} was written by a run with another configuration ({lines}). Use the same configuration, or start "
             "anew in another folder."
+        )
+    step, steps = read_json(folder / _STATE_FILE, "the checkpoint's state").get("global_step"), now.get("max_steps")
+    if isinstance(step, int) and isinstance(steps, int) and step > steps:
+        raise ConfigurationError(
+            f"{folder} is at step {step}, and this run shall end at step {steps}. Train for more steps, or start again."
         )

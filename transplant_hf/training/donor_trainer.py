@@ -37,7 +37,7 @@ class DonorTrainer(PartTrainer):
         args: What to do; `DonorTrainingArguments`.
         train_dataset: The text to learn: `Blocks`, a `TextSource`, a file or Hub id, or rows with a "text" column.
         replay_dataset: General text to replay against forgetting, likewise.
-        eval_dataset: Text to measure on while training, likewise.
+        eval_dataset: Text to measure on while training, likewise; several as `{name: text}`.
         processing_class: The recipient's tokenizer; by default the one beside the recipient.
         revision: The recipient's revision, where it is named.
         model_kwargs: Further arguments for loading it, such as `dtype`.
@@ -80,6 +80,7 @@ class DonorTrainer(PartTrainer):
             recipient, processing_class, args, train_dataset, replay_dataset, eval_dataset
         )
         self.donor_name = args.donor_name or _default_name(domain)
+        self.held_out_perplexity: Mapping[str, Mapping[str, float | None]] = {}
         self.position = _position(recipient, args)
         self.recommended_strength = (
             args.strength if args.strength is not None else default_strength(args.mode, replay is not None)
@@ -106,6 +107,14 @@ class DonorTrainer(PartTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+
+    def note_measured(self, held_out: Mapping[str, Mapping[str, float | None]]) -> None:
+        """Record in the donor's metadata what was measured on held-out text.
+
+        Args:
+            held_out: `{text: {state of the model: perplexity}}`.
+        """
+        self.held_out_perplexity = held_out
 
     @property
     def donor(self) -> Donor:
@@ -241,7 +250,6 @@ def _run(recipient: Any, args: DonorTrainingArguments, position: int) -> dict[st
         "init",
         "distillation",
         "learning_rate",
-        "max_steps",
         "seed",
     )
     return {

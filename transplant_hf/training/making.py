@@ -67,6 +67,8 @@ def record_of_making(trainer: DonorTrainer) -> dict[str, Any]:
         made["train_seconds"] = round(seconds, 3)
     if losses:
         made["train_loss_last"] = round(losses[-1], 4)
+    if trainer.held_out_perplexity:
+        made["held_out_perplexity"] = trainer.held_out_perplexity
     if evaluated:
         made["eval_loss_last"] = round(evaluated[-1], 4)
     return made

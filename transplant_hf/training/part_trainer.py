@@ -119,14 +119,17 @@ class PartTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=rows, **kwargs)
         for talkative in (PrinterCallback, ProgressCallback):
             self.pop_callback(talkative)
-        self.add_callback(StderrProgress(quiet=bool(args.disable_tqdm)))
+        self._progress = StderrProgress(quiet=bool(args.disable_tqdm))
+        self.add_callback(self._progress)
         self.rows = rows
         self.part = part
         self.inner = inner if inner is not None else model
         self.cache_plan = cache or CachePlan()
         self.distillation = distillation
         self.cache_seconds = 0.0
-        self._run = {**rows.described(), **dict(run or {})}
+        self._run = {**rows.described(), **dict(run or {}), "max_steps": args.max_steps}
+        if rows.share:
+            self._run["replay_drawn"] = 2  # general text by a generator of its own; version 1 had one for both
         self._running: PartialRun | None = None
         self._frozen = list(_frozen_modules(model, stack_of(self.inner)))
 
@@ -144,10 +147,11 @@ class PartTrainer(Trainer):
             ConfigurationError: A checkpoint of another run, or none.
             TrainingError: The loss is not finite.
         """
-        checkpoint = self._checkpoint(resume_from_checkpoint)
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         try:
             return self._train_part(checkpoint, *args, **kwargs)
         finally:
+            self._progress.close()  # also where the run was stopped, so that what is said next has a line of its own
             # Accelerate leaves its autocast around `forward`: the model shall compute as it did before.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
@@ -173,7 +177,15 @@ class PartTrainer(Trainer):
     def _outermost(self) -> Any:
         return self.model if self.model is not self.inner else None
 
-    def _checkpoint(self, asked: Any) -> str | None:
+    def checkpoint_to_resume(self, asked: Any) -> str | None:
+        """Return the checkpoint that a run goes on from, once it is known to be of this run.
+
+        Args:
+            asked: A checkpoint's folder, or `True` for the last one that was written whole.
+
+        Raises:
+            ConfigurationError: A checkpoint of another run, or none.
+        """
         if not asked:
             return None
         output = Path(str(self.args.output_dir))

@@ -45,6 +45,10 @@ class StderrProgress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar, if there is one."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

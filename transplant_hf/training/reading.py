@@ -30,14 +30,14 @@ def as_blocks(
         tokenizer: Its tokenizer.
         block_length: Tokens in a block; by default what the model can read, at most 1024.
         what: What the text is for, for messages.
-        most: Of a stream, how many blocks are read.
+        most: How many blocks are read; by default all.
 
     Raises:
         ConfigurationError: No tokenizer.
         DataError: Text that is missing or too short, or a tokenizer of another model.
     """
     if isinstance(data, Blocks):
-        return data
+        return data if most is None else data.part(0, most)
     if tokenizer is None:
         raise ConfigurationError(
             f"the {what} {data!r} must be packed into blocks: pass processing_class=, a tokenizer."
@@ -46,10 +46,13 @@ def as_blocks(
     check_tokenizer(tokenizer, text.vocab_size, str(model.config.name_or_path or type(model).__name__))
     if isinstance(data, str):
         data = TextSource.parse(data)
-    streamed = isinstance(data, TextSource) and data.streaming
-    if streamed and most is None:
+    if _is_stream(data) and most is None:
         raise ConfigurationError(f"the {what} {data.data!r} is a stream, which has no end: say max_steps.")
-    return pack(data, tokenizer, longest_block(model.config, block_length), most if streamed else None)
+    return pack(data, tokenizer, longest_block(model.config, block_length), most)
+
+
+def _is_stream(data: Any) -> bool:
+    return isinstance(data, TextSource) and data.streaming
 
 
 def model_and_tokenizer(
@@ -78,16 +81,16 @@ def model_and_tokenizer(
 
 def blocks_of_run(
     model: Any, tokenizer: Any, args: Any, domain: Any, replay: Any, evaluated: Any
-) -> tuple[Blocks, Blocks | None, Blocks | None]:
-    """Pack the texts of a run: the one to learn, the general one, and the one that is measured on.
+) -> tuple[Blocks, Blocks | None, Blocks | dict[str, Blocks] | None]:
+    """Pack the texts of a run: the one to learn, the general one, and those that are measured on.
 
     Args:
         model: The model it is for.
         tokenizer: Its tokenizer.
-        args: With `block_length`, steps and batch sizes.
+        args: With `block_length`, `held_out_blocks`, steps and batch sizes.
         domain: As in `as_blocks`.
         replay: The same, or `None`.
-        evaluated: The same, or `None`.
+        evaluated: The same, or several by name, or `None`.
 
     Raises:
         DataError: There is no text to learn, or it cannot be read.
@@ -96,13 +99,18 @@ def blocks_of_run(
         raise DataError("train_dataset is missing: say which text shall be learnt.")
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     most = args.max_steps * batch if args.max_steps > 0 else None
-    known = ((domain, "text"), (replay, "general text"), (evaluated, "held-out text"))
-    learnt, general, held = (
-        None if data is None else as_blocks(data, model, tokenizer, args.block_length, what, most)
-        for data, what in known
-    )
-    assert learnt is not None
-    return learnt, general, held
+
+    def packed(data: Any, what: str, limit: int | None = None) -> Blocks:
+        limit = most if limit is None and _is_stream(data) else limit
+        return as_blocks(data, model, tokenizer, args.block_length, what, limit)
+
+    general = None if replay is None else packed(replay, "general text")
+    held: Any = None
+    if isinstance(evaluated, Mapping):
+        held = {name: packed(text, f"held-out text {name}", args.held_out_blocks) for name, text in evaluated.items()}
+    elif evaluated is not None:
+        held = packed(evaluated, "held-out text", args.held_out_blocks)
+    return packed(domain, "text"), general, held
 
 
 def rows_of_run(

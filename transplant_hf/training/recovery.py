@@ -21,6 +21,7 @@ from ..model.gates import attach_gate, detach_gate
 from ..model.memory import transplant
 from ..partial import stack_of
 from ..storage import parse_size
+from .arguments import check_run
 from .making import note_in_donors, versions
 from .part_trainer import CachePlan, Part, PartTrainer
 from .reading import blocks_of_run, model_and_tokenizer, rows_of_run
@@ -41,6 +42,7 @@ class RecoveryArguments(TrainingArguments):
         neighbours: How many recipient layers on either side count as neighbours.
         donors: The donors to recover, by name; all that are inserted by default.
         block_length: Tokens in a block; by default what the recipient can read, at most 1024.
+        held_out_blocks: As in `DonorTrainingArguments`.
         replay_share: The share of each batch that is general text, where such text is given.
         cache_prefix: As in `DonorTrainingArguments`.
         prefix_cache_limit: The same.
@@ -55,6 +57,7 @@ class RecoveryArguments(TrainingArguments):
     neighbours: int = 1
     donors: list[str] | None = None
     block_length: int | None = None
+    held_out_blocks: int | None = None
     replay_share: float = 0.25
     cache_prefix: str = "auto"
     prefix_cache_limit: str = "20GB"
@@ -66,6 +69,7 @@ class RecoveryArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_run(self)
         unknown = sorted(set(self.parts) - set(_PARTS))
         if unknown or not self.parts:
             raise ConfigurationError(f"parts must be among {_PARTS}, got {self.parts!r}.")
@@ -125,7 +129,6 @@ class RecoveryTrainer(PartTrainer):
                 "parts": sorted(args.parts),
                 "donors": self.recovered,
                 "learning_rate": args.learning_rate,
-                "max_steps": args.max_steps,
             },
             eval_dataset=evaluated,
             processing_class=processing_class,
@@ -138,8 +141,18 @@ class RecoveryTrainer(PartTrainer):
         model = self.accelerator.unwrap_model(self.model)
         while self._gates:
             detach_gate(model, self._gates.pop())
-        note_in_donors(model, {name: {"recovered": self._made()} for name in [*self.recovered, *_grown_by(model)]})
+        self.note_measured({})
         return output
+
+    def note_measured(self, held_out: Mapping[str, Mapping[str, float | None]]) -> None:
+        """Record what was done, and what was measured on held-out text, in the donors that were trained.
+
+        Args:
+            held_out: `{text: {state of the model: perplexity}}`.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        made = {**self._made(), **({"held_out_perplexity": held_out} if held_out else {})}
+        note_in_donors(model, {name: {"recovered": made} for name in [*self.recovered, *_grown_by(model)]})
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Give gates a learning rate of their own: one number must go farther than each of many."""

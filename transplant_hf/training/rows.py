@@ -68,10 +68,11 @@ class Rows(Dataset[dict[str, Any]]):
         self._plan = self._drawn(count, seed)
 
     def _drawn(self, count: int, seed: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
+        # A generator for each text: the rows of a longer run begin with those of a shorter one.
+        of_domain, of_general = (torch.Generator().manual_seed(number) for number in (seed, seed + 1))
         replayed = [math.floor((n + 1) * self.share + 1e-9) > math.floor(n * self.share + 1e-9) for n in range(count)]
-        general = _order(len(self.replay) if self.replay is not None else 1, sum(replayed), generator)
-        domain = _order(len(self.domain), count - sum(replayed), generator)
+        general = _order(len(self.replay) if self.replay is not None else 1, sum(replayed), of_general)
+        domain = _order(len(self.domain), count - sum(replayed), of_domain)
         sources = {True: iter(general), False: iter(domain)}
         return [next(sources[general]) + (len(self.domain) if general else 0) for general in replayed]
 

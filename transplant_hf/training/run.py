@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,13 +17,14 @@ from ..outputs import check_output_folder
 from ..sources import points_to_folder
 from ..texts import Blocks
 from .arguments import DonorTrainingArguments
-from .checkpoints import checkpoints, remove_checkpoints
+from .checkpoints import checkpoints, last_checkpoint, remove_checkpoints
 from .donor_trainer import DonorTrainer
 from .recovery import RecoveryArguments, RecoveryTrainer
 
 __all__ = ["TrainingReport", "recover_transplant", "train_donor"]
 
 _WORK = ".training"
+Measured = dict[str, dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +41,8 @@ class TrainingReport:
         trainable_parameters: How many numbers were trained.
         learning_rate: The peak.
         strength: The strength of each donor in what was saved.
-        perplexity: `{"recipient": ..., "before": ..., "after": ...}` on held-out text, where such was given; "after" at
-            the strengths that were saved.
+        held_out: `{text: {"recipient": ..., "before": ..., "after": ...}}`, perplexities on held-out texts, where such
+            were given; "after" at the strengths that were saved.
     """
 
     output: str
@@ -52,11 +54,16 @@ class TrainingReport:
     trainable_parameters: int
     learning_rate: float
     strength: Mapping[str, float]
-    perplexity: Mapping[str, float]
+    held_out: Mapping[str, Mapping[str, float]]
+
+    @property
+    def perplexity(self) -> Mapping[str, float]:
+        """The perplexities on the first held-out text."""
+        return next(iter(self.held_out.values()), {})
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "perplexity": dict(self.perplexity)}
 
     def __str__(self) -> str:
         strengths = ", ".join(f"{name} {value:g}" for name, value in self.strength.items())
@@ -70,8 +77,9 @@ class TrainingReport:
             f"learning rate       {self.learning_rate:g}",
             f"strength            {strengths}",
         ]
-        for name, value in self.perplexity.items():
-            lines.append(f"{f'perplexity {name}':<19} {value:.2f}")
+        for text, numbers in self.held_out.items():
+            lines += [f"perplexity on {text}"] if len(self.held_out) > 1 else []
+            lines += [f"{f'perplexity {name}':<19} {value:.2f}" for name, value in numbers.items()]
         return "\n".join(lines)
 
 
@@ -85,6 +93,7 @@ def train_donor(
     push_to: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    keep_checkpoints: bool = False,
     revision: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     push_kwargs: Mapping[str, Any] | None = None,
@@ -97,9 +106,10 @@ def train_donor(
         text: The text to learn.
         output: The folder to write; may be left out with `push_to`.
         general: General text to replay.
-        held_out: Text to measure on before and after.
+        held_out: Text to measure on before and after; several as `{name: text}`. What is found is recorded.
         push_to: The repository to upload to.
-        resume: Go on from the last checkpoint beside the output.
+        resume: Go on from the last checkpoint beside the output; the run may be longer than before.
+        keep_checkpoints: Keep them beside the output when all is done, to go on for longer with `resume`.
         overwrite: Replace what transplant_hf wrote to the output before; without it, an output that is not empty, or
             checkpoints of an earlier run that `resume` does not continue, are refused before anything else is done.
         revision: The recipient's revision.
@@ -117,17 +127,21 @@ def train_donor(
         args = DonorTrainingArguments(work, **arguments)
         trainer = DonorTrainer(recipient, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs)
         name, model = trainer.donor_name, trainer.model
-        with model.disable_transplants(name):
-            before = _perplexity(trainer, "recipient")
+
+        def measure() -> Measured:
+            with model.disable_transplants(name):
+                return _measured(trainer, "recipient")
+
+        def finish() -> None:
+            model.set_strength(name, trainer.recommended_strength)
 
         def save() -> None:
             if output is not None:
                 trainer.save_donor(output)
             if push_to is not None:
                 trainer.push_donor(push_to, **dict(push_kwargs or {}))
-            model.set_strength(name, trainer.recommended_strength)
 
-        return _carried_out(trainer, resume, output, push_to, before, save, "with donor")
+        return _carried_out(trainer, resume, output, push_to, measure, finish, save, "with donor", keep_checkpoints)
 
 
 def recover_transplant(
@@ -140,6 +154,7 @@ def recover_transplant(
     push_to: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    keep_checkpoints: bool = False,
     revision: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     push_kwargs: Mapping[str, Any] | None = None,
@@ -152,9 +167,10 @@ def recover_transplant(
         text: The text to learn.
         output: The folder to write; may be left out with `push_to`.
         general: General text to replay.
-        held_out: Text to measure on before and after.
+        held_out: Text to measure on before and after; several as `{name: text}`. What is found is recorded.
         push_to: The repository to upload to.
-        resume: Go on from the last checkpoint beside the output.
+        resume: Go on from the last checkpoint beside the output; the run may be longer than before.
+        keep_checkpoints: Keep them beside the output when all is done, to go on for longer with `resume`.
         overwrite: Replace what transplant_hf wrote to the output before; without it, an output that is not empty, or
             checkpoints of an earlier run that `resume` does not continue, are refused before anything else is done.
         revision: The transplant's revision.
@@ -174,9 +190,11 @@ def recover_transplant(
             transplant, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs
         )
         model = trainer.model
-        with model.disable_transplants():
-            before = _perplexity(trainer, "recipient")
-        before |= _perplexity(trainer, "before")
+
+        def measure() -> Measured:
+            with model.disable_transplants():
+                found = _measured(trainer, "recipient")
+            return _measured(trainer, "before", found)
 
         def save() -> None:
             if output is not None:
@@ -184,7 +202,7 @@ def recover_transplant(
             if push_to is not None:
                 model.push_to_hub(push_to, thin=True, **dict(push_kwargs or {}))
 
-        return _carried_out(trainer, resume, output, push_to, before, save, "after")
+        return _carried_out(trainer, resume, output, push_to, measure, lambda: None, save, "after", keep_checkpoints)
 
 
 @contextmanager
@@ -200,6 +218,10 @@ def _working(
     _check_work(work, resume, overwrite)
     try:
         yield str(work)
+    except KeyboardInterrupt as stopped:
+        last = last_checkpoint(work)
+        told = f"{last} is whole: go on from there with resume=True (--resume)" if last else "no checkpoint was written"
+        raise KeyboardInterrupt(f"training was stopped; {told}.") from stopped
     finally:
         with suppress(OSError):  # not empty: there is something to go on from
             work.rmdir()
@@ -220,24 +242,33 @@ def _carried_out(
     resume: bool,
     output: str | os.PathLike[str] | None,
     push_to: str | None,
-    before: Mapping[str, float],
+    measure: Callable[[], Measured],
+    finish: Callable[[], None],
     save: Callable[[], None],
     label: str,
+    keep_checkpoints: bool,
 ) -> TrainingReport:
-    """Train, save, measure, and remove the checkpoints of what is saved now."""
+    """Measure, train, measure, save, and remove the checkpoints of what is saved now."""
     config = trainer.model.transplant_config
     if push_to is not None and points_to_folder(config.recipient, revision=config.recipient_revision) is not None:
         raise ConfigurationError(
             f"what is pushed must name a recipient on the Hub, and {config.recipient} is a folder. Push the recipient "
             "first and train from there, or write to a folder only."
         )
+    trainer.checkpoint_to_resume(resume)
+    held_out = measure()
     work = Path(str(trainer.args.output_dir))
     if not resume:
         remove_checkpoints(work)
     result = trainer.train(resume_from_checkpoint=resume)
-    save()
-    after = _perplexity(trainer, label)
-    remove_checkpoints(work)
+    finish()
+    try:
+        held_out = _measured(trainer, label, held_out)
+        trainer.note_measured(_for_record(held_out))
+    finally:
+        save()  # whatever happens to a measurement, what was trained is not lost
+    if not keep_checkpoints:
+        remove_checkpoints(work)
     return TrainingReport(
         output=str(output or push_to),
         layer_map=str(trainer.model.layer_map),
@@ -248,10 +279,24 @@ def _carried_out(
         trainable_parameters=trainer.trainable_parameters,
         learning_rate=trainer.args.learning_rate,
         strength=dict(trainer.model.strengths),
-        perplexity={**before, **after},
+        held_out=held_out,
     )
 
 
-def _perplexity(trainer: Any, label: str) -> dict[str, float]:
+def _measured(trainer: Any, label: str, before: Measured | None = None) -> Measured:
+    """Add to the perplexities on the held-out texts those of the model as it is now."""
     held = trainer.eval_dataset
-    return {label: perplexity(trainer.model, held).value} if isinstance(held, Blocks) else {}
+    texts = held if isinstance(held, Mapping) else {held.name: held} if isinstance(held, Blocks) else {}
+    quiet = bool(trainer.args.disable_tqdm)
+    return {
+        name: {**(before or {}).get(name, {}), label: perplexity(trainer.model, blocks, name=name, quiet=quiet).value}
+        for name, blocks in texts.items()
+    }
+
+
+def _for_record(held_out: Measured) -> dict[str, dict[str, float | None]]:
+    """JSON has no infinity."""
+    return {
+        text: {state: round(value, 4) if math.isfinite(value) else None for state, value in numbers.items()}
+        for text, numbers in held_out.items()
+    }
