@@ -17,6 +17,7 @@ import pytest
 ROOMS = (
     "errors",
     "config",
+    "heads",  # names of Auto classes
     "layer_map",  # up to here pure: what reads or writes files stands to the right
     "cards",  # needs no more than facts that others hand over
     "storage",

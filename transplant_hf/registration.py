@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+from transformers import AutoConfig
 
 from .config import TransplantConfig
+from .heads import Head, auto_classes
 
-__all__ = [
-    "TransplantForCausalLM",
-    "TransplantForSequenceClassification",
-    "TransplantForTokenClassification",
-    "TransplantModel",
-    "register",
-]
+__all__ = ["LOADERS", "register"]
 
 
 class _Loader:
@@ -43,37 +32,25 @@ class _Loader:
         return config_to_model(cls.auto_class, config, **kwargs)
 
 
-class TransplantModel(_Loader):
-    """A transplant without a head."""
-
-    auto_class = AutoModel
-
-
-class TransplantForCausalLM(_Loader):
-    """A transplant for causal language modelling."""
-
-    auto_class = AutoModelForCausalLM
+def _loader(auto_class: Any) -> type[_Loader]:
+    fields = {"auto_class": auto_class, "__module__": __name__, "__doc__": f"A transplant for `{auto_class.__name__}`."}
+    return type(Head(auto_class.__name__).loader, (_Loader,), fields)
 
 
-class TransplantForSequenceClassification(_Loader):
-    """A transplant for sequence classification."""
-
-    auto_class = AutoModelForSequenceClassification
+# For every Auto class, also those that no decoder-only model has a class for: the error then says which ones it has.
+LOADERS = {loader.__name__: loader for loader in map(_loader, auto_classes())}
 
 
-class TransplantForTokenClassification(_Loader):
-    """A transplant for token classification."""
-
-    auto_class = AutoModelForTokenClassification
+def __getattr__(name: str) -> Any:
+    """Find a loader by the name that `modeling_transplant.py` of a repository imports."""
+    try:
+        return LOADERS[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
 def register() -> None:
     """Make the Auto classes and `pipeline` know transplants."""
     AutoConfig.register(TransplantConfig.model_type, TransplantConfig, exist_ok=True)
-    for loader in (
-        TransplantModel,
-        TransplantForCausalLM,
-        TransplantForSequenceClassification,
-        TransplantForTokenClassification,
-    ):
+    for loader in LOADERS.values():
         loader.auto_class.register(TransplantConfig, loader, exist_ok=True)

@@ -7,8 +7,13 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..errors import CompatibilityError
+from ..heads import auto_classes_for
 
 __all__ = ["native_class"]
+
+
+class _HeadError(CompatibilityError, ValueError):
+    """A `ValueError` too: on one, a pipeline that knows several Auto classes tries the next, as with a plain model."""
 
 
 def native_class(auto_class: Any, config: PreTrainedConfig, name: str) -> tuple[Any, PreTrainedConfig]:
@@ -24,10 +29,11 @@ def native_class(auto_class: Any, config: PreTrainedConfig, name: str) -> tuple[
     """
     mapping = auto_class._model_mapping
     if type(config) not in mapping:
-        what = "is not a decoder-only model" if auto_class is AutoModelForCausalLM else "has no such head"
-        raise CompatibilityError(
+        what = "is not a decoder-only language model" if auto_class is AutoModelForCausalLM else "has no such head"
+        others = ", ".join(auto_classes_for(config))
+        raise _HeadError(
             f"recipient {name} ({config.model_type}) {what}: {auto_class.__name__} has no class for "
-            f"{type(config).__name__}."
+            f"{type(config).__name__}. {f'These have one: {others}.' if others else ''}".rstrip()
         )
     found = mapping[type(config)]
     if isinstance(found, list | tuple):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TransplantConfig
+from ..heads import HEADS
 from ..storage import write_json
 
 __all__ = ["AUTO_MAP", "CODE_FILE", "transplant_fields", "write_entry"]
@@ -18,36 +19,21 @@ _CODE = '''"""Lets `trust_remote_code=True` load this repository, with the Pytho
 
 try:
     from transplant_hf import TransplantConfig
-    from transplant_hf.registration import (
-        TransplantForCausalLM,
-        TransplantForSequenceClassification,
-        TransplantForTokenClassification,
-        TransplantModel,
-    )
+    from transplant_hf.registration import LOADERS
 except ImportError as error:
     raise ImportError(
         "This repository needs the Python package transplant_hf, which is not installed. Install it from its own "
         "sources; a package of that name on an index may be another one."
     ) from error
 
-__all__ = [
-    "TransplantConfig",
-    "TransplantForCausalLM",
-    "TransplantForSequenceClassification",
-    "TransplantForTokenClassification",
-    "TransplantModel",
-]
+__all__ = ["TransplantConfig", *LOADERS]
+
+globals().update(LOADERS)  # the classes that `auto_map` names
 '''
 
 AUTO_MAP = {
     auto_class: f"{CODE_FILE.removesuffix('.py')}.{name}"
-    for auto_class, name in {
-        "AutoConfig": "TransplantConfig",
-        "AutoModel": "TransplantModel",
-        "AutoModelForCausalLM": "TransplantForCausalLM",
-        "AutoModelForSequenceClassification": "TransplantForSequenceClassification",
-        "AutoModelForTokenClassification": "TransplantForTokenClassification",
-    }.items()
+    for auto_class, name in [("AutoConfig", "TransplantConfig"), *((head.auto_class, head.loader) for head in HEADS)]
 }
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from ..cards import CARD_FILE, CardFacts, full_card, keeps_its_card, license_named
 from ..donor.card import chosen_license, donor_facts
@@ -14,12 +11,6 @@ from ..donor.companions import has_tokenizer
 from .opened import Opened
 
 __all__ = ["write_export_card"]
-
-_TASKS = {
-    AutoModelForCausalLM: "text-generation",
-    AutoModelForSequenceClassification: "text-classification",
-    AutoModelForTokenClassification: "token-classification",
-}
 
 
 def write_export_card(opened: Opened, staging: Path, target: Path, recipient: Path, license: str | None) -> None:
@@ -43,7 +34,6 @@ def write_export_card(opened: Opened, staging: Path, target: Path, recipient: Pa
         reference = spec.donor if spec.revision is not None else None
         known = donor_facts(record, spec)
         donors.append(dataclasses.replace(known, reference=reference, revision=spec.revision, files=()))
-    auto_class: Any = opened.auto_class
     facts = CardFacts(
         repo=target.absolute().name,
         model_type=blueprint.recipient.config.model_type,
@@ -54,7 +44,7 @@ def write_export_card(opened: Opened, staging: Path, target: Path, recipient: Pa
         license=named or chosen_license(records, recipient, of_all=True),
         with_tokenizer=has_tokenizer(staging),
         native=True,
-        auto_class=auto_class.__name__,
-        task=_TASKS.get(auto_class),
+        auto_class=opened.head.auto_class,
+        task=opened.head.task,
     )
     full_card(facts).save(staging / CARD_FILE)

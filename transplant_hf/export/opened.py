@@ -6,24 +6,15 @@ import dataclasses
 import os
 from typing import Any
 
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-)
-
 from ..architecture import native_class
 from ..config import TransplantConfig
 from ..errors import ConfigurationError
+from ..heads import CAUSAL_LM, Head, head_of
 from ..model.resolve import Request, open_donors, read_request, recipient_config
 from ..sources import HubOptions
 from ..splice import Blueprint, draw_blueprint
 
 __all__ = ["Opened", "open_transplant"]
-
-_HEADS = (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +24,19 @@ class Opened:
     Args:
         request: What was named, every revision pinned.
         blueprint: What runs; a native configuration describes it.
-        auto_class: The Auto class that finds the recipient's own class.
+        head: The head that the recipient was saved with.
         hub: How to reach the Hub.
     """
 
     request: Request
     blueprint: Blueprint
-    auto_class: Any
+    head: Head
     hub: HubOptions
+
+    @property
+    def auto_class(self) -> Any:
+        """The Auto class that finds the recipient's own class."""
+        return self.head.find()
 
     @property
     def config(self) -> TransplantConfig:
@@ -80,22 +76,11 @@ def open_transplant(
         request.config.composition = composition
     found = open_donors(request, hub)
     config, _ = recipient_config(request, hub, False, {})
-    auto_class = _head_of(config)
-    model_class, config = native_class(auto_class, config, request.config.recipient)
+    head = head_of(config.architectures or (), config) or CAUSAL_LM
+    model_class, config = native_class(head.find(), config, request.config.recipient)
     blueprint = draw_blueprint(model_class, config, found, request.config)
     _refuse_beyond_native(blueprint)
-    return Opened(request, blueprint, auto_class, hub)
-
-
-def _head_of(config: PreTrainedConfig) -> Any:
-    """The Auto class that finds the class which the recipient was saved from."""
-    named = set(config.architectures or ())
-    for auto_class in _HEADS:
-        found = auto_class._model_mapping.get(type(config), ())
-        classes: Any = found if isinstance(found, list | tuple) else [found]
-        if named & {one.__name__ for one in classes}:
-            return auto_class
-    return AutoModelForCausalLM
+    return Opened(request, blueprint, head, hub)
 
 
 def _refuse_beyond_native(blueprint: Blueprint) -> None:

@@ -12,14 +12,9 @@ from ..donor.card import chosen_license, donor_facts
 from ..donor.companions import at_hand, has_tokenizer
 from ..donor.entry import CODE_FILE
 from ..donor.record import DonorRecord
+from ..heads import BASE, CAUSAL_LM, head_of
 
 __all__ = ["write_full_card"]
-
-# What heads are called in class names, the Auto class that finds them, and the pipeline that runs them.
-_HEADS = (
-    ("ForSequenceClassification", "AutoModelForSequenceClassification", "text-classification"),
-    ("ForTokenClassification", "AutoModelForTokenClassification", "token-classification"),
-)
 
 
 def write_full_card(
@@ -47,7 +42,7 @@ def write_full_card(
     blueprint = state.blueprint
     config = blueprint.config
     native = not (staging / CODE_FILE).exists()
-    auto_class, task = _head(model)
+    head = head_of([type(model).__name__], model.config) or (CAUSAL_LM if model.can_generate() else BASE)
     donors = []
     for part, record in zip(blueprint.parts, records, strict=True):
         if part.name in state.switch.disabled:
@@ -76,15 +71,7 @@ def write_full_card(
         with_tokenizer=has_tokenizer(staging),
         native=native,
         side_by_side=bool(blueprint.crowds),
-        auto_class=auto_class,
-        task=task,
+        auto_class=head.auto_class,
+        task=head.task,
     )
     full_card(facts).save(staging / CARD_FILE)
-
-
-def _head(model: Any) -> tuple[str, str | None]:
-    """The Auto class that loads a model like this one, and its pipeline."""
-    if model.can_generate():
-        return "AutoModelForCausalLM", "text-generation"
-    name = type(model).__name__
-    return next(((auto, task) for end, auto, task in _HEADS if name.endswith(end)), ("AutoModel", None))
