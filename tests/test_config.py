@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig
 
 from tests.helpers import refused
@@ -78,6 +80,69 @@ def test_position_is_a_whole_number_from_zero(position: Any) -> None:
 def test_layers_are_consecutive(layers: Any) -> None:
     with refused(ConfigurationError, "consecutive", "'user/law'", repr(layers)):
         DonorSpec("user/law", 0, layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("position", "layers", "strength"),
+    [
+        (np.int64(1), np.arange(2), np.float32(0.5)),
+        (torch.tensor(1), torch.tensor([0, 1]), torch.tensor(0.5)),
+        (np.array(1), range(2), np.float64(0.5)),
+        (np.uint8(1), {1, 0}, torch.tensor(0.5, dtype=torch.bfloat16)),
+        (1, [np.int32(0), torch.tensor(1)], 0.5),
+    ],
+)
+def test_numbers_of_numpy_and_torch_become_plain(position: Any, layers: Any, strength: Any) -> None:
+    spec = DonorSpec("user/law", position, layers=layers, strength=strength)
+    assert json.loads(json.dumps(spec.to_dict())) == spec.to_dict()
+    assert spec == DonorSpec("user/law", 1, layers=[0, 1], strength=0.5)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"position": 10**5000},
+        {"position": [1]},
+        {"position": np.True_},
+        {"position": torch.tensor([1, 2])},
+        {"position": torch.tensor(1, device="meta")},
+        {"layers": [0, 10**5000]},
+        {"layers": {"0": 1}},
+        {"layers": torch.tensor(1)},
+        {"layers": [[0], [1]]},
+        {"strength": 10**5000},
+        {"strength": np.float32("nan")},
+        {"strength": [1.0]},
+        {"donor": ["user/law"]},
+        {"donor": 5},
+        {"revision": 5},
+        {"revision": ["main"]},
+        {"subfolder": 5},
+        {"name": ["law"]},
+        {"mode": ["insert"]},
+        {"mode": {}},
+    ],
+)
+def test_a_field_of_the_wrong_type_is_named(field: dict[str, Any]) -> None:
+    with refused(ConfigurationError, *field):
+        DonorSpec.from_dict({"donor": "user/law", "position": 1, **field})
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"recipient": 5},
+        {"recipient": ["user/base"]},
+        {"recipient_revision": 5},
+        {"recipient_revision": {"sha": "0"}},
+        {"composition": ["stacked"]},
+        {"format_version": 10**5000},
+        {"format_version": [1]},
+    ],
+)
+def test_a_configuration_field_of_the_wrong_type_is_named(field: dict[str, Any]) -> None:
+    with refused(ConfigurationError, *field):
+        TransplantConfig(**{"recipient": "user/base", "donors": {"user/law": 1}, **field})
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf"), "1", True])

@@ -16,6 +16,7 @@ import pytest
 # Left to right: a room (a module or sub-package of transplant_hf) imports only from rooms to its left.
 ROOMS = (
     "errors",
+    "numeric",  # numbers as users write them
     "config",
     "heads",  # names of Auto classes
     "layer_map",  # up to here pure: what reads or writes files stands to the right

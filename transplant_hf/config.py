@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from .errors import ConfigurationError
+from .numeric import consecutive_layers, finite_number, is_whole, shown, whole_number
 
 __all__ = [
     "FORMAT_VERSION",
@@ -49,8 +49,8 @@ def check_format_version(found: Any, where: str) -> int:
     """
     if found is None:
         return FORMAT_VERSION
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise ConfigurationError(f"format_version in {where} must be a whole number from 1, got {found!r}.")
+    if not is_whole(found) or found < 1:
+        raise ConfigurationError(f"format_version in {where} must be a whole number from 1, got {shown(found)}.")
     if found > FORMAT_VERSION:
         release = _RELEASE_OF_FORMAT.get(found)
         needed = f"transplant_hf >= {release}" if release else "a newer transplant_hf"
@@ -74,7 +74,7 @@ def check_composition(found: Any, where: str) -> str:
     Raises:
         ConfigurationError: Anything else.
     """
-    if found not in (STACKED, SIDE_BY_SIDE):
+    if not isinstance(found, str) or found not in (STACKED, SIDE_BY_SIDE):
         raise ConfigurationError(
             f"composition of {where} must be {STACKED!r} (donors at one position run one after another) or "
             f"{SIDE_BY_SIDE!r} (each gets the same hidden state, and what they add is summed), got {found!r}."
@@ -119,25 +119,30 @@ class DonorSpec:
     strength: float = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "donor", str(self.donor))
-        if not self.donor:
-            raise ConfigurationError('donor must be a Hub id, a folder or ".", got an empty string.')
+        object.__setattr__(self, "donor", _text(self.donor, "donor", 'a Hub id, a folder or "."'))
+        for field in ("revision", "subfolder", "name"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, _text(getattr(self, field), f"{field} of donor {self.donor!r}"))
         if self.position is not None:
             for name, default in (("mode", "insert"), ("strength", 1.0)):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, default)
             self._check_position()
-        if self.mode is not None and self.mode not in _MODES:
+        if self.mode is not None and (not isinstance(self.mode, str) or self.mode not in _MODES):
             raise ConfigurationError(f"mode of donor {self.donor!r} must be one of {_MODES}, got {self.mode!r}.")
         if self.strength is not None:
             self._check_strength()
         if self.layers is not None:
-            object.__setattr__(self, "layers", _contiguous(self.layers, self.donor))
+            what = f"layers of donor {self.donor!r}, counted from 0 in the donor,"
+            layers = consecutive_layers(self.layers, what, "[0, 1]")
+            if layers[0] < 0:
+                raise ConfigurationError(f"{what} must be consecutive, such as [0, 1], got {layers}.")
+            object.__setattr__(self, "layers", tuple(layers))
         # "donor" is what the repo itself was called where its own name was not known yet.
         object.__setattr__(self, "_named", self.name is not None and (self.donor, self.name) != (".", "donor"))
         if self.name is None:
             object.__setattr__(self, "name", _default_name(self.donor, self.subfolder))
-        elif not isinstance(self.name, str) or not _PLAIN_NAME.fullmatch(self.name):
+        elif not _PLAIN_NAME.fullmatch(self.name):
             raise ConfigurationError(
                 f"name of donor {self.donor!r} must be a plain name, which can also name a folder, got '{self.name}'."
             )
@@ -156,8 +161,7 @@ class DonorSpec:
         return dataclasses.replace(self, **{"name": self.name if self.is_named else None, **changed})
 
     def _check_position(self) -> None:
-        if isinstance(self.position, bool) or not isinstance(self.position, int):
-            raise ConfigurationError(f"position of donor {self.donor!r} must be a whole number, got {self.position!r}.")
+        object.__setattr__(self, "position", whole_number(self.position, f"position of donor {self.donor!r}"))
         if self.position < 0:
             raise ConfigurationError(
                 f"position of donor {self.donor!r} is {self.position}; it counts the recipient layers that run "
@@ -165,12 +169,7 @@ class DonorSpec:
             )
 
     def _check_strength(self) -> None:
-        number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
-        if not number or not math.isfinite(self.strength):
-            raise ConfigurationError(
-                f"strength of donor {self.donor!r} must be a finite number, got {self.strength!r}."
-            )
-        object.__setattr__(self, "strength", float(self.strength))
+        object.__setattr__(self, "strength", finite_number(self.strength, f"strength of donor {self.donor!r}"))
         if self.mode == "replace" and self.strength != 1.0:
             raise ConfigurationError(
                 f"donor {self.donor!r} replaces recipient layers and has strength {self.strength}: a strength below "
@@ -213,24 +212,23 @@ class DonorSpec:
         return kept
 
 
+def _text(value: Any, what: str, kind: str = "text") -> str:
+    """Return a name or path as plain text, which JSON has too.
+
+    Raises:
+        ConfigurationError: Of another type, or empty.
+    """
+    found = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(found, str) or not found:
+        got = "an empty string, ''" if found == "" else repr(value)
+        raise ConfigurationError(f"{what} must be {kind}, got {got}.")
+    return str(found)
+
+
 def _default_name(donor: str, subfolder: str | None) -> str:
     last = PurePath(subfolder or donor).name
     # "." has no last part of its own: the name of the repo is filled in when the repo is known.
     return last if last not in ("", "..") else "donor"
-
-
-def _contiguous(layers: Iterable[int], donor: str) -> tuple[int, ...]:
-    try:
-        chosen = tuple(layers)
-    except TypeError:
-        chosen = ()
-    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in chosen)
-    if not chosen or not whole or chosen[0] < 0 or chosen != tuple(range(chosen[0], chosen[0] + len(chosen))):
-        raise ConfigurationError(
-            f"layers of donor {donor!r} must be consecutive layers by the donor's own order, such as [0, 1], "
-            f"got {layers!r}."
-        )
-    return chosen
 
 
 def donor_specs(donors: Any) -> list[DonorSpec]:
@@ -332,8 +330,10 @@ class TransplantConfig(PreTrainedConfig):
         where = kwargs.get("name_or_path") or "config.json"
         self.format_version = check_format_version(format_version, where)
         self.composition = check_composition(composition, kwargs.get("name_or_path") or "the transplant")
-        self.recipient = str(recipient)
-        self.recipient_revision = recipient_revision
+        self.recipient = _text(recipient, f"recipient in {where}", "a Hub id or a folder") if recipient != "" else ""
+        self.recipient_revision = (
+            _text(recipient_revision, f"recipient_revision in {where}") if recipient_revision is not None else None
+        )
         self.donors: list[DonorSpec] = donor_specs(donors)
         # Without it `pipeline` falls back to native classes named after the task.
         kwargs.setdefault("architectures", ["TransplantForCausalLM"])

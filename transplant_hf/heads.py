@@ -47,7 +47,6 @@ HEADS = (
     Head("AutoModelForTokenClassification", "token-classification"),
     Head("AutoModelForQuestionAnswering"),
     Head("AutoModelForMultipleChoice"),
-    Head("AutoModelForDecision"),
     Head("AutoModelForImageTextToText"),
     Head("AutoModelForMultimodalLM"),
     BASE,
@@ -55,8 +54,13 @@ HEADS = (
 
 
 def auto_classes() -> list[Any]:
-    """Return every Auto class of Transformers that loads models, those of `HEADS` first."""
-    others = [Head(name) for name in dir(transformers) if name.startswith("AutoModelFor")]
+    """Return every Auto class of Transformers that loads models, those of `HEADS` first.
+
+    `AutoModelForDecision` is left out: the pipeline "decision" asks it for models that were trained for that, and where
+    it has none tries the other classes.
+    """
+    names = [name for name in dir(transformers) if name.startswith("AutoModelFor") and not name.endswith("Decision")]
+    others = [Head(name) for name in names]
     found = [head.find() for head in dict.fromkeys(Head(head.auto_class) for head in (*HEADS, *others))]
     return [one for one in found if hasattr(one, "_model_mapping")]
 

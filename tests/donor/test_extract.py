@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+from torch import nn
+from torch.nn.utils import prune
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen3MoeConfig
 
 from tests.helpers import TOKENS, Shelf, loaded, logits_of, plain, refused, tiny_gpt2_model, tiny_llama_model
 from transplant_hf import CheckpointError, ConfigurationError, Donor, transplant
@@ -74,6 +77,54 @@ def test_layers_are_consecutive(layers: list[int]) -> None:
 def test_layers_exist(layers: list[int]) -> None:
     with refused(ConfigurationError, str(layers), "0..3", "4 layers"):
         Donor.from_model(tiny_gpt2_model(0), layers)
+
+
+@pytest.mark.parametrize("layers", [range(1, 3), np.arange(1, 3), torch.tensor([1, 2]), {2, 1}, (np.int64(1), 2)])
+def test_layers_in_other_containers(layers: Any, tmp_path: Path) -> None:
+    donor = Donor.from_model(tiny_gpt2_model(0), layers, name="law")
+    donor.save_pretrained(tmp_path, position=np.int64(1), recipient="user/base", strength=np.float32(0.5))
+    written = Donor.from_pretrained(tmp_path)
+    assert (written.layer_indices, written.position, written.strength) == ([1, 2], 1, 0.5)
+    assert written.part(np.array([1])).layer_indices == [2]
+
+
+@pytest.mark.parametrize("layers", ["12", 1, ["1"], [1.5], [True], {1: 2}, torch.tensor(1), None, [10**5000]])
+def test_layers_are_a_list_of_whole_numbers(layers: Any) -> None:
+    with refused(ConfigurationError, "consecutive whole numbers", "[4, 5, 6]"):
+        Donor.from_model(tiny_gpt2_model(0), layers)
+
+
+def test_what_is_put_around_a_model_is_taken_off() -> None:
+    model = tiny_gpt2_model(0)
+    expected = Donor.from_model(model, [1, 2])
+    for wrapped in (nn.DataParallel(model), torch.compile(model), nn.DataParallel(torch.compile(model))):
+        donor = Donor.from_model(wrapped, [1, 2])
+        assert_same(donor.tensors(), expected.tensors())
+        assert donor.record == expected.record
+
+
+@pytest.mark.parametrize("model", ["user/base", Path("base"), nn.Linear(2, 2), None, GPT2Config()])
+def test_a_donor_comes_out_of_a_loaded_model(model: Any) -> None:
+    with refused(ConfigurationError, "a loaded model"):
+        Donor.from_model(model, [1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.spectral_norm,
+        lambda module: prune.l1_unstructured(module, "weight", 0.5),
+    ],
+)
+def test_computed_weights_are_refused(change: Any) -> None:
+    """Their parameters have names that no checkpoint of the architecture has, so that nobody could load the donor."""
+    model = tiny_gpt2_model(0)
+    change(model.transformer.h[1].mlp.c_fc)
+    with refused(CheckpointError, "transformer.h.1.mlp.c_fc.weight", "computed from others", "remove_parametrizations"):
+        Donor.from_model(model, [1, 2])
+    assert Donor.from_model(model, [2, 3]).num_layers == 2
 
 
 def test_offloaded_layers_are_refused() -> None:

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.helpers import edit_json, refused
 from transplant_hf import CheckpointError, ConfigurationError, IntegrityError
@@ -93,6 +95,24 @@ def test_metadata_json_cannot_say(tmp_path: Path, value: Any) -> None:
     record = DonorRecord("gpt2", {}, (0,), metadata={"perplexity": value})
     with refused(CheckpointError, "metadata", "JSON cannot say"):
         record.write(tmp_path)
+
+
+def test_metadata_of_numpy_torch_and_paths_is_written_as_json(tmp_path: Path) -> None:
+    metadata = {
+        "perplexity": np.float32(2.5),
+        "steps": np.int64(7),
+        "curve": torch.tensor([1.0, 0.5]),
+        3: Path("a.txt"),
+    }
+    DonorRecord("gpt2", {}, (0,), metadata=metadata | {"ok": (True, None)}).write(tmp_path)
+    expected = {"perplexity": 2.5, "steps": 7, "curve": [1.0, 0.5], "3": "a.txt", "ok": [True, None]}
+    assert DonorRecord.read(tmp_path).metadata == expected
+
+
+@pytest.mark.parametrize("value", [object(), {("a",): 1}, {1, 2}, b"bytes"])
+def test_metadata_that_is_no_json(tmp_path: Path, value: Any) -> None:
+    with refused(CheckpointError, "metadata", "'entry'", "JSON cannot say"):
+        DonorRecord("gpt2", {}, (0,), metadata={"entry": value}).write(tmp_path)
 
 
 def test_size_and_sha256_are_checked(tmp_path: Path) -> None:

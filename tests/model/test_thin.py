@@ -30,8 +30,10 @@ from transplant_hf import (
     CheckpointError,
     ConfigurationError,
     Donor,
+    DonorSpec,
     transplant,
 )
+from transplant_hf.donor.save import donor_folders
 
 load = AutoModelWithTransplant.from_pretrained
 
@@ -79,6 +81,37 @@ def test_several_donors_thin(tiny: Path, tmp_path: Path) -> None:
     assert Donor.from_pretrained(tmp_path / "thin", subfolder="a").layer_indices == [2]
     moved = Path(shutil.move(tmp_path / "thin", tmp_path / "moved"))
     assert torch.equal(logits_of(load(moved)), logits_of(model))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "config.json",
+            "README.md",
+            "modeling_transplant.py",
+            "generation_config.json",
+            "tokenizer.model",
+            "tekken.v3.json",
+        ),
+        *("Recipient", "A", "custom_generate", "con", "nul.x1", "law ", "law.", " law", "a:b", "a" * 300, "é" * 60),
+    ],
+)
+def test_a_donors_name_may_be_one_that_no_folder_can_have(tiny_gpt2: Path, tmp_path: Path, name: str) -> None:
+    donor = str(tiny_gpt2 / "donor")
+    specs = [DonorSpec(donor, 0, name="a", layers=[1]), DonorSpec(donor, 2, name=name)]
+    model = load(tiny_gpt2 / "recipient", donors=specs)
+    model.save_pretrained(tmp_path, thin=True)
+    assert {"a", "donor-2"} == {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    again = load(tmp_path)
+    assert again.layer_map == model.layer_map
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_folders_of_donors_are_unique() -> None:
+    assert donor_folders(["law", "gpt2-1.5b", "my law.v2", "médecine"]) == ["law", "gpt2-1.5b", "my law.v2", "médecine"]
+    assert donor_folders(["donor-2", "x.py", "Law", "law"]) == ["donor-2", "donor-2-2", "Law", "donor-4"]
+    assert donor_folders(["README.md"]) == [None]
 
 
 def test_saving_a_reloaded_thin_one_again(tiny: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from .classes import native_class
 from .identity import output_projections, projections_of_layers, zero_output_projections
 from .names import LayerNames, LayerTensorName
 from .native import LayerOrigin, SplicedConfig, splice_config
-from .stack import decoder_stack, find_stack, longest_input, text_config
+from .stack import decoder_stack, find_stack, longest_input, text_config, unwrapped
 
 __all__ = [
     "Anatomy",
@@ -21,5 +21,6 @@ __all__ = [
     "projections_of_layers",
     "splice_config",
     "text_config",
+    "unwrapped",
     "zero_output_projections",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from ..errors import CompatibilityError
 from ..heads import auto_classes_for
@@ -12,8 +12,8 @@ from ..heads import auto_classes_for
 __all__ = ["native_class"]
 
 
-class _HeadError(CompatibilityError, ValueError):
-    """A `ValueError` too: on one, a pipeline that knows several Auto classes tries the next, as with a plain model."""
+class _NextHeadError(CompatibilityError, ValueError):
+    """The pipeline "decision" tries `AutoModelForImageTextToText` first, and another class after a `ValueError`."""
 
 
 def native_class(auto_class: Any, config: PreTrainedConfig, name: str) -> tuple[Any, PreTrainedConfig]:
@@ -31,7 +31,7 @@ def native_class(auto_class: Any, config: PreTrainedConfig, name: str) -> tuple[
     if type(config) not in mapping:
         what = "is not a decoder-only language model" if auto_class is AutoModelForCausalLM else "has no such head"
         others = ", ".join(auto_classes_for(config))
-        raise _HeadError(
+        raise (_NextHeadError if auto_class is AutoModelForImageTextToText else CompatibilityError)(
             f"recipient {name} ({config.model_type}) {what}: {auto_class.__name__} has no class for "
             f"{type(config).__name__}. {f'These have one: {others}.' if others else ''}".rstrip()
         )

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..numeric import is_whole
+
 __all__ = [
     "Fingerprint",
     "Standing",
@@ -97,9 +99,7 @@ def plain(value: Any) -> Any:
 def is_layer_number(name: str, value: Any, index: int) -> bool:
     """Whether an attribute holds the number of the layer that stands at `index`."""
     last = name.rpartition(".")[2]
-    return (
-        isinstance(value, int) and not isinstance(value, bool) and value == index and bool(_LAYER_NUMBER.search(last))
-    )
+    return is_whole(value) and value == index and bool(_LAYER_NUMBER.search(last))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..numeric import is_whole
 from .build import BUILD_ERRORS
 from .exceptions import COMPLETIONS, REWRITES
 from .stack import text_config
@@ -143,9 +144,7 @@ class Follower:
         return counts
 
     def _are_layer_numbers(self, name: str, value: Sequence[Any]) -> bool:
-        whole = all(
-            isinstance(item, int) and not isinstance(item, bool) and 0 <= item < self.num_layers for item in value
-        )
+        whole = all(is_whole(item) and 0 <= item < self.num_layers for item in value)
         return whole and len(set(value)) == len(value) and bool(_NUMBERS_OF_LAYERS.search(name))
 
     def _has_entry_per_layer(self, name: str, value: Sequence[Any]) -> bool:
@@ -186,7 +185,7 @@ class Follower:
         """Change one number that places kinds of layers: to where kinds change, to none of them or to all."""
         borders = _borders(kinds)
         for name, value in self.fields.items():
-            if isinstance(value, bool) or not isinstance(value, int) or not is_rule(name):
+            if not is_whole(value) or not is_rule(name):
                 continue
             if 0 <= value <= self.num_layers:
                 for number in dict.fromkeys([*borders, *(border - 1 for border in borders), 0, 1, len(kinds)]):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..errors import CompatibilityError
+from ..errors import CompatibilityError, ConfigurationError
 
-__all__ = ["TextConfig", "decoder_stack", "find_stack", "longest_input", "text_config"]
+__all__ = ["TextConfig", "decoder_stack", "find_stack", "longest_input", "text_config", "unwrapped"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,30 @@ def longest_input(config: PreTrainedConfig) -> int | None:
     """
     limit = getattr(text_config(config).config, "max_position_embeddings", None)
     return limit if limit is not None and limit > 0 else None  # -1 also stands for no limit
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """Return the model inside what torch.compile, data parallelism and PEFT put around it.
+
+    Raises:
+        ConfigurationError: Not a model of Transformers.
+    """
+    found = model
+    while not isinstance(found, PreTrainedModel):
+        if isinstance(found, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            found = found.module
+        elif isinstance(found, nn.Module) and hasattr(found, "_orig_mod"):
+            found = found._orig_mod
+        elif isinstance(found, nn.Module) and hasattr(found, "get_base_model"):
+            found = found.get_base_model()  # type: ignore[operator]
+        elif isinstance(found, str | os.PathLike):
+            raise ConfigurationError(
+                f"a loaded model is needed here, got the name {os.fspath(found)!r}: load it first, for instance with "
+                "AutoModelForCausalLM.from_pretrained."
+            )
+        else:
+            raise ConfigurationError(f"a loaded model of Transformers is needed here, got a {type(found).__name__}.")
+    return found
 
 
 def find_stack(model: PreTrainedModel, what: str = "") -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from ..architecture.build import BUILD_ERRORS
 from ..architecture.follow import is_rule
+from ..numeric import is_whole
 
 __all__ = ["field_mismatches", "take_recipient_fields"]
 
@@ -91,7 +92,7 @@ def _class_fields(config: PreTrainedConfig, fields: dict[str, Any]) -> list[str]
 
 def _is_count(value: Any) -> bool:
     # A rule about layers counts layers; "freq" also ends the names of rotary bases.
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value < 1000)
+    return value is None or (is_whole(value) and value < 1000)
 
 
 def _per_layer(value: Any) -> bool:

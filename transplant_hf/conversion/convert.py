@@ -14,6 +14,7 @@ from ..donor.from_pt import OpenedPt, open_pt
 from ..donor.recorded import check_artefact_folder
 from ..donor.save import save_donor
 from ..errors import CompatibilityError
+from ..numeric import whole_number
 from ..outputs import files_in
 from ..sources import HubOptions
 from .readback import compare_tensors
@@ -134,6 +135,7 @@ def convert(
     opened = open_pt(
         path, recipient, metadata, layers, name, recipient_revision, HubOptions(token, cache_dir, local_files_only)
     )
+    position = whole_number(position, "position") if position is not None else None
     if position is not None and not 0 <= position <= opened.num_layers:
         raise CompatibilityError(
             f"position {position} is outside 0..{opened.num_layers}: recipient {opened.recipient} has "

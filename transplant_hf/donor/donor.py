@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, ConfigurationError, IntegrityError
 from ..hub import push_folder
+from ..numeric import consecutive_layers
 from ..sources import HubOptions, Source, locate
 from .extract import layers_of_model
 from .from_pt import open_pt
@@ -140,7 +141,7 @@ class Donor:
     def from_model(
         cls,
         model: PreTrainedModel,
-        layers: Sequence[int],
+        layers: Iterable[int],
         name: str | None = None,
         init: str = "copy",
         revision: str | None = None,
@@ -148,8 +149,9 @@ class Donor:
         """Take contiguous layers out of a loaded model, sharing its memory.
 
         Args:
-            model: Any decoder-only model, a transplant included.
-            layers: Consecutive running numbers, such as `[4, 5, 6]`.
+            model: Any decoder-only model, a transplant included; what torch.compile, DataParallel or PEFT put around
+                it is taken off.
+            layers: Consecutive running numbers, such as `[4, 5, 6]` or `range(4, 7)`.
             name: What to call the donor.
             init: "copy" takes the layers as they are. "identity" makes their output projections zero in the donor,
                 so that it changes nothing wherever it is inserted, until it is trained; the projections are found by
@@ -161,8 +163,8 @@ class Donor:
             The donor, named and typed as the model's checkpoint would be.
 
         Raises:
-            ConfigurationError: The layers are not consecutive or do not exist.
-            CheckpointError: Their weights are offloaded or quantised.
+            ConfigurationError: Not a loaded model, or layers that are not consecutive or do not exist.
+            CheckpointError: Their weights are offloaded, quantised or computed from others.
             CompatibilityError: Layers that cannot be the identity, with the reason.
 
         Example:
@@ -271,9 +273,10 @@ class Donor:
         Raises:
             ConfigurationError: It has no such layers.
         """
-        if layers[-1] >= self.num_layers:
+        layers = consecutive_layers(layers, f"layers of donor {self}, counted from 0 in the donor,", "[0, 1]")
+        if layers[0] < 0 or layers[-1] >= self.num_layers:
             raise ConfigurationError(
-                f"donor {self} has layers 0..{self.num_layers - 1} by its own order, asked for {list(layers)}."
+                f"donor {self} has layers 0..{self.num_layers - 1} by its own order, asked for {layers}."
             )
         record = dataclasses.replace(
             self.record, layer_indices=tuple(self.record.layer_indices[number] for number in layers)

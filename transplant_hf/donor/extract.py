@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..architecture import LayerNames, decoder_stack, find_stack, projections_of_layers
+from ..architecture import LayerNames, decoder_stack, find_stack, projections_of_layers, unwrapped
 from ..config import DonorSpec
 from ..errors import CheckpointError, ConfigurationError
 from ..layouts.names import is_adapted
+from ..numeric import consecutive_layers
 from .record import DonorRecord
 from .tensors import MemoryTensors
 
@@ -25,7 +28,7 @@ GATE = "transplant_gate"
 
 def layers_of_model(
     model: PreTrainedModel,
-    layers: Sequence[int],
+    layers: Iterable[int],
     name: str | None,
     init: str = "copy",
     revision: str | None = None,
@@ -33,11 +36,10 @@ def layers_of_model(
     """Return a donor's record, its tensors and, for a transplanted donor, the place it has."""
     if init not in ("copy", "identity"):
         raise ConfigurationError(f'init must be "copy" or "identity", got {init!r}.')
+    model = unwrapped(model)
     path = find_stack(model)
     count = len(decoder_stack(model, path))
-    numbers = list(layers)
-    if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-        raise ConfigurationError(f"layers must be consecutive, such as [4, 5, 6], got {numbers}.")
+    numbers = consecutive_layers(layers, "layers")
     if numbers[0] < 0 or numbers[-1] >= count:
         raise ConfigurationError(f"layers {numbers} are outside 0..{count - 1}: the model runs {count} layers.")
     # A transplant knows better than its spliced configuration what its layers were built from.
@@ -87,11 +89,18 @@ def checkpoint_tensors(
         tensors that are zero in the donor are new ones.
 
     Raises:
-        CheckpointError: Weights that are not in memory, or quantised, or an adapter that was not merged.
+        CheckpointError: Weights that are not in memory, quantised or computed from others, or an adapter that was not
+            merged.
     """
     stack = decoder_stack(model, path)
     state: dict[str, Any] = {}
     for number in numbers:
+        for place, how in _reparametrized(stack[number]):
+            raise CheckpointError(
+                f"{path}.{number}.{place} is not a weight of its own but computed from others ({how}), which no "
+                "checkpoint of this architecture has. Make it one first: torch.nn.utils.parametrize."
+                "remove_parametrizations(module, name), or remove_weight_norm, remove_spectral_norm, prune.remove."
+            )
         for key, held in stack[number].state_dict().items():
             if key == GATE:
                 continue
@@ -117,3 +126,17 @@ def checkpoint_tensors(
             raise CheckpointError(f"the checkpoint name {raw!r} of a layer's tensor could not be traced back.")
         tensors[f"layers.{parts.number - numbers[0]}.{parts.rest}"] = tensor
     return tensors
+
+
+def _reparametrized(layer: nn.Module) -> Iterator[tuple[str, str]]:
+    """Find weights that are computed from other parameters, by `parametrizations` or by older hooks."""
+    for path, module in layer.named_modules():
+        dot = f"{path}." if path else ""
+        if parametrize.is_parametrized(module):
+            for name, how in module.parametrizations.items():
+                yield f"{dot}{name}", ", ".join(type(one).__name__ for one in how)
+        # weight_norm, spectral_norm and pruning keep the computed tensor as a plain attribute.
+        for name in [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]:
+            stored = [key for key in module._parameters if key.startswith(f"{name}_")]
+            if stored:
+                yield f"{dot}{name}", ", ".join(stored)

@@ -16,11 +16,12 @@ from ..archive import PtFile
 from ..config import TransplantConfig
 from ..errors import CheckpointError, CompatibilityError, ConfigurationError
 from ..layouts import Layout, match_layers
+from ..numeric import is_whole
 from ..sources import HubOptions, Source, reading
 from ..storage import read_json
 from .companions import locate_with_companions
 from .pt_tensors import PtTensors
-from .record import DonorRecord
+from .record import DonorRecord, plain_json
 
 __all__ = ["METADATA_FILE", "OpenedPt", "open_pt"]
 
@@ -104,7 +105,7 @@ def _source_model(
 
 def _metadata(given: Mapping[str, Any] | str | os.PathLike[str] | None, file: PtFile) -> dict[str, Any]:
     if isinstance(given, Mapping):
-        return dict(given)
+        return plain_json(given, "the donor's metadata")
     if given is not None:
         return read_json(Path(given).expanduser(), "the donor's metadata")
     beside = file.path.parent / METADATA_FILE
@@ -117,7 +118,7 @@ def _indices(known: Mapping[str, Any], file: PtFile) -> list[int] | None:
     found = known.get("layer_indices", next(inside, None))
     if found is None:
         return None
-    if not isinstance(found, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in found):
+    if not isinstance(found, list) or not all(map(is_whole, found)):
         raise CheckpointError(f"{file.path}: layer_indices must be a list of whole numbers, found {found!r}.")
     return sorted(found)
 
@@ -127,7 +128,7 @@ def _position(known: Mapping[str, Any], num_layers: int, what: str) -> int:
     best = next((known[key] for key in ("best_position", "position") if known.get(key) is not None), None)
     if best is None:
         return max(1, num_layers // 4)
-    if not isinstance(best, int) or isinstance(best, bool) or not 0 <= best <= num_layers:
+    if not is_whole(best) or not 0 <= best <= num_layers:
         raise CompatibilityError(
             f"{what}: its metadata records position {best!r}, the source model has positions 0..{num_layers}. Pass "
             "metadata= without it, and say the position when saving."

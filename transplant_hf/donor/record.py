@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import FORMAT_VERSION, check_format_version
 from ..errors import CheckpointError, IntegrityError
+from ..numeric import is_number, is_whole, plain_number
 from ..storage import read_json, sha256_of, write_json
 from .tensors import safe_name
 
@@ -145,7 +146,7 @@ class DonorRecord:
                 "model_type": self.model_type,
                 "source": {"id": self.source_id, "revision": self.source_revision},
                 "layer_indices": list(self.layer_indices),
-                "metadata": finite(dict(self.metadata)),
+                "metadata": plain_json(self.metadata, "donor metadata"),
                 "files": {name: dataclasses.asdict(stamp) for name, stamp in sorted(self.files.items())},
                 "source_config": dict(self.source_config),
             },
@@ -157,19 +158,33 @@ def _named(path: Path, where: str) -> str:
     return f"{path.name} of {where} ({path})" if where and where != str(path.parent) else str(path)
 
 
-def finite(value: Any) -> Any:
-    """Return the value, or refuse it when it holds a number JSON has no word for.
+def plain_json(value: Any, what: str) -> Any:
+    """Return a value as JSON has it: numbers, arrays and tensors of numpy and torch as Python's own, paths as text.
+
+    Args:
+        value: What is going to be written.
+        what: What it is, for the message.
 
     Raises:
-        CheckpointError: A NaN or an infinity.
+        CheckpointError: A NaN, an infinity, or an object that JSON has no word for.
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        raise CheckpointError(f"donor metadata holds {value}, which JSON cannot say; leave that entry out.")
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
+        return {_key(key, what): plain_json(item, f"{what}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [plain_json(item, what) for item in value]
+    if value is not None and not isinstance(value, str | bool | int) and not is_number(value):
+        raise CheckpointError(f"{what} holds {value!r}, which JSON cannot say; leave that entry out.")
     return value
+
+
+def _key(key: Any, what: str) -> Any:
+    if isinstance(plain_number(key), str | int | float | None):
+        return plain_number(key)
+    raise CheckpointError(f"{what} holds an entry under {key!r}, which JSON cannot say; leave that entry out.")
 
 
 def _typed(content: Mapping[str, Any], key: str, kind: type) -> Any:
@@ -180,7 +195,7 @@ def _typed(content: Mapping[str, Any], key: str, kind: type) -> Any:
 
 
 def _indices(values: list[Any]) -> tuple[int, ...]:
-    whole = bool(values) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
+    whole = bool(values) and all(is_whole(value) and value >= 0 for value in values)
     if not whole or values != list(range(values[0], values[0] + len(values))):
         raise TypeError(f"layer_indices must be consecutive whole numbers, got {values!r}")
     return tuple(values)

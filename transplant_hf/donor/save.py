@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from ..errors import ConfigurationError
 from ..sources import points_to_folder
 from ..storage import parse_size, publish, read_json, write_json
 from .card import write_donor_card
-from .companions import NAMED_TEMPLATES, at_hand, copy_companions, tokenizer_class
+from .companions import NAMED_TEMPLATES, at_hand, copy_companions, is_companion, tokenizer_class
 from .dtypes import loaded_dtype
 from .entry import write_entry
 from .record import DONOR_CONFIG, DonorRecord, FileStamp
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from .donor import Donor
 
 __all__ = [
+    "RECIPIENT_FOLDER",
+    "donor_folders",
     "refuse_recipients_place",
     "replaced_among",
     "replaced_in",
@@ -40,6 +43,12 @@ __all__ = [
 ]
 
 _PROGRESS_FROM = 1 << 28
+# A full save in the transplant format has its recipient in it.
+RECIPIENT_FOLDER = "recipient"
+_LONGEST_FOLDER = 100
+# Words, dots and spaces as every file system has them, without a file's ending; and the devices of Windows.
+_FOLDER = re.compile(r"(?!.*\.[a-z]+$)\w([\w .-]*[\w-])?", re.IGNORECASE)
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 
 
 def replaced_in(folder: Path) -> Callable[[str], bool]:
@@ -58,10 +67,35 @@ def replaced_in(folder: Path) -> Callable[[str], bool]:
     return lambda name: is_artefact_file(name) or name in folders
 
 
+def donor_folders(names: Sequence[str]) -> list[str | None]:
+    """Return the folders that donors of these names get: one donor lies at the root, several have a folder each.
+
+    A folder is called as its donor where every file system takes that name and nothing else beside it can have it.
+
+    Example:
+        >>> donor_folders(["law", "README.md", "LAW"]), donor_folders(["law"])
+        (['law', 'donor-2', 'donor-3'], [None])
+    """
+    if len(names) == 1:
+        return [None]
+    found: list[str | None] = []
+    taken = {RECIPIENT_FOLDER}
+    for number, name in enumerate(names, start=1):
+        plain = _FOLDER.fullmatch(name) and len(name.encode()) <= _LONGEST_FOLDER
+        of_recipient = is_companion(name.casefold()) or is_companion(f"{name.casefold()}/file")
+        if not plain or of_recipient or name.casefold() in taken or name.partition(".")[0].casefold() in _DEVICES:
+            name = f"donor-{number}"
+            while name in taken or name in {other.casefold() for other in names}:
+                name = f"{name}-{number}"
+        taken.add(name.casefold())
+        found.append(name)
+    return found
+
+
 def replaced_among(names: Sequence[str]) -> set[str]:
     """Return the old artefact's files among a repository's: at its root, and in folders that hold a donor."""
     holders = {name.rpartition("/")[0] for name in names if name.endswith(f"/{DONOR_CONFIG}")}
-    holders |= {"recipient"} if holders or DONOR_CONFIG in names else set()
+    holders |= {RECIPIENT_FOLDER} if holders or DONOR_CONFIG in names else set()
     parts = [(name, *name.rpartition("/")[::2]) for name in names]
     return {name for name, folder, last in parts if is_artefact_file(last) and (not folder or folder in holders)}
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..numeric import finite_number
 from .evaluate import Ruler
 from .perplexity import Perplexity
 from .reading import open_model
@@ -95,7 +96,7 @@ def strength_curve(
         >>> model = transplant(recipient, Donor.from_model(recipient, [0], name="law"), position=1)
         >>> curve = strength_curve(model, {"noise": torch.arange(16)}, [0, 1])
         >>> list(curve.points), model.strengths
-        ([0, 1], {'law': 1.0})
+        ([0.0, 1.0], {'law': 1.0})
     """
     opened = open_model(model, revision, kwargs)
     loaded = opened.model
@@ -111,7 +112,7 @@ def strength_curve(
     before = {name: loaded.strengths[name] for name in chosen}
     points: dict[float, dict[str, Perplexity]] = {}
     try:
-        for strength in strengths:
+        for strength in [finite_number(strength, "each strength") for strength in strengths]:
             for name in chosen:
                 loaded.set_strength(name, strength)
             points[strength] = ruler.measure(loaded)

@@ -18,6 +18,7 @@ from ..donor import Donor
 from ..donor.tensors import MemoryTensors
 from ..errors import CompatibilityError, ConfigurationError
 from ..model.memory import remove_transplants, transplant
+from ..numeric import finite_number, whole_number
 from ..partial import PartialRun, hidden_states, running_only, stack_of
 from ..partial.running import hidden_argument
 from ..texts import TextSource
@@ -123,11 +124,13 @@ def sweep(
     length = longest_block(model.config, block_length) if isinstance(tokens, torch.Tensor) else block_length
     windows = Windows(tokens, length, stride, start, _name_of(text))
     check_vocabulary(model, windows, windows.name)
+    positions = [whole_number(position, "each position") for position in positions] if positions is not None else None
+    strengths = [finite_number(strength, "each strength") for strength in strengths]
     if not strengths or (positions is not None and not positions):
         raise ConfigurationError("a sweep needs at least one strength and one position.")
     with evaluating(model):
         places = list(_places(model, donors, positions, mode))
-        total = _run(model, places, windows, tuple(dict.fromkeys(map(float, strengths))), batch_size, quiet)
+        total = _run(model, places, windows, tuple(dict.fromkeys(strengths)), batch_size, quiet)
     rows = tuple(row for place in places for row in _rows(place, strengths, windows.num_predicted))
     about = {
         "recipient_model": opened.reference or opened.name,

@@ -16,6 +16,7 @@ from typing import Any
 from ..donor.dtypes import loaded_dtype
 from ..donor.tensors import TensorInfo
 from ..errors import CheckpointError
+from ..numeric import is_whole
 
 __all__ = ["HeaderTensors", "TensorHeader", "read_header"]
 
@@ -156,4 +157,4 @@ def _tensor(fields: Mapping[str, Any], nbytes: int, name: str, where: str) -> Te
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+    return is_whole(value) and value >= 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import CheckpointError, ConfigurationError
+from ..numeric import consecutive_layers
 
 __all__ = ["choose_layers"]
 
@@ -34,9 +35,8 @@ def choose_layers(
         >>> choose_layers(range(12), 12, known=None, wanted=[4, 5], what="model.pt")
         {4: 4, 5: 5}
     """
-    for given, origin in ((known, "the metadata's layer_indices"), (wanted, "layers")):
-        if given is not None:
-            _check(list(given), num_layers, origin, what)
+    known = _checked(known, num_layers, "the metadata's layer_indices", what) if known is not None else None
+    wanted = _checked(wanted, num_layers, "layers", what) if wanted is not None else None
     sources = _sources(list(numbers), num_layers, known, wanted, what)
     asked = wanted if wanted is not None else known
     chosen = {number: source for number, source in sources.items() if asked is None or source in asked}
@@ -46,19 +46,17 @@ def choose_layers(
             f"{what} holds layers {sorted(sources.values())} of the source model, asked for {list(asked or ())}: "
             f"{missing} are missing."
         )
-    _check(sorted(chosen.values()), num_layers, "the file's layer numbers", what)
+    _checked(sorted(chosen.values()), num_layers, "the file's layer numbers", what)
     return chosen
 
 
-def _check(layers: list[int], num_layers: int, origin: str, what: str) -> None:
-    if not all(isinstance(number, int) and not isinstance(number, bool) for number in layers):
-        raise ConfigurationError(f"{what}: {origin} must be whole numbers, such as [4, 5, 6], got {layers}.")
-    if not layers or layers != list(range(layers[0], layers[0] + len(layers))):
-        raise ConfigurationError(f"{what}: {origin} must be consecutive, such as [4, 5, 6], got {layers}.")
+def _checked(given: Sequence[int], num_layers: int, origin: str, what: str) -> list[int]:
+    layers = consecutive_layers(given, f"{what}: {origin}")
     if layers[0] < 0 or layers[-1] >= num_layers:
         raise ConfigurationError(
             f"{what}: {origin} {layers} are outside 0..{num_layers - 1}: the source model has {num_layers} layers."
         )
+    return layers
 
 
 def _sources(

@@ -12,6 +12,7 @@ from ..donor.card import chosen_license, donor_facts
 from ..donor.companions import at_hand, has_tokenizer
 from ..donor.entry import CODE_FILE
 from ..donor.record import DonorRecord
+from ..donor.save import donor_folders
 from ..heads import BASE, CAUSAL_LM, head_of
 
 __all__ = ["write_full_card"]
@@ -44,11 +45,11 @@ def write_full_card(
     native = not (staging / CODE_FILE).exists()
     head = head_of([type(model).__name__], model.config) or (CAUSAL_LM if model.can_generate() else BASE)
     donors = []
-    for part, record in zip(blueprint.parts, records, strict=True):
+    folders = donor_folders(blueprint.splice.names)
+    for part, record, subfolder in zip(blueprint.parts, records, folders, strict=True):
         if part.name in state.switch.disabled:
             continue
-        several = len(blueprint.parts) > 1
-        known = donor_facts(record, dataclasses.replace(part.spec, subfolder=part.name if several else None))
+        known = donor_facts(record, dataclasses.replace(part.spec, subfolder=subfolder))
         from_hub = part.spec.revision is not None
         donors.append(
             dataclasses.replace(

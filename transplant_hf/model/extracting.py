@@ -17,6 +17,7 @@ from ..donor.recorded import check_artefact_folder
 from ..donor.save import save_donor
 from ..errors import CompatibilityError, ConfigurationError
 from ..layer_map import RECIPIENT, paper_layers
+from ..numeric import whole_number
 from ..outputs import files_in
 from ..sources import HubOptions, Source
 from .opening import load_model
@@ -200,7 +201,7 @@ def _taken(
         found = locate_with_companions(config.recipient, revision=config.recipient_revision, hub=hub)
         recipient = _Recipient(found, loaded._transplant.blueprint.splice.num_layers)
     if layers is None:
-        layers = list(paper_layers(recipient.num_layers, count))
+        layers = list(paper_layers(recipient.num_layers, whole_number(count, "count")))
         if config is not None:
             wanted = {(RECIPIENT, index) for index in layers}
             layers = [number for number, slot in enumerate(loaded.layer_map) if tuple(slot) in wanted]
@@ -211,6 +212,7 @@ def _taken(
 
 
 def _checked(position: int, recipient: _Recipient) -> int:
+    position = whole_number(position, "position")
     if not 0 <= position <= recipient.num_layers:
         raise CompatibilityError(
             f"position {position} is outside 0..{recipient.num_layers}: recipient {recipient.source} has "

@@ -7,7 +7,6 @@ changed, every layer's cache is filled alike, and a row without donors gets exac
 from __future__ import annotations
 
 import dataclasses
-import math
 import threading
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from ..architecture import text_config
 from ..architecture.exceptions import ROWS_APART
 from ..errors import ConfigurationError
+from ..numeric import finite_number
 from ..splice import Blueprint
 
 __all__ = ["Opening", "Requests", "Wanted", "read_request"]
@@ -113,18 +113,11 @@ def _of_one(blueprint: Blueprint, donors: Any) -> dict[str, Any]:
 
 
 def _strength(blueprint: Blueprint, name: str, value: Any) -> float | tuple[float, ...]:
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    found = tuple(value) if isinstance(value, list | tuple) else (value,)
-    wrong = [
-        one for one in found if isinstance(one, bool) or not isinstance(one, int | float) or not math.isfinite(one)
-    ]
-    if wrong or not found:
-        raise ConfigurationError(
-            f"the strength of donor {name!r} must be a finite number, or a list of them with one for each row; got "
-            f"{value!r}."
-        )
-    each = tuple(float(one) for one in found)
+    found = tuple(value) if isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1 else (value,)
+    what = f"the strength of donor {name!r}, or each of a list with one for each row,"
+    if not found:
+        raise ConfigurationError(f"{what} must be a finite number, got {value!r}.")
+    each = tuple(finite_number(one, what) for one in found)
     # Where all rows want the same, nothing depends on the size of the batch.
     return each if len(set(each)) > 1 else each[0]
 

@@ -23,6 +23,8 @@ from ..donor.entry import write_entry
 from ..donor.extract import checkpoint_tensors
 from ..donor.record import DonorRecord
 from ..donor.save import (
+    RECIPIENT_FOLDER,
+    donor_folders,
     refuse_recipients_place,
     replaced_among,
     replaced_in,
@@ -47,7 +49,6 @@ __all__ = ["push_transplant", "recipient_state", "save_transplant"]
 
 logger = logging.get_logger(__name__)
 
-RECIPIENT_FOLDER = "recipient"
 
 
 def save_transplant(
@@ -192,7 +193,7 @@ def _write_thin(
     recipient = _reference(config, target)
     specs = [
         dataclasses.replace(part.spec, donor=".", subfolder=folder, revision=None, layers=None, name=part.name)
-        for part, folder in zip(blueprint.parts, _folders(blueprint), strict=True)
+        for part, folder in zip(blueprint.parts, donor_folders(blueprint.splice.names), strict=True)
     ]
     saved = TransplantConfig(
         recipient=recipient,
@@ -232,17 +233,12 @@ def _copy_companions(state: Any, staging: Path, target: Path) -> None:
     copy_companions(sources, staging, target, state.cache_dir)
 
 
-def _folders(blueprint: Blueprint) -> list[str | None]:
-    """One donor lies at the root, as in a donor repo; several have a folder each."""
-    return [None] if len(blueprint.parts) == 1 else [part.name for part in blueprint.parts]
-
-
 def _write_donors(
     model: PreTrainedModel, blueprint: Blueprint, staging: Path, kwargs: Mapping[str, Any]
 ) -> list[DonorRecord]:
     records = []
     layer_map = blueprint.layer_map()
-    for part, folder in zip(blueprint.parts, _folders(blueprint), strict=True):
+    for part, folder in zip(blueprint.parts, donor_folders(blueprint.splice.names), strict=True):
         place = staging / folder if folder else staging
         place.mkdir(parents=True, exist_ok=True)
         numbers = layer_map.layers_of(part.name)
@@ -271,7 +267,7 @@ def _write_full(
         DonorSpec(
             ".", part.spec.position, part.spec.mode, subfolder=folder, name=part.name, strength=part.spec.strength
         )
-        for part, folder in zip(blueprint.parts, _folders(blueprint), strict=True)
+        for part, folder in zip(blueprint.parts, donor_folders(blueprint.splice.names), strict=True)
     ]
     saved = TransplantConfig(recipient=f"./{RECIPIENT_FOLDER}", donors=specs, composition=blueprint.config.composition)
     _write_companions(model, staging, target)
