@@ -89,6 +89,7 @@ def consecutive_layers(values: Any, what: str, example: str = "[4, 5, 6]") -> li
         [4, 5]
     """
     found: list[int] = []
+    listed: list[Any] | None = None
     several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
     if several and getattr(values, "ndim", None) != 0:
         listed = list(values)
@@ -96,7 +97,8 @@ def consecutive_layers(values: Any, what: str, example: str = "[4, 5, 6]") -> li
         found = sorted(found) if isinstance(values, Set) else found
         found = found if len(found) == len(listed) else []
     if not found or found != list(range(found[0], found[0] + len(found))):
-        raise ConfigurationError(f"{what} must be consecutive whole numbers, such as {example}, got {shown(values)}.")
+        must = "consecutive" if found or listed == [] else "whole numbers, and consecutive"
+        raise ConfigurationError(f"{what} must be {must}, such as {example}, got {shown(values)}.")
     return found
 
 

@@ -148,11 +148,12 @@ def locate(
     return source
 
 
-def commit_of(reference: str, revision: str | None, hub: HubOptions) -> str:
-    """Return the commit that a branch, tag or commit of a repository stands for, by its `config.json`."""
+def commit_of(reference: str, revision: str | None, hub: HubOptions, file: str | None = None) -> str:
+    """Return the commit that a branch, tag or commit of a repository stands for, by a file that it has."""
+    file = file or "config.json"
     with _downloading(reference, revision, hub):
-        path = hf_hub_download(reference, "config.json", revision=revision, **hub.as_kwargs())
-    return Path(path).parent.name
+        path = hf_hub_download(reference, file, revision=revision, **hub.as_kwargs())
+    return Path(path).parents[file.count("/")].name
 
 
 def for_transformers(

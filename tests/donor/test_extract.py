@@ -90,7 +90,7 @@ def test_layers_in_other_containers(layers: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layers", ["12", 1, ["1"], [1.5], [True], {1: 2}, torch.tensor(1), None, [10**5000]])
 def test_layers_are_a_list_of_whole_numbers(layers: Any) -> None:
-    with refused(ConfigurationError, "consecutive whole numbers", "[4, 5, 6]"):
+    with refused(ConfigurationError, "whole numbers, and consecutive", "[4, 5, 6]"):
         Donor.from_model(tiny_gpt2_model(0), layers)
 
 

@@ -2,6 +2,7 @@
 
 from .anatomy import Anatomy
 from .classes import native_class
+from .gguf import check_gguf_reader, config_of_weights, forget_gguf, is_quantized, was_gguf
 from .identity import output_projections, projections_of_layers, zero_output_projections
 from .names import LayerNames, LayerTensorName
 from .native import LayerOrigin, SplicedConfig, splice_config
@@ -13,8 +14,12 @@ __all__ = [
     "LayerOrigin",
     "LayerTensorName",
     "SplicedConfig",
+    "check_gguf_reader",
+    "config_of_weights",
     "decoder_stack",
     "find_stack",
+    "forget_gguf",
+    "is_quantized",
     "longest_input",
     "native_class",
     "output_projections",
@@ -22,5 +27,6 @@ __all__ = [
     "splice_config",
     "text_config",
     "unwrapped",
+    "was_gguf",
     "zero_output_projections",
 ]

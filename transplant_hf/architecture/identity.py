@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, CompatibilityError, ConfigurationError
 from .fingerprint import Fingerprint, fingerprint, is_layer_number
+from .gguf import is_quantized
 from .replay import Call, Replay, own_parameters, record_calls, resting
 from .stack import decoder_stack
 
@@ -125,7 +126,7 @@ def zero_output_projections(model: PreTrainedModel, stack_path: str, numbers: Se
 
 
 def _refuse_unreadable(model: PreTrainedModel, stack_path: str, numbers: Sequence[int]) -> None:
-    if getattr(model, "hf_quantizer", None) is not None:
+    if is_quantized(model):
         raise CheckpointError(
             f"{type(model).__name__} is quantised; output projections are looked for in full precision. Load it "
             "without quantisation."

@@ -127,6 +127,11 @@ def _what_it_is(start: bytes) -> str:
         return "it is a web page, perhaps an error or log-in page saved under this name. Download it with `hf download`"
     if start[8:9] == b"{":
         return "it is a safetensors file; a donor's folder is opened with Donor.from_pretrained"
+    if start.startswith(b"GGUF"):
+        return (
+            "it is a GGUF file: a whole model, no donor. Load it as a recipient, with AutoModelWithTransplant."
+            "from_pretrained(folder, gguf_file=name, donors=...), or with --gguf-file on the command line"
+        )
     if start.startswith(_ZIP_END):
         return "it is an empty zip archive. " + _SEE
     if start[:1] == b"\x80":

@@ -51,6 +51,7 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", type=dtype, default="auto", help="such as float32 or bfloat16 (default: as it is saved)"
     )
     parser.add_argument("--device-map", metavar="WHERE", help='such as "cuda" or "auto" (default: the CPU)')
+    parser.add_argument("--gguf-file", metavar="NAME", help="read the model from this GGUF file of its folder or repo")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own modelling code")
 
 
@@ -96,5 +97,6 @@ def measuring_arguments(options: argparse.Namespace) -> dict[str, Any]:
 def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `from_pretrained`."""
     known = {"revision": options.revision, "dtype": options.dtype, "device_map": options.device_map}
+    known["gguf_file"] = options.gguf_file
     trust = {"trust_remote_code": True} if options.trust_remote_code else {}
     return {**{name: value for name, value in known.items() if value is not None}, **trust}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,8 @@ _TRAINING = re.compile(
 )
 
 
+_FLOAT32 = 2.0**-23
+
 # Parts of a configuration that describe what feeds the decoder. Where a layer reads one, as GIT's layers read the
 # number of image tokens, it must be the recipient's: its encoder is the one that runs.
 _ENCODERS = re.compile(r"^(vision|image|video|audio|speech)_")
@@ -54,7 +57,7 @@ def take_recipient_fields(donor: PreTrainedConfig, recipient: PreTrainedConfig) 
                 setattr(donor, name, copy.deepcopy(new))
             else:
                 take_recipient_fields(old, new)
-        elif _TRAINING.search(name):
+        elif _TRAINING.search(name) or _same(theirs[name], value):
             setattr(donor, name, value)
 
 
@@ -77,8 +80,17 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str
         if isinstance(old, Mapping) and isinstance(new, Mapping) and "model_type" in new:
             # A configuration of its own; other mappings, such as RoPE's, hold nothing but arithmetic.
             yield from _differences(old, new, f"{prefix}{name}.")
-        elif old != new and not (_per_layer(old) or _per_layer(new)):
+        elif not _same(old, new) and not (_per_layer(old) or _per_layer(new)):
             yield f"{prefix}{name}: donor {_short(old)}, recipient {_short(new)}"
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Whether two values are equal, or numbers that differ by rounding to float32, as GGUF files have them."""
+    if isinstance(old, float) and isinstance(new, float):
+        return old == new or math.isclose(old, new, rel_tol=_FLOAT32)
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return old.keys() == new.keys() and all(_same(old[key], new[key]) for key in old)
+    return bool(old == new)
 
 
 def _class_fields(config: PreTrainedConfig, fields: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..architecture import LayerNames, decoder_stack, find_stack, projections_of_layers, unwrapped
+from ..architecture import LayerNames, config_of_weights, decoder_stack, find_stack, projections_of_layers, unwrapped
 from ..config import DonorSpec
 from ..errors import CheckpointError, ConfigurationError
 from ..layouts.names import is_adapted
@@ -56,7 +56,7 @@ def layers_of_model(
 
 
 def _record(model: PreTrainedModel, numbers: list[int], name: str | None, revision: str | None) -> DonorRecord:
-    config = model.config.to_dict()
+    config = config_of_weights(model).to_dict()
     config.pop("_name_or_path", None)
     return DonorRecord(
         model_type=model.config.model_type,

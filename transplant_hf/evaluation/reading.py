@@ -26,15 +26,22 @@ class Opened:
         reference: The Hub id or folder it was loaded from; `None` where it was loaded before.
         revision: Of that.
         hub: How to reach the Hub.
+        gguf_file: The file there that it was read from, if it was one of that kind.
     """
 
     def __init__(
-        self, model: Any, reference: str | None = None, revision: str | None = None, hub: HubOptions | None = None
+        self,
+        model: Any,
+        reference: str | None = None,
+        revision: str | None = None,
+        hub: HubOptions | None = None,
+        gguf_file: str | None = None,
     ) -> None:
         self.model = model
         self.reference = reference
         self.revision = revision
         self.hub = hub or HubOptions()
+        self.gguf_file = gguf_file
 
     @property
     def name(self) -> str:
@@ -59,7 +66,7 @@ def open_model(model: Any, revision: str | None = None, kwargs: Mapping[str, Any
     if isinstance(model, str | os.PathLike):
         reference = os.fspath(model)
         loaded = load_model(reference, revision=revision, keep_replaced=True, **kwargs)
-        return Opened(loaded, reference, revision, HubOptions.from_kwargs(kwargs))
+        return Opened(loaded, reference, revision, HubOptions.from_kwargs(kwargs), kwargs.get("gguf_file"))
     if revision is not None or kwargs:
         given = ", ".join([*(["revision"] if revision is not None else []), *kwargs])
         raise ConfigurationError(f"{given}: these are for loading a model by its name, but a loaded model was given.")
@@ -83,7 +90,7 @@ def find_tokenizer(opened: Opened) -> Any:
     for reference, revision in places:
         if not reference:
             continue
-        found = load_tokenizer(reference, revision, opened.hub)
+        found = load_tokenizer(reference, revision, opened.hub, opened.gguf_file)
         if found is not None:
             return found
     looked = ", ".join(reference for reference, _ in places if reference) or "a model without a name"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 
-from ..architecture import native_class
+from ..architecture import check_gguf_reader, forget_gguf, native_class
 from ..architecture.build import build_random
 from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig, check_composition
@@ -166,9 +166,11 @@ def load_transplant(
     for name in set(_LABELS) & set(config.to_diff_dict() if config is not None else ()):
         # Set on a configuration that was read beforehand; they are about the head, which is the recipient's.
         kwargs.setdefault(name, getattr(config, name))
-    hub = HubOptions.from_kwargs(kwargs)
+    hub, gguf_file = HubOptions.from_kwargs(kwargs), kwargs.get("gguf_file")
+    check_gguf_reader(gguf_file)
     request = read_request(
-        asked, donors=donors, config=config, revision=revision, subfolder=subfolder or None, hub=hub  # type: ignore[arg-type]
+        asked, donors=donors, config=config, revision=revision, subfolder=subfolder or None, hub=hub,  # type: ignore[arg-type]
+        gguf_file=gguf_file,
     )  # fmt: skip
     if composition is not None:
         request.config.composition = check_composition(composition, os.fspath(asked))
@@ -178,6 +180,7 @@ def load_transplant(
         loaded = _load(auto_class, request, opened, checks, hub, keep_replaced, model_args, kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     _remember(model, request, hub)
+    forget_gguf(model)
     _forget_dequantizing(model)
     return loaded
 

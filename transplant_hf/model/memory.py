@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from ..architecture import Anatomy
+from ..architecture import Anatomy, config_of_weights, forget_gguf, is_quantized
 from ..compatibility import refuse_unsupported
 from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor import Donor
@@ -127,6 +127,7 @@ def _hold_none(model: Any) -> None:
     """Make a loaded recipient, where it stands, a model that holds donors, none of them yet."""
     native: Any = native_class(type(model)) if isinstance(model, TransplantMixin) else type(model)
     name = model.config.name_or_path
+    forget_gguf(model)
     recipient = Anatomy(native, copy.deepcopy(model.config), f"recipient {name or native.__name__}")
     refuse_unsupported(recipient)
     model.__class__ = transplant_class(native)
@@ -137,7 +138,7 @@ def _check_shareable(model: Any) -> None:
     reason = None
     if not isinstance(model, PreTrainedModel):
         reason = f"it is a {type(model).__name__}, not a PreTrainedModel (unwrap it first)"
-    elif getattr(model, "hf_quantizer", None) is not None:
+    elif is_quantized(model):
         reason = "it is quantised"
     elif any(parameter.is_meta for parameter in model.parameters()):
         reason = "some of its weights are offloaded or not loaded"
@@ -162,7 +163,7 @@ def _taken_apart(model: Any) -> tuple[list[tuple[DonorSpec, Donor]], Any, Any, A
     if state is None:
         known = TransplantConfig(recipient=model.config.name_or_path or "")
         native = native_class(type(model)) if isinstance(model, TransplantMixin) else type(model)
-        return [], native, model.config, model.state_dict(), known
+        return [], native, config_of_weights(model), model.state_dict(), known
     blueprint = state.blueprint
     if len(recipient_layers := [s for s in state.layers if s.slot.source == RECIPIENT]) != blueprint.splice.num_layers:
         raise ConfigurationError(
@@ -184,6 +185,7 @@ def _take_after(made: Any, model: PreTrainedModel) -> None:
         if tensor.data_ptr() in frozen:
             tensor.requires_grad_(False)
     made.train(model.training)
+    forget_gguf(made, model)
     made.config._name_or_path = made.name_or_path = model.config.name_or_path
     if model.can_generate():
         made.generation_config = copy.deepcopy(model.generation_config)

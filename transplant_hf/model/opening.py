@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..architecture import check_gguf_reader, forget_gguf
 from ..config import TransplantConfig
 from ..donor.companions import has_tokenizer, locate_with_companions
 from ..errors import ConfigurationError, TransplantError
@@ -44,29 +45,35 @@ def load_model(
     check_device_map(kwargs.get("device_map"))
     name = os.fspath(reference)
     revision = revision_for(name, revision)
-    hub = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only", "trust_remote_code") if key in kwargs}
-    if kwargs.get("gguf_file") is None:
+    hub: dict[str, Any] = {
+        key: kwargs[key] for key in ("token", "cache_dir", "local_files_only", "trust_remote_code") if key in kwargs
+    }
+    gguf_file = kwargs.get("gguf_file")
+    if gguf_file is None:
         _refuse_without_model(name, revision)
-    place = for_transformers(name, revision, HubOptions.from_kwargs(kwargs), weights=False)
+    else:
+        check_gguf_reader(gguf_file)
+        hub["gguf_file"] = gguf_file
+    place = for_transformers(name, revision, HubOptions.from_kwargs(kwargs), weights=False, file=gguf_file)
     with reading("the model", name, revision), _one_sentence(name, revision):
         config = AutoConfig.from_pretrained(place, revision=revision, **hub)
         if isinstance(config, TransplantConfig):
             return load_transplant(AutoModelForCausalLM, name, revision=revision, keep_replaced=keep_replaced, **kwargs)
-        place = for_transformers(
-            name, revision, HubOptions.from_kwargs(kwargs), weights=True, file=kwargs.get("gguf_file")
-        )
+        place = for_transformers(name, revision, HubOptions.from_kwargs(kwargs), weights=True, file=gguf_file)
         model = AutoModelForCausalLM.from_pretrained(place, revision=revision, **kwargs)
     model.config._name_or_path = model.name_or_path = name
+    forget_gguf(model)
     return model
 
 
-def load_tokenizer(reference: str, revision: str | None, hub: HubOptions) -> Any:
+def load_tokenizer(reference: str, revision: str | None, hub: HubOptions, gguf_file: str | None = None) -> Any:
     """Load the tokenizer beside a model.
 
     Args:
         reference: Hub id or folder.
         revision: Its branch, tag or commit.
         hub: How to reach the Hub.
+        gguf_file: The file that the model is read from, which also holds a tokenizer.
 
     Returns:
         The tokenizer; `None` where there is none.
@@ -77,7 +84,13 @@ def load_tokenizer(reference: str, revision: str | None, hub: HubOptions) -> Any
     revision = revision_for(reference, revision)
     source = locate_with_companions(reference, revision=revision, hub=hub)
     if not has_tokenizer(source.folder):
-        return None
+        if gguf_file is None:
+            return None
+        with reading("the tokenizer", reference, revision):
+            place = for_transformers(reference, source.revision, hub, weights=False, file=gguf_file)
+            return AutoTokenizer.from_pretrained(
+                place, revision=source.revision, gguf_file=gguf_file, **hub.as_kwargs()
+            )
     with reading("the tokenizer", reference, revision):
         return AutoTokenizer.from_pretrained(source.folder)
 

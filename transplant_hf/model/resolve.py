@@ -49,6 +49,7 @@ def read_request(
     revision: str | None,
     subfolder: str | None,
     hub: HubOptions,
+    gguf_file: str | None = None,
 ) -> Request:
     """Find out what a repo or folder is, and what transplant it stands for.
 
@@ -59,23 +60,25 @@ def read_request(
         revision: The revision asked for.
         subfolder: The folder inside it.
         hub: How to reach the Hub.
+        gguf_file: The file that a recipient is read from, which may be all there is of it.
 
     Raises:
         ConfigurationError: A recipient without donors, a transplant with further ones, or neither.
         HubError: Out of reach.
     """
     asked = os.fspath(asked)
-    files = ("config.json", "generation_config.json")
+    alone = bool(gguf_file and donors)
+    files = (*([gguf_file] if gguf_file and donors else []), "config.json", "generation_config.json")
     revision = revision_for(asked, revision)
     source = locate(asked, files=files, revision=revision, subfolder=subfolder, hub=hub)
     if config is not None and source.from_hub and config.name_or_path == asked and os.path.isdir(asked):
         config = None  # the Auto classes read it in a folder of that name, whatever the revision
     path = source.folder / "config.json"
-    if config is None and not path.exists():
+    if config is None and not path.exists() and not alone:
         raise ConfigurationError(
             f"{source} is neither a model nor a transplant: there is no config.json in {source.folder}."
         )
-    fields = {} if config is not None else read_json(path, "config.json")
+    fields = {} if config is not None or not path.exists() else read_json(path, "config.json")
     if config is None and fields.get("model_type") == TransplantConfig.model_type:
         config = TransplantConfig(**{**fields, "name_or_path": asked})
     if config is None:
@@ -176,11 +179,15 @@ def recipient_config(
     if folder is not None:
         # A repository may carry its recipient: its files are then those of one commit.
         source = locate(config.recipient, files=("*",), relative_to=base, hub=hub)
-        if not (source.folder / "config.json").exists():
-            raise ConfigurationError(f"recipient {config.recipient!r} is no model: no config.json in {source.folder}.")
+        if not (source.folder / "config.json").exists() and not kwargs.get("gguf_file"):
+            held = sorted(path.name for path in source.folder.glob("*.gguf"))
+            hint = f" To read its GGUF file pass gguf_file={held[0]!r}." if held else ""
+            raise ConfigurationError(
+                f"recipient {config.recipient!r} is no model: no config.json in {source.folder}.{hint}"
+            )
         config.recipient, config.recipient_revision = str(source.folder.resolve()), None
     else:
-        config.recipient_revision = commit_of(config.recipient, config.recipient_revision, hub)
+        config.recipient_revision = commit_of(config.recipient, config.recipient_revision, hub, kwargs.get("gguf_file"))
         if trust_remote_code:
             _refuse_shadowed_code(config, hub)
     where = (config.recipient, config.recipient_revision)

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..architecture import is_quantized
 from ..architecture.build import build_on_meta
 from ..config import DonorSpec, TransplantConfig
 from ..donor.card import write_donor_card
@@ -48,7 +49,6 @@ from .unchanged import check_unchanged
 __all__ = ["push_transplant", "recipient_state", "save_transplant"]
 
 logger = logging.get_logger(__name__)
-
 
 
 def save_transplant(
@@ -94,6 +94,12 @@ def _save(
 ) -> Any:
     state = model._transplant
     blueprint = state.blueprint
+    if not thin and is_quantized(model) and not model.hf_quantizer.is_serializable():
+        method = model.hf_quantizer.quantization_config.quant_method
+        raise ConfigurationError(
+            f"the weights of this model are quantized by {getattr(method, 'value', method)} in a way that Transformers "
+            "cannot write. Load the recipient without quantization to save it."
+        )
     license = kwargs.pop("license", None)
     is_main = kwargs.get("is_main_process", True)
     all_off = state.switch.disabled == set(blueprint.splice.names)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..architecture import is_quantized, was_gguf
 from ..errors import ConfigurationError
 from ..layouts.names import is_adapted
 from ..sources import HubOptions, for_transformers, hub_errors
@@ -62,8 +63,13 @@ def _equal(tensor: torch.Tensor, pinned: torch.Tensor) -> bool:
 
 def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
     recipient, config = state.blueprint.recipient, state.blueprint.config
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
+    if was_gguf(model):
+        raise ConfigurationError(
+            f"a thin save names its recipient, and cannot name the GGUF file that the weights of {config.recipient} "
+            "were read from. Save in full (save_pretrained(folder)); or write the recipient as a plain folder once, "
+            "remove_transplants(model).save_pretrained(folder), and load it from there with its donors."
+        )
+    if is_quantized(model):
         raise ConfigurationError(
             "a thin save compares the recipient's weights with the pinned recipient's, which is not possible for a "
             "quantised model. Load it without quantization to save it."

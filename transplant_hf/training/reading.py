@@ -75,7 +75,8 @@ def model_and_tokenizer(
     commit = pinned_commit(reference, revision, loading)
     loaded = load_model(reference, revision=commit, keep_replaced=True, **loading)
     if tokenizer is None:
-        tokenizer = find_tokenizer(Opened(loaded, reference, commit, HubOptions.from_kwargs(loading)))
+        hub, gguf_file = HubOptions.from_kwargs(loading), loading.get("gguf_file")
+        tokenizer = find_tokenizer(Opened(loaded, reference, commit, hub, gguf_file))
     return loaded, tokenizer, commit
 
 
