@@ -36,6 +36,7 @@ def push_folder(
     create_pr: bool = False,
     replaced: Callable[[Sequence[str]], set[str]] = lambda names: set(),
     only: Collection[str] | None = None,
+    kept: Callable[[Sequence[str], Callable[[str], Path]], Collection[str]] = lambda names, fetch: (),
 ) -> CommitInfo:
     """Upload a folder as one commit on top of the branch as it was found; files it has already are not sent.
 
@@ -52,6 +53,7 @@ def push_folder(
         create_pr: Open a pull request instead.
         replaced: Tells which of the repository's files belong to the old artefact, and go.
         only: The files that are meant, by their paths in the folder; by default all.
+        kept: Tells, from the repository's files and what downloads one of them, which files are not sent after all.
 
     Returns:
         The commit; the present one when nothing has changed.
@@ -74,6 +76,13 @@ def push_folder(
             )
         if _keeps_its_card(api, repo_id, found):
             files.pop(CARD_FILE, None)
+        present = {sibling.rfilename: sibling for sibling in found.siblings or ()}
+        stay = kept(list(present), lambda name: Path(api.hf_hub_download(repo_id, name, revision=found.sha)))
+        behind = {name: path for name in stay if (path := files.pop(name, None)) is not None}
+        if differing := sorted(name for name, path in behind.items() if not _is_same(path, present.get(name))):
+            logger.warning(
+                f"{repo_id} has a tokenizer or processor of its own, which is kept: {', '.join(differing)} not sent."
+            )
         operations = _changes(files, found, replaced)
         if not operations:
             return _present(api, repo_id, found, commit_message)

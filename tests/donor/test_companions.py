@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from tests.faults.looping import pt_file
 from tests.helpers import DONOR_LAYERS, Shelf, copied, edit_json, loaded, write_tokenizer
+from tests.hub_server import ALICE
 from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec
 from transplant_hf.donor.companions import companions_in, is_companion
 from transplant_hf.export import export_transplant
@@ -257,3 +258,53 @@ def test_a_model_and_its_tokenizer_move_together(tiny_llama: Path, tmp_path: Pat
     shutil.move(tmp_path / "full", tmp_path / "moved")
     assert AutoTokenizer.from_pretrained(tmp_path / "moved")("hm").input_ids
     assert "transplant" not in json.dumps(json.loads((tmp_path / "moved" / "config.json").read_text()))
+
+
+# -- On the Hub -------------------------------------------------------------------------------------------------------
+
+
+def push_thin(shelf: Shelf, target: str) -> None:
+    load(shelf.law).push_to_hub(target, thin=True)
+
+
+def push_in_full(shelf: Shelf, target: str) -> None:
+    load(shelf.law).push_to_hub(target)
+
+
+def push_donor(shelf: Shelf, target: str) -> None:
+    Donor.from_pretrained(shelf.law).push_to_hub(target, recipient=shelf.base)
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("push", [push_thin, push_in_full, push_donor])
+def test_a_tokenizer_in_the_repository_is_kept(
+    both: Shelf, as_user: Any, tmp_path: Path, warned: list[str], push: Callable[[Shelf, str], None]
+) -> None:
+    as_user(ALICE)
+    AutoTokenizer.from_pretrained(both.base)  # so that it is at hand, and would be sent
+    mine, target = own_tokenizer(both.family / "recipient"), f"{both.law}-mine"
+    mine.save_pretrained(tmp_path / "mine")
+    both.hub.add_repo(target, tmp_path / "mine")
+    push(both, target)
+    found = AutoTokenizer.from_pretrained(target)
+    assert (len(found), found.chat_template) == (len(mine), mine.chat_template)
+    assert [text for text in warned if f"{target} has a tokenizer or processor of its own" in text]
+    warned.clear()
+    push(both, f"{target}-new")
+    push(both, f"{target}-new")
+    assert AutoTokenizer.from_pretrained(f"{target}-new").eos_token == "<|endoftext|>"
+    assert not [text for text in warned if "of its own" in text]
+
+
+@pytest.mark.hub
+def test_the_tokenizer_of_an_earlier_push_goes(both: Shelf, as_user: Any) -> None:
+    as_user(ALICE)
+    AutoTokenizer.from_pretrained(both.base)
+    target = f"{both.law}-mine"
+    push_thin(both, target)
+    own_tokenizer(both.family / "recipient").save_pretrained(both.family / "recipient")
+    other = f"{both.base}-other"
+    both.hub.add_repo(other, both.family / "recipient")
+    AutoTokenizer.from_pretrained(other)
+    load(other, donors={both.law: 1}).push_to_hub(target, thin=True)
+    assert AutoTokenizer.from_pretrained(target).eos_token == "<|im_end|>"

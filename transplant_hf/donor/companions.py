@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ __all__ = [
     "copy_companions",
     "has_tokenizer",
     "is_companion",
+    "kept_in_repository",
     "locate_with_companions",
     "tokenizer_class",
 ]
@@ -127,6 +128,26 @@ def copy_companions(
             if not copy.exists():
                 copy.parent.mkdir(exist_ok=True, parents=True)
                 shutil.copyfile(path, copy)
+
+
+def kept_in_repository(folder: Path, names: Sequence[str], fetch: Callable[[str], Path]) -> set[str]:
+    """Return the files of a folder that a push must not send: the repository has a tokenizer or processor of its own.
+
+    Args:
+        folder: What is pushed, with the recipient's.
+        names: The repository's files.
+        fetch: Downloads one of them.
+    """
+    theirs = {group: [name for name in names if _group_of(name) == group] for group in ("tokenizer", "processor")}
+    if not any(theirs.values()):
+        return set()
+    before = _recipient_named_in(fetch("config.json"), None, None) if "config.json" in names else None
+    own, kept = _read(folder), set[str]()
+    for group, found in theirs.items():
+        # Copies of the recipient's came with an earlier push.
+        if found and (before is None or not _are_copies({name: fetch(name) for name in found}, before)):
+            kept |= set(own.get(group, {})) if _is_whole(group, found) else set(found)
+    return kept
 
 
 def locate_with_companions(
@@ -249,18 +270,21 @@ def _entries(value: Any) -> list[str]:
 
 def _of_the_user(target: Path, cache_dir: str | None) -> _Groups:
     """What lies in a folder, without what an earlier save copied there from the recipient it had then."""
-    found = _read(target)
-    path = target / "config.json"
-    fields = read_json(path, "the old config.json") if found and path.exists() else {}
-    if fields.get("model_type") != TransplantConfig.model_type:
-        return found
-    name, revision = fields.get("recipient"), fields.get("recipient_revision")
-    if not isinstance(name, str) or not name or not isinstance(revision, str | None):
-        return found
-    before = points_to_folder(name, Source(str(target), target)) if revision is None else None
-    if before is None:
-        before = at_hand(name, revision, cache_dir)
+    found, path = _read(target), target / "config.json"
+    before = _recipient_named_in(path, target, cache_dir) if found and path.exists() else None
     return {group: files for group, files in found.items() if before is None or not _are_copies(files, before)}
+
+
+def _recipient_named_in(config: Path, folder: Path | None, cache_dir: str | None) -> Path | None:
+    """Where the files of an old artefact's recipient are; in a repository, which has no folder, only on the Hub."""
+    fields = read_json(config, "the old config.json")
+    name, revision = fields.get("recipient"), fields.get("recipient_revision")
+    if fields.get("model_type") != TransplantConfig.model_type or not isinstance(name, str) or not name:
+        return None
+    if revision is None and folder is not None:
+        there = points_to_folder(name, Source(str(folder), folder))
+        return at_hand(name, None, cache_dir) if there is None else there
+    return at_hand(name, revision, cache_dir) if isinstance(revision, str) else None
 
 
 def _are_copies(files: Mapping[str, Path], folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Collection
@@ -10,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo
 
 from ..hub import push_folder
+from .companions import kept_in_repository
 from .save import replaced_among
 
 __all__ = ["deliver"]
@@ -52,6 +54,7 @@ def deliver(
             private=private,
             revision=revision,
             replaced=replaced_among,
+            kept=functools.partial(kept_in_repository, target),
             only=set(names),  # the folder may hold other files of the user's
         )
         return str(target) if output is not None else None, str(commit.commit_url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from ..errors import CheckpointError, ConfigurationError, IntegrityError
 from ..hub import push_folder
 from ..numeric import consecutive_layers
 from ..sources import HubOptions, Source, locate
+from .companions import kept_in_repository
 from .extract import layers_of_model
 from .from_pt import open_pt
 from .place import recommendation, recommended_in
@@ -385,7 +387,10 @@ class Donor:
             target = Path(folder) / repo_id.rpartition("/")[2]
             said: dict[str, Any] = {"license": license, "mode": mode, "strength": strength}
             save_donor(self, target, position, recipient, recipient_revision, max_shard_size, repo_id, **said)
-            return push_folder(target, repo_id, commit_message=commit_message, replaced=replaced_among, **kwargs)
+            kept = functools.partial(kept_in_repository, target)
+            return push_folder(
+                target, repo_id, commit_message=commit_message, replaced=replaced_among, kept=kept, **kwargs
+            )
 
     def __str__(self) -> str:
         file = self.store.path if isinstance(self.store, PtTensors) else None

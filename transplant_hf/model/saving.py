@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import os
 import tempfile
@@ -19,7 +20,7 @@ from ..architecture import is_quantized
 from ..architecture.build import build_on_meta
 from ..config import DonorSpec, TransplantConfig
 from ..donor.card import write_donor_card
-from ..donor.companions import at_hand, copy_companions, tokenizer_class
+from ..donor.companions import at_hand, copy_companions, kept_in_repository, tokenizer_class
 from ..donor.entry import write_entry
 from ..donor.extract import checkpoint_tensors
 from ..donor.record import DonorRecord
@@ -168,7 +169,8 @@ def push_transplant(model: Any, native: Callable[..., Any], repo_id: str, thin: 
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / repo_id.rpartition("/")[2]
         save_transplant(model, native, target, (), thin, saved, repo_id)
-        return push_folder(target, repo_id, commit_message=message, replaced=replaced_among, **pushed)
+        kept = functools.partial(kept_in_repository, target)
+        return push_folder(target, repo_id, commit_message=message, replaced=replaced_among, kept=kept, **pushed)
 
 
 def _refuse_unless_all_on(blueprint: Blueprint, disabled: frozenset[str]) -> None:
