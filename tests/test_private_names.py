@@ -141,6 +141,19 @@ def test_loaded_tensors_are_marked(tmp_path: Path) -> None:
     assert all(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
 
 
+def test_adapters_that_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The model class is told of an adapter in `adapter_kwargs`, by a name of their own."""
+    peft = pytest.importorskip("peft")
+    tiny_llama_model(0).save_pretrained(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *_, **kwargs: found.update(kwargs))
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert found["adapter_kwargs"]["_adapter_model_path"] == tmp_path / "adapter"
+
+
 def test_hooks_into_loading_are_static() -> None:
     for name in ("_load_pretrained_model", "_finalize_model_loading"):
         assert isinstance(inspect.getattr_static(PreTrainedModel, name), staticmethod), (

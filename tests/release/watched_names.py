@@ -60,6 +60,7 @@ WATCHED: dict[str, Watched] = {
     "_gradient_checkpointing_func": Watched("layers that come later are checkpointed too", "test_checkpointed_layers"),
     "maybe_install_capturing_hooks": Watched("hidden states of layers that come later are recorded", SIGNED),
     "_output_capturing_hooks_installed": Watched("the same", "test_the_capturing_hooks_leave_their_mark"),
+    "_adapter_model_path": Watched("an adapter that an Auto class was asked for", "test_adapters_that_are_found"),
     "_hf_peft_config_loaded": Watched("an adapter is not saved into a full model", _MODEL),
     "Conv1D": Watched("GPT-2's linear layers", "test_linear_layers_of_gpt2"),
     "DynamicLayer": Watched("grows by hand to a length, for a plan", "test_cache_layers_grow"),

@@ -10,8 +10,9 @@ from ..architecture import native_class
 from ..config import TransplantConfig
 from ..errors import ConfigurationError
 from ..heads import CAUSAL_LM, Head, head_of
+from ..model.adapters import ADAPTER_CONFIG
 from ..model.resolve import Request, open_donors, read_request, recipient_config
-from ..sources import HubOptions
+from ..sources import HubOptions, locate
 from ..splice import Blueprint, draw_blueprint
 
 __all__ = ["Opened", "open_transplant"]
@@ -76,11 +77,28 @@ def open_transplant(
         request.config.composition = composition
     found = open_donors(request, hub)
     config, _ = recipient_config(request, hub, False, {})
+    _refuse_adapters(request, hub)
     head = head_of(config.architectures or (), config) or CAUSAL_LM
     model_class, config = native_class(head.find(), config, request.config.recipient)
     blueprint = draw_blueprint(model_class, config, found, request.config)
     _refuse_beyond_native(blueprint)
     return Opened(request, blueprint, head, hub)
+
+
+def _refuse_adapters(request: Request, hub: HubOptions) -> None:
+    """Refuse adapters that loading puts on: an export holds weights alone.
+
+    Raises:
+        ConfigurationError: Saying where one lies.
+    """
+    name, revision = str(request.config.recipient), request.config.recipient_revision
+    recipient = locate(name, files=(f"{ADAPTER_CONFIG}*",), revision=revision, hub=hub)
+    for source in filter(None, (request.adapter, recipient)):
+        if (source.folder / ADAPTER_CONFIG).exists():
+            raise ConfigurationError(
+                f"{source} holds an adapter ({ADAPTER_CONFIG}), which an export would leave out. Merge it into the "
+                "weights (PEFT's merge_and_unload, then save_pretrained), or move that file away."
+            )
 
 
 def _refuse_beyond_native(blueprint: Blueprint) -> None:

@@ -20,6 +20,7 @@ from ..errors import CheckpointError, ConfigurationError
 from ..sources import HubOptions, Source, for_transformers, locate, reading
 from ..splice import Blueprint, draw_blueprint, follow_quantization, report_fit
 from ..storage import read_json
+from .adapters import load_beside
 from .loading import FileChecks, Loading, loading
 from .mixin import transplant_class
 from .resolve import Request, open_donors, read_request, recipient_config
@@ -33,7 +34,7 @@ __all__ = ["AutoModelWithTransplant", "check_compatibility", "config_to_model", 
 _HUB_NAMES = ("token", "cache_dir", "local_files_only", "force_download")
 _LABELS = ("id2label", "label2id", "problem_type")
 # About the repo that was asked for, never the recipient's.
-_NOT_FOR_RECIPIENT = ("adapter_kwargs", "code_revision", "_commit_hash")
+_NOT_FOR_RECIPIENT = ("code_revision", "_commit_hash")
 
 
 class AutoModelWithTransplant:
@@ -175,6 +176,7 @@ def load_transplant(
     if composition is not None:
         request.config.composition = check_composition(composition, os.fspath(asked))
     kwargs = {name: value for name, value in kwargs.items() if name not in (*_HUB_NAMES, *_NOT_FOR_RECIPIENT)}
+    adapter = _adapter(request, kwargs)
     opened = open_donors(request, hub)
     with FileChecks(donor for _, donor in opened) as checks:
         loaded = _load(auto_class, request, opened, checks, hub, keep_replaced, model_args, kwargs)
@@ -182,7 +184,30 @@ def load_transplant(
     _remember(model, request, hub)
     forget_gguf(model)
     _forget_dequantizing(model)
+    if adapter is not None:
+        load_beside(model, *adapter, request.config.recipient)
     return loaded
+
+
+def _adapter(request: Request, kwargs: dict[str, Any]) -> tuple[str, str | None, dict[str, Any]] | None:
+    """Return the adapter that goes on the transplant: where it is, its name, and how to reach it.
+
+    One of the recipient stays among the arguments: the recipient's class loads it.
+    """
+    options = dict(kwargs.pop("adapter_kwargs", None) or {})
+    if not request.names_transplant:
+        if request.adapter is not None:
+            options["_adapter_model_path"] = str(request.adapter.folder)
+        if options:
+            kwargs["adapter_kwargs"] = options
+        return None
+    # Where an Auto class was asked for an adapter, this is it: the transplant is its base model.
+    where = os.fspath(options.pop("_adapter_model_path", request.asked))
+    if where == request.asked:
+        if request.adapter is None:
+            return None
+        where, options = str(request.adapter.folder), {}
+    return where, kwargs.get("adapter_name"), options
 
 
 def _load(

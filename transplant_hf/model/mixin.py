@@ -15,6 +15,7 @@ from ..donor.record import DonorRecord
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, LayerMap
 from ..splice import insert_layers
+from .adapters import refuse_replaced
 from .gates import gates_of, refuse_gate
 from .hot import add_donor, move_donor, remove_donor, swap_donor
 from .loading import active_loading
@@ -310,6 +311,17 @@ class TransplantMixin:
     def initialize_weights(self) -> None:
         """Initialize what was not loaded, for this thread alone."""
         initialize(self, native_class(type(self)))  # type: ignore[arg-type]
+
+    def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Load an adapter of PEFT; see `PreTrainedModel.load_adapter`."""
+        native = super().load_adapter  # type: ignore[misc]
+        load = active_loading()
+        if load is None or load.model is not self:
+            return native(peft_model_id, *args, **kwargs)
+        # It lies beside the recipient's weights, and was trained on the recipient's layers.
+        refuse_replaced(self, peft_model_id)
+        with self.disable_transplants():
+            return native(peft_model_id, *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(

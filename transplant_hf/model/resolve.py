@@ -17,6 +17,7 @@ from ..donor.place import named, placed, spec_of
 from ..errors import ConfigurationError
 from ..sources import HubOptions, Source, commit_of, for_transformers, locate, points_to_folder, reading, revision_for
 from ..storage import read_json
+from .adapters import ADAPTER_CONFIG, ADAPTER_FILES, base_of_adapter
 from .fresh import own_tensors
 
 __all__ = ["Request", "open_donors", "read_request", "recipient_config"]
@@ -39,6 +40,7 @@ class Request:
     config: TransplantConfig
     names_transplant: bool
     opened: Mapping[int, Donor] = dataclasses.field(default_factory=dict)
+    adapter: Source | None = None
 
 
 def read_request(
@@ -50,6 +52,7 @@ def read_request(
     subfolder: str | None,
     hub: HubOptions,
     gguf_file: str | None = None,
+    adapter: Source | None = None,
 ) -> Request:
     """Find out what a repo or folder is, and what transplant it stands for.
 
@@ -61,6 +64,7 @@ def read_request(
         subfolder: The folder inside it.
         hub: How to reach the Hub.
         gguf_file: The file that a recipient is read from, which may be all there is of it.
+        adapter: The adapter whose base model this is, where an adapter was asked for.
 
     Raises:
         ConfigurationError: A recipient without donors, a transplant with further ones, or neither.
@@ -68,12 +72,17 @@ def read_request(
     """
     asked = os.fspath(asked)
     alone = bool(gguf_file and donors)
-    files = (*([gguf_file] if gguf_file and donors else []), "config.json", "generation_config.json")
+    files = (*([gguf_file] if gguf_file and donors else []), "config.json", "generation_config.json", *ADAPTER_FILES)
     revision = revision_for(asked, revision)
     source = locate(asked, files=files, revision=revision, subfolder=subfolder, hub=hub)
     if config is not None and source.from_hub and config.name_or_path == asked and os.path.isdir(asked):
         config = None  # the Auto classes read it in a folder of that name, whatever the revision
     path = source.folder / "config.json"
+    base = base_of_adapter(source) if config is None and adapter is None and not path.exists() and not alone else None
+    if base is not None:
+        return read_request(
+            base[0], donors=donors, config=None, revision=base[1], subfolder=None, hub=hub, adapter=source
+        )
     if config is None and not path.exists() and not alone:
         raise ConfigurationError(
             f"{source} is neither a model nor a transplant: there is no config.json in {source.folder}."
@@ -89,7 +98,7 @@ def read_request(
             )
         specs, opened = _specs(donors)
         own = TransplantConfig(recipient=asked, recipient_revision=source.revision, donors=specs)
-        return Request(asked, source, own, names_transplant=False, opened=opened)
+        return Request(asked, source, own, names_transplant=False, opened=opened, adapter=adapter)
     if donors:
         raise ConfigurationError(
             f"{source} is a transplant already (recipient {config.recipient}). Name its recipient instead, with all "
@@ -98,7 +107,9 @@ def read_request(
     if not config.recipient or not config.donors:
         missing = "a recipient" if not config.recipient else "donors"
         raise ConfigurationError(f"the transplant configuration of {source} names no {missing.removeprefix('a ')}.")
-    return Request(asked, source, copy.deepcopy(config), names_transplant=True)
+    if adapter is None and (source.folder / ADAPTER_CONFIG).exists():
+        adapter = source
+    return Request(asked, source, copy.deepcopy(config), names_transplant=True, adapter=adapter)
 
 
 def _specs(donors: Any) -> tuple[list[DonorSpec], dict[int, Donor]]:
