@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.utils import logging
 
 from .cards import CARD_FILE, written_by_us
@@ -16,12 +17,33 @@ from .errors import ConfigurationError, HubError
 from .sources import hub_errors
 from .storage import sha256_of
 
-__all__ = ["push_folder"]
+__all__ = ["check_can_push", "push_folder"]
 
 logger = logging.get_logger(__name__)
 
 # What the Hub answers when the branch has moved on since its files were read.
 _MOVED_ON = (409, 412)
+
+
+def check_can_push(repo_id: str, token: str | bool | None = None) -> None:
+    """Refuse, before the work whose result would be pushed, where nobody is logged in or the Hub is out of reach.
+
+    Args:
+        repo_id: The repository.
+        token: As in huggingface_hub.
+
+    Raises:
+        ConfigurationError: Not a repository's name.
+        HubError: No token, one that is not valid, or the Hub is out of reach.
+    """
+    with hub_errors(repo_id):
+        validate_repo_id(repo_id)
+        try:
+            HfApi(token=token).whoami()
+        except LocalTokenNotFoundError as error:
+            raise HubError(
+                f"nothing can be pushed to {repo_id}: nobody is logged in. Log in with `hf auth login`, or pass token=."
+            ) from error
 
 
 def push_folder(

@@ -135,6 +135,18 @@ def test_common_names_of_dtypes_are_known(
     assert asked == [dtype]
 
 
+def test_plan_knows_the_common_names_too(tiny_gpt2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short, full = (ended(capsys, "plan", tiny_gpt2 / "donor", "--dtype", name)[1] for name in ("bf16", "bfloat16"))
+    assert short == full != ""
+
+
+@pytest.mark.parametrize("command", ["extract", "convert"])
+def test_private_without_a_repository_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipient = ["--recipient", "r"] if command == "convert" else []
+    status, _, err = ended(capsys, command, "in", "out", "--private", *recipient)
+    assert status == 2 and "--private goes with --push-to-hub" in err
+
+
 @pytest.mark.parametrize("where", ["cuda:99", "gpu", "cdua"])
 def test_a_device_that_is_not_there_is_one_sentence(
     where: str, tiny_gpt2: Path, text: Path, capsys: pytest.CaptureFixture[str]

@@ -180,7 +180,7 @@ def test_what_cannot_be_swept_is_refused(tiny_llama: Path) -> None:
         sweep(tiny_llama / "recipient", None, STREAM)
     with refused(ConfigurationError, "no donor"):
         sweep(recipient, [], STREAM)
-    with refused(ConfigurationError, "at least one strength"):
+    with refused(ConfigurationError, "at least one strength and one position"):
         sweep(recipient, donor, STREAM, strengths=())
 
 

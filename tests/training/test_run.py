@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tests.helpers import copied, refused
-from transplant_hf import CheckpointError, ConfigurationError, Donor
+from tests.helpers import Shelf, copied, refused
+from tests.hub_server import ALICE
+from transplant_hf import CheckpointError, ConfigurationError, Donor, HubError
 from transplant_hf.cli import main
 from transplant_hf.evaluation import perplexity
 from transplant_hf.model.opening import load_model
@@ -87,6 +88,22 @@ def test_nothing_is_measured_for_a_run_that_cannot_be_resumed(family: Path, monk
     monkeypatch.setattr("transplant_hf.training.run.perplexity", lambda *args, **kwargs: pytest.fail("measured"))
     with refused(ConfigurationError, "no whole checkpoint"):
         train(family, held_out=str(family / "other.txt"), resume=True)
+
+
+@pytest.mark.hub
+def test_nothing_is_trained_that_nobody_may_push(
+    shelf: Shelf, as_user: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("To be, or not to be, that is the question. " * 40)
+    monkeypatch.setattr(PartTrainer, "train", lambda *args, **kwargs: pytest.fail("it trained"))
+    as_user(ALICE)
+    shelf.put_base()
+    monkeypatch.delenv("HF_TOKEN")
+    for token, told in ((None, "nobody is logged in"), ("wrong", "the token is not valid")):
+        with refused(HubError, f"{shelf.law}-new", told):
+            push = {"push_to": f"{shelf.law}-new", "push_kwargs": {"token": token}}
+            train_donor(shelf.base, "text.txt", None, **push, donor_layers=1, **SHORT)
 
 
 # -- Measured ----------------------------------------------------------------------------------------------------------

@@ -49,6 +49,9 @@ def _run(options: argparse.Namespace) -> int:
     if options.output is None and options.push_to_hub is None:
         print("transplant-hf convert: name a folder to write, or --push-to-hub REPO", file=sys.stderr)
         return 2
+    if options.private and options.push_to_hub is None:
+        print("transplant-hf convert: --private goes with --push-to-hub", file=sys.stderr)
+        return 2
     done = convert(
         options.file,
         options.recipient,

@@ -7,6 +7,7 @@ from typing import Any
 
 from .command import command, show
 from .donors import DONOR, DONOR_HELP, donor_spec
+from .values import torch_name
 
 __all__ = ["add"]
 
@@ -39,7 +40,9 @@ def add(commands: Any) -> None:
         default="auto",
         help="whole layers on devices, or a part of every tensor or some experts on each (default: auto)",
     )
-    plan.add_argument("--dtype", default="auto", help="such as float32 or bfloat16 (default: as it is saved)")
+    plan.add_argument(
+        "--dtype", type=torch_name, default="auto", help="such as float32 or bfloat16 (default: as it is saved)"
+    )
     plan.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once (default: 1)")
     plan.add_argument("--context", type=int, metavar="N", help="tokens of each (default: 4096, or all it reads)")
     plan.add_argument("--dequantize", action="store_true", help="plan a quantised recipient as dequantised")

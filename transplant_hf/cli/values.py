@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 
-__all__ = ["dtype", "number", "share", "whole"]
+__all__ = ["dtype", "number", "share", "torch_name", "whole"]
 
 _DTYPES = {
     "bf16": "bfloat16",
@@ -74,10 +74,20 @@ def dtype(text: str) -> str:
         >>> dtype("bf16")
         'bfloat16'
     """
-    name = _DTYPES.get(text.lower(), text.lower())
+    name = torch_name(text)
     if name not in _KNOWN:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(_KNOWN)}, or bf16, fp16, fp32, got {text!r}")
     return name
+
+
+def torch_name(text: str) -> str:
+    """Return torch's name of a type of numbers for a common short one.
+
+    Example:
+        >>> torch_name("fp16"), torch_name("float8_e4m3fn")
+        ('float16', 'float8_e4m3fn')
+    """
+    return _DTYPES.get(text.lower(), text.lower())
 
 
 def _between(value: int, least: int, most: float) -> int:

@@ -98,6 +98,9 @@ def strength_curve(
         >>> list(curve.points), model.strengths
         ([0.0, 1.0], {'law': 1.0})
     """
+    strengths = [finite_number(strength, "each strength") for strength in strengths]
+    if not strengths:
+        raise ConfigurationError("a curve needs at least one strength.")
     opened = open_model(model, revision, kwargs)
     loaded = opened.model
     config = getattr(loaded, "transplant_config", None)
@@ -112,7 +115,7 @@ def strength_curve(
     before = {name: loaded.strengths[name] for name in chosen}
     points: dict[float, dict[str, Perplexity]] = {}
     try:
-        for strength in [finite_number(strength, "each strength") for strength in strengths]:
+        for strength in strengths:
             for name in chosen:
                 loaded.set_strength(name, strength)
             points[strength] = ruler.measure(loaded)

@@ -115,6 +115,10 @@ def sweep(
         >>> [row.position for row in report.rows]
         [0, 1, 2, 3]
     """
+    positions = [whole_number(position, "each position") for position in positions] if positions is not None else None
+    strengths = [finite_number(strength, "each strength") for strength in strengths]
+    if not strengths or (positions is not None and not positions):
+        raise ConfigurationError("a sweep needs at least one strength and one position.")
     began = time.perf_counter()
     opened = open_model(recipient, revision, kwargs)
     donors = _donors(opened, donors)
@@ -124,10 +128,6 @@ def sweep(
     length = longest_block(model.config, block_length) if isinstance(tokens, torch.Tensor) else block_length
     windows = Windows(tokens, length, stride, start, _name_of(text))
     check_vocabulary(model, windows, windows.name)
-    positions = [whole_number(position, "each position") for position in positions] if positions is not None else None
-    strengths = [finite_number(strength, "each strength") for strength in strengths]
-    if not strengths or (positions is not None and not positions):
-        raise ConfigurationError("a sweep needs at least one strength and one position.")
     with evaluating(model):
         places = list(_places(model, donors, positions, mode))
         total = _run(model, places, windows, tuple(dict.fromkeys(strengths)), batch_size, quiet)

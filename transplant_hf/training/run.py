@@ -13,6 +13,7 @@ from typing import Any
 from ..donor.recorded import check_artefact_folder
 from ..errors import ConfigurationError
 from ..evaluation import perplexity
+from ..hub import check_can_push
 from ..outputs import check_output_folder
 from ..sources import points_to_folder
 from ..texts import Blocks
@@ -141,7 +142,10 @@ def train_donor(
             if push_to is not None:
                 trainer.push_donor(push_to, **dict(push_kwargs or {}))
 
-        return _carried_out(trainer, resume, output, push_to, measure, finish, save, "with donor", keep_checkpoints)
+        token = (push_kwargs or {}).get("token")
+        return _carried_out(
+            trainer, resume, output, push_to, measure, finish, save, "with donor", keep_checkpoints, token
+        )
 
 
 def recover_transplant(
@@ -202,7 +206,10 @@ def recover_transplant(
             if push_to is not None:
                 model.push_to_hub(push_to, thin=True, **dict(push_kwargs or {}))
 
-        return _carried_out(trainer, resume, output, push_to, measure, lambda: None, save, "after", keep_checkpoints)
+        token = (push_kwargs or {}).get("token")
+        return _carried_out(
+            trainer, resume, output, push_to, measure, lambda: None, save, "after", keep_checkpoints, token
+        )
 
 
 @contextmanager
@@ -247,6 +254,7 @@ def _carried_out(
     save: Callable[[], None],
     label: str,
     keep_checkpoints: bool,
+    token: str | bool | None,
 ) -> TrainingReport:
     """Measure, train, measure, save, and remove the checkpoints of what is saved now."""
     config = trainer.model.transplant_config
@@ -255,6 +263,8 @@ def _carried_out(
             f"what is pushed must name a recipient on the Hub, and {config.recipient} is a folder. Push the recipient "
             "first and train from there, or write to a folder only."
         )
+    if push_to is not None:
+        check_can_push(push_to, token)
     trainer.checkpoint_to_resume(resume)
     held_out = measure()
     work = Path(str(trainer.args.output_dir))
