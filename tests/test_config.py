@@ -272,7 +272,7 @@ def test_newer_format_names_the_version_needed(tmp_path: Path) -> None:
     content["format_version"] = 7
     content["donors"][0]["warp"] = 9
     path.write_text(json.dumps(content))
-    with refused(ConfigurationError, "format_version 7", "up to 1", "a newer transplant_hf"):
+    with refused(ConfigurationError, "format_version 7", "up to 2", "a newer transplant_hf"):
         AutoConfig.from_pretrained(tmp_path)
 
 

@@ -17,6 +17,7 @@ import pytest
 ROOMS = (
     "errors",
     "numeric",  # numbers as users write them
+    "recipient_fields",
     "config",
     "heads",  # names of Auto classes
     "layer_map",  # up to here pure: what reads or writes files stands to the right

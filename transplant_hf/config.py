@@ -14,9 +14,11 @@ from transformers import PreTrainedConfig
 
 from .errors import ConfigurationError
 from .numeric import consecutive_layers, finite_number, is_whole, shown, whole_number
+from .recipient_fields import OWN_FIELDS, RecipientFields, checked_overrides
 
 __all__ = [
     "FORMAT_VERSION",
+    "OVERRIDES_FORMAT",
     "SIDE_BY_SIDE",
     "STACKED",
     "DonorSpec",
@@ -27,6 +29,8 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+# Of a `config.json` with `recipient_overrides`: releases that do not know the field must not ignore it.
+OVERRIDES_FORMAT = 2
 # Which release of transplant_hf first reads which format: what an older release must be upgraded to.
 _RELEASE_OF_FORMAT = {1: "0.1.0"}
 _MODES = ("insert", "replace")
@@ -34,12 +38,13 @@ STACKED, SIDE_BY_SIDE = "stacked", "side_by_side"
 _PLAIN_NAME = re.compile(r"(?!\.+$)[^/\\\x00-\x1f\x7f]+")
 
 
-def check_format_version(found: Any, where: str) -> int:
+def check_format_version(found: Any, where: str, newest: int = FORMAT_VERSION) -> int:
     """Accept a `format_version` this release can read.
 
     Args:
         found: The value in the file; a missing one counts as 1.
         where: The file, for the message.
+        newest: The newest that this release reads, of that kind of file.
 
     Returns:
         The version as an integer.
@@ -51,11 +56,11 @@ def check_format_version(found: Any, where: str) -> int:
         return FORMAT_VERSION
     if not is_whole(found) or found < 1:
         raise ConfigurationError(f"format_version in {where} must be a whole number from 1, got {shown(found)}.")
-    if found > FORMAT_VERSION:
+    if found > newest:
         release = _RELEASE_OF_FORMAT.get(found)
         needed = f"transplant_hf >= {release}" if release else "a newer transplant_hf"
         raise ConfigurationError(
-            f"{where} has format_version {found}, this release reads up to {FORMAT_VERSION}: it needs {needed} "
+            f"{where} has format_version {found}, this release reads up to {newest}: it needs {needed} "
             "that knows this format. Install that release."
         )
     return found
@@ -292,7 +297,7 @@ def _check_unique_names(specs: list[DonorSpec]) -> None:
         seen[name] = spec
 
 
-class TransplantConfig(PreTrainedConfig):
+class TransplantConfig(RecipientFields, PreTrainedConfig):
     """A recipient and the donors that go into it.
 
     Args:
@@ -302,7 +307,10 @@ class TransplantConfig(PreTrainedConfig):
         format_version: The version of this file format.
         composition: How donors that are inserted at one position go together: "stacked", one after another, or
             "side_by_side", where each gets the same hidden state h and h + sum_i s_i (d_i(h) - h) goes on.
-        **kwargs: What every `PreTrainedConfig` takes.
+        recipient_overrides: Fields of the recipient's configuration that the transplant runs with, instead of what
+            the recipient's own `config.json` says. Every other field that is set on this object becomes one.
+        vocab_size: The recipient's, for tools that read it without loading anything.
+        **kwargs: What every `PreTrainedConfig` takes, and fields of the recipient's configuration.
 
     Raises:
         ConfigurationError: Unknown donor fields, two donors of one name, an unknown composition, or a newer format.
@@ -311,6 +319,9 @@ class TransplantConfig(PreTrainedConfig):
         >>> config = TransplantConfig(recipient="openai-community/gpt2", donors={"user/law": 1})
         >>> config.donors[0].position
         1
+        >>> config.use_cache = False
+        >>> config.recipient_overrides
+        {'use_cache': False}
     """
 
     model_type = "transplant"
@@ -324,11 +335,13 @@ class TransplantConfig(PreTrainedConfig):
         donors: Any = None,
         format_version: int | None = FORMAT_VERSION,
         composition: str = STACKED,
+        recipient_overrides: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         # Checked first: a newer format may hold fields that the lines below would misread.
         where = kwargs.get("name_or_path") or "config.json"
-        self.format_version = check_format_version(format_version, where)
+        self.format_version = check_format_version(format_version, where, OVERRIDES_FORMAT)
         self.composition = check_composition(composition, kwargs.get("name_or_path") or "the transplant")
         self.recipient = _text(recipient, f"recipient in {where}", "a Hub id or a folder") if recipient != "" else ""
         self.recipient_revision = (
@@ -339,7 +352,11 @@ class TransplantConfig(PreTrainedConfig):
         kwargs.setdefault("architectures", ["TransplantForCausalLM"])
         # It names code that stands in for this class until the class is there; whoever writes a repo writes it anew.
         kwargs.pop("auto_map", None)
-        super().__init__(**kwargs)
+        overrides = checked_overrides(recipient_overrides or {}, where)
+        super().__init__(**{name: value for name, value in kwargs.items() if name in OWN_FIELDS})
+        if vocab_size is not None:
+            self.vocab_size = vocab_size
+        self._take_fields(kwargs, overrides)
 
     @property
     def crowds(self) -> tuple[tuple[str, ...], ...]:
@@ -367,16 +384,20 @@ class TransplantConfig(PreTrainedConfig):
         to the recipient (`attn_implementation`, `num_labels`, ...), so when the caller asks for the unused ones
         back, all of them are.
         """
-        if not kwargs.get("return_unused_kwargs"):
-            return super().from_dict(config_dict, **kwargs)
-        kwargs.pop("return_unused_kwargs")
+        unused = kwargs.pop("return_unused_kwargs", False)
         named = {"name_or_path": kwargs.pop("name_or_path")} if "name_or_path" in kwargs else {}
         for telemetry in ("_from_auto", "_from_pipeline"):
             kwargs.pop(telemetry, None)
-        return super().from_dict(config_dict, **named), kwargs
+        config = super().from_dict(config_dict, **named)
+        if unused:
+            return config, kwargs
+        for name, value in kwargs.items():
+            if not (name in ("dtype", "torch_dtype") and value == "auto"):
+                setattr(config, name, value)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `config.json` holds, donors as JSON objects; the composition where it is not the default."""
+        """Return what `config.json` holds, donors as JSON objects; what is at its default is left out."""
         donors, self.donors = self.donors, []
         try:
             fields = super().to_dict()
@@ -385,4 +406,6 @@ class TransplantConfig(PreTrainedConfig):
         fields["donors"] = [spec.to_dict() for spec in donors]
         if fields.get("composition") == STACKED:
             del fields["composition"]
+        fields = self._with_overrides(fields)
+        fields["format_version"] = OVERRIDES_FORMAT if self.recipient_overrides else FORMAT_VERSION
         return fields

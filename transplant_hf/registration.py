@@ -49,8 +49,15 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
+def _read_field(config: TransplantConfig, name: str) -> Any:
+    from .model.at_hand import field_at_hand
+
+    return field_at_hand(config, name)
+
+
 def register() -> None:
     """Make the Auto classes and `pipeline` know transplants."""
+    TransplantConfig.read_field = staticmethod(_read_field)
     AutoConfig.register(TransplantConfig.model_type, TransplantConfig, exist_ok=True)
     for loader in LOADERS.values():
         loader.auto_class.register(TransplantConfig, loader, exist_ok=True)

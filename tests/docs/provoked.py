@@ -110,7 +110,7 @@ def other_architecture(desk: Desk) -> None:
 
 
 def newer_format(desk: Desk) -> None:
-    desk.config(format_version=2)
+    desk.config(format_version=3)
     load("law")
 
 

@@ -50,7 +50,9 @@ def test_missing_or_malformed(tmp_path: Path) -> None:
 def test_newer_format(tmp_path: Path) -> None:
     RECORD.write(tmp_path)
     edit_json(tmp_path / DONOR_CONFIG, format_version=2, model_type=["of another kind"])
-    with refused(ConfigurationError, str(tmp_path / DONOR_CONFIG), "format_version 2", "up to 1", "--upgrade"):
+    with refused(
+        ConfigurationError, str(tmp_path / DONOR_CONFIG), "format_version 2", "up to 1", "a newer transplant_hf"
+    ):
         DonorRecord.read(tmp_path)
 
 

@@ -54,15 +54,17 @@ def test_unknown_donor_fields(family: Path) -> None:
 
 
 def test_a_newer_format(family: Path) -> None:
-    edit_json(family / "donor" / "config.json", format_version=2)
+    edit_json(family / "donor" / "config.json", format_version=3)
     for class_ in (AutoModelWithTransplant, AutoModelForCausalLM):
-        with refused(ConfigurationError, "format_version 2", "up to 1", "--upgrade", str(family / "donor")):
+        with refused(ConfigurationError, "format_version 3", "up to 2", "a newer transplant_hf", str(family / "donor")):
             class_.from_pretrained(family / "donor")
 
 
 def test_a_newer_format_of_the_record(family: Path) -> None:
     edit_json(family / "donor" / "donor_config.json", format_version=2)
-    with refused(ConfigurationError, str(family / "donor" / "donor_config.json"), "format_version 2", "--upgrade"):
+    with refused(
+        ConfigurationError, str(family / "donor" / "donor_config.json"), "format_version 2", "a newer transplant_hf"
+    ):
         load(family / "donor")
 
 

@@ -171,8 +171,12 @@ def save_donor(
         strength=donor.strength if strength is None else strength,
     )
     written = recipient if recorded_there else written_reference(recipient, folder, revision)
-    config = TransplantConfig(recipient=written, recipient_revision=revision, donors=[place])
-    config.vocab_size = vocabulary_of(donor.record.source_config)
+    config = TransplantConfig(
+        recipient=written,
+        recipient_revision=revision,
+        donors=[place],
+        vocab_size=vocabulary_of(donor.record.source_config),
+    )
     files = at_hand(donor.companions_in(recipient), revision or ("main" if recorded_there else None))
     with publish(folder, replaced_in(folder)) as staging:
         record = write_donor(staging, dataclasses.replace(donor.record, name=name), donor.store, max_shard_size)

@@ -67,6 +67,7 @@ def _transplant(opened: Opened, dtype: torch.dtype) -> Any:
         str(config.recipient),
         donors=list(config.donors),
         composition=config.composition,
+        recipient_overrides=config.recipient_overrides,
         revision=config.recipient_revision,
         dtype=dtype,
         **opened.hub.as_kwargs(),

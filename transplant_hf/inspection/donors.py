@@ -73,6 +73,7 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
     recipient = named or record.source_id
     revision = config.recipient_revision if config is not None and named else record.source_revision
     place = donor.position if asked.position is None else asked.position
+    overrides = config.recipient_overrides if config is not None else {}
     notes: list[str] = []
     problems = list(opened.problems)
     report, layer_map = None, LayerMap()
@@ -85,7 +86,7 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
         # A reference in `config.json` is relative to it; one in the record is not, but means the Hub where it is there.
         base = files.source if named or files.source.from_hub else None
         placement = Placement(name, place, record.layer_indices, donor.mode == "replace")
-        layer_map, notes = _map_of(recipient, revision, base, [placement], asked.hub)
+        layer_map, notes = _map_of(recipient, revision, base, [placement], asked.hub, overrides)
     else:
         known = {"recipient": recipient, "position": place}
         missing = " and ".join(f"no {name}" for name, value in known.items() if value is None)
@@ -156,7 +157,7 @@ def inspect_transplant(files: Files, fields: Mapping[str, Any], asked: Asked) ->
     placements = [Placement(d.name, d.position, d.layer_indices, d.mode == "replace") for d in donors]
     recipient, revision, base = config.recipient, config.recipient_revision, files.source
     if asked.recipient is None:
-        layer_map, notes = _map_of(recipient, revision, base, placements, asked.hub)
+        layer_map, notes = _map_of(recipient, revision, base, placements, asked.hub, config.recipient_overrides)
     elif problems:
         layer_map, notes = LayerMap(), []
     else:
@@ -206,7 +207,12 @@ def _fit(recipient: str, donor: Donor, position: int | None, mode: str, hub: Hub
 
 
 def _map_of(
-    recipient: str, revision: str | None, base: Source | None, placements: list[Placement], hub: HubOptions
+    recipient: str,
+    revision: str | None,
+    base: Source | None,
+    placements: list[Placement],
+    hub: HubOptions,
+    overrides: Mapping[str, Any] | None = None,
 ) -> tuple[LayerMap, list[str]]:
     """Draw the layer map, or say why there is none: a recipient may be out of reach of who has the donor.
 
@@ -216,15 +222,18 @@ def _map_of(
         base: What holds the `config.json` in which the reference stands.
         placements: The donors in their places.
         hub: How to reach the Hub.
+        overrides: What the transplant sets in the recipient's configuration.
 
     Raises:
         ConfigurationError: A position the recipient does not have.
     """
     try:
-        layers = look_at(recipient, revision, base, hub).anatomy.num_layers
+        layers = look_at(recipient, revision, base, hub, overrides).anatomy.num_layers
     except TransplantError as error:
         return LayerMap(), [f"no layer map: {error}"]
-    return Splice(layers, placements).layer_map(), []
+    changed = ", ".join(sorted(overrides or ()))
+    notes = [f"it sets these fields of the recipient's configuration: {changed}."] if changed else []
+    return Splice(layers, placements).layer_map(), notes
 
 
 def _open(files: Files, verify: bool) -> _Opened:

@@ -13,6 +13,7 @@ from ..architecture.build import BUILD_ERRORS
 from ..compatibility import refuse_unsupported
 from ..config import TransplantConfig
 from ..errors import CompatibilityError, ConfigurationError
+from ..model.overrides import apply_overrides
 from ..sources import HubOptions, Source, reading
 from ..storage import read_json
 from .files import BIN_FILES, MODEL_FILE, MODEL_INDEX, Files
@@ -39,8 +40,14 @@ class Look:
     anatomy: Anatomy
 
 
-def look_at(reference: str, revision: str | None, relative_to: Source | None, hub: HubOptions) -> Look:
-    """Look at a recipient by its configuration.
+def look_at(
+    reference: str,
+    revision: str | None,
+    relative_to: Source | None,
+    hub: HubOptions,
+    overrides: Mapping[str, Any] | None = None,
+) -> Look:
+    """Look at a recipient by its configuration, with what a transplant sets in it.
 
     Raises:
         TransplantError: Out of reach, or no model that can be looked at.
@@ -50,13 +57,14 @@ def look_at(reference: str, revision: str | None, relative_to: Source | None, hu
     if not path.exists():
         raise ConfigurationError(f"recipient {files.source} is no model: it has no config.json.")
     fields = read_json(path, "the recipient's config.json")
-    return Look(files.source, _anatomy(files.source, fields))
+    return Look(files.source, _anatomy(files.source, fields, overrides))
 
 
-def _anatomy(source: Source, fields: Mapping[str, Any]) -> Anatomy:
+def _anatomy(source: Source, fields: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Anatomy:
     if fields.get("model_type") == TransplantConfig.model_type:
         raise ConfigurationError(f"recipient {source} is itself a transplant, of {fields.get('recipient')!r}.")
     config = _config(source)
+    apply_overrides(config, overrides or {}, {})
     layers = getattr(text_config(config).config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         raise ConfigurationError(f"{source} claims {layers:,} layers; models of up to {_MOST_LAYERS:,} are looked at.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["AutoModelWithTransplant", "check_compatibility", "config_to_model", "load_transplant"]
 
 _HUB_NAMES = ("token", "cache_dir", "local_files_only", "force_download")
-_LABELS = ("id2label", "label2id", "problem_type")
 # About the repo that was asked for, never the recipient's.
 _NOT_FOR_RECIPIENT = ("code_revision", "_commit_hash")
 
@@ -160,13 +160,11 @@ def load_transplant(
     composition: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
+    recipient_overrides: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a transplant with the head of one Auto class; see `AutoModelWithTransplant.from_pretrained`."""
     _check_arguments(config, kwargs)
-    for name in set(_LABELS) & set(config.to_diff_dict() if config is not None else ()):
-        # Set on a configuration that was read beforehand; they are about the head, which is the recipient's.
-        kwargs.setdefault(name, getattr(config, name))
     hub, gguf_file = HubOptions.from_kwargs(kwargs), kwargs.get("gguf_file")
     check_gguf_reader(gguf_file)
     request = read_request(
@@ -175,6 +173,7 @@ def load_transplant(
     )  # fmt: skip
     if composition is not None:
         request.config.composition = check_composition(composition, os.fspath(asked))
+    request.config.recipient_overrides |= recipient_overrides or {}
     kwargs = {name: value for name, value in kwargs.items() if name not in (*_HUB_NAMES, *_NOT_FOR_RECIPIENT)}
     adapter = _adapter(request, kwargs)
     opened = open_donors(request, hub)

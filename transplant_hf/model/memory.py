@@ -20,6 +20,7 @@ from .gates import gates_of
 from .hot import add_donor, open_donor
 from .loading import FileChecks, Loading, loading
 from .mixin import TransplantMixin, native_class, transplant_class
+from .overrides import live_recipient_config
 from .saving import recipient_state
 from .state import finish
 
@@ -80,6 +81,7 @@ def transplant(
         recipient_revision=known.recipient_revision,
         donors=[part for part, _ in donors],
         composition=composition or known.composition,
+        recipient_overrides=known.recipient_overrides,
     )
     replaces = any(part.mode == "replace" for part, _ in donors)
     blueprint = draw_blueprint(recipient_class, recipient_config, donors, config, keep_replaced=replaces)
@@ -175,7 +177,8 @@ def _taken_apart(model: Any) -> tuple[list[tuple[DonorSpec, Donor]], Any, Any, A
         for part in blueprint.parts
     ]
     specs = [(DonorSpec.from_dict({**spec.to_dict(), "layers": None}), donor) for spec, donor in held]
-    return specs, blueprint.recipient.model_class, blueprint.recipient.config, recipient_state(model), blueprint.config
+    config = live_recipient_config(model, blueprint)
+    return specs, blueprint.recipient.model_class, config, recipient_state(model), blueprint.config
 
 
 def _take_after(made: Any, model: PreTrainedModel) -> None:

@@ -19,6 +19,7 @@ from ..sources import HubOptions, Source, commit_of, for_transformers, locate, p
 from ..storage import read_json
 from .adapters import ADAPTER_CONFIG, ADAPTER_FILES, base_of_adapter
 from .fresh import own_tensors
+from .overrides import apply_overrides
 
 __all__ = ["Request", "open_donors", "read_request", "recipient_config"]
 
@@ -74,9 +75,13 @@ def read_request(
     alone = bool(gguf_file and donors)
     files = (*([gguf_file] if gguf_file and donors else []), "config.json", "generation_config.json", *ADAPTER_FILES)
     revision = revision_for(asked, revision)
+    changed: dict[str, Any] = {}
     source = locate(asked, files=files, revision=revision, subfolder=subfolder, hub=hub)
     if config is not None and source.from_hub and config.name_or_path == asked and os.path.isdir(asked):
-        config = None  # the Auto classes read it in a folder of that name, whatever the revision
+        # The Auto classes read it in a folder of that name, whatever the revision: only what was set since counts.
+        there = TransplantConfig(**read_json(Path(asked) / "config.json", "config.json")).recipient_overrides
+        changed = {name: value for name, value in config.recipient_overrides.items() if there.get(name) != value}
+        config = None
     path = source.folder / "config.json"
     base = base_of_adapter(source) if config is None and adapter is None and not path.exists() and not alone else None
     if base is not None:
@@ -90,6 +95,7 @@ def read_request(
     fields = {} if config is not None or not path.exists() else read_json(path, "config.json")
     if config is None and fields.get("model_type") == TransplantConfig.model_type:
         config = TransplantConfig(**{**fields, "name_or_path": asked})
+        config.recipient_overrides |= changed
     if config is None:
         if not donors:
             raise ConfigurationError(
@@ -221,13 +227,15 @@ def recipient_config(
             f"recipient {config.recipient} is itself a transplant of {found.recipient}. Use {found.recipient} as the "
             "recipient and name all donors together, or save the transplant in full first."
         )
+    apply_overrides(found, config.recipient_overrides, kwargs)
     return found, unused
 
 
 def _refuse_shadowed_code(config: TransplantConfig, hub: HubOptions) -> None:
     """Refuse a recipient whose code is in another repository where a folder of that name would be run instead."""
     source = locate(config.recipient, files=("config.json",), revision=config.recipient_revision, hub=hub)
-    fields = read_json(source.folder / "config.json", "the recipient's config.json").get("auto_map")
+    path = source.folder / "config.json"
+    fields = read_json(path, "the recipient's config.json").get("auto_map") if path.exists() else None
     for reference in (fields or {}).values() if isinstance(fields, dict) else ():
         name, separate, _ = str(reference).partition("--")
         if separate and os.path.exists(name):

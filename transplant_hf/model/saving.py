@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import inspect
@@ -38,11 +37,13 @@ from ..donor.tensors import MemoryTensors
 from ..errors import ConfigurationError
 from ..hub import push_folder
 from ..layer_map import RECIPIENT
+from ..sources import HubOptions
 from ..splice import Blueprint
 from ..storage import publish
 from .baking import baked_strengths
 from .card import write_full_card
 from .gates import gates_aside
+from .overrides import kept_overrides, live_recipient_config
 from .resumable import Resumable
 from .save_args import PUSH_ARGS, by_name, checked_state, refuse_arguments
 from .unchanged import check_unchanged
@@ -197,6 +198,8 @@ def _write_thin(
             "or load it with AutoModelWithTransplant.from_pretrained(recipient, donors=...)."
         )
     check_unchanged(model, state, recipient_state(model, kwargs.get("state_dict")))
+    hub = HubOptions(cache_dir=state.cache_dir, local_files_only=state.local_only)
+    overrides = kept_overrides(model, blueprint, hub)
     records = _write_donors(model, blueprint, staging, kwargs)
     recipient = _reference(config, target)
     specs = [
@@ -208,9 +211,10 @@ def _write_thin(
         recipient_revision=config.recipient_revision,
         donors=specs,
         composition=config.composition,
+        recipient_overrides=overrides,
+        vocab_size=vocabulary_of(blueprint.recipient.config.to_dict()),
     )
     _write_companions(model, staging, target)
-    saved.vocab_size = vocabulary_of(blueprint.recipient.config.to_dict())
     saved.tokenizer_class = tokenizer_class(blueprint.recipient.config.model_type, staging)
     write_entry(staging, saved)
     write_donor_card(
@@ -277,9 +281,13 @@ def _write_full(
         )
         for part, folder in zip(blueprint.parts, donor_folders(blueprint.splice.names), strict=True)
     ]
-    saved = TransplantConfig(recipient=f"./{RECIPIENT_FOLDER}", donors=specs, composition=blueprint.config.composition)
+    saved = TransplantConfig(
+        recipient=f"./{RECIPIENT_FOLDER}",
+        donors=specs,
+        composition=blueprint.config.composition,
+        vocab_size=vocabulary_of(blueprint.recipient.config.to_dict()),
+    )
     _write_companions(model, staging, target)
-    saved.vocab_size = vocabulary_of(blueprint.recipient.config.to_dict())
     saved.tokenizer_class = tokenizer_class(blueprint.recipient.config.model_type, staging)
     write_entry(staging, saved)
     return records
@@ -287,7 +295,7 @@ def _write_full(
 
 def _shell(model: PreTrainedModel, blueprint: Blueprint) -> PreTrainedModel:
     """A recipient without memory, to save the recipient's weights through."""
-    config = copy.deepcopy(blueprint.recipient.config)
+    config = live_recipient_config(model, blueprint)
     config.dtype = model.dtype
     shell = build_on_meta(blueprint.recipient.model_class, config)
     shell.tie_weights()

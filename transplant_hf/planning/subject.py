@@ -91,7 +91,7 @@ def find_subject(
     if position is not None and not layers:
         raise ConfigurationError("position is that of the layers asked for with layers=; a donor brings its own.")
 
-    look = look_at(recipient, at, base, hub)
+    look = look_at(recipient, at, base, hub, config.recipient_overrides)
     headers, notes = _headers(Files.find(recipient, hub, revision=at, relative_to=base))
     anatomy = dataclasses.replace(look.anatomy, config=asked_dtype(look.anatomy.config, dtype, headers))
     parts = [(spec, _donor(spec, base, hub)) for spec in config.donors]

@@ -1,0 +1,102 @@
+"""Fields of the recipient's configuration in a transplant's: those that are set, and those that others read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from .errors import ConfigurationError
+
+__all__ = ["OWN_FIELDS", "RecipientFields", "checked_overrides"]
+
+# What a transplant's configuration says of itself. Every other field is one of the recipient's configuration.
+OWN_FIELDS = {
+    *("recipient", "recipient_revision", "recipient_overrides", "donors", "format_version", "composition"),
+    *("architectures", "tokenizer_class", "transformers_version", "model_type", "auto_map", "name_or_path"),
+}
+_SPELLINGS = {
+    "torch_dtype": "dtype",
+    "_attn_implementation": "attn_implementation",
+    "_experts_implementation": "experts_implementation",
+}
+_MISSING = object()
+
+
+def checked_overrides(found: Any, where: str) -> dict[str, Any]:
+    """Accept fields of a recipient's configuration.
+
+    Args:
+        found: What stands in the file, or was passed.
+        where: The file, for the message.
+
+    Raises:
+        ConfigurationError: Not an object of fields, or fields of the transplant's own configuration.
+    """
+    wrong = (
+        [name for name in found if name in OWN_FIELDS or name.startswith("_")]
+        if isinstance(found, Mapping)
+        else [found]
+    )
+    if wrong:
+        raise ConfigurationError(
+            f"recipient_overrides in {where} must be an object with fields of the recipient's configuration, got "
+            f"{wrong[0]!r}, which cannot be set there."
+        )
+    return dict(found)
+
+
+def _as_field(name: str, value: Any) -> Any:
+    if name == "id2label" and isinstance(value, Mapping):
+        return {int(number): label for number, label in value.items()}
+    return value
+
+
+class RecipientFields:
+    """Makes every field that is set on a transplant's configuration, and is not its own, one of the recipient's."""
+
+    # Set by `registration`: this room reads no files.
+    read_field: ClassVar[Callable[[Any, str], Any]] = staticmethod(lambda config, name: _MISSING)
+    missing: ClassVar[object] = _MISSING
+    recipient_overrides: dict[str, Any]
+
+    def _take_fields(self, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+        """Begin to take fields for the recipient's: those that were passed and say something, and the overrides."""
+        defaults = {name: getattr(self, _SPELLINGS.get(name, name), _MISSING) for name in fields}
+        self.recipient_overrides = {}
+        for name, value in {**fields, **overrides}.items():
+            known = defaults.get(name, _MISSING) if name not in overrides else _MISSING
+            if name not in OWN_FIELDS and not name.startswith("_") and _as_field(name, value) != known:
+                setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        key = _SPELLINGS.get(name, name)
+        if "recipient_overrides" not in self.__dict__ or key in OWN_FIELDS or key.startswith("_"):
+            return super().__setattr__(name, value)
+        value = _as_field(key, value)
+        if key != "num_labels":  # a way to set the two fields of labels
+            self.recipient_overrides[key] = value
+        if key in _SPELLINGS.values() and key != "dtype":
+            super().__setattr__(f"_{key}", value)
+        elif key != "rope_scaling" and (hasattr(type(self), key) or key == "vocab_size"):
+            super().__setattr__(key, value)
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the recipient what other tools read of a configuration, from files that are at hand."""
+        if not name.startswith("_") and "recipient_overrides" in self.__dict__:
+            found = self.recipient_overrides.get(name, _MISSING)
+            found = type(self).read_field(self, name) if found is _MISSING else found
+            if found is not _MISSING:
+                return found
+        raise AttributeError(
+            f"{type(self).__name__} has no attribute {name!r}, and no configuration of the recipient "
+            "that has it is at hand without asking the Hub."
+        )
+
+    def _with_overrides(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of a file, every override in one place."""
+        overrides = self.recipient_overrides
+        kept = {name: value for name, value in fields.items() if name not in overrides or name == "vocab_size"}
+        written = kept.pop("recipient_overrides", {})
+        values = {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in written.items()}
+        return kept | ({"recipient_overrides": values} if values else {})
