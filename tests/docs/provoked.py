@@ -280,7 +280,7 @@ def nothing_to_resume(desk: Desk) -> None:
 
 
 def no_matplotlib(desk: Desk) -> None:
-    desk.patch.setitem(sys.modules, "matplotlib.figure", None)
+    desk.patch.setitem(sys.modules, "matplotlib", None)
     with canvas(Path("sweep.png"), "perplexity", "position", "perplexity"):
         pass
 
