@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from tests.helpers import refused
-from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, HubError
+from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, HubError, sources
 from transplant_hf.inspection import inspect
 from transplant_hf.sources import HubOptions, Source, locate, points_to_folder
 
@@ -117,3 +119,17 @@ def test_a_repository_with_a_revision_is_no_missing_folder(monkeypatch: pytest.M
     with refused(HubError, "user/law@v1 is not in the local cache") as caught:
         Donor.from_pretrained("user/law", revision="v1")
     assert "no folder" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("total", "delay", "shown"), [(0, 0.0, False), (5, 60.0, False), (5, 0.0, True)])
+def test_a_download_bar_is_shown_where_something_takes_a_while(
+    monkeypatch: pytest.MonkeyPatch, total: int, delay: float, shown: bool
+) -> None:
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "are_progress_bars_disabled", lambda name: False)
+    drawn = io.StringIO()
+    bar = sources._Bar(total=total, delay=delay, file=drawn, disable=False, mininterval=0)
+    bar.update(total)
+    bar.set_description_str("Download complete")
+    bar.close()
+    assert ("Download complete" in drawn.getvalue()) is shown
+    assert shown or not drawn.getvalue().strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.tqdm import tqdm
 
 from .errors import CheckpointError, ConfigurationError, HubError
 from .storage import writing
@@ -39,6 +41,20 @@ __all__ = [
     "reading",
     "revision_for",
 ]
+
+
+class _Bar(tqdm):
+    """The client's progress bar, for downloads that take a while: it also shows one where nothing was to be done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._shown_from = time.monotonic() + (delay := kwargs.pop("delay", 1.0))
+        super().__init__(*args, delay=delay, **kwargs)
+
+    def display(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw the bar."""
+        if (self.n or self.total) and time.monotonic() >= self._shown_from:
+            return super().display(*args, **kwargs)
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +152,9 @@ def locate(
         return Source(str(folder) if reference == "." else reference, _inside(folder, subfolder), subfolder=subfolder)
     patterns = [f"{subfolder}/{name}" for name in files] if subfolder else list(files)
     with _downloading(reference, revision, hub):
-        snapshot = snapshot_download(reference, revision=revision, allow_patterns=patterns, **hub.as_kwargs())
+        snapshot = snapshot_download(
+            reference, revision=revision, allow_patterns=patterns, tqdm_class=_Bar, **hub.as_kwargs()
+        )
     source = Source(reference, _inside(Path(snapshot), subfolder), Path(snapshot).name, subfolder)
     offline = hub.local_files_only or constants.HF_HUB_OFFLINE
     if offline and "*" not in files[0] and not (source.folder / files[0]).exists():
@@ -182,7 +200,12 @@ def for_transformers(
         def snapshot(patterns: Sequence[str]) -> Path:
             beside = None if file else ["*/*"]  # folders of other formats, which can be large
             found = snapshot_download(
-                reference, revision=revision, allow_patterns=list(patterns), ignore_patterns=beside, **hub.as_kwargs()
+                reference,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=beside,
+                tqdm_class=_Bar,
+                **hub.as_kwargs(),
             )
             return Path(found)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import queue
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +67,15 @@ class Sampling:
     new_tokens: int = 60
     temperature: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for what, value, least, most in (
+            ("the number of new tokens", self.new_tokens, 1, math.inf),
+            ("the temperature", self.temperature, 0, sys.float_info.max),
+            ("the seed", self.seed, 0, 2**63 - 1),
+        ):
+            if not least <= value <= most:
+                raise ConfigurationError(f"{what} must be at least {least}, and no more than {most}, got {value}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +181,8 @@ class Engine:
         Raises:
             TransplantError: The donor does not fit, or there is nothing to predict.
         """
+        if not text.strip():
+            raise DataError("the text is empty: there is nothing to measure. Write or paste some.")
         stream = self.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
         with self._arranged(choice):
             with self.model.using(()):
@@ -179,7 +192,7 @@ class Engine:
 
     def _encoded(self, prompt: str, new_tokens: int) -> torch.Tensor:
         ids = self.tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.long()
-        if ids.shape[1] == 0:
+        if not prompt.strip() or ids.shape[1] == 0:  # a tokenizer may begin even nothing with a token
             raise DataError("the prompt is empty: there is nothing to continue. Write a few words.")
         if self.room is not None and ids.shape[1] + new_tokens > self.room:
             raise DataError(

@@ -11,13 +11,14 @@ from typing import Any
 
 import gradio as gr
 
-from transplant_hf import TransplantError
+from transplant_hf import ConfigurationError, TransplantError
 
 from .engine import AT_ONCE, Choice, Engine, Sampling
 from .picture import STYLE, draw, refusal
 
 __all__ = ["Page", "launch"]
 
+MOST_STRENGTH = 2
 _PAUSE = 0.1  # seconds between two pictures of what is written; a browser that draws more hears no clicks
 _CSS = (
     STYLE
@@ -36,6 +37,18 @@ def spoken() -> Iterator[None]:
     except TransplantError as error:
         text = html.escape(str(error)).replace("\n", "<br>")
         raise gr.Error(text, duration=None, print_exception=False) from error
+
+
+def number(value: float | None, what: str, least: float, most: float = math.inf) -> float:
+    """Return a number from a control; one may also type beside a slider, or nothing at all.
+
+    Raises:
+        ConfigurationError: None, or outside the control's range.
+    """
+    if value is None or not least <= value <= most or math.isinf(value):
+        limit = f"at least {least}" if math.isinf(most) else f"from {least} to {most}"
+        raise ConfigurationError(f"{what} must be a number {limit}, got {'nothing' if value is None else value}.")
+    return float(value)
 
 
 class Page:
@@ -62,37 +75,57 @@ class Page:
             known += " It is meant to replace layers; here it is inserted, so that each call can leave it out."
         return position, strength, known, self.preview(name, position, strength)
 
-    @staticmethod
-    def choice(name: str, position: float, strength: float) -> Choice:
-        """What the controls on the left say."""
-        return Choice(name, int(position), float(strength))
+    def choice(self, name: str, position: float | None, strength: float | None) -> Choice:
+        """What the controls on the left say.
 
-    def preview(self, name: str, position: float, strength: float) -> str:
+        Raises:
+            ConfigurationError: A number that was typed beside a slider lies outside it.
+        """
+        place = number(position, "the position", 0, self.engine.num_layers)
+        return Choice(name, int(place), number(strength, "the strength", 0, MOST_STRENGTH))
+
+    def preview(self, name: str, position: float | None, strength: float | None) -> str:
         """The picture of what would run, or the reasons why it cannot."""
         try:
-            report = self.engine.check(self.choice(name, position, strength))
+            choice = self.choice(name, position, strength)
+            report = self.engine.check(choice)
         except TransplantError as error:
             return refusal(str(error))
-        return draw(report.layer_map, strength) if report.compatible else refusal(str(report))
+        return draw(report.layer_map, choice.strength) if report.compatible else refusal(str(report))
 
     def write(
-        self, prompt: str, name: str, position: float, strength: float, tokens: float, temperature: float, seed: float
+        self,
+        prompt: str,
+        name: str,
+        position: float | None,
+        strength: float | None,
+        tokens: float | None,
+        temperature: float | None,
+        seed: float | None,
     ) -> Iterator[tuple[str, str, str]]:
         """Both answers as they grow, and the picture of what ran."""
-        choice, shown = self.choice(name, position, strength), -math.inf
+        state, shown = ("", "", self.preview(name, position, strength)), -math.inf
+        yield state  # so that no earlier answer stands under a refusal
         with spoken():
-            for answers in self.engine.answers(prompt, choice, Sampling(int(tokens), float(temperature), int(seed))):
+            choice = self.choice(name, position, strength)
+            sampling = Sampling(
+                int(number(tokens, "the number of new tokens", 1)),
+                number(temperature, "the temperature", 0),
+                int(number(seed, "the seed", 0)),
+            )
+            for answers in self.engine.answers(prompt, choice, sampling):
                 state = answers.recipient, answers.transplant, draw(answers.layer_map, choice.strength)
                 if time.monotonic() - shown > _PAUSE:
                     yield state
                     shown = time.monotonic()
         yield state  # the last one, shown or not
 
-    def measure(self, text: str, name: str, position: float, strength: float) -> str:
+    def measure(self, text: str, name: str, position: float | None, strength: float | None) -> Iterator[str]:
         """Perplexities of a text, as a table."""
+        yield ""  # so that no earlier table stands under a refusal
         with spoken():
             before, after = self.engine.perplexities(text, self.choice(name, position, strength))
-        return (
+        yield (
             f"| | perplexity |\n|---|---|\n| recipient | {before} |\n| with {name} | {after} |\n\n"
             f"{before.tokens} tokens were predicted."
         )
@@ -116,7 +149,7 @@ class Page:
                         info="Recipient layers that run before the donor",
                     )  # fmt: skip
                     dial = gr.Slider(
-                        0, 2, strength, step=0.05, label="Strength", elem_id="strength",
+                        0, MOST_STRENGTH, strength, step=0.05, label="Strength", elem_id="strength",
                         info="0 is exactly the recipient",
                     )  # fmt: skip
                     picture = gr.HTML(drawn, elem_id="stack")

@@ -39,7 +39,7 @@ def test_preview(page: Page) -> None:
     refusal = page.preview("too-wide", 2, 1)
     assert 'role="alert"' in refusal
     assert "hidden_size: donor 48, recipient 32" in refusal
-    assert "position 9 of donor" in page.preview("law", 9, 1)
+    assert "the position must be a number from 0 to 6, got 9" in page.preview("law", 9, 1)
 
 
 def test_write(page: Page, reference: Callable[..., Any]) -> None:
@@ -56,14 +56,43 @@ def test_refusals_are_messages(page: Page) -> None:
     assert not caught.value.print_exception
     with pytest.raises(gradio.Error, match="the prompt is empty"):
         list(page.write("", "law", 2, 1, 4, 0, 0))
-    with pytest.raises(gradio.Error, match="at least 2 tokens"):
-        page.measure("", "law", 2, 1)
+    with pytest.raises(gradio.Error, match="the text is empty"):
+        list(page.measure(" ", "law", 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("position", "strength", "tokens", "temperature", "seed", "said"),
+    [
+        (None, 1, 4, 0, 0, "the position must be a number from 0 to 6, got nothing"),
+        (7, 1, 4, 0, 0, "the position must be a number from 0 to 6, got 7"),
+        (2, float("nan"), 4, 0, 0, "the strength must be a number from 0 to 2"),
+        (2, 3, 4, 0, 0, "the strength must be a number from 0 to 2, got 3"),
+        (2, 1, 0, 0, 0, "the number of new tokens must be a number at least 1"),
+        (2, 1, 4, -1, 0, "the temperature must be a number at least 0"),
+        (2, 1, 4, 1, -1, "the seed must be a number at least 0"),
+        (2, 1, 4, 1, 2**64, "the seed must be at least 0, and no more than"),
+    ],
+)
+def test_numbers_outside_their_sliders_are_refused(
+    page: Page, position: Any, strength: Any, tokens: Any, temperature: Any, seed: Any, said: str
+) -> None:
+    with pytest.raises(gradio.Error, match=said):
+        list(page.write(PROMPT, "law", position, strength, tokens, temperature, seed))
+
+
+def test_no_earlier_answer_stands_under_a_refusal(page: Page) -> None:
+    writing, measuring = page.write("", "law", 2, 1, 4, 0, 0), page.measure("", "law", 2, 1)
+    assert next(writing)[:2] == ("", "")
+    assert next(measuring) == ""
+    for under_way in (writing, measuring):
+        with pytest.raises(gradio.Error, match="is empty"):
+            next(under_way)
 
 
 def test_measure(page: Page) -> None:
     text = "the record was in the other room."
     before, after = page.engine.perplexities(text, page.choice("law", 2, 0.5))
-    table = page.measure(text, "law", 2, 0.5)
+    *_, table = page.measure(text, "law", 2, 0.5)
     assert f"| recipient | {before} |\n| with law | {after} |" in table
     assert f"{before.tokens} tokens" in table
 
