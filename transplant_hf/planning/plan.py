@@ -107,7 +107,7 @@ def plan(
             raise ConfigurationError(f"{name} must be at least 1, got {value}.")
     hub = HubOptions(token, cache_dir, local_files_only)
     subject = find_subject(os.fspath(what), donors, layers, position, dtype, revision, hub)
-    context = _context(subject, context)
+    context, told = _context(subject, context)
     before, after = bodies(subject, dequantize)
     measured = measure_caches(_anatomies(subject), context)
     running = after or before
@@ -124,19 +124,21 @@ def plan(
         layer_map=running.layer_map,
         before=costs[0],
         after=costs[-1],
-        notes=subject.notes,
+        notes=(*subject.notes, *told),
     )
 
 
-def _context(subject: Subject, asked: int | None) -> int:
+def _context(subject: Subject, asked: int | None) -> tuple[int, tuple[str, ...]]:
+    """Return the tokens that are planned for, and what is to be said about them."""
     known = getattr(text_config(subject.recipient.config).config, "max_position_embeddings", None) or 0
+    if known <= 0:  # no limit
+        return asked or _CONTEXT, ()
     if asked is None:
-        return min(known, _CONTEXT) if known > 0 else _CONTEXT
-    if 0 < known < asked:  # below 1 where there is no limit
-        raise ConfigurationError(
-            f"context is {asked}, but {subject.source} reads at most {known} tokens (max_position_embeddings)."
-        )
-    return asked
+        return min(known, _CONTEXT), ()
+    longer = (
+        f"context {asked:,} is more than the {known:,} tokens that {subject.source} reads (max_position_embeddings)."
+    )
+    return asked, (longer,) if asked > known else ()
 
 
 def _donors(subject: Subject, body: Body) -> Sequence[PlannedDonor]:
