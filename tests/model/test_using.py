@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import contextvars
 import copy
+import gc
+import itertools
 import pickle
 import threading
+import weakref
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -178,6 +185,164 @@ def test_a_thread_without_a_choice(tiny_llama: Path) -> None:
         assert torch.equal(pool.submit(logits_of, model).result(), logits_of(two_donors(tiny_llama)))
 
 
+# -- Tasks and generators ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answers(tiny_llama: Path) -> dict[Any, torch.Tensor]:
+    """What `two_donors` gives for each choice; `None` is no choice."""
+    model = two_donors(tiny_llama)
+    found = {None: logits_of(model)}
+    for choice in ("a", "b", ()):
+        with model.using(choice):
+            found[choice] = logits_of(model)
+    assert not any(torch.equal(found[one], found[other]) for one, other in itertools.combinations(found, 2))
+    return found
+
+
+def stream(model: Any, choice: Any) -> Iterator[torch.Tensor]:
+    with model.using(choice):
+        while True:
+            yield logits_of(model)
+
+
+def test_tasks_choose_for_themselves(tiny_llama: Path, answers: dict[Any, torch.Tensor]) -> None:
+    model = two_donors(tiny_llama)
+
+    async def request(choice: Any, turns: int) -> list[bool]:
+        right = []
+        with model.using(choice):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                right.append(torch.equal(logits_of(model), answers[choice]))
+        await asyncio.sleep(0)
+        return [*right, torch.equal(logits_of(model), answers[None])]
+
+    async def serve() -> list[list[bool]]:
+        return await asyncio.gather(request("a", 3), request("b", 1), request((), 2), request("b", 4))
+
+    assert all(all(right) for right in asyncio.run(serve()))
+    assert torch.equal(logits_of(model), answers[None])
+
+
+def test_what_is_started_in_a_block(tiny_llama: Path, answers: dict[Any, torch.Tensor]) -> None:
+    """Tasks and `asyncio.to_thread` take the choice along, and a task keeps it when the block has ended."""
+    model = two_donors(tiny_llama)
+
+    async def later() -> torch.Tensor:
+        await asyncio.sleep(0)
+        return logits_of(model)
+
+    async def serve() -> tuple[torch.Tensor, torch.Tensor]:
+        with model.using("a"):
+            task = asyncio.create_task(later())
+            there = await asyncio.to_thread(logits_of, model)
+        return there, await task
+
+    assert all(torch.equal(found, answers["a"]) for found in asyncio.run(serve()))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_generators_choose_for_themselves(
+    tiny_llama: Path, answers: dict[Any, torch.Tensor], order: tuple[int, ...]
+) -> None:
+    model, choices = two_donors(tiny_llama), ("a", "b", ())
+    streams: list[Any] = [stream(model, choice) for choice in choices]
+    for _ in range(2):
+        for choice, one in zip(choices, streams, strict=True):
+            assert torch.equal(next(one), answers[choice])
+    assert torch.equal(logits_of(model), answers[None])
+    with model.using("b"):
+        assert torch.equal(next(streams[0]), answers["a"])
+        assert torch.equal(logits_of(model), answers["b"])
+    for number in order:
+        streams[number].close()
+        assert torch.equal(logits_of(model), answers[None])
+
+
+def test_a_generator_that_threads_run_by_turns(tiny_llama: Path, answers: dict[Any, torch.Tensor]) -> None:
+    """As web servers do, each step in a copy of the context."""
+    one = stream(two_donors(tiny_llama), "a")
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            found = pool.submit(contextvars.copy_context().run, next, one).result()
+            assert torch.equal(found, answers["a"])
+
+
+def test_a_context_manager_around_it(tiny_llama: Path, answers: dict[Any, torch.Tensor]) -> None:
+    """A generator that makes a context manager is no stream: the block is its caller's."""
+    model = two_donors(tiny_llama)
+
+    @contextlib.contextmanager
+    def chosen(choice: Any) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(model.using(choice))
+            yield
+
+    def answer() -> Iterator[torch.Tensor]:
+        with chosen("b"):
+            yield logits_of(model)
+            yield logits_of(model)
+
+    with chosen("a"):
+        one = answer()
+        assert torch.equal(next(one), answers["b"])
+        assert torch.equal(logits_of(model), answers["a"])
+        assert torch.equal(next(one), answers["b"])
+    model.using("a")(lambda: torch.testing.assert_close(logits_of(model), answers["a"], rtol=0, atol=0))()
+    assert torch.equal(logits_of(model), answers[None])
+
+
+def test_blocks_that_end_out_of_order(tiny_llama: Path, answers: dict[Any, torch.Tensor]) -> None:
+    model = two_donors(tiny_llama)
+    first, second = model.using("a"), model.using("b")
+    first.__enter__()
+    with refused(ConfigurationError, "open already"):
+        first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(logits_of(model), answers["b"])
+    second.__exit__(None, None, None)
+    assert torch.equal(logits_of(model), answers[None])
+
+
+def test_a_call_passed_on_by_a_generator(tiny_llama: Path, answers: dict[Any, torch.Tensor]) -> None:
+    """In another thread nobody can tell whether the generator asked, or the code that it is suspended in."""
+    model = two_donors(tiny_llama)
+
+    def there() -> torch.Tensor:
+        with model.using("a"):
+            return logits_of(model)
+
+    async def answer() -> AsyncIterator[torch.Tensor]:
+        with model.using("b"):
+            yield logits_of(model)
+            yield await asyncio.to_thread(there)
+            yield await asyncio.to_thread(logits_of, model)
+
+    async def serve() -> None:
+        streamed = answer()
+        assert torch.equal(await anext(streamed), answers["b"])
+        assert torch.equal(logits_of(model), answers[None])
+        assert torch.equal(await anext(streamed), answers["a"])
+        with refused(ConfigurationError, "another thread or task", "in the function that runs there"):
+            await anext(streamed)
+
+    asyncio.run(serve())
+
+
+def test_an_abandoned_generator_keeps_nothing(tiny_llama: Path) -> None:
+    model = two_donors(tiny_llama)
+    one, gone = stream(model, "a"), weakref.ref(model)
+    next(one)
+    gc.disable()
+    try:
+        del one, model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 # -- With other things -----------------------------------------------------------------------------------------------
 
 
@@ -195,6 +360,26 @@ def test_compiled(tiny: Path) -> None:
         torch.testing.assert_close(logits_of(compiled), logits_of(model))
     torch.testing.assert_close(logits_of(compiled), logits_of(two_donors(tiny)))
     torch.compiler.reset()
+
+
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="torch 2.10 cannot trace a thread's choice")
+def test_compiled_where_other_code_may_interleave(tiny_llama: Path, answers: dict[Any, torch.Tensor]) -> None:
+    """A compiled call cannot tell tasks and generators apart, and refuses while one of them has a block open."""
+    model = two_donors(tiny_llama)
+    compiled = torch.compile(model, backend="eager")
+
+    def there() -> torch.Tensor:
+        with model.using("a"):
+            return logits_of(compiled)
+
+    async def serve() -> None:
+        torch.testing.assert_close(await asyncio.to_thread(there), answers["a"])
+        with model.using("b"), refused(ConfigurationError, "compiled call cannot tell", "asyncio.to_thread"):
+            logits_of(compiled)
+
+    asyncio.run(serve())
+    torch.testing.assert_close(there(), answers["a"])
+    torch.testing.assert_close(logits_of(compiled), answers[None])
 
 
 def test_copied_and_pickled(tiny_llama: Path) -> None:

@@ -20,7 +20,7 @@ from .build import BUILD_ERRORS
 from .exceptions import COMPLETIONS, REWRITES
 from .stack import text_config
 
-__all__ = ["ConfigOrigin", "Follower", "is_rule"]
+__all__ = ["ConfigOrigin", "Follower", "is_rule", "stale_lists"]
 
 Fields = dict[str, Any]
 
@@ -234,6 +234,39 @@ def _borders(kinds: Sequence[Any]) -> list[int]:
         at += len(list(run))
         borders.append(at)
     return borders
+
+
+def stale_lists(config: PreTrainedConfig) -> dict[str, int]:
+    """Find per-layer lists of another length than the number of layers, which tools that prune models leave behind.
+
+    Which lists have an entry per layer is found by looking: those that the class itself makes longer for more layers.
+
+    Args:
+        config: A configuration.
+
+    Returns:
+        By the field's name, the length of each such list.
+    """
+    text = text_config(config).config
+    count = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    kind: Any = type(text)
+    try:
+        made = {number: kind(**{count: number}) for number in (7, 11)}
+    except BUILD_ERRORS:  # a class that no number alone describes: nothing is known of its lists
+        return {}
+    per_layer = set.intersection(*(_lists_of(one, number) for number, one in made.items()))
+    values = {name: vars(text).get(name) for name in sorted(per_layer)}
+    return {
+        name: len(value)
+        for name, value in values.items()
+        if isinstance(value, list | tuple) and len(value) != getattr(text, count)
+    }
+
+
+def _lists_of(text: PreTrainedConfig, length: int) -> set[str]:
+    """The fields that hold a list of that length, and not just the numbers of all layers."""
+    lists = {name: list(value) for name, value in vars(text).items() if isinstance(value, list | tuple)}
+    return {name for name, value in lists.items() if len(value) == length and value != list(range(length))}
 
 
 def _computed_lists(text: PreTrainedConfig, num_layers: int) -> list[str]:

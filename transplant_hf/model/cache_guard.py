@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from ..errors import ConfigurationError
-from .strength import Dials
+from .calls import Calls
+from .requests import Requests
 
 __all__ = ["CacheGuard", "Here", "Side"]
 
@@ -36,65 +37,71 @@ class Side(NamedTuple):
     request: Hashable
 
 
+@dataclasses.dataclass
 class Here:
-    """On what side the calls of this thread run now.
+    """On what side the calls of a model run now.
 
     Args:
-        dials: What donors do with what they add.
+        requests: What calls ask for.
+        settings: Strengths and composition, as they are set.
+        plan: Counts the changes of which layers the model holds.
+        disabled: The donors that are switched off.
     """
 
-    def __init__(self, dials: Dials) -> None:
-        self.dials = dials
-        self.plan = 0
-        # By a key of their own: blocks may end in another order than they began (generators, callbacks).
-        self.asked: dict[object, frozenset[str]] = {}
+    requests: Requests
+    settings: Hashable = None
+    plan: int = 0
+    disabled: frozenset[str] = frozenset()
 
     @property
-    def disabled(self) -> frozenset[str]:
-        """The donors that are switched off."""
-        return frozenset[str]().union(*self.asked.values())
+    def set(self) -> tuple[int, frozenset[str], Hashable]:
+        """What holds for every call."""
+        return self.plan, self.disabled, self.settings
 
     @property
     def side(self) -> Side:
         """What a cache would be filled with."""
-        wanted = self.dials.requests.wanted
-        return Side(self.plan, self.disabled, self.dials.settings, wanted and wanted.key)
+        wanted = self.requests.now()
+        return Side(*self.set, wanted and wanted.key)
 
 
 class CacheGuard:
-    """Watches the caches of one model once it runs otherwise than it was loaded; until then, nothing is watched.
+    """Stands at a model's decoder: counts its calls, settles what each wants, and refuses caches of another side.
 
-    A cache that is filled meanwhile gets a subclass of its own type, which refuses use on any other side.
+    Caches are watched once the model runs otherwise than it was loaded, or may in some calls. A cache that is filled
+    meanwhile gets a subclass of its own type, which refuses use on any other side.
 
     Args:
+        decoder: The module that owns the layers.
         here: Where calls run now.
     """
 
-    def __init__(self, here: Here) -> None:
+    def __init__(self, decoder: nn.Module, here: Here) -> None:
         self.here = here
+        self.calls = Calls()
+        # Watch caches also where the model runs as it was loaded.
+        self.always = False
         # Caches without a mark were filled on this side.
         self.unmarked = here.side
-        self._hooks: list[RemovableHandle] = []
+        self._hooks = [
+            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+            decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
 
-    def stand(self, decoder: nn.Module, always: bool) -> None:
-        """Watch a decoder from now on, if it needs to be watched.
-
-        Args:
-            decoder: The module that owns the layers.
-            always: Also where the model runs as it was loaded.
-        """
-        self.leave()
-        if always or self.here.side != self.unmarked:
-            self._hooks = [
-                decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-                decoder.register_forward_hook(self._after, with_kwargs=True),
-            ]
+    @staticmethod
+    def of(decoder: nn.Module) -> CacheGuard | None:
+        """Find the guard that stands at a decoder; it stays when a model's donors are removed."""
+        owners = [getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values()]
+        return next((owner for owner in owners if isinstance(owner, CacheGuard)), None)
 
     def leave(self) -> None:
-        """Watch no longer."""
+        """Stand there no longer."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+
+    @property
+    def _watches(self) -> bool:
+        return self.always or self.here.side != self.unmarked
 
     def check(self, made_on: Side) -> None:
         """Refuse a cache of another side.
@@ -121,6 +128,10 @@ class CacheGuard:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
+        self.calls.begin_pass()
+        self.here.requests.begin_call(self.here.set)
+        if not self._watches:
+            return
         for cache in _caches(args, kwargs):
             mark = getattr(cache, _MARK, None)
             if mark is not None:
@@ -131,11 +142,21 @@ class CacheGuard:
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        for cache in _caches(args, kwargs, output):
-            if getattr(cache, _MARK, None) is None:
-                setattr(cache, _MARK, _Mark(self, self.here.side))
-                kind: Any = type(cache)
-                cache.__class__ = _guarded(kind)
+        try:
+            # After an exception there is no output: a cache that was just refused is of its own side still.
+            for cache in _caches(args, kwargs, output) if output is not None and self._watches else ():
+                if getattr(cache, _MARK, None) is None:
+                    setattr(cache, _MARK, _Mark(self, self.here.side))
+                    kind: Any = type(cache)
+                    cache.__class__ = _guarded(kind)
+        finally:
+            began = self.here.requests.end_call()
+            self.calls.end_pass()
+        if output is not None and began is not None and began != self.here.set:
+            raise ConfigurationError(
+                "donors were switched or changed within this call, by a hook: some of its layers ran before and some "
+                "after. Let a hook switch back before it returns, or switch between calls."
+            )
 
 
 class _Mark:

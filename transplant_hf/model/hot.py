@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -27,47 +28,49 @@ def add_donor(
     model: Any, donor: Donor | str, position: int | None, mode: str | None, name: str | None, strength: float | None
 ) -> None:
     """Do the work of `model.add_donor`."""
-    state = _changeable(model)
-    spec, opened = open_donor(donor, position=position, mode=mode, name=name, strength=strength)
-    _change(model, state, [*state.blueprint.parts, (spec, opened)])
+    with _changing(model, "add_donor()") as state:
+        spec, opened = open_donor(donor, position=position, mode=mode, name=name, strength=strength)
+        _change(model, state, [*state.blueprint.parts, (spec, opened)], "add_donor()")
 
 
 def remove_donor(model: Any, name: str) -> None:
     """Do the work of `model.remove_donor`."""
-    state = _changeable(model)
-    state.check_name(name)
-    refuse_gate(state, name)
-    _change(model, state, [part for part in state.blueprint.parts if part.name != name])
+    with _changing(model, "remove_donor()") as state:
+        state.check_name(name)
+        refuse_gate(state, name)
+        _change(model, state, [part for part in state.blueprint.parts if part.name != name], "remove_donor()")
 
 
 def move_donor(model: Any, name: str, position: int) -> None:
     """Do the work of `model.move_donor`."""
-    state = _changeable(model)
-    state.check_name(name)
-    moved = [
-        dataclasses.replace(part, spec=dataclasses.replace(part.spec, position=position)) if part.name == name else part
-        for part in state.blueprint.parts
-    ]
-    _change(model, state, moved)
+    with _changing(model, "move_donor()") as state:
+        state.check_name(name)
+        moved = [
+            dataclasses.replace(part, spec=dataclasses.replace(part.spec, position=position))
+            if part.name == name
+            else part
+            for part in state.blueprint.parts
+        ]
+        _change(model, state, moved, "move_donor()")
 
 
 def swap_donor(
     model: Any, name: str, donor: Donor | str, position: int | None, new_name: str | None, strength: float | None
 ) -> None:
     """Do the work of `model.swap_donor`."""
-    state = _changeable(model)
-    state.check_name(name)
-    refuse_gate(state, name)
-    old = state.blueprint.part(name).spec
-    spec, opened = open_donor(
-        donor,
-        position=old.position if position is None else position,
-        mode=old.mode,
-        name=new_name or name,
-        strength=old.strength if strength is None else strength,
-    )
-    swapped = [(spec, opened) if part.name == name else part for part in state.blueprint.parts]
-    _change(model, state, swapped)
+    with _changing(model, "swap_donor()") as state:
+        state.check_name(name)
+        refuse_gate(state, name)
+        old = state.blueprint.part(name).spec
+        spec, opened = open_donor(
+            donor,
+            position=old.position if position is None else position,
+            mode=old.mode,
+            name=new_name or name,
+            strength=old.strength if strength is None else strength,
+        )
+        swapped = [(spec, opened) if part.name == name else part for part in state.blueprint.parts]
+        _change(model, state, swapped, "swap_donor()")
 
 
 def open_donor(
@@ -82,21 +85,31 @@ def open_donor(
     return spec_of(opened, position, mode=mode, name=name, strength=strength), opened
 
 
-def _changeable(model: Any) -> TransplantState:
+@contextmanager
+def _changing(model: Any, what: str) -> Iterator[TransplantState]:
+    """Let no other thread change a model's donors meanwhile."""
     state = state_of(model)
+    with state.switch.calls.turn(what):
+        _refuse_unchangeable(model, state)
+        yield state
+
+
+def _refuse_unchangeable(model: Any, state: TransplantState) -> None:
     reason = None
     if state.switch.disabled:
         reason = "some are switched off just now; leave disable_transplants() first"
-    elif state.dials.requests.wanted is not None:
-        reason = "this thread is inside using(...); leave it first"
+    elif state.dials.requests.now() is not None:
+        reason = "this code is inside using(...); leave it first"
     elif any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         reason = "its weights are spread over several processes; load it anew with the donors that you want"
     if reason is not None:
         raise ConfigurationError(f"the donors of this model cannot be changed: {reason}.")
-    return state
+    state.switch.check_stack()
 
 
-def _change(model: Any, state: TransplantState, donors: Sequence[DonorPart | tuple[DonorSpec, Donor]]) -> None:
+def _change(
+    model: Any, state: TransplantState, donors: Sequence[DonorPart | tuple[DonorSpec, Donor]], what: str
+) -> None:
     """Let a model hold these donors; whatever can be refused is refused before it is touched."""
     stays = {one.name for one in donors if isinstance(one, DonorPart)}
     blueprint = state.blueprint.redrawn(donors, _keeps_replaced(state.blueprint, donors))
@@ -104,8 +117,9 @@ def _change(model: Any, state: TransplantState, donors: Sequence[DonorPart | tup
     _refuse_missing(blueprint, held)
     fresh = [load_layers(model, blueprint, part) for part in blueprint.parts if part.name not in stays]
     before, after = state.switch.structure(), structure_of(blueprint)
-    _install(model, state, blueprint, {**held, **_layers_of(fresh)})
-    state.switch.take_over(before, after, {stage: worn for one in fresh for stage, worn in one.worn.items()})
+    with state.switch.calls.alone(what):
+        _install(model, state, blueprint, {**held, **_layers_of(fresh)})
+        state.switch.take_over(before, after, {stage: worn for one in fresh for stage, worn in one.worn.items()})
 
 
 def _install(model: Any, state: TransplantState, blueprint: Blueprint, layers: Mapping[Slot, nn.Module]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
-from ..architecture import Anatomy, config_of_weights, forget_gguf, is_quantized
+from ..architecture import Anatomy, config_of_weights, decoder_stack, forget_gguf, is_quantized
+from ..architecture.follow import stale_lists
 from ..compatibility import refuse_unsupported
 from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor import Donor
@@ -85,6 +87,8 @@ def transplant(
     )
     replaces = any(part.mode == "replace" for part, _ in donors)
     blueprint = draw_blueprint(recipient_class, recipient_config, donors, config, keep_replaced=replaces)
+    if not held:
+        _refuse_edited(model, blueprint.recipient)
     spliced = blueprint.built_config
     with FileChecks(part for _, part in donors) as checks, loading(Loading(blueprint, checks, shared=True)):
         made: Any = transplant_class(recipient_class).from_pretrained(
@@ -118,6 +122,8 @@ def _transplant_into(
     try:
         add_donor(made, donor, position, mode, name, strength)
     except TransplantError:
+        if was[1] is None:
+            made._transplant.switch.leave()
         made.__class__, made._transplant = was
         raise
     if composition is not None:
@@ -132,8 +138,35 @@ def _hold_none(model: Any) -> None:
     forget_gguf(model)
     recipient = Anatomy(native, copy.deepcopy(model.config), f"recipient {name or native.__name__}")
     refuse_unsupported(recipient)
+    _refuse_edited(model, recipient)
     model.__class__ = transplant_class(native)
     model._transplant = finish(model, Blueprint(recipient, (), TransplantConfig(recipient=name or "")))
+
+
+def _refuse_edited(model: Any, recipient: Anatomy) -> None:
+    """Refuse a recipient whose layers are not those that its configuration describes.
+
+    Raises:
+        ConfigurationError: With both numbers.
+    """
+    layers = list(decoder_stack(model, recipient.stack_path))
+    reasons = [
+        f"config.{name} has {length} entries for {recipient.num_layers} layers"
+        for name, length in stale_lists(recipient.config).items()
+    ]
+    if len(layers) != recipient.num_layers:
+        reasons.append(f"it holds {len(layers)} layers, and its configuration describes {recipient.num_layers}")
+    places: dict[nn.Module, list[int]] = {}
+    for number, layer in enumerate(layers):
+        places.setdefault(layer, []).append(number)
+    shared = [numbers for numbers in places.values() if len(numbers) > 1]
+    reasons += [f"layers {', '.join(map(str, numbers))} are one and the same module" for numbers in shared]
+    if reasons:
+        raise ConfigurationError(
+            f"the layers of this recipient do not match its configuration: {'; '.join(reasons)}. Where layers were "
+            "deleted or inserted by hand, let the configuration follow (num_hidden_layers and every list with an entry "
+            "for each layer), copy layers that run twice, and save and load the model before donors go in."
+        )
 
 
 def _check_shareable(model: Any) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ..architecture.build import initialize, inner_models, settle, thread_contexts
@@ -19,6 +19,7 @@ from .adapters import refuse_replaced
 from .gates import gates_of, refuse_gate
 from .hot import add_donor, move_donor, remove_donor, swap_donor
 from .loading import active_loading
+from .requests import Choice, Requests, Wanted
 from .saving import push_transplant, save_transplant
 from .state import TransplantState, finish, state_of
 
@@ -153,13 +154,13 @@ class TransplantMixin:
         state.switch.check(chosen)
         return state.switch.off(chosen)
 
-    @contextmanager
-    def using(self, donors: Any = None, *, rows: Sequence[Any] | None = None) -> Iterator[None]:
-        """Choose donors for the calls of this thread inside a `with` block; the model itself stays as it is.
+    def using(self, donors: Any = None, *, rows: Sequence[Any] | None = None) -> AbstractContextManager[None]:
+        """Choose donors for the calls inside a `with` block; the model itself stays as it is.
 
-        Other threads may meanwhile choose otherwise. Every donor's layers run in any case, and what they add is left
-        out where it is not wanted: a row without donors gets exactly what the recipient computes. Blocks nest, the
-        inner one counts. Begin the block in the thread that runs the model.
+        Other threads, asyncio tasks and generators may meanwhile choose otherwise. Every donor's layers run in any
+        case, and what they add is left out where it is not wanted: a row without donors gets exactly what the
+        recipient computes. Blocks nest, the inner one counts. `asyncio.to_thread` takes the choice along; other
+        threads begin a block of their own.
 
         Args:
             donors: A donor's name or several, each at its strength; or `{name: strength}`, a number or one for each
@@ -181,15 +182,13 @@ class TransplantMixin:
             >>> bool((logits[0] == logits[1]).all())
             False
         """
+        return Choice(functools.partial(self._request, donors, rows))
+
+    def _request(self, donors: Any, rows: Sequence[Any] | None) -> tuple[Requests, Wanted]:
         state = state_of(self)
         for name in gates_of(state):
             refuse_gate(state, name)
-        wanted, requests = state.request(donors, rows), state.dials.requests
-        before, requests.wanted = requests.wanted, wanted
-        try:
-            yield
-        finally:
-            requests.wanted = before
+        return state.request(donors, rows)
 
     def add_donor(
         self,
@@ -421,11 +420,23 @@ def transplant_class(native: Any) -> Any:
     """
     if issubclass(native, TransplantMixin):
         return native
-    return type(
-        native.__name__,
-        (TransplantMixin, native),
-        {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__},
-    )
+    names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
+    if hasattr(native, "generate"):
+        names["generate"] = _counted(native.generate)
+    return type(native.__name__, (TransplantMixin, native), names)
+
+
+def _counted(generate: Any) -> Any:
+    """Let donors not be switched while text is generated in another thread: all of its passes need the same layers."""
+
+    @functools.wraps(generate)
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._transplant is None:
+            return generate(self, *args, **kwargs)
+        with self._transplant.switch.calls.generation():
+            return generate(self, *args, **kwargs)
+
+    return counted
 
 
 def native_class(model_class: Any) -> Any:

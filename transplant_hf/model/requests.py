@@ -6,9 +6,15 @@ changed, every layer's cache is filled alike, and a row without donors gets exac
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
+import inspect
+import sys
 import threading
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,7 +25,7 @@ from ..errors import ConfigurationError
 from ..numeric import finite_number
 from ..splice import Blueprint
 
-__all__ = ["Opening", "Requests", "Wanted", "read_request"]
+__all__ = ["Choice", "Requests", "Wanted", "read_request"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,24 +41,202 @@ class Wanted:
     key: Hashable
 
 
-class Requests(threading.local):
-    """What is wanted in this thread; `None` where the model is used as it is set."""
+# A compiled call cannot tell which of several tasks or generators of its thread it belongs to.
+_UNSURE = Wanted({}, "unsure")
+_GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
-    # Not a context variable: torch.compile reads attributes of a threading.local, and guards on them.
+
+class _Thread:
+    """What is known of one thread."""
+
+    # Read by what torch.compile traces, which cannot read context variables. It is right during an eager call, which
+    # sets it, and in code that neither an event loop nor a generator can interleave with other code.
     wanted: Wanted | None = None
+
+    def __init__(self) -> None:
+        self.before: list[tuple[Wanted | None, Hashable]] = []
+        self.open: list[_Block] = []
+
+    def settle(self) -> None:
+        """Say what calls want that do not look for themselves: compiled ones, and those of single layers."""
+        self.before.clear()
+        unsure = any(block.interleaved for block in self.open)
+        self.wanted = _UNSURE if unsure else self.open[-1].wanted if self.open else None
+
+
+class Requests(threading.local):
+    """What the calls of a model want; `None` where it is used as it is set.
+
+    A `using` block belongs to the context that it began in, so that tasks and `asyncio.to_thread` have their own; one
+    that began in a generator belongs to what that generator runs, however often it is suspended meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.thread = _Thread()
 
     def __reduce__(self) -> Any:
         return Requests, ()
 
+    def begin_call(self, side: Hashable) -> None:
+        """Settle what an eager call wants, where it enters the decoder, and keep the side that it enters on."""
+        self.thread.before.append((self.thread.wanted, side))
+        self.thread.wanted = self.found()
 
-class Opening:
-    """A lock under which a model is made ready for requests; a copied or pickled model has it anew."""
+    def end_call(self) -> Hashable:
+        """Leave the decoder again; returns the side, `None` if a hook ended the block of this call."""
+        if not self.thread.before:
+            return None
+        self.thread.wanted, side = self.thread.before.pop()
+        return side
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
+    def now(self) -> Wanted | None:
+        """What the code that runs now wants: within a call what the call wants."""
+        return self.thread.wanted if self.thread.before else self.found()
 
-    def __reduce__(self) -> Any:
-        return Opening, ()
+    def known(self) -> Wanted | None:
+        """What a layer is to do, be it compiled or not.
+
+        Raises:
+            ConfigurationError: A compiled call cannot know.
+        """
+        wanted = self.thread.wanted
+        if wanted is not None and wanted.key == _UNSURE.key:
+            raise ConfigurationError(
+                "a compiled call cannot tell which using(...) block it belongs to while one is open in a coroutine or "
+                "a generator of its thread. Begin the block in a function that runs the compiled model (as one for "
+                "asyncio.to_thread), or call the model that is not compiled."
+            )
+        return wanted
+
+    def found(self) -> Wanted | None:
+        """Find the innermost block around the code that runs now.
+
+        Raises:
+            ConfigurationError: The call was passed on by a generator, whose block may or may not be meant for it.
+        """
+        blocks = _blocks.get()
+        if not blocks and not _generators:
+            return None
+        near = self.generators_block()
+        for block in reversed(blocks):
+            if block.requests is not self or block.closed:
+                continue
+            if block.generator is None:
+                if near is None or near in block.around:
+                    return block.wanted
+            elif near is None and block.place != _place():
+                raise ConfigurationError(
+                    "this call was started in another thread or task while a generator had a using(...) block open, "
+                    "and cannot tell whether it belongs to the block. Begin the block in the function that runs there."
+                )
+        return near.wanted if near else None
+
+    def generators_block(self) -> _Block | None:
+        """The block of the innermost generator that runs now and has one."""
+        frame: FrameType | None = sys._getframe() if _generators else None
+        while frame is not None:
+            for block in reversed(_generators.get(frame, ())):
+                if block.requests is self:
+                    return block
+            frame = frame.f_back
+        return None
+
+
+class _Block:
+    """A `using` block while it is open.
+
+    Args:
+        requests: Of the model.
+        wanted: What it chooses.
+        frame: Where it begins.
+    """
+
+    def __init__(self, requests: Requests, wanted: Wanted, frame: FrameType) -> None:
+        self.requests, self.wanted = requests, wanted
+        self.generator, self.interleaved = _runner(frame)
+        self.place = _place()
+        self.closed = False
+        near = requests.generators_block()
+        self.around: tuple[_Block, ...] = (*near.around, near) if near else ()
+        _blocks.set((*(block for block in _blocks.get() if not block.closed), self))
+        if self.generator is not None:
+            _generators.setdefault(self.generator, []).append(self)
+        self._thread = requests.thread
+        self._thread.open.append(self)
+        self._thread.settle()
+
+    def close(self) -> None:
+        """End it, innermost or not, in whatever context or thread."""
+        blocks = _blocks.get()
+        # Contexts that were copied from the one it began in keep it: a task may outlive the block that it was made in.
+        self.closed = self not in blocks or self.generator is not None
+        _blocks.set(tuple(block for block in blocks if block is not self))
+        if self.generator is not None:
+            _generators[self.generator].remove(self)
+            if not _generators[self.generator]:
+                del _generators[self.generator]
+        # Frames and tasks hold the arguments of calls.
+        self.generator, self.place = None, (0, None)
+        self._thread.open.remove(self)
+        self._thread.settle()
+
+
+# The blocks that are open in this context, of all models, in the order in which they began.
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("transplant_hf_using", default=())
+# Those that began in generators, by the generator's frame.
+_generators: dict[FrameType, list[_Block]] = {}
+
+
+def _place() -> tuple[int, Any]:
+    """The thread, and the task if an event loop runs it."""
+    try:
+        return threading.get_ident(), asyncio.current_task()
+    except RuntimeError:  # no event loop runs here
+        return threading.get_ident(), None
+
+
+def _runner(frame: FrameType | None) -> tuple[FrameType | None, bool]:
+    """Find the innermost generator that runs a frame, and whether other code of the thread may run before it ends."""
+    while frame is not None:
+        flags, back = frame.f_code.co_flags, frame.f_back
+        # A generator that contextlib runs is a context manager: the block is its caller's.
+        if not _of_contextlib(frame) and not (back is not None and _of_contextlib(back) and flags & _GENERATOR):
+            if flags & (_GENERATOR | inspect.CO_COROUTINE):
+                return frame if flags & _GENERATOR else None, True
+            if frame.f_code.co_name == "<module>":
+                break  # a notebook's cells run inside coroutines, one after another
+        frame = back
+    return None, False
+
+
+def _of_contextlib(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == contextlib.__file__
+
+
+class Choice(contextlib.ContextDecorator):
+    """What `model.using(...)` returns: a block in which calls use chosen donors.
+
+    Args:
+        read: Checks the choice, and returns where it holds and what it is.
+    """
+
+    def __init__(self, read: Callable[[], tuple[Requests, Wanted]]) -> None:
+        self._read = read
+        self._block: _Block | None = None
+
+    def _recreate_cm(self) -> Choice:
+        return Choice(self._read)
+
+    def __enter__(self) -> None:
+        if self._block is not None:
+            raise ConfigurationError("this using(...) block is open already; call model.using(...) for each block.")
+        requests, wanted = self._read()
+        self._block = _Block(requests, wanted, sys._getframe(1))
+
+    def __exit__(self, *raised: object) -> None:
+        block, self._block = self._block, None
+        if block is not None:
+            block.close()
 
 
 def read_request(blueprint: Blueprint, donors: Any, rows: Sequence[Any] | None) -> Wanted:

@@ -70,6 +70,7 @@ def save_transplant(
     if state is None or (adapters_only and not thin):
         return native(save_directory, *args, **kwargs)
     kwargs = by_name(native, args, kwargs)
+    state.switch.check_stack()
     if kwargs.pop("push_to_hub", False):
         target = kwargs.pop("repo_id", None) or Path(save_directory).name
         pushed = {name: kwargs.pop(name) for name in PUSH_ARGS if name in kwargs}

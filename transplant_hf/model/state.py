@@ -14,7 +14,7 @@ from ..architecture import decoder_stack
 from ..errors import ConfigurationError
 from ..layer_map import Stage
 from ..splice import Blueprint, renumber, use_config
-from .requests import Opening, Wanted, read_request
+from .requests import Requests, Wanted, read_request
 from .strength import Dials
 from .switch import Switch
 
@@ -40,7 +40,6 @@ class TransplantState:
     dials: Dials
     local_only: bool = False
     cache_dir: str | None = None
-    opening: Opening = dataclasses.field(default_factory=Opening)
 
     def turn(self, strengths: Mapping[str, float], composition: str | None = None) -> None:
         """Give donors other strengths, or compose them in another way, in the record and in what runs.
@@ -48,11 +47,15 @@ class TransplantState:
         Raises:
             ConfigurationError: A strength that is not finite, or not 1 for a donor that replaces layers.
         """
-        self.blueprint = self.blueprint.turned(strengths, composition)
-        self.dials.use(self.blueprint)
-        self.switch.watch()
+        what = "set_composition()" if composition else "set_strength()"
+        with self.switch.calls.turn(what):
+            blueprint = self.blueprint.turned(strengths, composition)
+            with self.switch.calls.alone(what):
+                self.blueprint = blueprint
+                self.dials.use(blueprint)
+                self.switch.watch()
 
-    def request(self, donors: Any, rows: Sequence[Any] | None) -> Wanted:
+    def request(self, donors: Any, rows: Sequence[Any] | None) -> tuple[Requests, Wanted]:
         """Read what a call asks for, and make the model ready to answer.
 
         Raises:
@@ -64,11 +67,13 @@ class TransplantState:
                 raise ConfigurationError(
                     f"donor {name!r} is switched off by disable_transplants(), so that no call can use it meanwhile."
                 )
-        with self.opening.lock:
-            if not self.dials.open:
+        self.switch.check_stack()
+        if not self.dials.open:
+            # What calls of several passes compute stays as it is: only the pass that each is in has to end.
+            with self.switch.calls.alone("using()", generations=False):
                 self.dials.open_up()
                 self.switch.watch()
-        return wanted
+        return self.dials.requests, wanted
 
     def check_name(self, name: str) -> None:
         """Refuse a name that no donor has.

@@ -86,7 +86,7 @@ class _Dial:
         arrived = args[0] if args else kwargs["hidden_states"]
         local = self._passing.local
         local.arrived, local.gate = arrived, module._parameters.get(GATE)
-        wanted = self.requests.wanted
+        wanted = self.requests.known()
         if wanted is not None and module.training and getattr(module, "gradient_checkpointing", False):
             raise ConfigurationError(
                 "using(...) lasts for a call, but gradient checkpointing runs layers again later, after it. Set the "
@@ -109,7 +109,7 @@ class _Dial:
         left = output[0] if several else output
         local = self._passing.local
         if getattr(local, "arrived", None) is None:
-            if self.requests.wanted is None and self.meeting is None and getattr(module, _STRENGTH) == 1:
+            if self.requests.known() is None and self.meeting is None and getattr(module, _STRENGTH) == 1:
                 return None  # these hooks are here for calls that ask for donors; this one does not
             raise ConfigurationError(
                 "the last layer of a donor whose strength is not 1, or which runs side by side with others, ran "

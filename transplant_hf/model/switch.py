@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from ..layer_map import RECIPIENT, Stage
 from ..splice import Blueprint, insert_layers, renumber, use_config
 from ..splice.surgery import outer_modules
 from .cache_guard import CacheGuard, Here
+from .calls import Calls
 from .strength import Dials
 
 __all__ = ["Attributes", "Structure", "Switch", "structure_of"]
@@ -70,16 +72,22 @@ class Switch:
         self._blueprint = blueprint
         self._layers = layers
         self._dials = dials
-        self._here = Here(dials)
+        self._here = Here(dials.requests, dials.settings)
+        # By a key of their own: blocks may end in another order than they began (generators, callbacks).
+        self._asked: dict[object, Names] = {}
         # Which layers the live model is set up for; `None` while it holds all it was built with.
         self._set_for: Names | None = None
         self._structures: dict[Names | None, Structure] = {}
         # What was last set on layers, where that is not what they were built with.
         self._worn: dict[Stage, Attributes] = {}
         self._unrecorded: set[nn.Module] | None = None
-        if after is None:
-            self._guard = CacheGuard(self._here)
-        else:
+        decoder = model.get_submodule(blueprint.recipient.stack_path.rpartition(".")[0])
+        guard = CacheGuard.of(decoder)
+        if guard is not None:
+            self._here.plan = guard.here.plan + 1
+            guard.here = self._here
+        self._guard = guard or CacheGuard(decoder, self._here)
+        if after is not None:
             self._follow(after)
 
     @property
@@ -88,6 +96,11 @@ class Switch:
         if model is None:
             raise ConfigurationError("the model of this transplant is gone; keep a reference to it while it is used.")
         return model
+
+    @property
+    def calls(self) -> Calls:
+        """The calls that are under way."""
+        return self._guard.calls
 
     @property
     def disabled(self) -> Names:
@@ -99,7 +112,7 @@ class Switch:
         if self._blueprint.running(_NOTHING) == self._blueprint.built:
             self._set_for = _NOTHING
         else:
-            self._go(_NOTHING)
+            self._go(_NOTHING, "the load")
 
     def _follow(self, old: Switch) -> None:
         """Take over what another switch knows of the layers that this one holds too."""
@@ -108,8 +121,6 @@ class Switch:
         self._worn = {stage: old.worn(stages[layer]) for stage, layer in self._layers.items() if layer in stages}
         if old._unrecorded is not None:
             self._unrecorded = {one for one in self._layers.values() if one not in stages or one in old._unrecorded}
-        self._guard, self._here.plan = old._guard, old._here.plan + 1
-        self._guard.here = self._here
 
     def take_over(self, before: Structure, after: Structure, worn: Mapping[Stage, Attributes]) -> None:
         """Let a live model, which was set up for other donors, run with these, all of them on.
@@ -130,19 +141,35 @@ class Switch:
     @contextmanager
     def off(self, names: Collection[str]) -> Iterator[None]:
         """Switch donors off inside a `with` block; blocks nest."""
-        block = object()
-        self._here.asked[block] = frozenset(names)
+        block, what = object(), "disable_transplants()"
+        with self.calls.turn(what):
+            self._asked[block] = frozenset(names)
+            try:
+                self._go(self._wished, what)
+            except ConfigurationError:
+                del self._asked[block]
+                raise
         try:
-            self._go(self.disabled)
             yield
         finally:
-            del self._here.asked[block]
-            self._go(self.disabled)
+            del self._asked[block]
+            with self.calls.turn(what):
+                self._go(self._wished, what)
+
+    @property
+    def _wished(self) -> Names:
+        return _NOTHING.union(*self._asked.values())
 
     def remove(self) -> None:
-        """Leave the recipient alone in the model, for good."""
-        self._go(frozenset(self._blueprint.splice.names))
-        self._dials.close()
+        """Leave the recipient alone in the model, for good; caches from before are refused from then on."""
+        what = "remove_transplants()"
+        with self.calls.alone(what):
+            self._go(frozenset(self._blueprint.splice.names), what)
+            self._dials.close()
+            self._guard.here = Here(self._here.requests, plan=self._here.plan + 1)
+
+    def leave(self) -> None:
+        """Let go of a model that no donor went into."""
         self._guard.leave()
 
     def check(self, names: Collection[str]) -> None:
@@ -165,11 +192,33 @@ class Switch:
         running = self._blueprint.running(self._set_for or _NOTHING) if self._set_for is not None else self._layers
         return [layer for stage, layer in self._layers.items() if stage not in running]
 
-    def _go(self, disabled: Names) -> None:
+    def check_stack(self) -> None:
+        """Refuse a model whose layers are not those that the transplant put there.
+
+        Raises:
+            ConfigurationError: With both numbers of layers.
+        """
+        running = self._blueprint.built if self._set_for is None else self._blueprint.running(self._set_for)
+        wanted = [self._layers[stage] for stage in running]
+        found = list(decoder_stack(self._model, self._blueprint.recipient.stack_path))
+        # A layer may be inside a wrapper, as of torch.compile.
+        pairs = itertools.zip_longest(found, wanted)
+        if any(one is not other and (one is None or other not in set(one.modules())) for one, other in pairs):
+            raise ConfigurationError(
+                f"the decoder layers of this model were changed by hand: the transplant put {len(wanted)} there, and "
+                f"there are {len(found)} now, or other ones. Switching donors, changing them and saving go by the "
+                "layers that the transplant put there. Put those back; or delete and insert layers in the recipient, "
+                "save it and load it, before donors go in."
+            )
+
+    def _go(self, disabled: Names, what: str) -> None:
         if disabled == self._set_for:
             return
-        self._note_recorded()
-        self._set(self._structure(self._set_for), disabled)
+        self.check_stack()
+        old, _ = self._structure(self._set_for), self._structure(disabled)  # slow the first time: calls need not wait
+        with self.calls.alone(what):
+            self._note_recorded()
+            self._set(old, disabled)
 
     def _set(self, old: Structure, disabled: Names) -> None:
         self._set_attributes(old, self._structure(disabled))
@@ -177,20 +226,20 @@ class Switch:
         self._record(layers)
         self._fill(layers)
         self._dials.without(disabled)
-        self._set_for = disabled
+        self._set_for = self._here.disabled = disabled
         self.watch()
 
     def watch(self) -> None:
         """Watch caches where the model runs otherwise than it was loaded, or may in some calls."""
-        owner = self._model.get_submodule(self._blueprint.recipient.stack_path.rpartition(".")[0])
-        self._guard.stand(owner, always=self._dials.open)
+        self._here.settings = self._dials.settings
+        self._guard.always = self._dials.open
 
     def _fill(self, layers: Sequence[nn.Module]) -> None:
         """Let exactly these layers run."""
         stack = decoder_stack(self._model, self._blueprint.recipient.stack_path)
         present = set(stack._modules.values())
-        stack._modules.clear()
-        stack.extend(layers)
+        # A new mapping: a pass of this very thread may be going through the old one, if a hook switches donors in it.
+        stack._modules = {str(number): layer for number, layer in enumerate(layers)}
         for layer in layers:
             # It missed train() and eval() while it was aside.
             if layer not in present and layer.training != stack.training:

@@ -1,0 +1,152 @@
+"""Which calls of a model are under way, so that donors change between calls and never within one.
+
+A change waits for the calls of other threads to end, and calls that begin meanwhile wait for the change. Compiled calls
+are not counted: torch.compile leaves the counting out.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigurationError
+
+__all__ = ["Calls"]
+
+LONGEST_WAIT = 60.0
+_LOOK_AGAIN = 0.2
+
+
+class Calls:
+    """The calls of one model; a copied or pickled model has none under way."""
+
+    def __init__(self) -> None:
+        # By thread, how many are inside each other: passes through the decoder, and calls of several passes.
+        self._passes: dict[int, int] = {}
+        self._generations: dict[int, int] = {}
+        self._turn = threading.RLock()
+        self._ended = threading.Condition()
+        # The thread that changes the model or waits to, and whether it waits for calls of several passes too.
+        self._closed: tuple[int, bool] | None = None
+
+    def __reduce__(self) -> Any:
+        return Calls, ()
+
+    def begin_pass(self) -> None:
+        """Enter the decoder; wait while another thread changes the model."""
+        self._begin(self._passes)
+
+    def end_pass(self) -> None:
+        """Leave the decoder, by an exception too."""
+        self._end(self._passes)
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """Run a call of several passes, all of which need the same layers."""
+        self._begin(self._generations)
+        try:
+            yield
+        finally:
+            self._end(self._generations)
+
+    @contextmanager
+    def turn(self, what: str) -> Iterator[None]:
+        """Be the only thread that decides on a change; calls go on.
+
+        Args:
+            what: The change, for messages.
+
+        Raises:
+            ConfigurationError: Another thread waits for this one, or takes too long.
+        """
+        end = time.monotonic() + LONGEST_WAIT
+        while not self._turn.acquire(timeout=_LOOK_AGAIN):
+            if self._holds_up_another():
+                raise ConfigurationError(
+                    f"{what} was asked for within a call, while another thread waits for this very call to end before "
+                    "it changes the model. Choose donors by call, with using(...), which changes nothing that calls "
+                    "share."
+                )
+            if time.monotonic() > end:
+                raise _too_long(what, "a change by another thread has")
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    @contextmanager
+    def alone(self, what: str, generations: bool = True) -> Iterator[None]:
+        """Change the model while no other thread calls it.
+
+        Args:
+            what: The change, for messages.
+            generations: Wait for calls of several passes too, not only for the pass that each is in.
+
+        Raises:
+            ConfigurationError: As `turn`; or calls of other threads take too long.
+        """
+        with self.turn(what):
+            before, self._closed = self._closed, (threading.get_ident(), generations)
+            try:
+                self._wait(what, generations)
+                yield
+            finally:
+                with self._ended:
+                    self._closed = before
+                    self._ended.notify_all()
+
+    def _begin(self, kind: dict[int, int]) -> None:
+        me = threading.get_ident()
+        with self._ended:
+            while self._closed is not None and self._closed[0] != me and me not in self._under_way(self._closed[1]):
+                self._ended.wait()
+            kind[me] = kind.get(me, 0) + 1
+
+    def _end(self, kind: dict[int, int]) -> None:
+        me = threading.get_ident()
+        with self._ended:
+            left = kind.pop(me, 0) - 1
+            if left > 0:
+                kind[me] = left
+            else:
+                self._ended.notify_all()
+
+    def _under_way(self, generations: bool) -> set[int]:
+        return {*self._passes, *(self._generations if generations else ())}
+
+    def _holds_up_another(self) -> bool:
+        closed = self._closed
+        return closed is not None and threading.get_ident() in self._under_way(closed[1])
+
+    def _wait(self, what: str, generations: bool) -> None:
+        end = time.monotonic() + LONGEST_WAIT
+        with self._ended:
+            while others := self._under_way(generations) - {threading.get_ident()}:
+                if time.monotonic() > end:
+                    raise _too_long(what, f"calls of {len(others)} other threads have")
+                if not self._ended.wait(_LOOK_AGAIN):
+                    self._forget_interrupted()
+
+    def _forget_interrupted(self) -> None:
+        """Drop passes that ended by Ctrl-C, after which torch runs no hook, and threads that are gone."""
+        frames = sys._current_frames()
+        for kind in (self._passes, self._generations):
+            for thread in list(kind):
+                frame = frames.get(thread)
+                while frame is not None and kind is self._passes and frame.f_code is not nn.Module._call_impl.__code__:
+                    frame = frame.f_back
+                if frame is None:
+                    del kind[thread]
+
+
+def _too_long(what: str, who: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{what} changes the model, and {who} not ended for {LONGEST_WAIT:g} seconds; the donors stay as they are. Try "
+        "again when they have ended, or choose donors by call, with using(...), which changes nothing that calls share."
+    )
