@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -291,14 +293,84 @@ def test_train_and_eval(tiny: Path, mode: str) -> None:
     assert modes() == {False}
 
 
-def test_freezing_inside_stays_inside(tiny_gpt2: Path) -> None:
-    """What stands aside is not the model's at that time."""
-    model = loaded(tiny_gpt2, 1)
+@pytest.mark.parametrize("mode", ["insert", "replace"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_is_set_on_one_side_holds_on_both(tiny: Path, mode: str, inside: bool) -> None:
+    model = loaded(tiny, 1, mode, keep_replaced=mode == "replace")
+    layers = sidelined(model)
+
+    def on_one_side(turn: Callable[[], Any]) -> None:
+        with model.disable_transplants() if inside else nullcontext():
+            turn()
+
+    for flag in (True, False):
+        on_one_side(model.gradient_checkpointing_enable if flag else model.gradient_checkpointing_disable)
+        on_one_side(lambda flag=flag: model.train(flag))  # type: ignore[misc]
+        on_one_side(lambda flag=flag: model.requires_grad_(flag))  # type: ignore[misc]
+        for layer in layers:
+            assert layer.gradient_checkpointing is flag
+            assert {part.training for part in layer.modules()} == {flag}
+            assert {parameter.requires_grad for parameter in layer.parameters()} == {flag}
+
+
+def test_a_list_of_parameters_is_of_what_runs(tiny: Path) -> None:
+    """It is counted, optimized and frozen by such lists."""
+    for model in (loaded(tiny, 1), loaded(tiny, 1, "replace", keep_replaced=True)):
+        assert [name for name, _ in model.named_parameters()] == [
+            name for name, _ in loaded(tiny, 1, model.transplant_config.donors[0].mode).named_parameters()
+        ]
+        with model.disable_transplants():
+            recipient = plain(tiny / "recipient")
+            assert [name for name, _ in model.named_parameters()] == [name for name, _ in recipient.named_parameters()]
+            assert [name for name, _ in model.named_buffers()] == [name for name, _ in recipient.named_buffers()]
+            assert list(model.state_dict()) == list(recipient.state_dict())
+
+
+def adapted(model: Any, name: str = "default") -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])
+    if name == "default":
+        return peft.get_peft_model(model, config)
+    model.add_adapter(name, config)
+    return model
+
+
+def test_adapters_chosen_inside(tiny_llama: Path) -> None:
+    model = adapted(adapted(loaded(tiny_llama, 1)), "other")
+    first = logits_of(model)
+    model.set_adapter("other")
+    second = logits_of(model)
+    model.set_adapter("default")
     with model.disable_transplants():
-        model.requires_grad_(False)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained
-    assert all(name.startswith(("transformer.h.1.", "transformer.h.2.")) for name in trained)
+        model.set_adapter("other")
+    assert torch.equal(logits_of(model), second)
+    with model.disable_transplants():
+        model.set_adapter("default")
+        model.merge_adapter()
+    torch.testing.assert_close(logits_of(model), first, rtol=1e-4, atol=1e-4)
+    with model.disable_transplants():
+        model.unmerge_adapter()
+        model.delete_adapter("other")
+    torch.testing.assert_close(logits_of(model), first, rtol=1e-4, atol=1e-4)
+    assert not [name for name, _ in model.named_parameters() if ".other." in name]
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_adapters_taken_off_inside(tiny_llama: Path, merge: bool) -> None:
+    model = adapted(loaded(tiny_llama, 1))
+    wanted = logits_of(model) if merge else logits_of(loaded(tiny_llama, 1))
+    with model.disable_transplants():
+        base = model.merge_and_unload() if merge else model.unload()
+    assert not [name for name, _ in base.named_parameters() if "lora" in name]
+    torch.testing.assert_close(logits_of(base), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_put_on_inside_is_the_recipients(tiny_llama: Path) -> None:
+    model = loaded(tiny_llama, 1)
+    with model.disable_transplants():
+        wrapped = adapted(model)
+    adapters = {name.split(".layers.")[1][0] for name, _ in wrapped.named_parameters() if "lora" in name}
+    assert adapters == {"0", "3", "4", "5"}
 
 
 def test_weights_changed_outside_are_seen_inside(tiny: Path) -> None:

@@ -93,5 +93,7 @@ NOT_THEIRS = {
     "_base": "torch, the tensor that a view is of",
     "_proj": "the end of a tensor's name",
     "_sysconfigdata": "the standard library",
+    "_getframe": "the same, of sys",
+    "_current_frames": "the same, of sys",
     **dict.fromkeys(private_names_of([torch.nn.Module()]), "torch"),
 }

@@ -6,6 +6,7 @@ are not counted: torch.compile leaves the counting out.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from torch import nn
 
 from ..errors import ConfigurationError
 
-__all__ = ["Calls"]
+__all__ = ["Calls", "counted"]
 
 LONGEST_WAIT = 60.0
 _LOOK_AGAIN = 0.2
@@ -143,6 +144,26 @@ class Calls:
                     frame = frame.f_back
                 if frame is None:
                     del kind[thread]
+
+
+def counted(generate: Any) -> Any:
+    """Let donors stay as they are while text is generated: all passes of the call need the same layers.
+
+    Args:
+        generate: A model class's own method.
+
+    Returns:
+        The method for a class with donors.
+    """
+
+    @functools.wraps(generate)
+    def counted_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._transplant is None:
+            return generate(self, *args, **kwargs)
+        with self._transplant.switch.calls.generation():
+            return generate(self, *args, **kwargs)
+
+    return counted_generate
 
 
 def _too_long(what: str, who: str) -> ConfigurationError:

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
+
+import torch
+from torch import nn
 
 from ..architecture.build import initialize, inner_models, settle, thread_contexts
 from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor import Donor
 from ..donor.record import DonorRecord
-from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, LayerMap
 from ..splice import insert_layers
 from .adapters import refuse_replaced
+from .calls import counted
 from .gates import gates_of, refuse_gate
 from .hot import add_donor, move_donor, remove_donor, swap_donor
 from .loading import active_loading
 from .requests import Choice, Requests, Wanted
 from .saving import push_transplant, save_transplant
-from .state import TransplantState, finish, state_of
+from .state import finish, record_of_layers, state_of
 
 __all__ = ["TransplantMixin", "native_class", "transplant_class"]
+
+_ASIDE = "_transplant_aside"
 
 
 class TransplantMixin:
@@ -353,11 +358,52 @@ class TransplantMixin:
         model._transplant = finish(model, load.blueprint)
         return loading_info
 
+    # Layers that do not run now are no children of the model: they are not saved, counted or optimized. What is set on
+    # the model meanwhile reaches them all the same, as they come back.
+
+    @property
+    def _transplant_aside(self) -> nn.ModuleDict:
+        """Layers that the model holds and that do not run now; where `named_modules` says that they are."""
+        layers = self._transplant.switch.sidelined() if self._transplant else []
+        return nn.ModuleDict({f"layer{number}": layer for number, layer in enumerate(layers)})
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As in torch; and modules of layers that do not run now, where something may be turned on or off in them.
+
+        That are modules with parts: gradient checkpointing is set on layers, and adapters are around weights. Not bare
+        weights, so that a search for what to adapt finds only what runs.
+        """
+        memo = set() if memo is None else memo
+        yield from super().named_modules(memo, prefix, remove_duplicate)  # type: ignore[misc]
+        for name, layer in self._transplant_aside.items():
+            path = ".".join(filter(None, (prefix, _ASIDE, name)))
+            parts = layer.named_modules(memo, path, remove_duplicate)
+            yield from ((where, module) for where, module in parts if module._modules)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in torch: those of the layers that run now."""
+        yield from (pair for pair in super().named_parameters(*args, **kwargs) if _ASIDE not in pair[0])  # type: ignore[misc]
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """As in torch: those of the layers that run now."""
+        yield from (pair for pair in super().named_buffers(*args, **kwargs) if _ASIDE not in pair[0])  # type: ignore[misc]
+
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        """Move and cast layers that are switched off too."""
-        for layer in self._transplant.switch.sidelined() if self._transplant else ():
-            layer._apply(fn, *args, **kwargs)
+        """Move and cast layers that do not run now too."""
+        self._transplant_aside._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Any:
+        """As in torch; layers that do not run now too."""
+        self._transplant_aside.train(mode)
+        return super().train(mode)  # type: ignore[misc]
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As in torch; layers that do not run now too."""
+        self._transplant_aside.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)  # type: ignore[misc]
 
     def _record_of_layers(
         self, numbers: Sequence[int], name: str | None
@@ -371,39 +417,6 @@ class TransplantMixin:
         """Pickle and copy by the recipient's class: this one has its name but cannot be found by it."""
         rest: Any = super().__reduce_ex__(protocol)[2:]
         return (_new, (native_class(type(self)),), *rest)
-
-
-def record_of_layers(
-    state: TransplantState, layer_map: LayerMap, numbers: Sequence[int], name: str | None
-) -> tuple[DonorRecord, DonorSpec | None]:
-    """Return the record of a donor made of running layers, and its place if it is one of the model's donors."""
-    slots = [layer_map[number] for number in numbers]
-    source = slots[0].source
-    indices = tuple(slot.index for slot in slots)
-    if {slot.source for slot in slots} != {source} or indices != tuple(range(indices[0], indices[0] + len(indices))):
-        raise ConfigurationError(
-            f"layers {list(numbers)} come from {', '.join(map(str, map(tuple, slots)))}; a donor is made of "
-            "consecutive layers of one source."
-        )
-    blueprint = state.blueprint
-    part = None if source == RECIPIENT else blueprint.part(source)
-    anatomy = part.anatomy if part else blueprint.recipient
-    record = part.donor.record if part else None
-    found = record.source_id if record else blueprint.config.recipient
-    revision = record.source_revision if record else blueprint.config.recipient_revision
-    metadata = dict(record.metadata) if record else {}
-    fields = anatomy.config.to_dict()
-    fields.pop("_name_or_path", None)
-    made = DonorRecord(
-        model_type=anatomy.config.model_type,
-        source_config=fields,
-        layer_indices=indices,
-        source_id=found or blueprint.config.recipient or None,
-        source_revision=revision,
-        name=name or (source if source != RECIPIENT else None),
-        metadata=metadata,
-    )
-    return made, part.spec if part else None
 
 
 def _new(native: Any) -> Any:
@@ -422,21 +435,8 @@ def transplant_class(native: Any) -> Any:
         return native
     names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
     if hasattr(native, "generate"):
-        names["generate"] = _counted(native.generate)
+        names["generate"] = counted(native.generate)
     return type(native.__name__, (TransplantMixin, native), names)
-
-
-def _counted(generate: Any) -> Any:
-    """Let donors not be switched while text is generated in another thread: all of its passes need the same layers."""
-
-    @functools.wraps(generate)
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._transplant is None:
-            return generate(self, *args, **kwargs)
-        with self._transplant.switch.calls.generation():
-            return generate(self, *args, **kwargs)
-
-    return counted
 
 
 def native_class(model_class: Any) -> Any:

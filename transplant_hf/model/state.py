@@ -11,14 +11,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architecture import decoder_stack
+from ..config import DonorSpec
+from ..donor.record import DonorRecord
 from ..errors import ConfigurationError
-from ..layer_map import Stage
+from ..layer_map import RECIPIENT, LayerMap, Stage
 from ..splice import Blueprint, renumber, use_config
 from .requests import Requests, Wanted, read_request
 from .strength import Dials
 from .switch import Switch
 
-__all__ = ["TransplantState", "finish", "state_of"]
+__all__ = ["TransplantState", "finish", "record_of_layers", "state_of"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -113,3 +115,36 @@ def finish(model: PreTrainedModel, blueprint: Blueprint, **where: Any) -> Transp
     state = TransplantState(blueprint, layers, Switch(model, blueprint, layers, dials), dials, **where)
     state.switch.settle()
     return state
+
+
+def record_of_layers(
+    state: TransplantState, layer_map: LayerMap, numbers: Sequence[int], name: str | None
+) -> tuple[DonorRecord, DonorSpec | None]:
+    """Return the record of a donor made of running layers, and its place if it is one of the model's donors."""
+    slots = [layer_map[number] for number in numbers]
+    source = slots[0].source
+    indices = tuple(slot.index for slot in slots)
+    if {slot.source for slot in slots} != {source} or indices != tuple(range(indices[0], indices[0] + len(indices))):
+        raise ConfigurationError(
+            f"layers {list(numbers)} come from {', '.join(map(str, map(tuple, slots)))}; a donor is made of "
+            "consecutive layers of one source."
+        )
+    blueprint = state.blueprint
+    part = None if source == RECIPIENT else blueprint.part(source)
+    anatomy = part.anatomy if part else blueprint.recipient
+    record = part.donor.record if part else None
+    found = record.source_id if record else blueprint.config.recipient
+    revision = record.source_revision if record else blueprint.config.recipient_revision
+    metadata = dict(record.metadata) if record else {}
+    fields = anatomy.config.to_dict()
+    fields.pop("_name_or_path", None)
+    made = DonorRecord(
+        model_type=anatomy.config.model_type,
+        source_config=fields,
+        layer_indices=indices,
+        source_id=found or blueprint.config.recipient or None,
+        source_revision=revision,
+        name=name or (source if source != RECIPIENT else None),
+        metadata=metadata,
+    )
+    return made, part.spec if part else None
