@@ -107,7 +107,9 @@ def _refuse_without_model(name: str, revision: str | None) -> None:
         if held
         else "it is empty"
     )
-    hint = ", or name its GGUF file with gguf_file=" if any(file.endswith(".gguf") for file in held) else ""
+    hint = (
+        ", or name its GGUF file with gguf_file= (--gguf-file)" if any(file.endswith(".gguf") for file in held) else ""
+    )
     raise ConfigurationError(
         f"there is no model in {name}: no config.json ({what}). Name a folder that save_pretrained wrote, or a Hub "
         f"id{hint}."
