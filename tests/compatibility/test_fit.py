@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig
 
 from tests.architectures.tiny_models import tiny_model
@@ -46,7 +47,8 @@ def test_the_recommended_position_is_the_default(tiny_gpt2: Path) -> None:
 def test_recipient_and_donor_may_be_given_in_many_ways(tiny_gpt2: Path) -> None:
     recipient, donor = tiny_gpt2 / "recipient", tiny_gpt2 / "donor"
     opened = Donor.from_pretrained(donor)
-    for ours in (str(recipient), recipient, plain(recipient), AutoConfig.from_pretrained(recipient)):
+    model = plain(recipient)
+    for ours in (str(recipient), recipient, model, nn.DataParallel(model), AutoConfig.from_pretrained(recipient)):
         for theirs in (str(donor), donor, opened):
             assert check_compatibility(ours, theirs, 0)
 

@@ -29,7 +29,7 @@ def native_class(auto_class: Any, config: PreTrainedConfig, name: str) -> tuple[
     """
     mapping = auto_class._model_mapping
     if type(config) not in mapping:
-        what = "is not a decoder-only language model" if auto_class is AutoModelForCausalLM else "has no such head"
+        what = "is not a decoder-only model" if auto_class is AutoModelForCausalLM else "has no such head"
         others = ", ".join(auto_classes_for(config))
         raise (_NextHeadError if auto_class is AutoModelForImageTextToText else CompatibilityError)(
             f"recipient {name} ({config.model_type}) {what}: {auto_class.__name__} has no class for "

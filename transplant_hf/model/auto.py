@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 
-from ..architecture import check_gguf_reader, forget_gguf, native_class
+from ..architecture import check_gguf_reader, forget_gguf, native_class, unwrapped
 from ..architecture.build import build_random
 from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig, check_composition
@@ -364,7 +365,8 @@ def check_compatibility(
             ) from error
         raise
     spec = spec_of(opened, position, mode=mode, name=opened.name or "donor", strength=1.0)
-    if isinstance(recipient, PreTrainedModel):
+    if isinstance(recipient, nn.Module):
+        recipient = unwrapped(recipient)
         model_class, config, name = type(recipient), recipient.config, recipient.config.name_or_path
     elif isinstance(recipient, PreTrainedConfig):
         name = recipient.name_or_path or recipient.model_type
