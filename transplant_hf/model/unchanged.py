@@ -65,6 +65,8 @@ def _equal(tensor: torch.Tensor, pinned: torch.Tensor) -> bool:
 
 
 def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
+    from .mixin import transplant_class  # which imports this module; its classes load for this thread alone
+
     recipient, config = state.blueprint.recipient, state.blueprint.config
     if was_gguf(model):
         raise ConfigurationError(
@@ -79,7 +81,7 @@ def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
         )
     hub = HubOptions(cache_dir=state.cache_dir, local_files_only=state.local_only)
     with hub_errors(config.recipient, config.recipient_revision):
-        loaded: Any = recipient.model_class.from_pretrained(
+        loaded: Any = transplant_class(recipient.model_class).from_pretrained(
             for_transformers(config.recipient, config.recipient_revision, hub, weights=True),
             revision=config.recipient_revision or "main",
             config=copy.deepcopy(recipient.config),
