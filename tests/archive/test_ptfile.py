@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tests.archive.crafted import bits, everything, pickled_file, repacked, saved, tensor_code, tree_tensors
-from tests.helpers import refused
+from tests.helpers import refused, run_python
 from transplant_hf import CheckpointError
 from transplant_hf.archive import PtFile
 
@@ -210,6 +210,73 @@ def test_a_file_removed_after_opening_is_refused(tmp_path: Path) -> None:
     path.unlink()
     with refused(CheckpointError, str(path), "no longer be read"):
         file["a"][...]
+
+
+CUT = """
+import os, sys
+from pathlib import Path
+from transplant_hf import CheckpointError
+from transplant_hf.archive import PtFile
+
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    file = PtFile(path)
+    pieces = file["a"].in_order(1 << 12)
+    next(pieces)
+    os.truncate(path, 400)
+    try:
+        print("read to the end", sum(piece.numel() for piece in pieces))
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_a_file_cut_short_while_a_tensor_is_streamed_ends_no_process(tmp_path: Path) -> None:
+    whole = torch.arange(float(1 << 18))
+    views = {
+        "plain": whole,
+        "columns": whole.reshape(512, 512)[:, :300],
+        "transposed": whole.reshape(512, 512).T,
+        "turned rows": whole.reshape(64, 64, 64).transpose(1, 2),
+    }
+    for name, view in views.items():
+        saved(tmp_path / f"{name}.pt", {"a": view})
+        saved(tmp_path / f"{name}, legacy.pt", {"a": view}, legacy=True)
+    lines = run_python(CUT, tmp_path).splitlines()
+    assert len(lines) == 2 * len(views)
+    for line in lines:
+        assert any(said in line for said in ("became shorter", "changed or replaced", "read to the end")), line
+
+
+@FORMATS
+def test_views_are_read_in_any_pieces(legacy: bool, tmp_path: Path) -> None:
+    whole = torch.arange(60_000, dtype=torch.int16)
+    views = {
+        "transposed": whole.reshape(200, 300).T,
+        "columns": whole.reshape(200, 300)[:, 40:90],
+        "turned rows": whole.reshape(20, 50, 60).transpose(1, 2),
+        "outside in": whole.reshape(20, 50, 60).permute(2, 0, 1),
+        "every third": whole[5::3],
+        "far apart": whole.reshape(10, 6000)[3:9:5, ::700],
+    }
+    file = PtFile(saved(tmp_path / "a.pt", views, legacy))
+    for name, view in views.items():
+        for size in (2, 700, 10_000, 1 << 22):
+            assert torch.equal(torch.cat([piece.reshape(-1) for piece in file[name].in_order(size)]), view.flatten())
+        assert torch.equal(file[name][1:3], view[1:3]) and torch.equal(file[name][-1], view[-1])
+
+
+def test_a_view_all_over_a_large_storage_is_read_by_rows_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transplant_hf.archive.ptfile._STEP", 512)
+    whole = torch.arange(100_000.0)
+    path = saved(
+        tmp_path / "a.pt", {"rows": whole.reshape(100, 1000)[:, :5], "dots": whole.reshape(2, 50_000)[:, ::999]}
+    )
+    file = PtFile(path)
+    assert torch.equal(file["rows"][...], whole.reshape(100, 1000)[:, :5])
+    with refused(CheckpointError, str(path), "'dots'", "spread over", "contiguous()"):
+        file["dots"][...]
 
 
 # -- What a tensor claims ----------------------------------------------------------------------------------------------

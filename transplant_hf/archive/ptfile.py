@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
+import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,6 +21,7 @@ from .tree import Content, flatten
 __all__ = ["PtFile", "PtTensor"]
 
 _STEP = 1 << 22
+_SPARSEST = 8  # bytes that are read for each that a view shows
 
 
 class PtFile:
@@ -175,17 +176,6 @@ class PtFile:
         if not fill(file, view):
             raise CheckpointError(f"{self.path} became shorter while it was read. Open it again.")
 
-    def mapped(self, start: int, size: int) -> torch.Tensor:
-        """Map bytes of the file, at least one, for tensors whose elements are not in order.
-
-        Returns:
-            `[size]` uint8, read from disk as it is used.
-        """
-        first = start - start % mmap.ALLOCATIONGRANULARITY
-        with self._opened() as file:
-            view = mmap.mmap(file.fileno(), start - first + size, access=mmap.ACCESS_COPY, offset=first)
-        return torch.frombuffer(view, dtype=torch.uint8, offset=start - first, count=size)
-
 
 class PtTensor:
     """A tensor of a `.pt` file; `[...]`, or a slice of the first dimension, reads it."""
@@ -214,8 +204,9 @@ class PtTensor:
             size: The most bytes to read at once.
 
         Yields:
-            `[elements]`, as far as the elements lie in order in the file; else some rows at a time. The memory of a
-            piece is used again for the one after the next.
+            `[elements]`, as far as the elements lie in order in the file; else some rows at a time, and where these lie
+            all over the storage, the whole of it in memory. The memory of a piece is used again for the one after the
+            next.
         """
         ref = self._ref
         if not ref.num_elements or not ref.is_contiguous:
@@ -227,21 +218,25 @@ class PtTensor:
             yield piece.view(ref.dtype)
 
     def _strided_rows(self, region: Region, size: int) -> Iterator[torch.Tensor]:
-        whole = self._strided(region)
-        rows = max(1, size // max(1, self._ref.nbytes // max(1, self._ref.shape[0])))
-        for start in range(0, self._ref.shape[0], rows):
-            yield _in_order(whole[start : start + rows])
+        length = self._ref.shape[0]
+        rows = min(length, max(1, size // max(1, self._ref.nbytes // length)))
+        if self._span(rows) * (length // rows) > 2 * self._span(length):
+            # Every few rows lie all over the storage, as in a transposed matrix: it is read once, as a whole.
+            yield from self._gathered(region, 0, length).split(rows)
+            return
+        for start in range(0, length, rows):
+            yield self._gathered(region, start, min(start + rows, length))
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         region, ref = self._file.check(self._name), self._ref
         if not ref.num_elements:
             return torch.empty(ref.shape, dtype=ref.dtype)[index]
-        if not ref.is_contiguous:
-            return _in_order(self._strided(region)[index])
+        read = self._rows if ref.is_contiguous else self._gathered
         if isinstance(index, slice) and ref.shape and index.step in (None, 1):
             start, stop, _ = index.indices(ref.shape[0])
-            return self._rows(region, start, max(start, stop))
-        return self._rows(region, 0, ref.shape[0] if ref.shape else 1)[index if ref.shape else ...]
+            return read(region, start, max(start, stop))
+        whole = read(region, 0, ref.shape[0] if ref.shape else 1)
+        return whole[index] if ref.is_contiguous else _in_order(whole[index])
 
     def _rows(self, region: Region, start: int, stop: int) -> torch.Tensor:
         ref = self._ref
@@ -252,12 +247,27 @@ class PtTensor:
         data = self._file.read(first, (stop - start) * row)
         return data.view(ref.dtype).reshape((stop - start, *ref.shape[1:]) if ref.shape else ())
 
-    def _strided(self, region: Region) -> torch.Tensor:
+    def _span(self, rows: int) -> int:
+        """How many elements of the storage lie between the first and the last of some rows, these two included."""
         ref = self._ref
-        whole = self._file.mapped(region.start, region.size - region.size % ref.dtype.itemsize)
-        if whole.data_ptr() % ref.dtype.itemsize:  # files from before torch 1.6 are not aligned
-            whole = whole.clone()
-        return whole.view(ref.dtype).as_strided(ref.shape, ref.stride, ref.offset)
+        return 1 + sum((n - 1) * step for n, step in zip((rows, *ref.shape[1:]), ref.stride, strict=True))
+
+    def _gathered(self, region: Region, start: int, stop: int) -> torch.Tensor:
+        """Read rows whose elements are not in order; never by mapping, which ends the process if the file is cut."""
+        ref, width = self._ref, self._ref.dtype.itemsize
+        shape = (stop - start, *ref.shape[1:])
+        if stop == start:
+            return torch.empty(shape, dtype=ref.dtype)
+        span = self._span(stop - start) * width
+        if span <= _SPARSEST * math.prod(shape) * width + _STEP:
+            first = region.start + (ref.offset + start * ref.stride[0]) * width
+            return _in_order(self._file.read(first, span).view(ref.dtype).as_strided(shape, ref.stride))
+        if stop - start > 1:
+            return torch.cat([self._gathered(region, row, row + 1) for row in range(start, stop)])
+        raise CheckpointError(
+            f"{self.path}: tensor {self._name!r} of shape {list(ref.shape)} is spread over {span} bytes of its "
+            "storage. Such a view must be saved with .contiguous()."
+        )
 
 
 def _in_order(tensor: torch.Tensor) -> torch.Tensor:
