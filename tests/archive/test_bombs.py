@@ -19,7 +19,7 @@ from transplant_hf.archive import PtFile
 
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), -1))
-signal.alarm(100)
+signal.alarm(300)
 for path in sorted(Path(sys.argv[1]).iterdir()):
     began = time.process_time()
     try:
@@ -90,6 +90,15 @@ BOMBS = {
     + b"e",
     "objects of wide arguments": b"(" + b"N" * 60_000 + b"tq\x000](" + b"cx\nY\nh\x00R" * 20_000 + b"e",
     "copies of a wide list": wide(60_000, b"K\x01") + b"0](" + b"h\x00" * 60_000 + b"N\x85e",
+    "a wide key, again and again": b"(" + b"N" * 30_000 + b"tq\x00}(" + b"h\x00N" * 20_000 + b"u",
+    "a long key, again and again": text("a" * 5000) + b"q\x000}(" + b"h\x00N" * 20_000 + b"u",
+    "modules of many parts that are not there": b"}("
+    + b"".join(b"M" + struct.pack("<H", n) + b"N" for n in range(3000))
+    + b"uq\x000}("
+    + text("_modules")
+    + b"h\x00uq\x010]("
+    + b"cx\nY\n)\x81h\x01b" * 20_000
+    + b"e",
     "long names": laughing(b"K\x01", b"q\x010}(" + text("a" * 30_000) + b"h\x01" + text("b" * 30_000) + b"h\x01u", 19),
     "a long dotted name": b"}" + text("." * (1 << 22)) + tensor_code() + b"s",
     "many classes": b"](" + b"".join(f"cm{n}\nx\n".encode() for n in range(50_000)) + b"e",

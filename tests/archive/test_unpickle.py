@@ -31,6 +31,7 @@ from tests.archive.crafted import (
 from tests.helpers import refused
 from transplant_hf import CheckpointError
 from transplant_hf.archive import PtFile, descriptions
+from transplant_hf.archive.descriptions import hashable
 
 FORMATS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 
@@ -270,3 +271,21 @@ def test_noise_in_a_pickle_raises_nothing_else(legacy: bool, tmp_path: Path) -> 
         except CheckpointError as error:
             assert str(noisy) in str(error)
     assert legacy or 0 < read < 700
+
+
+def test_numbers_as_keys_are_not_where_the_file_puts_them() -> None:
+    """Python's hash of a number is the number: chosen ones would all be in each other's way."""
+    keys = [hashable(number) for number in (0, 1, 5, 1 << 40, -3)]
+    assert keys == [0, 1, 5, 1 << 40, -3] and [str(key) for key in keys] == ["0", "1", "5", str(1 << 40), "-3"]
+    assert all(hash(key) != int(key) for key in keys if key)
+    assert len({hashable(7): "a", hashable(7): "b"}) == 1
+
+
+def test_other_keys_are_kept_apart_and_never_compared() -> None:
+    one, other = hashable((1, "a")), hashable((1, "a"))
+    assert one != other and hashable("a") == "a" and hashable(None) is None and hashable(True) is True
+    for key in ((1, (2,)), tuple(range(17)), "a" * 5000, 1 << 65):
+        with pytest.raises(ValueError, match="a key is"):
+            hashable(key)
+    with pytest.raises(TypeError, match="a key is a list"):
+        hashable([])

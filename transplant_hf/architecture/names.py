@@ -47,7 +47,7 @@ class LayerNames:
         self._converters = [rule for rule in transforms if isinstance(rule, WeightConverter)]
         base = f"{model.base_model_prefix}."
         inner = stack_path.removeprefix(base)
-        self._target = re.compile(rf"(?:{re.escape(base)})?{re.escape(inner)}\.(\d+)\.(.+)")
+        self._target = re.compile(rf"(?:{re.escape(base)})?{re.escape(inner)}\.(\d{{1,9}})\.(.+)")
         self._number_part: dict[tuple[str, ...], int | None] = {}
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         self._ignored = [re.compile(pattern) for pattern in ignored] + [re.compile(r"rotary_emb\.inv_freq")]
@@ -55,7 +55,7 @@ class LayerNames:
     def split(self, name: str) -> LayerTensorName | None:
         """Split a checkpoint's name at the layer's number; `None` when it names no decoder layer's tensor."""
         parts = name.split(".")
-        shape = tuple("#" if part.isdigit() else part for part in parts)
+        shape = tuple("#" if part.isdecimal() and len(part) < 10 else part for part in parts)
         if shape not in self._number_part:
             self._number_part[shape] = self._find_number(shape, name)
         at = self._number_part[shape]

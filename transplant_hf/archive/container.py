@@ -275,9 +275,13 @@ def _open_legacy(file: BinaryIO, path: Path) -> Container:
     seen: dict[str, StorageRef] = {}
     content = inert_load(file, what, seen)
     keys = inert_load(file, what)
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(seen):
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or not _are_all(keys, seen):
         raise CheckpointError(f"{path} lists other storages than its tensors use. {_SEE}.")
     return Container(content, _legacy_storages(file, [seen[key] for key in keys], stamp.size, path), stamp)
+
+
+def _are_all(keys: list[str], seen: Mapping[str, StorageRef]) -> bool:
+    return len(keys) == len(seen) and set(keys) == seen.keys()
 
 
 def _legacy_storages(file: BinaryIO, refs: list[StorageRef], size: int, path: Path) -> dict[str, Region]:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import secrets
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["KNOWN", "STORAGE_TYPES", "Inert", "Mapping", "StorageRef", "TensorRef", "hashable", "is_count"]
+__all__ = ["KNOWN", "SCRAMBLE", "STORAGE_TYPES", "Inert", "Mapping", "StorageRef", "TensorRef", "hashable", "is_count"]
+
+# Python's hash of a number is the number, so that whoever writes a file could choose numbers that are all in each
+# other's way in a dictionary. Their products with a secret are not.
+SCRAMBLE = secrets.randbits(60) | 1
 
 _MOST = 1 << 62
 _MOST_DIMENSIONS = 64
+_LONGEST_KEY = 1 << 12
+_MOST_IN_KEY = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,21 +107,44 @@ class Mapping(dict[Any, Any]):
     """A dictionary of any kind; what else it carries, such as `_metadata`, is forgotten."""
 
 
+class _Number(int):
+    """A whole number as a key."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(int.__mul__(self, SCRAMBLE))
+
+
 def is_count(value: Any) -> bool:
     """Whether a value is a number of elements."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
 def hashable(value: Any) -> Any:
-    """Return a value that may be a key.
+    """Return what stands for a value as a key, or as a member of a set.
+
+    Texts and numbers name tensors. All else is only kept apart, and never hashed or compared by what it holds: that
+    takes as long as it is large, every time, and whoever writes a file could choose keys that are all in each other's
+    way.
 
     Raises:
-        ValueError: Finding its hash could take for ever: tuples of tuples, and huge numbers.
+        ValueError: No file needs such a key: a wide or nested tuple, a long text, a huge number.
+        TypeError: It cannot be a key.
     """
-    for item in value if isinstance(value, tuple) else (value,):
-        if isinstance(item, tuple) or (isinstance(item, int) and item.bit_length() > 64):
+    items = value if isinstance(value, tuple) else (value,)
+    if len(items) > _MOST_IN_KEY:
+        raise ValueError(f"a key is a tuple of {len(items)} items")
+    for item in items:
+        if (item is not value and isinstance(item, tuple)) or (isinstance(item, int) and item.bit_length() > 64):
             raise ValueError(f"a key is a nested tuple or a huge number ({type(item).__name__})")
-    return value
+    if type(value).__hash__ is None:
+        raise TypeError(f"a key is a {type(value).__name__}")
+    if isinstance(value, str) and len(value) > _LONGEST_KEY:
+        raise ValueError(f"a key is a text of {len(value)} characters")
+    if value is None or isinstance(value, str | bool):
+        return value
+    return _Number(value) if isinstance(value, int) else Inert(value)
 
 
 def _tensor(

@@ -14,6 +14,7 @@ __all__ = ["Content", "flatten"]
 _DEEPEST = 64
 _MOST_STEPS = 1 << 22
 _LONGEST_NAME = 4096
+_MOST_BITS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +66,46 @@ class _Walk:
             self._keep(name, value)
         elif isinstance(value, Inert):
             self.flat.classes.add(value.made_of)
-            self._enter_all(_module_children(value.state), name, depth)
+            self._enter_all(self._module_children(value.state), name, depth)
         elif isinstance(value, dict):
             self._spend(len(value))
             self._enter_all(((key, child) for key, child in value.items() if isinstance(key, str | int)), name, depth)
         elif isinstance(value, list | tuple):
             self._spend(len(value))
             if all(isinstance(item, int | float | str | None) for item in value):
-                self.flat.values[name] = list(value)
+                self._keep_values(name, list(value), value)
             else:
                 self._enter_all(enumerate(value), name, depth)
         else:
-            self.flat.values[name] = value
+            self._keep_values(name, value, (value,))
 
     def _enter_all(self, children: Iterable[tuple[str | int, Any]], name: str, depth: int) -> None:
         for key, child in children:
             self.enter(child, f"{name}.{key}" if depth else str(key), depth + 1)
+
+    def _module_children(self, state: Any) -> list[tuple[str | int, Any]]:
+        """What `nn.Module.state_dict` would hold: parameters, buffers that are saved, and sub-modules."""
+        if not isinstance(state, dict) or not isinstance(state.get("_modules"), dict):
+            return []
+        unsaved = state.get("_non_persistent_buffers_set")
+        unsaved = unsaved if isinstance(unsaved, set | frozenset) else ()
+        children: list[tuple[str | int, Any]] = []
+        for part in ("_parameters", "_buffers", "_modules"):
+            held = state.get(part)
+            if isinstance(held, dict):
+                self._spend(len(held))
+                children += [
+                    (key, child)
+                    for key, child in held.items()
+                    if isinstance(key, str) and child is not None and not (part == "_buffers" and key in unsaved)
+                ]
+        return children
+
+    def _keep_values(self, name: str, kept: Any, values: Iterable[Any]) -> None:
+        bits = max((value.bit_length() for value in values if isinstance(value, int)), default=0)
+        if bits > _MOST_BITS:  # Python refuses to print it
+            raise CheckpointError(f"{self._what} holds a number of {bits} bits, named {name[:80]!r}; no donor does.")
+        self.flat.values[name] = kept
 
     def _keep(self, name: str, tensor: TensorRef) -> None:
         if not name.isprintable():
@@ -95,21 +120,3 @@ class _Walk:
                 f"{self._what} is nested without end or takes over {_MOST_STEPS} steps to go through; no donor does. "
                 "Save the layers' state dicts alone."
             )
-
-
-def _module_children(state: Any) -> list[tuple[str | int, Any]]:
-    """What `nn.Module.state_dict` would hold: parameters, buffers that are saved, and sub-modules."""
-    if not isinstance(state, dict) or not isinstance(state.get("_modules"), dict):
-        return []
-    unsaved = state.get("_non_persistent_buffers_set")
-    unsaved = unsaved if isinstance(unsaved, set | frozenset) else ()
-    children: list[tuple[str | int, Any]] = []
-    for part in ("_parameters", "_buffers", "_modules"):
-        held = state.get(part)
-        if isinstance(held, dict):
-            children += [
-                (key, child)
-                for key, child in held.items()
-                if isinstance(key, str) and child is not None and not (part == "_buffers" and key in unsaved)
-            ]
-    return children

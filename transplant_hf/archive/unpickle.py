@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import CheckpointError
-from .descriptions import KNOWN, STORAGE_TYPES, Inert, Mapping, StorageRef, hashable, is_count
+from .descriptions import KNOWN, SCRAMBLE, STORAGE_TYPES, Inert, Mapping, StorageRef, hashable, is_count
 
 __all__ = ["PICKLE_LIMIT", "inert_load"]
 
@@ -99,12 +99,23 @@ class _Steps(dict[int, Callable[[Any], None]]):
         return super().__getitem__(code)
 
 
+class _Memo(dict[int, Any]):
+    """What was kept, by numbers that the file chooses: see `SCRAMBLE`."""
+
+    def __getitem__(self, number: int) -> Any:
+        return dict.__getitem__(self, number * SCRAMBLE)
+
+    def __setitem__(self, number: int, value: Any) -> None:
+        dict.__setitem__(self, number * SCRAMBLE, value)
+
+
 class _Machine(pickle._Unpickler):
     stack: list[Any]
     append: Callable[[Any], None]
 
     def __init__(self, file: _Limited, storages: dict[str, StorageRef]) -> None:
         super().__init__(file, encoding="utf-8", errors="replace")
+        self.memo = _Memo()
         self._storages = storages
         self._globals: dict[tuple[str, str], Any] = {}
         self.dispatch = self._steps = _Steps(_CODES)  # type: ignore[misc]
@@ -131,7 +142,8 @@ class _Machine(pickle._Unpickler):
         if len(pid) == 6 and pid[5] is not None:
             raise ValueError("views of storages, as torch before 0.4 wrote them; save the file again")
         dtype, key, count = pid[1], pid[2], pid[4]
-        if not isinstance(dtype, torch.dtype) or not isinstance(key, str) or not is_count(count):
+        named = isinstance(key, str) and len(key) <= _LONGEST_NAME
+        if not isinstance(dtype, torch.dtype) or not named or not is_count(count):
             raise ValueError("unknown kind of storage")
         ref = StorageRef(key, dtype, count)
         if self._storages.setdefault(key, ref) != ref:

@@ -16,7 +16,7 @@ from ..archive import PtFile
 from ..config import TransplantConfig
 from ..errors import CheckpointError, CompatibilityError, ConfigurationError
 from ..layouts import Layout, match_layers
-from ..numeric import is_whole
+from ..numeric import is_whole, shown
 from ..sources import HubOptions, Source, reading
 from ..storage import read_json
 from .companions import locate_with_companions
@@ -119,7 +119,7 @@ def _indices(known: Mapping[str, Any], file: PtFile) -> list[int] | None:
     if found is None:
         return None
     if not isinstance(found, list) or not all(map(is_whole, found)):
-        raise CheckpointError(f"{file.path}: layer_indices must be a list of whole numbers, found {found!r}.")
+        raise CheckpointError(f"{file.path}: layer_indices must be a list of whole numbers, found {shown(found)}.")
     return sorted(found)
 
 
@@ -130,8 +130,8 @@ def _position(known: Mapping[str, Any], num_layers: int, what: str) -> int:
         return max(1, num_layers // 4)
     if not is_whole(best) or not 0 <= best <= num_layers:
         raise CompatibilityError(
-            f"{what}: its metadata records position {best!r}, the source model has positions 0..{num_layers}. Pass "
-            "metadata= without it, and say the position when saving."
+            f"{what}: its metadata records position {shown(best)}, the source model has positions "
+            f"0..{num_layers}. Pass metadata= without it, and say the position when saving."
         )
     return best
 

@@ -10,13 +10,15 @@ from typing import Any
 
 from ..config import FORMAT_VERSION, check_format_version
 from ..errors import CheckpointError, IntegrityError
-from ..numeric import is_number, is_whole, plain_number
+from ..numeric import is_number, is_whole, plain_number, shown
 from ..storage import read_json, sha256_of, write_json
 from .tensors import safe_name
 
 __all__ = ["DONOR_CONFIG", "DonorRecord", "FileStamp"]
 
 DONOR_CONFIG = "donor_config.json"
+
+_MOST_BITS = 4096  # of a number in metadata; Python prints none of over 4,300 digits
 
 # What was hashed in this process: a file is read once, however often it is loaded.
 _VERIFIED: dict[Path, tuple[int, int, str]] = {}
@@ -176,8 +178,9 @@ def plain_json(value: Any, what: str) -> Any:
         return {_key(key, what): plain_json(item, f"{what}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain_json(item, what) for item in value]
-    if value is not None and not isinstance(value, str | bool | int) and not is_number(value):
-        raise CheckpointError(f"{what} holds {value!r}, which JSON cannot say; leave that entry out.")
+    printed = not isinstance(value, int) or value.bit_length() <= _MOST_BITS
+    if value is not None and not (isinstance(value, str | bool | int) and printed) and not is_number(value):
+        raise CheckpointError(f"{what} holds {shown(value)}, which JSON cannot say; leave that entry out.")
     return value
 
 
@@ -190,12 +193,12 @@ def _key(key: Any, what: str) -> Any:
 def _typed(content: Mapping[str, Any], key: str, kind: type) -> Any:
     value = content[key]
     if not isinstance(value, kind):
-        raise TypeError(f"{key} must be of type {kind.__name__}, got {value!r}")
+        raise TypeError(f"{key} must be of type {kind.__name__}, got {shown(value)}")
     return value
 
 
 def _indices(values: list[Any]) -> tuple[int, ...]:
     whole = bool(values) and all(is_whole(value) and value >= 0 for value in values)
     if not whole or values != list(range(values[0], values[0] + len(values))):
-        raise TypeError(f"layer_indices must be consecutive whole numbers, got {values!r}")
+        raise TypeError(f"layer_indices must be consecutive whole numbers, got {shown(values)}")
     return tuple(values)

@@ -19,7 +19,7 @@ __all__ = ["DONOR_FILE", "DONOR_INDEX", "MemoryTensors", "TensorInfo", "TensorSt
 
 DONOR_FILE = "donor.safetensors"
 DONOR_INDEX = "donor.safetensors.index.json"
-_NAME = re.compile(r"layers\.(0|[1-9]\d*)\.(.+)")
+_NAME = re.compile(r"layers\.(0|[1-9]\d{0,8})\.(.+)")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 

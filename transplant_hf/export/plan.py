@@ -167,7 +167,7 @@ def _packed_modules(names: Iterable[str]) -> set[str]:
 
 def _by_number(name: str) -> list[tuple[int, int, str]]:
     """Sort `layers.2` before `layers.10`, so that a shard holds layers that follow each other."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    return [(0, int(part), "") if part.isdecimal() and len(part) < 10 else (1, 0, part) for part in name.split(".")]
 
 
 def _refuse_gaps(blueprint: Blueprint, layers: list[dict[str, str]]) -> None:

@@ -37,7 +37,8 @@ def inspect_pt(path: Path, asked: Asked) -> PtInspection:
     file = PtFile(path)
     problems = _false_claims(file)
     dtypes: Counter[str] = Counter()
-    for ref in set(file.tensors.values()):
+    # By their texts: hashes of numbers, which a file can choose, could all be equal.
+    for ref in {repr(ref): ref for ref in file.tensors.values()}.values():
         dtypes[_plain(ref.dtype)] += ref.num_elements
     beside = path.parent / METADATA_FILE
     found = PtInspection(

@@ -155,7 +155,7 @@ def _body(
 
 def _layer_of(name: str, stack_path: str) -> int | None:
     number, _, _ = name.removeprefix(f"{stack_path}.").partition(".")
-    return int(number) if name.startswith(f"{stack_path}.") and number.isdigit() else None
+    return int(number) if name.startswith(f"{stack_path}.") and number.isdecimal() and len(number) < 10 else None
 
 
 def _untied(model: PreTrainedModel) -> Sequence[tuple[str, nn.Parameter]]:
