@@ -67,7 +67,7 @@ def test_a_pipeline_by_name(both: Shelf) -> None:
 def test_a_recipient_and_donors_by_name(both: Shelf) -> None:
     model = load(both.base, donors={both.law: 3})
     assert torch.equal(logits_of(model), logits_of(load(both.base, donors=[DonorSpec(both.law, 3)])))
-    assert model.layer_map[3] == ("donor", 1)
+    assert model.layer_map[3] == (both.law.partition("/")[2], 1)
     assert model.transplant_config.recipient_revision == both.base_commit
     assert model.name_or_path == both.base
 
@@ -212,7 +212,7 @@ def test_a_subfolder(shelf: Shelf) -> None:
         assert len(model.layer_map) == NUM_LAYERS + 2
     by_spec = load(shelf.base, donors=[DonorSpec(shelf.law, 1, subfolder="deep/law")])
     assert torch.equal(logits_of(by_spec), logits_of(model))
-    assert by_spec.layer_map[1] == ("donor", 1)
+    assert by_spec.layer_map[1] == ("law", 1)
     assert Donor.from_pretrained(shelf.law, subfolder="deep/law").num_layers == 2
 
 

@@ -99,8 +99,8 @@ class DonorSpec:
             default "insert"; at the recommended position what the donor recommends.
         revision: Branch, tag or commit of the donor's repo; a commit once saved.
         subfolder: Folder inside the donor's repo.
-        name: What the donor is called in the layer map. By default the name in its record, which is known once it is
-            opened; until then, and where that is missing or another donor has it, the last part of `donor`.
+        name: What the donor is called in the layer map; defaults to the last part of `donor`, and for "." to the name
+            in the donor's record.
         layers: A contiguous part of the donor, by its own order 0..k-1; all of it by default.
         strength: Scales what the donor's layers add to the hidden state; 0 is exactly the recipient. By default 1; at
             the recommended position what the donor recommends.

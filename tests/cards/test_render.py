@@ -181,7 +181,8 @@ def test_a_folder_is_no_base_model(recipient: str) -> None:
 def test_a_folder_here_is_no_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "user" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert donor_card(FACTS).data.base_model is None
+    assert donor_card(dataclasses.replace(FACTS, recipient_revision=None)).data.base_model is None
+    assert donor_card(FACTS).data.base_model == "user/base"  # a name with a commit is never a folder
     assert full_card(FACTS).data.base_model == "user/law"
 
 

@@ -46,10 +46,10 @@ def test_export_of_named_donors(family: Path, tmp_path: Path, capsys: pytest.Cap
     status, out, _ = run(capsys, *words, *options)
     found = json.loads(out)
     assert status == 0 and not found["verified"] and found["dtype"] == "bfloat16"
-    assert [source for source, _ in found["layer_map"]] == ["recipient", "recipient", "law", "law"]
+    assert [source for source, _ in found["layer_map"]] == ["recipient", "recipient", "donor", "donor"]
     assert len(found["files"]) > 1 and found["size"] == sum(stamp["size"] for stamp in found["files"].values())
     status, out, _ = run(capsys, *words, "--overwrite")  # where the donor says itself
-    assert status == 0 and [source for source, _ in json.loads(out)["layer_map"]].index("law") == 1
+    assert status == 0 and [source for source, _ in json.loads(out)["layer_map"]].index("donor") == 1
     status, again, _ = run(capsys, *words[:-2], f"{family / 'donor'}@1", "--no-verify", "--json", "--overwrite")
     assert status == 0 and json.loads(again)["layer_map"] == json.loads(out)["layer_map"]
 

@@ -43,17 +43,17 @@ def test_train_on_a_folder(family: Path, text: Path, capsys: pytest.CaptureFixtu
     assert set(found["perplexity"]) == {"recipient", "with donor"}
     assert found["held_out"] == {"hamlet": found["perplexity"]}
     donor = Donor.from_pretrained(family / "new")
-    assert (donor.num_layers, donor.position, donor.mode, donor.name) == (2, 2, "replace", "hamlet")
+    assert (donor.num_layers, donor.position, donor.mode, donor.name) == (2, 2, "replace", "new")
     assert not (family / "new.training").exists()
     status, out, _ = run(capsys, *words[:-1], "--overwrite", "--position", 1, "--cache-prefix", "disk")
-    assert status == 0 and "perplexity with donor" in out and "strength            hamlet 0.75" in out
+    assert status == 0 and "perplexity with donor" in out and "strength            new 0.75" in out
 
 
 def test_train_on_a_thin_repo_adds_a_donor(family: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "train", family / "donor", text, family / "both", *_TRAINED)
     assert status == 0
-    assert json.loads(out)["strength"] == {"donor": 1.0, "hamlet": 0.75}
-    assert {path.name for path in (family / "both").iterdir() if path.is_dir()} == {"donor", "hamlet"}
+    assert json.loads(out)["strength"] == {"donor": 1.0, "both": 0.75}
+    assert {path.name for path in (family / "both").iterdir() if path.is_dir()} == {"donor", "both"}
 
 
 @pytest.mark.hub
@@ -76,7 +76,7 @@ def test_train_and_recover_on_the_hub(
     assert status == 0 and list(json.loads(out)["perplexity"]) == ["recipient", "before", "after"]
     config = json.loads((tmp_path / "recovered" / "config.json").read_text())
     assert config["recipient_revision"] == shelf.base_commit
-    assert sorted(spec["name"] for spec in config["donors"]) == ["hamlet", "recovered-2", "recovered-3"]
+    assert sorted(spec["name"] for spec in config["donors"]) == sorted([new.partition("/")[2], "recovered-2", "recovered-3"])
 
 
 def test_extract(family: Path, capsys: pytest.CaptureFixture[str]) -> None:

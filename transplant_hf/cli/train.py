@@ -63,7 +63,7 @@ def add(commands: Any) -> None:
         "--layers", type=whole(), default=3, dest="donor_layers", metavar="K", help="how many (default: 3)"
     )
     train.add_argument("--start-layers", type=int, nargs="+", metavar="N", help="recipient layers it starts from")
-    train.add_argument("--name", dest="donor_name", help="what to call it (default: after the text)")
+    train.add_argument("--name", dest="donor_name", help="what to call it (default: the name of the output)")
     train.add_argument(
         "--distillation", type=number(), default=0.0, help="weight of KL to the untouched recipient (default: 0)"
     )

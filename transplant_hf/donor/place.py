@@ -1,12 +1,13 @@
 """What a donor is called in a transplant and where it goes: one rule, for every call and command.
 
-Its name is the one that is given, else the one in its record, else the last part of its folder or repository. Its
-position is the one that is given, else the one that it recommends, and then its mode and strength too.
+Its name is the one that is given. Without one, a donor that a call names by its folder or repository is called by the
+last part of that, and an opened donor, or one loaded from its own repository, by the name in its record. Saving gives
+a donor without a name that of its folder, so that these agree unless somebody renames one of them. Its position is the
+one that is given, else the one that it recommends, and then its mode and strength too.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,15 +77,13 @@ def placed(spec: DonorSpec, donor: Donor) -> DonorSpec:
 
 
 def named(donors: Sequence[tuple[DonorSpec, Donor]], asked: str) -> list[tuple[DonorSpec, Donor]]:
-    """Name opened donors that were given no name: as recorded, or where two would have one name, by their folders.
+    """Name the donors that lie in the repository itself (".") and were given no name: as recorded, or like it.
 
     Args:
         donors: The donors of one transplant.
-        asked: What stands for "." as the last resort.
+        asked: The name of the repository.
     """
-    names = [str(spec.name) if spec.is_named else donor.name or Path(asked).name for spec, donor in donors]
-    times = Counter(names)
     return [
-        (spec if spec.is_named or (times[name] > 1 and spec.donor != ".") else spec.replaced(name=name), donor)
-        for (spec, donor), name in zip(donors, names, strict=True)
+        (spec if spec.is_named or spec.donor != "." else spec.replaced(name=donor.name or Path(asked).name), donor)
+        for spec, donor in donors
     ]

@@ -14,6 +14,7 @@ from ..donor.recorded import check_artefact_folder
 from ..errors import ConfigurationError
 from ..evaluation import perplexity
 from ..hub import check_can_push
+from ..layer_map import RECIPIENT
 from ..outputs import check_output_folder
 from ..sources import points_to_folder
 from ..texts import Blocks
@@ -116,7 +117,7 @@ def train_donor(
         revision: The recipient's revision.
         model_kwargs: Further arguments for loading it.
         push_kwargs: Further arguments for the upload.
-        **arguments: Those of `DonorTrainingArguments`.
+        **arguments: Those of `DonorTrainingArguments`; `donor_name` is by default the name of the output.
 
     Returns:
         The report.
@@ -124,6 +125,8 @@ def train_donor(
     Raises:
         TransplantError: Saying what is wrong; checkpoints of what was trained so far are kept.
     """
+    if arguments.get("donor_name") is None:
+        arguments["donor_name"] = _name_of(output, push_to)
     with _working(output, push_to, resume, overwrite) as work:
         args = DonorTrainingArguments(work, **arguments)
         trainer = DonorTrainer(recipient, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs)
@@ -210,6 +213,12 @@ def recover_transplant(
         return _carried_out(
             trainer, resume, output, push_to, measure, lambda: None, save, "after", keep_checkpoints, token
         )
+
+
+def _name_of(output: str | os.PathLike[str] | None, push_to: str | None) -> str | None:
+    """Return the last part of the place of a donor, so that its name and its folder agree."""
+    last = Path(output).absolute().name if output is not None else str(push_to or "").rpartition("/")[2]
+    return last if last not in ("", RECIPIENT) else None
 
 
 @contextmanager
