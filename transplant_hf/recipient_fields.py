@@ -55,7 +55,7 @@ class RecipientFields:
     """Makes every field that is set on a transplant's configuration, and is not its own, one of the recipient's."""
 
     # Set by `registration`: this room reads no files.
-    read_field: ClassVar[Callable[[Any, str], Any]] = staticmethod(lambda config, name: _MISSING)
+    _read_field: ClassVar[Callable[[Any, str], Any]] = staticmethod(lambda config, name: _MISSING)
     missing: ClassVar[object] = _MISSING
     recipient_overrides: dict[str, Any]
 
@@ -85,7 +85,7 @@ class RecipientFields:
         """Answer for the recipient what other tools read of a configuration, from files that are at hand."""
         if not name.startswith("_") and "recipient_overrides" in self.__dict__:
             found = self.recipient_overrides.get(name, _MISSING)
-            found = type(self).read_field(self, name) if found is _MISSING else found
+            found = type(self)._read_field(self, name) if found is _MISSING else found
             if found is not _MISSING:
                 return found
         raise AttributeError(

@@ -57,7 +57,7 @@ def _read_field(config: TransplantConfig, name: str) -> Any:
 
 def register() -> None:
     """Make the Auto classes and `pipeline` know transplants."""
-    TransplantConfig.read_field = staticmethod(_read_field)
+    TransplantConfig._read_field = staticmethod(_read_field)
     AutoConfig.register(TransplantConfig.model_type, TransplantConfig, exist_ok=True)
     for loader in LOADERS.values():
         loader.auto_class.register(TransplantConfig, loader, exist_ok=True)

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from tests.helpers import Shelf, copied, edit_json, loaded, refused, tiny_gpt2_model, tiny_llama_model, two_donors
 from tests.hub_server.client import run_with_hub
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, DonorSpec, transplant
+from transplant_hf.layer_map import LayerMap
 
 ROOT = Path(__file__).parents[2]
 # The variant with trust_remote_code=True comes first in a process: after the other it would be no test.
@@ -48,7 +49,7 @@ def run_in(folder: Path, code: str, **environment: str) -> None:
 
 def test_the_map_of_a_donor_follows_the_recipient(tiny: Path) -> None:
     """GPT-2 says n_layer, the others num_hidden_layers."""
-    assert str(loaded(tiny).layer_map) in card_in(tiny / "donor").text
+    assert str(LayerMap(loaded(tiny).layer_map)) in card_in(tiny / "donor").text
 
 
 def test_the_map_of_a_recipient_that_is_not_here(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_several_donors_have_a_card_too(tiny: Path, tmp_path: Path) -> None:
     model = two_donors(tiny, "replace")
     model.save_pretrained(tmp_path / "thin", thin=True)
     card = card_in(tmp_path / "thin")
-    assert str(model.layer_map) in card.text
+    assert str(LayerMap(model.layer_map)) in card.text
     assert "`a/donor.safetensors`" in card.text
     assert "- `b`: 2, replacing 2 of the recipient's layers" in card.text
 
@@ -95,7 +96,7 @@ def test_a_full_save_with_a_donor_switched_off(tiny_gpt2: Path, tmp_path: Path) 
     model = two_donors(tiny_gpt2)
     with model.disable_transplants("a"):
         model.save_pretrained(tmp_path / "full")
-        layer_map = str(model.layer_map)
+        layer_map = str(LayerMap(model.layer_map))
     text = card_in(tmp_path / "full").text
     assert layer_map in text
     assert "- `b`:" in text

@@ -76,7 +76,9 @@ def test_train_and_recover_on_the_hub(
     assert status == 0 and list(json.loads(out)["perplexity"]) == ["recipient", "before", "after"]
     config = json.loads((tmp_path / "recovered" / "config.json").read_text())
     assert config["recipient_revision"] == shelf.base_commit
-    assert sorted(spec["name"] for spec in config["donors"]) == sorted([new.partition("/")[2], "recovered-2", "recovered-3"])
+    assert sorted(spec["name"] for spec in config["donors"]) == sorted(
+        [new.partition("/")[2], "recovered-2", "recovered-3"]
+    )
 
 
 def test_extract(family: Path, capsys: pytest.CaptureFixture[str]) -> None:

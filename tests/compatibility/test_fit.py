@@ -40,7 +40,7 @@ def test_a_donor_that_fits(tiny: Path) -> None:
 
 def test_the_recommended_position_is_the_default(tiny_gpt2: Path) -> None:
     assert check_compatibility(tiny_gpt2 / "recipient", tiny_gpt2 / "donor").position == 1
-    with refused(ConfigurationError, "no position", "which one"):
+    with refused(ConfigurationError, "no position", "say where it goes"):
         check_compatibility(tiny_gpt2 / "recipient", Donor.from_model(tiny_gpt2_model(0), [0]))
 
 

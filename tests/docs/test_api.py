@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
 from tests.docs.pages import DOCS
 from transplant_hf.model.mixin import TransplantMixin
@@ -85,7 +86,8 @@ def gaps_of(entry: str, value: Any) -> Iterator[str]:
 
 
 def gaps_of_class(entry: str, kind: type[Any]) -> Iterator[str]:
-    bases = kind.__mro__[1:]
+    # What the mixin overrides is Transformers' and torch's.
+    bases = (*kind.__mro__[1:], *(PreTrainedModel.__mro__ if kind is TransplantMixin else ()))
     if "__init__" in vars(kind) and kind is not TransplantMixin:  # its constructor is the recipient's
         inherited = {name for base in bases for name in told(base.__doc__)}
         inherited |= {name for base in bases for name in getattr(base, "__dataclass_fields__", ())}

@@ -68,7 +68,7 @@ def test_the_getting_started_page(desk: Path, hub: HubServer, capsys: pytest.Cap
     known: dict[str, Any] = {}
     printed = [run_block(block, known, capsys) for block in blocks_of(DOCS / "getting_started.md") if block.is_run]
     assert isinstance(known["model"], GPT2LMHeadModel)
-    assert known["model"].layer_map.layers_of("manual") == [11, 12]
+    assert known["model"].layer_map.layers_of("gpt2-manual") == [11, 12]
     assert "perplexity" in printed[1]
     assert "class ArgumentParser" in printed[-1]
     assert known["writer"].model.transplant_config.recipient == "openai-community/gpt2"
@@ -106,5 +106,5 @@ def test_the_getting_started_page_in_a_new_environment(desk: Path) -> None:
         ["bash", "-c", script], capture_output=True, text=True, env=settings, timeout=3000, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"layers run: 12 recipient, 2 manual", done.stdout), done.stdout
+    assert re.search(r"layers run: 12 recipient, 2 gpt2-manual", done.stdout), done.stdout
     assert done.stdout.rstrip().splitlines()[-1].startswith("class ArgumentParser"), done.stdout

@@ -25,10 +25,11 @@ from tests.helpers import (
     plain,
     randomised,
     reference_logits,
+    refused,
     run_python,
     tiny_llama_model,
 )
-from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec
+from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, DonorSpec
 from transplant_hf.export import export_transplant, writer
 
 load = AutoModelWithTransplant.from_pretrained
@@ -192,7 +193,8 @@ def test_the_card(tiny_llama: Path, tmp_path: Path) -> None:
     assert "loads with Transformers alone" in card and 'from_pretrained("full")' in card
     assert "license: apache-2.0" in card and "6 layers run: 4 recipient, 2 donor" in card
     (tmp_path / "full" / "README.md").write_text("mine")
-    export_transplant(tiny_llama / "donor", tmp_path / "full")
+    with refused(ConfigurationError, "no record of writing"):
+        export_transplant(tiny_llama / "donor", tmp_path / "full", overwrite=True)
     assert (tmp_path / "full" / "README.md").read_text() == "mine"
 
 

@@ -101,11 +101,6 @@ def test_strength_that_is_not_finite(family: Path, strength: Any) -> None:
         load(family / "donor")
 
 
-def test_keep_replaced_with_nothing_replaced(family: Path) -> None:
-    with refused(ConfigurationError, "keep_replaced", "no donor replaces"):
-        loaded(family, keep_replaced=True)
-
-
 # -- What fits ---------------------------------------------------------------------------------------------------
 
 
