@@ -230,6 +230,11 @@ def layers_of(model: Any) -> nn.ModuleList:
     return model.transformer.h if hasattr(model, "transformer") else model.model.layers
 
 
+def hooks_at_work(model: Any) -> list[int]:
+    """The numbers of the layers whose hooks do something: those of other donors pass everything on as it is."""
+    return [number for number, layer in enumerate(layers_of(model)) if getattr(layer, "_transplant_active", False)]
+
+
 @torch.no_grad()
 def reference_logits(
     recipient: Any,

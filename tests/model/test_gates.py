@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from tests.helpers import generated, layers_of, loaded, logits_of, plain, refused, some_ids, two_donors
+from tests.helpers import generated, hooks_at_work, layers_of, loaded, logits_of, plain, refused, some_ids, two_donors
 from tests.model.test_kwargs import offload_map
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, transplant
 from transplant_hf.model.gates import attach_gate, detach_gate
@@ -89,7 +89,7 @@ def test_detached_without_a_trace(tiny: Path, tmp_path: Path) -> None:
     assert model.transplant_config.donors[0].strength == 0.5
     assert torch.equal(logits_of(model), inside)
     model.set_strength("donor", 1)
-    assert all(not layer._forward_hooks for layer in layers_of(model))
+    assert hooks_at_work(model) == []
     model.save_pretrained(tmp_path / "full")
     assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(loaded(tiny, 1)))
 

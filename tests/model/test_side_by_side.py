@@ -17,7 +17,7 @@ from tests.helpers import (
     PADDING,
     Graft,
     generated,
-    layers_of,
+    hooks_at_work,
     loaded,
     logits_of,
     plain,
@@ -94,11 +94,11 @@ def test_at_run_time(tiny: Path) -> None:
     assert model.transplant_config.composition == "side_by_side"
     model.set_composition("stacked")
     assert torch.equal(logits_of(model), stacked)
-    assert all(not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers_of(model))
+    assert hooks_at_work(model) == []
 
 
 def test_donors_that_stand_alone_or_replace(tiny: Path) -> None:
-    """Only inserted donors at one position go side by side; elsewhere nothing changes, and nothing is hooked."""
+    """Only inserted donors at one position go side by side; elsewhere nothing changes, and no hook acts."""
     donor = str(tiny / "donor")
     specs = [
         DonorSpec(donor, 0, name="alone"),
@@ -112,10 +112,7 @@ def test_donors_that_stand_alone_or_replace(tiny: Path) -> None:
     crowd = [Graft(source, [1], 2), Graft(source, [2], 2)]
     rest = [Graft(source, DONOR_LAYERS, 0), Graft(source, [1], 3, replace=True)]
     assert model.transplant_config.crowds == (("a", "b"),)
-    hooked = [
-        slot.source for slot, layer in zip(model.layer_map, layers_of(model), strict=True) if layer._forward_hooks
-    ]
-    assert hooked == ["a", "b"]
+    assert [model.layer_map[number].source for number in hooks_at_work(model)] == ["a", "b"]
     with model.disable_transplants("behind"):
         torch.testing.assert_close(
             logits_of(model), reference_logits(plain(tiny / "recipient"), [*crowd, *rest], side_by_side=True)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from tests.helpers import (
@@ -18,6 +20,7 @@ from tests.helpers import (
     PADDING,
     Graft,
     generated,
+    hooks_at_work,
     layers_of,
     loaded,
     logits_of,
@@ -32,10 +35,6 @@ from transplant_hf.model.strength import HOOKS_RUN_AGAIN
 from transplant_hf.partial import hidden_states, running_only
 
 load = AutoModelWithTransplant.from_pretrained
-
-
-def hooks_of(model: Any) -> int:
-    return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers_of(model))
 
 
 # -- What runs ----------------------------------------------------------------------------------------------------
@@ -55,15 +54,15 @@ def test_the_same_as_by_hand(tiny: Path, position: int, strength: float) -> None
 
 @pytest.mark.parametrize("position", [0, 2, 4])
 def test_nothing_and_all_of_it(tiny: Path, position: int) -> None:
-    """0 is exactly the recipient, 1 exactly the donor again, with no hook left to cost anything."""
+    """0 is exactly the recipient, 1 exactly the donor again, with no hook left at work."""
     model, recipient = loaded(tiny, position), plain(tiny / "recipient")
     whole = logits_of(model)
-    assert hooks_of(model) == 0
+    assert hooks_at_work(model) == []
     model.set_strength("donor", 0)
     assert torch.equal(logits_of(model), logits_of(recipient))
     assert torch.equal(generated(model), generated(recipient))
     model.set_strength("donor", 1)
-    assert hooks_of(model) == 0
+    assert hooks_at_work(model) == []
     assert torch.equal(logits_of(model), whole)
 
 
@@ -196,7 +195,7 @@ def test_checkpointing_that_would_be_wrong_is_refused(tiny_llama: Path, monkeypa
 
 
 def test_compiled(tiny: Path) -> None:
-    """`torch.compile` does not watch hooks; a turned dial must not run what was compiled before."""
+    """What was compiled before another strength was set must not run, although torch.compile does not watch hooks."""
     torch.compiler.reset()
     model = loaded(tiny, 1)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -205,6 +204,35 @@ def test_compiled(tiny: Path) -> None:
         torch.testing.assert_close(logits_of(compiled), logits_of(model))
         with model.disable_transplants():
             torch.testing.assert_close(logits_of(compiled), logits_of(plain(tiny / "recipient")))
+    torch.compiler.reset()
+
+
+def test_nothing_else_is_compiled_again(tiny_llama: Path) -> None:
+    """Neither a change of a setting nor one of donors costs other compiled functions of the process anything."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    other = torch.compile(lambda numbers: numbers + 1, backend=counter)
+    model = loaded(tiny_llama, 1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+    def check() -> None:
+        other(torch.zeros(2))
+        assert counter.frame_count == 1
+        torch.testing.assert_close(logits_of(compiled), logits_of(model))
+
+    check()
+    model.set_strength("donor", 0.5)
+    check()
+    model.add_donor(str(tiny_llama / "donor"), 1, name="two", strength=0.25)
+    check()
+    model.set_composition("side_by_side")
+    check()
+    model.move_donor("two", 3)
+    check()
+    if Version(torch.__version__) >= Version("2.13"):  # torch 2.10 cannot trace a thread's choice
+        with model.using("two"):
+            check()
+        check()
     torch.compiler.reset()
 
 
@@ -255,7 +283,7 @@ def test_a_copy_has_a_dial_of_its_own(tiny: Path, copied: Any) -> None:
     assert torch.equal(logits_of(model), half)
     assert torch.equal(logits_of(again), logits_of(loaded(tiny, 1, strength=0.25)))
     again.set_strength("donor", 1)
-    assert hooks_of(again) == 0
+    assert hooks_at_work(again) == []
     assert torch.equal(logits_of(again), logits_of(loaded(tiny, 1)))
     assert torch.equal(logits_of(model), half)
 
@@ -277,7 +305,7 @@ def test_taken_out(tiny: Path) -> None:
     model.set_strength("donor", 0.5)
     again = remove_transplants(model)
     assert torch.equal(logits_of(again), logits_of(plain(tiny / "recipient")))
-    assert hooks_of(again) == 0
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers_of(again))
 
 
 def test_cast_after_turning(tiny: Path) -> None:
@@ -297,6 +325,8 @@ def test_no_number(tiny_gpt2: Path, value: Any) -> None:
     before = logits_of(model)
     with refused(ConfigurationError, "strength", "finite", repr(value)):
         model.set_strength("donor", value)
+    with refused(ConfigurationError, "position", "got"):
+        model.move_donor("donor", value)
     assert model.strengths == {"donor": 1.0}
     assert torch.equal(logits_of(model), before)
 
@@ -318,7 +348,7 @@ def test_a_replacing_donor_has_no_dial(tiny_gpt2: Path, keep: bool) -> None:
     with refused(ConfigurationError, "replaces recipient layers", "0.5"):
         model.set_strength("donor", 0.5)
     model.set_strength("donor", 1)
-    assert hooks_of(model) == 0
+    assert hooks_at_work(model) == []
 
 
 def test_half_a_donor_cannot_be_scaled(tiny_llama: Path) -> None:

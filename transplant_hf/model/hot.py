@@ -14,6 +14,7 @@ from ..donor import Donor
 from ..donor.place import spec_of
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, Slot, Stage
+from ..numeric import whole_number
 from ..splice import Blueprint, DonorPart
 from .fresh import FreshLayers, load_layers
 from .gates import refuse_gate
@@ -45,8 +46,9 @@ def move_donor(model: Any, name: str, position: int) -> None:
     """Do the work of `model.move_donor`."""
     with _changing(model, "move_donor()") as state:
         state.check_name(name)
+        place = whole_number(position, f"position of donor {name!r}")
         moved = [
-            dataclasses.replace(part, spec=dataclasses.replace(part.spec, position=position))
+            dataclasses.replace(part, spec=dataclasses.replace(part.spec, position=place))
             if part.name == name
             else part
             for part in state.blueprint.parts

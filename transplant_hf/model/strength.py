@@ -1,15 +1,15 @@
 """What donors add to the hidden state: how much of it is kept, and on top of what.
 
 A donor d of strength s turns h into h + s (d(h) - h); donors side by side at one position all get the same h, and what
-each adds is summed. Two hooks do it, on a donor's first and last layer. A donor that stands alone at strength 1 has
-none, and costs nothing.
+each adds is summed. Two hooks do it, on a donor's first and last layer. They are there from the start, and pass on what
+a donor that stands alone at strength 1 makes: torch.compile notices attributes that change, but not hooks that come
+or go.
 
 What a thread asks for with `model.using(...)` comes before what is set; it acts through the same hooks.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,8 +29,8 @@ from .requests import Requests
 __all__ = ["HOOKS_RUN_AGAIN", "Dials", "is_entrance"]
 
 # Settings lie on the layers themselves: torch.compile watches the attributes of modules, but not those of their hooks.
-_STRENGTH, _LEADS, _CLOSES = "_transplant_strength", "_transplant_leads", "_transplant_closes"
-_INSIDE = "_transplant_inside"
+_ACTIVE, _STRENGTH = "_transplant_active", "_transplant_strength"
+_LEADS, _CLOSES, _INSIDE = "_transplant_leads", "_transplant_closes", "_transplant_inside"
 # Before 5.23, Transformers checkpoints a layer's hooks along with it: they run once more in the backward pass, and find
 # what the latest forward pass left behind, not their own.
 HOOKS_RUN_AGAIN = "__call__" in vars(GradientCheckpointingLayer)
@@ -61,13 +61,13 @@ class _Dial:
     Args:
         name: The donor's name.
         layers: Its layers in order.
-        meeting: Where donors that run side by side at its position find the state that they all get.
         requests: What the calls of each thread want.
     """
 
-    def __init__(self, name: str, layers: Sequence[nn.Module], meeting: _Passing | None, requests: Requests) -> None:
+    def __init__(self, name: str, layers: Sequence[nn.Module], requests: Requests) -> None:
         self.name = name
-        self.meeting = meeting
+        # Where donors that run side by side at its position find the state that they all get.
+        self.meeting: _Passing | None = None
         self.requests = requests
         self._passing = _Passing()
         # The last of the former and the first of the latter: other hooks see what enters, and what goes on.
@@ -81,8 +81,14 @@ class _Dial:
         for hook in self._hooks:
             hook.remove()
 
+    def forget(self) -> None:
+        """Keep no hidden state of calls before."""
+        self._passing = _Passing()
+
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep the hidden state that arrives, and let the donor have the one that all donors here get."""
+        if not getattr(module, _ACTIVE):
+            return None
         arrived = args[0] if args else kwargs["hidden_states"]
         local = self._passing.local
         local.arrived, local.gate = arrived, module._parameters.get(GATE)
@@ -105,12 +111,14 @@ class _Dial:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Put what the donor added, scaled, on top of what arrived."""
+        if not getattr(module, _ACTIVE):
+            return None
         several = isinstance(output, tuple | list)
         left = output[0] if several else output
         local = self._passing.local
         if getattr(local, "arrived", None) is None:
             if self.requests.known() is None and self.meeting is None and getattr(module, _STRENGTH) == 1:
-                return None  # these hooks are here for calls that ask for donors; this one does not
+                return None  # these hooks are active for calls that ask for donors; this one does not
             raise ConfigurationError(
                 "the last layer of a donor whose strength is not 1, or which runs side by side with others, ran "
                 "without its first layer. Run the model as a whole, outside using(...), or call set_strength(name, 1) "
@@ -181,17 +189,16 @@ class Dials:
         self, blueprint: Blueprint, layers: Mapping[Stage, nn.Module], requests: Requests | None = None
     ) -> None:
         self.requests = requests or Requests()
-        # Whether calls may ask for donors: every donor that can be left out then has its hooks, for good.
+        # Whether calls may ask for donors: the hooks of every donor that can be left out are then active, for good.
         self.open = requests is not None
         self._layers = {
             part.name: [layer for stage, layer in layers.items() if stage.slot.source == part.name]
             for part in blueprint.parts
         }
-        self._dials: dict[str, _Dial] = {}
+        self._dials = {name: _Dial(name, donor, self.requests) for name, donor in self._layers.items()}
         self._meetings: dict[tuple[str, ...], _Passing] = {}
         self._off: frozenset[str] = frozenset()
         self._blueprint = blueprint
-        self._hook()
         self._place()
 
     def layers_of(self, name: str) -> list[nn.Module]:
@@ -201,9 +208,6 @@ class Dials:
     def use(self, blueprint: Blueprint) -> None:
         """Take strengths and composition from another blueprint of the same layers."""
         self._blueprint = blueprint
-        if self._hook() and "torch._dynamo" in sys.modules:
-            # torch.compile does not notice hooks that come or go; what it made of this model would be stale.
-            torch.compiler.reset()
         self._place()
 
     @property
@@ -227,39 +231,29 @@ class Dials:
         self._off = disabled
         self._place()
 
-    def _hook(self) -> bool:
-        """Put hooks on the donors that need them, and on no other; returns whether any came or went."""
-        changed = False
-        crowds = {name: names for names in self._blueprint.crowds for name in names}
-        for part in self._blueprint.parts:
-            layers, crowd = self._layers[part.name], crowds.get(part.name)
-            meeting = None if crowd is None else self._meetings.setdefault(crowd, _Passing())
-            asked = self.open and part.spec.mode == "insert"
-            needed = asked or self._is_scaled(part.name) or meeting is not None
-            old = self._dials.get(part.name)
-            if old is not None and not (needed and old.meeting is meeting):
-                self._dials.pop(part.name).remove()
-                changed = True
-            if needed and part.name not in self._dials:
-                self._dials[part.name] = _Dial(part.name, layers, meeting, self.requests)
-                changed = True
-        return changed
-
     def _place(self) -> None:
         """Tell every dial its donor's strength, and which donors come first and last among those side by side."""
+        crowds = {name: names for names in self._blueprint.crowds for name in names}
         follow: set[str] = set()
         close: set[str] = set()
         for names in self._blueprint.crowds:
             running = [name for name in names if name not in self._off]
             follow.update(running[1:])
             close.update(running[-1:])
-        crowded = {name for names in self._blueprint.crowds for name in names}
         for name, layers in self._layers.items():
-            setattr(layers[-1], _STRENGTH, self._blueprint.part(name).spec.strength)
+            spec, dial = self._blueprint.part(name).spec, self._dials[name]
+            dial.meeting = self._meetings.setdefault(crowds[name], _Passing()) if name in crowds else None
+            changes = name in crowds or self._is_scaled(name)
+            active = changes or (self.open and spec.mode == "insert")
+            if not active:
+                dial.forget()
+            setattr(layers[0], _ACTIVE, active)
+            setattr(layers[-1], _ACTIVE, active)
+            setattr(layers[-1], _STRENGTH, spec.strength)
             setattr(layers[0], _LEADS, name not in follow)
             setattr(layers[-1], _CLOSES, name in close)
             for number, layer in enumerate(layers):
-                setattr(layer, _INSIDE, (number > 0 and (self._is_scaled(name) or name in crowded)) or name in follow)
+                setattr(layer, _INSIDE, (number > 0 and changes) or name in follow)
 
     def _is_scaled(self, name: str) -> bool:
         return self._blueprint.part(name).spec.strength != 1.0 or GATE in self._layers[name][0]._parameters

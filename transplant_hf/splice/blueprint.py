@@ -17,6 +17,7 @@ from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..donor import Donor
 from ..errors import CompatibilityError, ConfigurationError
 from ..layer_map import RECIPIENT, LayerMap, Placement, Splice, Stage
+from ..numeric import finite_number
 
 __all__ = ["Blueprint", "DonorPart", "draw_blueprint", "report_fit"]
 
@@ -123,9 +124,11 @@ class Blueprint:
         Raises:
             ConfigurationError: A strength that is not finite, or not 1 for a donor that replaces layers.
         """
+        # Checked here too: to a spec, `None` is a strength that is not given.
+        numbers = {name: finite_number(value, f"strength of donor {name!r}") for name, value in strengths.items()}
         parts = tuple(
-            dataclasses.replace(part, spec=dataclasses.replace(part.spec, strength=strengths[part.name]))
-            if part.name in strengths
+            dataclasses.replace(part, spec=dataclasses.replace(part.spec, strength=numbers[part.name]))
+            if part.name in numbers
             else part
             for part in self.parts
         )
