@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.helpers import copied, refused
+from tests.helpers import copied, plain, refused
 from tests.training.helpers import noise
 from transplant_hf import ConfigurationError
 from transplant_hf.comparison import METHODS, ComparisonReport, Held, compare, compare_texts
+from transplant_hf.comparison.methods import Setting
 from transplant_hf.plots import plot_comparison
 
 pytest.importorskip("peft")
@@ -86,6 +88,17 @@ def test_it_can_be_printed_saved_and_drawn(report: ComparisonReport, tmp_path: P
     pytest.importorskip("matplotlib")
     plot_comparison(report, tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_adapters_are_drawn_from_the_seed_alone(tiny_llama: Path) -> None:
+    def drawn(seed: int) -> list[torch.Tensor]:
+        setting = Setting(lambda: plain(tiny_llama / "recipient"), plain(tiny_llama / "recipient"), 2, 2, seed)
+        parameters = METHODS["lora"].prepare(setting).model.named_parameters()
+        return [parameter for name, parameter in parameters if ".lora_A." in name]
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert first and all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))
 
 
 def test_what_is_refused(tiny_llama: Path) -> None:

@@ -45,6 +45,11 @@ def test_layers_fall_as_transformers_places_them(tiny: Path, cpu: int | None) ->
         assert "read from disk at every step" in found.problems[0]
 
 
+def test_devices_that_this_machine_lacks_are_no_warning(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert {share.device for share in planned(tiny_llama, devices=2, memory="1MiB", context=1).after.shares} >= {"0"}
+    assert caplog.records == []
+
+
 def test_every_layer_is_somewhere_with_its_cache(tiny_llama: Path) -> None:
     found = planned(tiny_llama, devices=2, memory="1MiB", context=50).after
     assert sorted(number for share in found.shares for number in share.layers) == list(range(6))

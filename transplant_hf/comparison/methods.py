@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -31,12 +33,14 @@ class Setting:
         shared: A recipient that nobody changes, for methods that leave it frozen.
         layers: k, the donor's and the number of last layers that the cheap rivals train.
         rank: Of LoRA.
+        seed: Of what is drawn.
     """
 
     load: Callable[[], Any]
     shared: Any
     layers: int = 3
     rank: int = 16
+    seed: int = 0
 
     @property
     def count(self) -> int:
@@ -179,6 +183,7 @@ def _lora(setting: Setting, layers: Sequence[int] | None = None) -> Prepared:
         r=setting.rank, lora_alpha=2 * setting.rank, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM"
     )
     model = get_peft_model(inner, config)
+    _draw(model, torch.Generator().manual_seed(setting.seed))
 
     @contextmanager
     def removed() -> Iterator[Any]:
@@ -193,6 +198,15 @@ def _lora(setting: Setting, layers: Sequence[int] | None = None) -> Prepared:
         inner=inner,
         removed=removed,
     )
+
+
+@torch.no_grad()
+def _draw(model: nn.Module, generator: torch.Generator) -> None:
+    """Draw a new adapter again, as PEFT does, from a generator of its own: PEFT draws from the one that all share."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            drawn = torch.empty(parameter.shape, dtype=parameter.dtype)
+            parameter.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
 
 
 def _linear_names(model: Any, layers: Sequence[int]) -> list[str]:

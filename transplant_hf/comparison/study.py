@@ -84,10 +84,9 @@ def compare(
         raise ConfigurationError(f"shares {list(shares)} of general text need general text to replay.")
 
     def load() -> Any:
-        torch.manual_seed(seed)
         return remove_transplants(load_model(recipient, keep_replaced=True, **model_kwargs))
 
-    setting = Setting(load, load().eval().requires_grad_(False), layers, rank)
+    setting = Setting(load, load().eval().requires_grad_(False), layers, rank, seed)
     if layers >= setting.count:
         raise ConfigurationError(f"layers={layers}, but {recipient} has {setting.count} layers; choose fewer.")
     rates = {method.name: tuple(learning_rates or method.learning_rates) for method in chosen}

@@ -7,12 +7,11 @@ import functools
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers.utils import logging
 
 from ..donor import Donor
 from ..donor.tensors import MemoryTensors
@@ -97,7 +96,7 @@ def sweep(
         batch_size: Windows that are read at once.
         max_tokens: Read no further in the text.
         revision: The recipient's revision, where it is named.
-        quiet: Show no progress bar.
+        quiet: Show no progress bar of its own; Transformers keeps those of its loading.
         **kwargs: As in `from_pretrained`.
 
     Returns:
@@ -199,8 +198,7 @@ def _places(
         for position in dict.fromkeys(range(last + 1) if positions is None else positions):
             place = _Place(name, position)
             try:
-                with _without_progress_bars():
-                    place.model = transplant(recipient, donor, position, mode, name=name)
+                place.model = transplant(recipient, donor, position, mode, name=name)
             except (CompatibilityError, ConfigurationError) as error:
                 place.reason = str(error)
             else:
@@ -220,17 +218,6 @@ def _share(first: _Place, other: _Place) -> None:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[key] = modules[path]._parameters[key]
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _run(

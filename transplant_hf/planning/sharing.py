@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
@@ -95,25 +93,19 @@ def _device_map(model: PreTrainedModel, rooms: Mapping[int, int], cpu: int | Non
     from transformers.integrations.accelerate import get_balanced_memory, infer_auto_device_map
 
     split = set(model._no_split_modules or ())
-    limits: dict[int | str, int | str] = {device: room for device, room in rooms.items()}
+    limits: dict[int | str, int | str] = {_OfAnotherMachine(device): room for device, room in rooms.items()}
     if cpu is not None:
         limits["cpu"] = cpu
-    with _about_other_machines():
-        balanced = get_balanced_memory(model, max_memory=limits, no_split_module_classes=split)
-        found: dict[str, int | str] = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=split)
+    balanced = get_balanced_memory(model, max_memory=limits, no_split_module_classes=split)
+    found: dict[str, int | str] = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=split)
     return found
 
 
-@contextmanager
-def _about_other_machines() -> Iterator[None]:
-    """Keep accelerate from warning that this machine has not the devices that are asked about."""
-    logger = logging.getLogger("accelerate.utils.modeling")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+class _OfAnotherMachine(int):
+    """A device's number that is not beyond those of this machine: accelerate would warn that the device is not here."""
+
+    def __ge__(self, number: int) -> bool:
+        return False
 
 
 def _placed(
