@@ -136,6 +136,10 @@ def locate(
     folder = points_to_folder(reference, relative_to, revision)
     if folder is not None:
         remote = relative_to is not None and relative_to.from_hub
+        if folder.is_file() and not remote:
+            hint = " Make a donor of it first: transplant-hf convert FILE OUTPUT --recipient RECIPIENT."
+            hint = hint if folder.suffix in (".pt", ".pth", ".bin") else ""
+            raise ConfigurationError(f"{reference!r} is a file, and a folder or a Hub id is needed.{hint}")
         if not folder.is_dir() and not remote:
             raise ConfigurationError(f"{reference!r} is neither a folder (looked for {folder}) nor a Hub id.")
         if relative_to is not None and remote:

@@ -205,3 +205,11 @@ def test_a_scaled_and_a_replacing_donor_in_full(tiny: Path, tmp_path: Path) -> N
     assert not any(info.values()), info
     assert torch.equal(logits_of(again), logits_of(model))
     assert again.layer_map == model.layer_map
+
+
+def test_a_full_save_never_removes_the_donors_it_was_loaded_from(tiny_gpt2: Path, tmp_path: Path) -> None:
+    family = copied(tiny_gpt2, tmp_path / "family")
+    model = loaded(family)
+    with refused(ConfigurationError, "holds donor", "thin=True"):
+        model.save_pretrained(family / "donor")
+    assert torch.equal(logits_of(loaded(family)), logits_of(model))

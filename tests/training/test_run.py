@@ -204,3 +204,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
     assert main([*words, "--steps", "6", "--resume", "--keep-checkpoints"]) == 0
     assert Donor.from_pretrained(family / "new").metadata["steps"] == 6
     assert (family / "new.training" / "checkpoint-6").is_dir()
+    assert main([*words, "--steps", "8", "--resume"]) == 0  # over its own result, without --overwrite
+    assert Donor.from_pretrained(family / "new").metadata["steps"] == 8
+    assert main([*words, "--steps", "10", "--resume"]) == 1
+    assert "--keep-checkpoints" in capsys.readouterr().err

@@ -114,6 +114,13 @@ class DonorRecord:
             CheckpointError: Missing or malformed.
         """
         path = folder / DONOR_CONFIG
+        config = folder / "config.json"
+        kind = read_json(config, "config.json").get("model_type") if config.exists() and not path.exists() else None
+        if kind not in (None, "transplant"):
+            raise CheckpointError(
+                f"{folder} holds a {kind} model and no donor: there is no {DONOR_CONFIG}. Name a donor, or make one of "
+                "this model's layers: transplant-hf extract."
+            )
         content = read_json(path, "the donor's record")
         check_format_version(content.get("format_version"), str(path))
         source = content.get("source") or {}

@@ -198,7 +198,11 @@ def recipient_config(
         source = locate(config.recipient, files=("*",), relative_to=base, hub=hub)
         if not (source.folder / "config.json").exists() and not kwargs.get("gguf_file"):
             held = sorted(path.name for path in source.folder.glob("*.gguf"))
-            hint = f" To read its GGUF file pass gguf_file={held[0]!r}." if held else ""
+            hint = (
+                f" To read its GGUF file, pass gguf_file={held[0]!r} to AutoModelWithTransplant.from_pretrained."
+                if held
+                else ""
+            )
             raise ConfigurationError(
                 f"recipient {config.recipient!r} is no model: no config.json in {source.folder}.{hint}"
             )

@@ -130,6 +130,8 @@ def _save(
     if not is_main or kwargs.get("distributed_checkpoint"):
         return native(target, **kwargs)
     variant = kwargs.get("variant")
+    if native_format or baked is not None:
+        _refuse_donors_place(blueprint, target)
     if thin:
         refuse_recipients_place(blueprint.config.recipient, target, blueprint.config.recipient_revision)
     with publish(target, (lambda name: False) if variant else replaced_in(target)) as staging:
@@ -173,6 +175,17 @@ def push_transplant(model: Any, native: Callable[..., Any], repo_id: str, thin: 
         save_transplant(model, native, target, (), thin, saved, repo_id)
         kept = functools.partial(kept_in_repository, target)
         return push_folder(target, repo_id, commit_message=message, replaced=replaced_among, kept=kept, **pushed)
+
+
+def _refuse_donors_place(blueprint: Blueprint, target: Path) -> None:
+    """Refuse to write a plain checkpoint over the donors that the model was loaded from, which would then be gone."""
+    for part in blueprint.parts:
+        source = part.donor.source
+        if source is not None and source.folder.resolve().is_relative_to(target.resolve()):
+            raise ConfigurationError(
+                f"{target} holds donor {part.name!r}, from which this model was loaded, and a full save would remove "
+                "it. Choose another folder, or save with thin=True."
+            )
 
 
 def _refuse_unless_all_on(blueprint: Blueprint, disabled: frozenset[str]) -> None:

@@ -228,16 +228,19 @@ def _working(
     """Have a folder for checkpoints beside the output; where none was written, nothing stays of it."""
     if output is None and push_to is None:
         raise ConfigurationError("say where the result goes: an output folder, or a repository to push to.")
-    if output is not None:
-        check_artefact_folder(output, overwrite)
     work = Path(f"{os.fspath(output) if output is not None else str(push_to).replace('/', '--')}{_WORK}")
     _check_work(work, resume, overwrite)
+    if output is not None:
+        # A finished run that goes on for longer replaces its own result.
+        check_artefact_folder(output, overwrite or resume)
     try:
         yield str(work)
     except KeyboardInterrupt as stopped:
         last = last_checkpoint(work)
-        told = f"{last} is whole: go on from there with resume=True (--resume)" if last else "no checkpoint was written"
-        raise KeyboardInterrupt(f"training was stopped; {told}.") from stopped
+        message = "no checkpoint was written, as the first one comes after save_steps (--save-steps) steps"
+        if last:
+            message = f"{last} is whole: go on from there with resume=True (--resume)"
+        raise KeyboardInterrupt(f"training was stopped; {message}.") from stopped
     finally:
         with suppress(OSError):  # not empty: there is something to go on from
             work.rmdir()
@@ -249,6 +252,11 @@ def _check_work(work: Path, resume: bool, overwrite: bool) -> None:
         raise ConfigurationError(
             f"{work} holds checkpoints of an earlier run. Go on from them with resume=True (--resume), or start again "
             "with overwrite=True (--overwrite), which removes them."
+        )
+    if resume and not checkpoints(work):
+        raise ConfigurationError(
+            f"there is no whole checkpoint in {work} to resume from. A run that ends removes its checkpoints, unless "
+            "it is given keep_checkpoints=True (--keep-checkpoints). Start without resume."
         )
     check_output_folder(work, resume or overwrite)
 
