@@ -245,6 +245,7 @@ def test_files_of_the_user_are_not_pushed(
     (folder / "LICENSE.txt").write_text("terms")
     saved = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     mine = ["mine.txt", "secret.env", "model.backup.safetensors", "old/model.safetensors", "old/config.json", ".env"]
+    mine += [".env.model", "LICENSE.key", "customers.codes", "custom_generate/.env", "custom_generate/weights.bin"]
     mine += ["a/diary.txt"] if kind == "thin" else []
     for name in mine:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -255,6 +256,7 @@ def test_files_of_the_user_are_not_pushed(
     assert set(both.hub.paths(target)) - {".gitattributes"} == saved
     found = json.loads(out)
     stays = {"mine.txt", "secret.env", "model.backup.safetensors", "old/", ".env", "linked"}
+    stays |= {".env.model", "LICENSE.key", "customers.codes", "custom_generate/"}
     assert set(found["left_out"]) == stays | ({"a/diary.txt"} if kind == "thin" else set())
     assert {file["name"]: file["size"] for file in found["files"]} == {
         name: (folder / name).stat().st_size for name in saved

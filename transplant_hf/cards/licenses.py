@@ -11,8 +11,11 @@ from ..errors import ConfigurationError
 
 __all__ = ["TERMS", "License", "license_in", "license_named"]
 
-# The files, by their names, that hold the terms of a model.
-TERMS = ("LICENSE*", "NOTICE*")
+# The files, by their whole names, that hold the terms of a model: LICENSE.key is not one of them.
+TERMS = (
+    *(f"{name}{ending}" for name in ("LICENSE", "LICENCE", "NOTICE") for ending in ("", ".md", ".txt", ".pdf")),
+    *(f"LICENSE-{part}" for part in ("APACHE", "CODE", "MIT", "MODEL")),
+)
 
 # As the Hub writes them: "mit", "apache-2.0", "cc-by-nc-4.0", "other".
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")

@@ -20,6 +20,7 @@ from ..storage import read_json
 from .entry import CODE_FILE
 
 __all__ = [
+    "COMPANION_FOLDERS",
     "NAMED_TEMPLATES",
     "at_hand",
     "code_named_in",
@@ -37,42 +38,62 @@ logger = logging.get_logger(__name__)
 NAMED_TEMPLATES = "additional_chat_templates"
 _TEMPLATE = "chat_template.jinja"
 _CUSTOM_GENERATE = "custom_generate"
-# Any of them is a tokenizer; its configuration alone is none.
+COMPANION_FOLDERS = (NAMED_TEMPLATES, _CUSTOM_GENERATE)
+# Any of them is a tokenizer; its configuration alone is none. Whole names, not endings, which other files have too;
+# only the few that Transformers numbers are patterns.
 _TOKENIZERS = (
     "tokenizer.json",
-    "tokenizer.model*",
-    "*.model",
-    "*.spm",
-    "*.tiktoken",
-    "*.tokenizer",
-    "*.vocab",
-    "*.bpe",
-    "tekken*.json",
-    "*vocab*.json",
-    "*vocab*.txt",
+    "tokenizer.[0-9]*.json",
+    "tokenizer.model",
+    "tokenizer.model.v[0-9]",
+    "tokenizer.model.v[0-9]m[0-9]",
     "byte_maps.json",
+    "entity_vocab.json",
+    "ice_text.model",
+    "prophetnet.tokenizer",
+    "qwen.tiktoken",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "source.spm",
+    "spiece.model",
+    "spm.model",
+    "spm_char.model",
+    "target.spm",
+    "target_vocab.json",
+    "tekken.json",
+    "tiktoken.model",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "vocab.bpe",
+    "vocab.json",
+    "vocab.txt",
 )
 # What is known to belong to a tokenizer or a processor, and nothing else: a folder may hold anything besides, which
 # must not be published with a donor. Files of one group belong together and come from one place.
 _GROUPS = {
     "tokenizer": (
         *_TOKENIZERS,
-        "tokenizer*.json",
+        "tokenizer_config.json",
         "special_tokens_map.json",
         "added_tokens.json",
         "merges.txt",
-        "*.codes",
-        "dict*.txt",
+        "bpe.codes",
+        "dict.txt",
         "emoji.json",
         "normalizer.json",
         "word_pronunciation.json",
         "word_shape.json",
-        "chat_template*.jinja",
+        _TEMPLATE,
         "chat_template.json",
-        f"{NAMED_TEMPLATES}/*",
+        f"{NAMED_TEMPLATES}/*.jinja",
     ),
-    "processor": ("*processor_config.json", "audio_tokenizer_config.json"),
-    _CUSTOM_GENERATE: (f"{_CUSTOM_GENERATE}/*",),
+    "processor": (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+        "audio_tokenizer_config.json",
+    ),
+    _CUSTOM_GENERATE: (f"{_CUSTOM_GENERATE}/*.py", f"{_CUSTOM_GENERATE}/requirements.txt"),
     "generation": ("generation_config.json",),
 }
 _PATTERNS = tuple(pattern for patterns in _GROUPS.values() for pattern in patterns)
@@ -205,8 +226,7 @@ def tokenizer_class(model_type: str, folder: Path) -> str | None:
 
 
 def _group_of(name: str) -> str | None:
-    folder = name.rpartition("/")[0].partition("/")[0]
-    if folder not in ("", NAMED_TEMPLATES, _CUSTOM_GENERATE) or "__pycache__" in name:
+    if any(part.startswith(".") for part in name.split("/")):
         return None
     return next((group for group, patterns in _GROUPS.items() if _matches(name, patterns)), None)
 
@@ -222,7 +242,7 @@ def _is_whole(group: str, names: Any) -> bool:
 
 def _read(folder: Path) -> _Groups:
     groups: _Groups = {}
-    inner = (path for name in (NAMED_TEMPLATES, _CUSTOM_GENERATE) for path in (folder / name).rglob("*"))
+    inner = (path for name in COMPANION_FOLDERS for path in (folder / name).rglob("*"))
     for path in sorted([*folder.iterdir(), *inner]) if folder.is_dir() else ():
         name = path.relative_to(folder).as_posix()
         group = _group_of(name)

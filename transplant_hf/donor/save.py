@@ -19,7 +19,7 @@ from ..errors import ConfigurationError
 from ..sources import points_to_folder
 from ..storage import parse_size, publish, read_json, write_json
 from .card import write_donor_card
-from .companions import NAMED_TEMPLATES, at_hand, copy_companions, is_companion, tokenizer_class
+from .companions import COMPANION_FOLDERS, NAMED_TEMPLATES, at_hand, copy_companions, is_companion, tokenizer_class
 from .dtypes import loaded_dtype
 from .entry import write_entry
 from .record import DONOR_CONFIG, DonorRecord, FileStamp
@@ -82,7 +82,7 @@ def donor_folders(names: Sequence[str]) -> list[str | None]:
     taken = {RECIPIENT_FOLDER}
     for number, name in enumerate(names, start=1):
         plain = _FOLDER.fullmatch(name) and len(name.encode()) <= _LONGEST_FOLDER
-        of_recipient = is_companion(name.casefold()) or is_companion(f"{name.casefold()}/file")
+        of_recipient = is_companion(name.casefold()) or name.casefold() in COMPANION_FOLDERS
         if not plain or of_recipient or name.casefold() in taken or name.partition(".")[0].casefold() in _DEVICES:
             name = f"donor-{number}"
             while name in taken or name in {other.casefold() for other in names}:

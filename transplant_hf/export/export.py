@@ -260,10 +260,9 @@ def _write_companions(opened: Opened, staging: Path, target: Path) -> Path:
     if request.names_transplant and own.from_hub:
         own = locate_with_companions(own.reference, revision=own.revision, subfolder=own.subfolder, hub=hub)
     copy_companions([(str(source.folder), None) for source in (own, recipient)], staging, target)
-    for pattern in TERMS:
-        for path in recipient.folder.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, staging / path.name)
+    for path in (recipient.folder / name for name in TERMS):
+        if path.is_file():
+            shutil.copyfile(path, staging / path.name)
     return recipient.folder
 
 

@@ -140,9 +140,8 @@ def push_artefact(
 
 def _outgoing(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
     """Return the sizes of the files that belong to the artefact in a folder, and the names of all else there."""
-    terms = {path.name for pattern in TERMS for path in folder.glob(pattern)}
     code = code_named_in(folder, [folder / "config.json"])
-    wanted = recorded_files(folder) | companions_in(folder) | terms | code | {CARD_FILE}
+    wanted = recorded_files(folder) | companions_in(folder) | code | {*TERMS, CARD_FILE}
     there = files_in(folder)
     sent = {name: (folder / name).lstat().st_size for name in sorted(wanted & there)}
     others = sorted(there - set(sent))
