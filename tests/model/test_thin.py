@@ -212,6 +212,28 @@ def test_the_other_changed_weights_are_counted(tiny_llama: Path, tmp_path: Path)
         model.save_pretrained(tmp_path / "thin", thin=True)
 
 
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [("model.norm", "model.norm.weight"), ("model.layers.0.mlp", "model.layers.0.mlp."), ("lm_head", "lm_head.weight")],
+)
+def test_a_recipient_weight_that_is_gone_is_named(tiny_llama: Path, tmp_path: Path, place: str, named: str) -> None:
+    """A reload would bring it back, and compute something else."""
+    model = loaded(tiny_llama, 3)
+    parent, _, name = place.rpartition(".")
+    setattr(model.get_submodule(parent), name, torch.nn.Identity())
+    with refused(ConfigurationError, named, str(tiny_llama / "recipient"), "Put the modules"):
+        model.save_pretrained(tmp_path / "thin", thin=True)
+    assert not (tmp_path / "thin").exists()
+
+
+def test_a_state_dict_may_hold_tied_weights_once(tiny_gpt2: Path, tmp_path: Path) -> None:
+    model = loaded(tiny_gpt2, 1)
+    state = model.state_dict()
+    del state["lm_head.weight"]
+    model.save_pretrained(tmp_path / "thin", thin=True, state_dict=state)
+    assert torch.equal(logits_of(load(tmp_path / "thin")), logits_of(model))
+
+
 def test_offloaded_weights_cannot_be_compared(tiny_llama: Path, tmp_path: Path) -> None:
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{number}": "disk" if number == 4 else "cpu" for number in range(6)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from transformers import PreTrainedModel
 
 from ..architecture import is_quantized, was_gguf
 from ..errors import ConfigurationError
+from ..layer_map import RECIPIENT
 from ..layouts.names import is_adapted
 from ..sources import HubOptions, for_transformers, hub_errors
+from ..splice import Blueprint
 
 __all__ = ["check_unchanged"]
 
@@ -25,8 +28,8 @@ def check_unchanged(model: PreTrainedModel, state: Any, current: dict[str, torch
         current: The recipient's weights in it.
 
     Raises:
-        ConfigurationError: Some differ; the first is named, the rest counted. Or an adapter is attached, or
-            weights are offloaded.
+        ConfigurationError: Some differ or are missing; the first is named, the rest counted. Or an adapter is
+            attached, or weights are offloaded.
     """
     adapters = [name for name in current if is_adapted(name)]
     if adapters:
@@ -41,20 +44,44 @@ def check_unchanged(model: PreTrainedModel, state: Any, current: dict[str, torch
             f"{f' and {len(away) - 1} more' if len(away) > 1 else ''} are offloaded. Load the model without offload to "
             "save it thin, or save in full."
         )
-    pinned = _pinned_recipient(model, state).state_dict()
+    recipient, config = _pinned_recipient(model, state), state.blueprint.config
+    pinned = recipient.state_dict()
+    where = f"{config.recipient}@{config.recipient_revision}" if config.recipient_revision else config.recipient
+    missing = [name for name in _expected(model, recipient, state.blueprint, current) if name not in current]
+    if missing:
+        rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigurationError(
+            f"a thin save would not keep what the model computes: it lacks recipient weights that {where} has, "
+            f"{missing[0]}{rest}, and a reload would bring them back. Put the modules that hold them back."
+        )
     changed = [
         name
         for name, tensor in current.items()
         if name not in pinned or not _equal(tensor, pinned[name])
     ]  # fmt: skip
     if changed:
-        config = state.blueprint.config
-        where = f"{config.recipient}@{config.recipient_revision}" if config.recipient_revision else config.recipient
         rest = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise ConfigurationError(
             f"a thin save would lose changed recipient weights: {changed[0]}{rest} differ from {where}. Save in full "
             "(save_pretrained(folder)), or train donor layers only."
         )
+
+
+def _expected(
+    model: PreTrainedModel, pinned: PreTrainedModel, blueprint: Blueprint, current: Mapping[str, Any]
+) -> Iterator[str]:
+    """The names of the recipient's weights that a model holds, without layers that donors removed."""
+    path = f"{blueprint.recipient.stack_path}."
+    kept = {str(stage.slot.index) for stage in blueprint.built if stage.slot.source == RECIPIENT}
+    # Weights that a state dict which was passed may hold under one of their names.
+    pairs = [pair for pair in pinned.all_tied_weights_keys.items() if not current.keys().isdisjoint(pair)]
+    tied = {name for pair in pairs for name in pair} & {
+        name for name, _ in model.named_parameters(remove_duplicate=False)
+    }
+    for name in pinned.state_dict():
+        removed = name.startswith(path) and name.removeprefix(path).partition(".")[0] not in kept
+        if not removed and name not in tied:
+            yield name
 
 
 def _equal(tensor: torch.Tensor, pinned: torch.Tensor) -> bool:
