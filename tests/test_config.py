@@ -311,3 +311,16 @@ def test_which_donors_run_side_by_side() -> None:
     donors = [DonorSpec("user/law", position, mode, name=name) for name, position, mode in places]
     assert TransplantConfig(recipient="user/base", donors=donors, composition="side_by_side").crowds == (("a", "b"),)
     assert TransplantConfig(recipient="user/base", donors=donors).crowds == ()
+
+
+def test_donors_that_are_set_later_are_read_in_the_same_way() -> None:
+    config = TransplantConfig(recipient="user/model")
+    config.donors = {"user/law": 1}  # type: ignore[assignment]
+    assert config.donors == [DonorSpec("user/law", 1)]
+    with pytest.raises(ConfigurationError, match="got 5"):
+        config.donors = 5  # type: ignore[assignment]
+
+
+def test_a_name_has_no_null_byte() -> None:
+    with pytest.raises(ConfigurationError, match="null byte"):
+        TransplantConfig(recipient="a\0b")

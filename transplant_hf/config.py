@@ -227,6 +227,8 @@ def _text(value: Any, what: str, kind: str = "text") -> str:
     if not isinstance(found, str) or not found:
         got = "an empty string, ''" if found == "" else repr(value)
         raise ConfigurationError(f"{what} must be {kind}, got {got}.")
+    if "\0" in found:
+        raise ConfigurationError(f"{what} must be {kind}, got {found!r}, which has a null byte.")
     return str(found)
 
 
@@ -357,6 +359,11 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
         if vocab_size is not None:
             self.vocab_size = vocab_size
         self._take_fields(kwargs, overrides)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "donors" and not (isinstance(value, list) and all(isinstance(spec, DonorSpec) for spec in value)):
+            value = donor_specs(value)
+        super().__setattr__(name, value)
 
     @property
     def crowds(self) -> tuple[tuple[str, ...], ...]:

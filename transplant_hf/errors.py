@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from huggingface_hub.errors import StrictDataclassError
+
 __all__ = [
+    "BUILD_ERRORS",
     "CheckpointError",
     "CompatibilityError",
     "ConfigurationError",
@@ -18,6 +21,21 @@ __all__ = [
     "TrainingError",
     "TransplantError",
 ]
+
+
+# What model and configuration classes raise for a configuration they cannot build. Their own code decides, so the
+# list is wide; a failure is never swallowed, it becomes the reason why a candidate was rejected.
+BUILD_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 
 class TransplantError(Exception):

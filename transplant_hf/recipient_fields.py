@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from .errors import ConfigurationError
+from transformers import PreTrainedConfig
 
-__all__ = ["OWN_FIELDS", "RecipientFields", "checked_overrides"]
+from .errors import BUILD_ERRORS, ConfigurationError
+
+__all__ = ["OWN_FIELDS", "RecipientFields", "checked_overrides", "is_settable"]
 
 # What a transplant's configuration says of itself. Every other field is one of the recipient's configuration.
 OWN_FIELDS = {
@@ -33,7 +38,7 @@ def checked_overrides(found: Any, where: str) -> dict[str, Any]:
         ConfigurationError: Not an object of fields, or fields of the transplant's own configuration.
     """
     wrong = (
-        [name for name in found if name in OWN_FIELDS or name.startswith("_")]
+        [name for name in found if not isinstance(name, str) or name in OWN_FIELDS or name.startswith("_")]
         if isinstance(found, Mapping)
         else [found]
     )
@@ -43,6 +48,16 @@ def checked_overrides(found: Any, where: str) -> dict[str, Any]:
             f"{wrong[0]!r}, which cannot be set there."
         )
     return dict(found)
+
+
+def is_settable(kind: type, name: str) -> bool:
+    """Whether a name is a field in configurations of a class, or may become one, and is no method or class variable."""
+    member = inspect.getattr_static(kind, name, _MISSING)
+    if isinstance(member, property):
+        return member.fset is not None
+    if name in {field.name for field in dataclasses.fields(PreTrainedConfig)}:
+        return True
+    return not hasattr(PreTrainedConfig, name) and not callable(getattr(kind, name, None))
 
 
 def _as_field(name: str, value: Any) -> Any:
@@ -66,7 +81,15 @@ class RecipientFields:
         for name, value in {**fields, **overrides}.items():
             known = defaults.get(name, _MISSING) if name not in overrides else _MISSING
             if name not in OWN_FIELDS and not name.startswith("_") and _as_field(name, value) != known:
-                setattr(self, name, value)
+                try:
+                    if not is_settable(type(self), name):
+                        raise AttributeError("it is no field of a configuration")
+                    setattr(self, name, value)
+                except BUILD_ERRORS as error:
+                    raise ConfigurationError(
+                        f"{name}={reprlib.repr(value)} cannot be set in a configuration: {error}. Correct it, or take "
+                        "it out of config.json or its recipient_overrides."
+                    ) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         key = _SPELLINGS.get(name, name)

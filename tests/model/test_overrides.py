@@ -27,6 +27,7 @@ from tests.helpers import (
     NUM_LAYERS,
     TOKENS,
     VOCABULARY,
+    copied,
     edit_json,
     layers_of,
     loaded,
@@ -284,3 +285,37 @@ def test_a_small_change_in_a_wider_layer_is_a_change(tmp_path: Path) -> None:
     )
     with refused(ConfigurationError, "model.layers.0.mlp.up_proj.weight", "changed recipient weights"):
         model.save_pretrained(tmp_path / "again", thin=True)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"dtype": "Tensor"},
+        {"id2label": 5},
+        {"num_hidden_layers": 10**9},
+        {"num_labels": "x"},
+        {"per_layer_config": 5},
+        {"rope_parameters": 5},
+        {"sub_configs": {}},
+        {"to_dict": 1},
+        {"dict_dtype_to_str": 5},
+        {"torch_dtype": "load"},
+        {"torch_dtype": "nn"},
+    ],
+)
+def test_what_a_configuration_cannot_hold_is_refused(
+    tiny_llama: Path, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    """Whether it is a method, a layer count or a value of a wrong type."""
+    family = copied(tiny_llama, tmp_path / "family")
+    edit_json(family / "donor" / "config.json", recipient_overrides=overrides, format_version=2)
+    name = next(iter(overrides)).removeprefix("torch_")
+    with refused(ConfigurationError, name):
+        AutoModelForCausalLM.from_pretrained(family / "donor")
+
+
+def test_another_number_of_layers_is_not_saved_thin(tiny_llama: Path, tmp_path: Path) -> None:
+    """It could not be loaded again."""
+    model = load(tiny_llama / "recipient", donors={str(tiny_llama / "donor"): 1}, num_hidden_layers=NUM_LAYERS - 1)
+    with refused(ConfigurationError, f"num_hidden_layers={NUM_LAYERS - 1}"):
+        model.save_pretrained(tmp_path / "thin", thin=True)

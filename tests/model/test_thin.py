@@ -33,6 +33,7 @@ from transplant_hf import (
     DonorSpec,
     transplant,
 )
+from transplant_hf.donor.recorded import check_artefact_folder
 from transplant_hf.donor.save import donor_folders
 
 load = AutoModelWithTransplant.from_pretrained
@@ -323,3 +324,26 @@ def test_references_stay_right_wherever_it_is_saved(
             assert written == reference
     moved = Path(shutil.move(family, tmp_path / "moved"))
     assert torch.equal(logits_of(load(moved / "thin")), logits_of(model))
+
+
+@pytest.mark.parametrize("donors", [5, [5], [{"donor": ".", "position": 1, "subfolder": 5}]])
+def test_a_malformed_configuration_is_not_replaced(tiny_gpt2: Path, tmp_path: Path, donors: object) -> None:
+    """What belongs to it cannot be told from what is the user's."""
+    model, path = loaded(tiny_gpt2, 1), tmp_path / "out" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"model_type": "transplant", "donors": donors}))
+    before = path.read_bytes()
+    with refused(CheckpointError, str(path), "5"):
+        model.save_pretrained(tmp_path / "out", thin=True)
+    with refused(CheckpointError, str(path), "5"):
+        check_artefact_folder(tmp_path / "out", overwrite=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("fields", [{"donors": None}, {"recipient": "a\0b", "donors": []}])
+def test_a_configuration_without_donors_is_replaced(tiny_gpt2: Path, tmp_path: Path, fields: dict[str, object]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    (tmp_path / "out" / "config.json").write_text(json.dumps({"model_type": "transplant", **fields}))
+    loaded(tiny_gpt2, 1).save_pretrained(tmp_path / "out", thin=True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["donors"]

@@ -15,10 +15,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import BUILD_ERRORS
 
 __all__ = [
     "BUILD_ERRORS",
@@ -30,20 +31,6 @@ __all__ = [
     "settle",
     "thread_contexts",
 ]
-
-# What model and configuration classes raise for a configuration they cannot build. Their own code decides, so the
-# list is wide; a failure is never swallowed, it becomes the reason why a candidate was rejected.
-BUILD_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
 
 # The dtype of the model that is being built in this context; unset outside.
 _dtype: ContextVar[torch.dtype] = ContextVar("transplant_hf_dtype")

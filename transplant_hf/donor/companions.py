@@ -299,7 +299,7 @@ def _recipient_named_in(config: Path, folder: Path | None, cache_dir: str | None
     """Where the files of an old artefact's recipient are; in a repository, which has no folder, only on the Hub."""
     fields = read_json(config, "the old config.json")
     name, revision = fields.get("recipient"), fields.get("recipient_revision")
-    if fields.get("model_type") != TransplantConfig.model_type or not isinstance(name, str) or not name:
+    if fields.get("model_type") != TransplantConfig.model_type or not isinstance(name, str) or not name or "\0" in name:
         return None
     if revision is None and folder is not None:
         there = points_to_folder(name, Source(str(folder), folder))

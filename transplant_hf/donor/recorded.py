@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..cards import CARD_FILE
 from ..cards.authorship import began_as_ours
-from ..config import TransplantConfig
+from ..config import DonorSpec, TransplantConfig, donor_specs
+from ..errors import CheckpointError, ConfigurationError
 from ..outputs import check_output_folder, files_in
 from ..storage import read_json
 from .entry import CODE_FILE
 from .record import DONOR_CONFIG, DonorRecord
 from .tensors import DONOR_FILE, DONOR_INDEX
 
-__all__ = ["check_artefact_folder", "is_artefact_file", "recorded_files"]
+__all__ = ["check_artefact_folder", "is_artefact_file", "recorded_donors", "recorded_files"]
 
 _CONFIG = "config.json"
 _MODEL_CONFIGS = {_CONFIG, "generation_config.json"}
@@ -60,7 +62,7 @@ def recorded_files(folder: Path) -> set[str]:
         recipient = _inside(str(fields.get("recipient") or "").removeprefix("./"))
         if recipient and (folder / recipient / _CONFIG).is_file():
             named |= {f"{recipient}/{name}" for name in _model_files(folder / recipient)}
-        for subfolder in _own_donors(fields):
+        for subfolder in _own_donors(folder, fields):
             named |= {f"{subfolder}/{name}" if subfolder else name for name in _donor_files(folder / subfolder)}
     else:
         named = _model_files(folder)
@@ -71,10 +73,24 @@ def _is_transplant(fields: dict[str, Any]) -> bool:
     return fields.get("model_type") == TransplantConfig.model_type
 
 
-def _own_donors(fields: dict[str, Any]) -> set[str]:
+def recorded_donors(folder: Path, fields: Mapping[str, Any]) -> list[DonorSpec]:
+    """Read the donors in the fields of a folder's `config.json`.
+
+    Raises:
+        CheckpointError: They are malformed.
+    """
+    try:
+        return donor_specs(fields.get("donors"))
+    except ConfigurationError as error:
+        raise CheckpointError(
+            f"{folder / _CONFIG} is malformed, so that what belongs to it is not known: {error} Correct or delete it."
+        ) from error
+
+
+def _own_donors(folder: Path, fields: dict[str, Any]) -> set[str]:
     """The folders of the donors that lie in the same repository; "" is its root."""
-    specs = [spec for spec in fields.get("donors") or () if isinstance(spec, dict)]
-    places = [PurePosixPath(str(spec.get("donor")), spec.get("subfolder") or "").as_posix() for spec in specs]
+    specs = recorded_donors(folder, fields)
+    places = [PurePosixPath(spec.donor, spec.subfolder or "").as_posix() for spec in specs]
     return {_inside(place.removeprefix("./")) if place != "." else "" for place in places}
 
 

@@ -23,7 +23,7 @@ from .companions import COMPANION_FOLDERS, NAMED_TEMPLATES, at_hand, copy_compan
 from .dtypes import loaded_dtype
 from .entry import write_entry
 from .record import DONOR_CONFIG, DonorRecord, FileStamp
-from .recorded import is_artefact_file
+from .recorded import is_artefact_file, recorded_donors
 from .stream import size_of, write_safetensors
 from .tensors import DONOR_INDEX, TensorStore
 
@@ -57,9 +57,9 @@ def replaced_in(folder: Path) -> Callable[[str], bool]:
     fields = read_json(path, "the old config.json") if path.exists() else {}
     folders: set[str] = set()
     if fields.get("model_type") == TransplantConfig.model_type:
-        own = [spec.get("subfolder") for spec in fields.get("donors", ()) if spec.get("donor") == "."]
+        own = [spec.subfolder for spec in recorded_donors(folder, fields) if spec.donor == "."]
         recipient = str(fields.get("recipient", ""))
-        folders = {str(name) for name in own if name} | ({recipient[2:]} if recipient.startswith("./") else set())
+        folders = {name for name in own if name} | ({recipient[2:]} if recipient.startswith("./") else set())
     card = folder / CARD_FILE
     if card.is_file() and written_by_us(card.read_text(encoding="utf-8", errors="replace")):
         folders.add(CARD_FILE)

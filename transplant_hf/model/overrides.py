@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..architecture import Anatomy
-from ..errors import CompatibilityError, ConfigurationError
+from ..errors import BUILD_ERRORS, CompatibilityError, ConfigurationError
+from ..recipient_fields import is_settable
 from ..sources import HubOptions, locate
 from ..splice import Blueprint, draw_blueprint
 
@@ -25,6 +26,7 @@ _RUNTIME = re.compile(
     r"dtype|torch_dtype|architectures|transformers_version|tokenizer_class|use_cache|output_\w+|\w*return_dict\w*|"
     r"\w*attn_implementation|\w*experts_implementation|use_kernels|torchscript|gradient_checkpointing|" + _NEVER.pattern
 )
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 # Keyword arguments of Transformers that set fields of other names.
 _SETS = {"num_labels": ("id2label", "label2id"), "torch_dtype": ("dtype",), "rope_scaling": ("rope_parameters",)}
@@ -39,15 +41,35 @@ def apply_overrides(config: PreTrainedConfig, overrides: Mapping[str, Any], give
         given: Keyword arguments of the call that the configuration was read with, which come first.
 
     Raises:
-        ConfigurationError: A field that is not part of what a model computes.
+        ConfigurationError: A field that is not part of what a model computes, the number of layers, or a value that the
+            configuration's class refuses.
     """
+    if not overrides:
+        return
+    try:
+        _apply(config, overrides, given)
+        copy.deepcopy(config).to_dict()
+        _ = config.num_labels  # which is computed from other fields
+    except BUILD_ERRORS as error:
+        raise ConfigurationError(
+            f"recipient_overrides ({', '.join(map(str, overrides))}) do not fit the recipient's configuration, of type "
+            f"{config.model_type!r}: {error}. Correct them in config.json."
+        ) from error
+
+
+def _apply(config: PreTrainedConfig, overrides: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     known = {config.attribute_map.get(name, name) for name in given}
     known |= {field for name in given for field in _SETS.get(name, ())}
     for written, value in overrides.items():
         name = config.attribute_map.get(written, written)
         if name in known or known & set(_SETS.get(name, ())):
             continue
-        if _NEVER.fullmatch(name) or callable(getattr(type(config), name, None)):
+        if name in _counts(config):
+            raise ConfigurationError(
+                f"{written}={value!r} cannot be set by a transplant's configuration (recipient_overrides): the number "
+                "of layers is the pinned recipient's. Take it out; donors add and replace layers."
+            )
+        if _NEVER.fullmatch(name) or not is_settable(type(config), name):
             raise ConfigurationError(
                 f"{written} of the recipient's configuration cannot be set by a transplant's (recipient_overrides). "
                 "Where from_pretrained takes it, pass it there."
@@ -55,13 +77,25 @@ def apply_overrides(config: PreTrainedConfig, overrides: Mapping[str, Any], give
         current = getattr(config, name, None)
         if isinstance(current, PreTrainedConfig) and isinstance(value, Mapping):
             inner = given.get(name)
-            apply_overrides(current, value, inner if isinstance(inner, Mapping) else {})
+            _apply(current, value, inner if isinstance(inner, Mapping) else {})
         elif name in _IMPLEMENTATIONS:
             setattr(config, f"_{name}", value)
-        elif name == "dtype" and isinstance(value, str):
-            config.dtype = getattr(torch, value, None)
+        elif name in ("dtype", "torch_dtype"):
+            config.dtype = _dtype(value)
         else:
             setattr(config, name, copy.deepcopy(value))
+
+
+def _counts(config: PreTrainedConfig) -> set[str]:
+    """The fields that say how many layers there are, as a configuration has them."""
+    return {name for word in _LAYER_COUNTS for name in (word, config.attribute_map.get(word, word))}
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    found = getattr(torch, value, None) if isinstance(value, str) else value
+    if value not in (None, "auto") and not isinstance(found, torch.dtype):
+        raise TypeError(f"dtype={value!r} is no dtype of torch, such as 'float32'")
+    return found
 
 
 def kept_overrides(model: Any, blueprint: Blueprint, hub: HubOptions) -> dict[str, Any]:
@@ -83,6 +117,7 @@ def kept_overrides(model: Any, blueprint: Blueprint, hub: HubOptions) -> dict[st
         _refuse_other_shapes(blueprint, _changed(blueprint.recipient.config, live), live)
     pinned, path = _pinned(blueprint, hub)
     overrides = _merged(_differences(pinned, blueprint.recipient.config), live)
+    apply_overrides(copy.deepcopy(pinned), overrides, {})  # what a reload would refuse
     for name in reversed(path):
         overrides = {name: overrides} if overrides else {}
     return overrides
