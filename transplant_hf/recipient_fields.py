@@ -104,6 +104,17 @@ class RecipientFields:
             super().__setattr__(key, value)
         return None
 
+    def __delattr__(self, name: str) -> None:
+        """Take a field that was set away again, so that the recipient's is the one that counts."""
+        key = _SPELLINGS.get(name, name)
+        overridden = self.__dict__.get("recipient_overrides", {}).pop(key, _MISSING) is not _MISSING
+        names = {name, key, f"_{key}"} if key in _SPELLINGS.values() else {name}
+        held = names & self.__dict__.keys()
+        for each in held:
+            super().__delattr__(each)
+        if not overridden and not held:
+            super().__delattr__(name)
+
     def __getattr__(self, name: str) -> Any:
         """Answer for the recipient what other tools read of a configuration, from files that are at hand."""
         if not name.startswith("_") and "recipient_overrides" in self.__dict__:

@@ -319,3 +319,13 @@ def test_another_number_of_layers_is_not_saved_thin(tiny_llama: Path, tmp_path: 
     model = load(tiny_llama / "recipient", donors={str(tiny_llama / "donor"): 1}, num_hidden_layers=NUM_LAYERS - 1)
     with refused(ConfigurationError, f"num_hidden_layers={NUM_LAYERS - 1}"):
         model.save_pretrained(tmp_path / "thin", thin=True)
+
+
+def test_a_field_that_is_deleted_is_the_recipients_again(tiny_llama: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_llama / "donor")
+    before = config.to_dict(), config.pad_token_id
+    config.pad_token_id, config.use_cache = 7, False
+    del config.pad_token_id, config.use_cache
+    assert (config.to_dict(), config.pad_token_id) == before
+    with pytest.raises(AttributeError):
+        del config.never_set
