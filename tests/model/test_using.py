@@ -306,6 +306,92 @@ def test_blocks_that_end_out_of_order(tiny_llama: Path, answers: dict[Any, torch
     assert torch.equal(logits_of(model), answers[None])
 
 
+@pytest.mark.parametrize("how", ["callback", "thread", "context"])
+def test_a_block_that_ends_in_a_copied_context(tiny_llama: Path, answers: dict[Any, torch.Tensor], how: str) -> None:
+    model = two_donors(tiny_llama)
+
+    async def serve() -> torch.Tensor:
+        stack = contextlib.ExitStack()
+        stack.enter_context(model.using("a"))
+        if how == "callback":
+            task = asyncio.create_task(asyncio.sleep(0))
+            task.add_done_callback(lambda _: stack.close())
+            await task
+            await asyncio.sleep(0)
+        elif how == "thread":
+            await asyncio.to_thread(stack.close)
+        else:
+            contextvars.copy_context().run(stack.close)
+        return logits_of(model)
+
+    assert torch.equal(asyncio.run(serve()), answers[None])
+    assert torch.equal(logits_of(model), answers[None])
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+@pytest.mark.parametrize("choice", ["a", None])
+def test_a_generator_that_ends_within_another_call(
+    tiny_llama: Path, answers: dict[Any, torch.Tensor], elsewhere: bool, choice: str | None
+) -> None:
+    """Closed by another thread, or by this one as by the garbage collector: the call goes on as it began."""
+    model = two_donors(tiny_llama)
+    streams = [stream(model, "b"), stream(model, ())]
+
+    def leave(*_: Any) -> None:
+        if elsewhere:
+            thread = threading.Thread(target=streams[0].close)  # type: ignore[attr-defined]
+            thread.start()
+            thread.join()
+        else:
+            streams[0].close()  # type: ignore[attr-defined]
+
+    async def request() -> torch.Tensor:
+        with model.using(choice) if choice else contextlib.nullcontext():
+            hook = model.model.layers[0].register_forward_hook(leave)
+            try:
+                return logits_of(model)
+            finally:
+                hook.remove()
+
+    for one in streams:
+        contextvars.copy_context().run(next, one)
+    assert torch.equal(asyncio.run(request()), answers[choice])
+    assert torch.equal(next(streams[1]), answers[()])
+
+
+class Stop(BaseException):
+    pass
+
+
+def test_an_interrupted_call_chooses_nothing_later(tiny_llama: Path, answers: dict[Any, torch.Tensor]) -> None:
+    """In the thread of a pool, whose context has the block only for that call; and within another call."""
+    model = two_donors(tiny_llama)
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    def interrupted() -> None:
+        hook = model.model.layers[3].register_forward_hook(stop)
+        with pytest.raises(Stop):
+            logits_of(model)
+        hook.remove()
+
+    def inner(*_: Any) -> None:
+        hook.remove()
+        with model.using("b"):
+            interrupted()
+
+    with ThreadPoolExecutor(1) as pool:
+        with model.using("a"):
+            pool.submit(contextvars.copy_context().run, interrupted).result()
+        assert torch.equal(pool.submit(logits_of, model).result(), answers[None])
+        pool.submit(model.move_donor, "a", 0).result()
+    hook = model.model.layers[0].register_forward_hook(inner)
+    with model.using("a"):
+        assert torch.equal(logits_of(model), answers["a"])
+    assert torch.equal(logits_of(model), answers[None])
+
+
 def test_a_call_passed_on_by_a_generator(tiny_llama: Path, answers: dict[Any, torch.Tensor]) -> None:
     """In another thread nobody can tell whether the generator asked, or the code that it is suspended in."""
     model = two_donors(tiny_llama)
@@ -423,6 +509,63 @@ def test_donors_that_come_and_go(tiny_llama: Path) -> None:
             pass
         with model.using(()):
             assert torch.equal(logits_of(model), logits_of(plain(tiny_llama / "recipient")))
+
+
+def in_another_thread(change: Any, *args: Any, **kwargs: Any) -> None:
+    """As another thread may do while this one has a block open."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(change, *args, **kwargs).result()
+
+
+def test_donors_that_come_within_a_block(tiny_llama: Path) -> None:
+    model = loaded(tiny_llama, 2, name="b")
+    with model.using("b"):
+        in_another_thread(model.add_donor, str(tiny_llama / "donor"), 0, name="a")
+        assert torch.equal(logits_of(model), logits_of(alone(tiny_llama, "b")))
+    model = loaded(tiny_llama, 2, name="b")
+    with model.using("b"):
+        in_another_thread(model.add_donor, str(tiny_llama / "donor"), 0, "replace", name="a")
+        with refused(ConfigurationError, "'a'", "in place of", "Begin another block"):
+            logits_of(model)
+
+
+@pytest.mark.parametrize("mode", ["insert", "replace"])
+def test_donors_that_go_within_a_block(tiny_llama: Path, mode: str) -> None:
+    facts = ("'b'", "removed, switched off", "Begin another block")
+    model = two_donors(tiny_llama, second=mode, keep_replaced=True)
+    with model.using("b"):
+        with model.disable_transplants("b"), refused(ConfigurationError, *facts):
+            logits_of(model)
+        wanted = logits_of(model)
+        in_another_thread(model.remove_donor, "a")
+        assert torch.equal(logits_of(model), wanted)
+        in_another_thread(model.remove_donor, "b")
+        with refused(ConfigurationError, *facts):
+            logits_of(model)
+    assert torch.equal(logits_of(model), logits_of(plain(tiny_llama / "recipient")))
+
+
+def test_decorators(tiny_llama: Path, answers: dict[Any, torch.Tensor]) -> None:
+    """Each call of a function has its own block; what runs after the call is refused."""
+    model = two_donors(tiny_llama)
+
+    def function(depth: int) -> list[torch.Tensor]:
+        return [logits_of(model), *(chosen(depth - 1) if depth else [])]
+
+    async def coroutine() -> None: ...
+    async def generator_of_tasks() -> AsyncIterator[None]:
+        yield
+
+    def generator() -> Iterator[None]:
+        yield
+
+    for block, answer in ((model.using("a"), answers["a"]), (model.disable_transplants(), answers[()])):
+        for later in (coroutine, generator_of_tasks, generator):
+            with refused(ConfigurationError, "cannot decorate", later.__name__, "inside the function"):
+                block(later)
+        chosen = block(function)
+        assert all(torch.equal(found, answer) for found in chosen(1) + chosen(0))
+        assert torch.equal(logits_of(model), answers[None])
 
 
 # -- Refusals ---------------------------------------------------------------------------------------------------------

@@ -46,12 +46,16 @@ class Here:
         settings: Strengths and composition, as they are set.
         plan: Counts the changes of which layers the model holds.
         disabled: The donors that are switched off.
+        inserted: The donors that the model holds beside the recipient's layers.
+        replacing: Those that it holds instead of some.
     """
 
     requests: Requests
     settings: Hashable = None
     plan: int = 0
     disabled: frozenset[str] = frozenset()
+    inserted: frozenset[str] = frozenset()
+    replacing: frozenset[str] = frozenset()
 
     @property
     def set(self) -> tuple[int, frozenset[str], Hashable]:
@@ -63,6 +67,24 @@ class Here:
         """What a cache would be filled with."""
         wanted = self.requests.now()
         return Side(*self.set, wanted and wanted.key)
+
+    def check_request(self) -> None:
+        """Refuse a call whose block began with other donors, where it cannot have what it names.
+
+        Raises:
+            ConfigurationError: Naming the donors.
+        """
+        wanted = self.requests.now()
+        if wanted is None:
+            return
+        gone = wanted.named - (self.inserted - self.disabled)
+        changed = gone | (wanted.replacing ^ (self.replacing - self.disabled))
+        if changed:
+            raise ConfigurationError(
+                f"donors {', '.join(map(repr, sorted(changed)))} were removed, switched off, or put in place of "
+                "recipient layers after the using(...) block of this call began. Begin another block, with the donors "
+                "that the model has now."
+            )
 
 
 class CacheGuard:
@@ -130,6 +152,7 @@ class CacheGuard:
             return
         self.calls.begin_pass()
         self.here.requests.begin_call(self.here.set)
+        self.here.check_request()
         if not self._watches:
             return
         for cache in _caches(args, kwargs):

@@ -22,7 +22,7 @@ from .calls import counted
 from .gates import gates_of, refuse_gate
 from .hot import add_donor, move_donor, remove_donor, swap_donor
 from .loading import active_loading
-from .requests import Choice, Requests, Wanted
+from .requests import Block, Choice, Requests, Wanted
 from .saving import push_transplant, save_transplant
 from .state import finish, record_of_layers, state_of
 
@@ -154,10 +154,10 @@ class TransplantMixin:
         Raises:
             ConfigurationError: No such donor, or one that replaced layers that were not kept.
         """
-        state = state_of(self)
-        chosen = state.blueprint.splice.names if names is None else [names] if isinstance(names, str) else list(names)
-        state.switch.check(chosen)
-        return state.switch.off(chosen)
+        named = None if names is None else [names] if isinstance(names, str) else list(names)
+        off = functools.partial(state_of(self).off, named)
+        off()  # refuses names now
+        return Block(off)
 
     def using(self, donors: Any = None, *, rows: Sequence[Any] | None = None) -> AbstractContextManager[None]:
         """Choose donors for the calls inside a `with` block; the model itself stays as it is.

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ from ..errors import ConfigurationError
 from ..numeric import finite_number
 from ..splice import Blueprint
 
-__all__ = ["Choice", "Requests", "Wanted", "read_request"]
+__all__ = ["Block", "Choice", "Requests", "Wanted", "read_request"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,10 +35,17 @@ class Wanted:
     Args:
         strengths: By donor: a number for all rows, or `[rows]` in float32.
         key: Equal for requests that want the same.
+        replacing: The donors that replaced layers when the block began; a call cannot do without them.
     """
 
     strengths: Mapping[str, float | torch.Tensor]
     key: Hashable
+    replacing: frozenset[str] = frozenset()
+
+    @property
+    def named(self) -> set[str]:
+        """The inserted donors that are not left out."""
+        return {name for name, value in self.strengths.items() if isinstance(value, torch.Tensor) or value != 0}
 
 
 # A compiled call cannot tell which of several tasks or generators of its thread it belongs to.
@@ -46,22 +53,56 @@ _UNSURE = Wanted({}, "unsure")
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
+class _Call(NamedTuple):
+    """An eager call that is under way: the identity of its frame, what it wants, and the side that it entered on."""
+
+    frame: int
+    wanted: Wanted | None
+    side: Hashable
+
+
 class _Thread:
     """What is known of one thread."""
 
-    # Read by what torch.compile traces, which cannot read context variables. It is right during an eager call, which
-    # sets it, and in code that neither an event loop nor a generator can interleave with other code.
+    # Read by what torch.compile traces, which cannot read context variables. Only the thread itself says what its
+    # eager call wants; blocks, which may end in any thread, say what holds outside such a call. The latter is right in
+    # code that neither an event loop nor a generator can interleave with other code.
+    calling = False
     wanted: Wanted | None = None
+    outside: Wanted | None = None
 
     def __init__(self) -> None:
-        self.before: list[tuple[Wanted | None, Hashable]] = []
+        self.calls: list[_Call] = []
         self.open: list[_Block] = []
 
     def settle(self) -> None:
         """Say what calls want that do not look for themselves: compiled ones, and those of single layers."""
-        self.before.clear()
-        unsure = any(block.interleaved for block in self.open)
-        self.wanted = _UNSURE if unsure else self.open[-1].wanted if self.open else None
+        seen = None
+        while seen != self.open:  # blocks may end in other threads meanwhile, or when garbage is collected
+            seen = [*self.open]
+            unsure = any(block.interleaved for block in seen)
+            self.outside = _UNSURE if unsure else seen[-1].wanted if seen else None
+
+    def drop(self, first: int) -> None:
+        """Let calls be over, from one on."""
+        del self.calls[first:]
+        self.calling = bool(self.calls)
+        self.wanted = self.calls[-1].wanted if self.calls else None
+
+    def forget_interrupted(self, frame: FrameType | None) -> None:
+        """Let calls be over that ended by Ctrl-C or the like, after which torch runs no hook.
+
+        Args:
+            frame: The innermost that a call under way may have.
+        """
+        while self.calls:
+            # By identity: a frame that is kept would keep the model.
+            around = frame
+            while around is not None and id(around) != self.calls[-1].frame:
+                around = around.f_back
+            if around is not None:
+                return
+            self.drop(-1)
 
 
 class Requests(threading.local):
@@ -79,19 +120,26 @@ class Requests(threading.local):
 
     def begin_call(self, side: Hashable) -> None:
         """Settle what an eager call wants, where it enters the decoder, and keep the side that it enters on."""
-        self.thread.before.append((self.thread.wanted, side))
-        self.thread.wanted = self.found()
+        frame, thread = _module_call(sys._getframe(2)), self.thread
+        thread.forget_interrupted(frame.f_back)
+        wanted = self.found()
+        thread.calls.append(_Call(id(frame), wanted, side))
+        thread.calling, thread.wanted = True, wanted
 
     def end_call(self) -> Hashable:
-        """Leave the decoder again; returns the side, `None` if a hook ended the block of this call."""
-        if not self.thread.before:
-            return None
-        self.thread.wanted, side = self.thread.before.pop()
-        return side
+        """Leave the decoder again; returns the side, `None` if the call did not begin."""
+        frame, thread = id(_module_call(sys._getframe(2))), self.thread
+        for number in reversed(range(len(thread.calls))):
+            if thread.calls[number].frame == frame:
+                side = thread.calls[number].side
+                thread.drop(number)
+                return side
+        return None
 
     def now(self) -> Wanted | None:
         """What the code that runs now wants: within a call what the call wants."""
-        return self.thread.wanted if self.thread.before else self.found()
+        self.thread.forget_interrupted(sys._getframe())
+        return self.thread.wanted if self.thread.calling else self.found()
 
     def known(self) -> Wanted | None:
         """What a layer is to do, be it compiled or not.
@@ -99,7 +147,9 @@ class Requests(threading.local):
         Raises:
             ConfigurationError: A compiled call cannot know.
         """
-        wanted = self.thread.wanted
+        if not torch.compiler.is_compiling():
+            self.thread.forget_interrupted(sys._getframe())
+        wanted = self.thread.wanted if self.thread.calling else self.thread.outside
         if wanted is not None and wanted.key == _UNSURE.key:
             raise ConfigurationError(
                 "a compiled call cannot tell which using(...) block it belongs to while one is open in a coroutine or "
@@ -158,7 +208,7 @@ class _Block:
         self.closed = False
         near = requests.generators_block()
         self.around: tuple[_Block, ...] = (*near.around, near) if near else ()
-        _blocks.set((*(block for block in _blocks.get() if not block.closed), self))
+        self._token: Any = _blocks.set((*(block for block in _blocks.get() if not block.closed), self))
         if self.generator is not None:
             _generators.setdefault(self.generator, []).append(self)
         self._thread = requests.thread
@@ -166,10 +216,15 @@ class _Block:
         self._thread.settle()
 
     def close(self) -> None:
-        """End it, innermost or not, in whatever context or thread."""
+        """End it, innermost or not, in whatever context or thread; calls that are under way go on as they began."""
         blocks = _blocks.get()
-        # Contexts that were copied from the one it began in keep it: a task may outlive the block that it was made in.
-        self.closed = self not in blocks or self.generator is not None
+        try:
+            _blocks.reset(self._token)
+            # Contexts that were copied from this one keep it: a task may outlive the block that it was made in.
+            self.closed = self.generator is not None
+        except ValueError:  # it began in another context, maybe the one that this is a copy of, and ends there too
+            self.closed = True
+        self._token = None
         _blocks.set(tuple(block for block in blocks if block is not self))
         if self.generator is not None:
             _generators[self.generator].remove(self)
@@ -195,6 +250,11 @@ def _place() -> tuple[int, Any]:
         return threading.get_ident(), None
 
 
+def _module_call(frame: FrameType) -> FrameType:
+    """The frame in which torch calls a module, from the one that calls a hook."""
+    return frame.f_back if frame.f_code.co_name == "inner" and frame.f_back else frame
+
+
 def _runner(frame: FrameType | None) -> tuple[FrameType | None, bool]:
     """Find the innermost generator that runs a frame, and whether other code of the thread may run before it ends."""
     while frame is not None:
@@ -213,7 +273,44 @@ def _of_contextlib(frame: FrameType) -> bool:
     return frame.f_code.co_filename == contextlib.__file__
 
 
-class Choice(contextlib.ContextDecorator):
+class _Decorator(contextlib.ContextDecorator):
+    """A block that can be put around functions, each call of which opens its own."""
+
+    def __call__(self, func: Any) -> Any:
+        later = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
+        if any(kind(func) for kind in later):
+            raise ConfigurationError(
+                f"using(...) and disable_transplants() cannot decorate {getattr(func, '__qualname__', func)!r}: a call "
+                "of a coroutine or generator function only makes what runs after the block. Write the block as a with "
+                "statement inside the function."
+            )
+        return super().__call__(func)
+
+
+class Block(_Decorator):
+    """What `model.disable_transplants(...)` returns.
+
+    Args:
+        begin: Makes a block that is used once.
+    """
+
+    def __init__(self, begin: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self._begin = begin
+        self._open: list[contextlib.AbstractContextManager[None]] = []
+
+    def _recreate_cm(self) -> Block:
+        return Block(self._begin)
+
+    def __enter__(self) -> None:
+        block = self._begin()
+        block.__enter__()
+        self._open.append(block)
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._open.pop().__exit__(*raised)
+
+
+class Choice(_Decorator):
     """What `model.using(...)` returns: a block in which calls use chosen donors.
 
     Args:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -57,6 +57,16 @@ class TransplantState:
                 self.dials.use(blueprint)
                 self.switch.watch()
 
+    def off(self, names: Sequence[str] | None) -> AbstractContextManager[None]:
+        """Make a block in which donors are switched off; `None` for all that there are then.
+
+        Raises:
+            ConfigurationError: No such donor, or one that replaced layers that were not kept.
+        """
+        chosen = self.blueprint.splice.names if names is None else names
+        self.switch.check(chosen)
+        return self.switch.off(chosen)
+
     def request(self, donors: Any, rows: Sequence[Any] | None) -> tuple[Requests, Wanted]:
         """Read what a call asks for, and make the model ready to answer.
 
@@ -64,8 +74,10 @@ class TransplantState:
             ConfigurationError: As `read_request`; or a donor that is switched off.
         """
         wanted = read_request(self.blueprint, donors, rows)
-        for name, strength in wanted.strengths.items():
-            if name in self.switch.disabled and (isinstance(strength, torch.Tensor) or strength != 0):
+        replacing = frozenset(part.name for part in self.blueprint.parts if part.spec.mode == "replace")
+        wanted = dataclasses.replace(wanted, replacing=replacing - self.switch.disabled)
+        for name in wanted.strengths:
+            if name in self.switch.disabled & wanted.named:
                 raise ConfigurationError(
                     f"donor {name!r} is switched off by disable_transplants(), so that no call can use it meanwhile."
                 )

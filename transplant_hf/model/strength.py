@@ -98,7 +98,7 @@ class _Dial:
                 "using(...) lasts for a call, but gradient checkpointing runs layers again later, after it. Set the "
                 "strength for every call with set_strength(name, value), or train without gradient checkpointing."
             )
-        local.wanted = None if wanted is None else wanted.strengths[self.name]
+        local.wanted = None if wanted is None else wanted.strengths.get(self.name, 0.0)
         local.entered = None  # the same
         if self.meeting is None:
             return None

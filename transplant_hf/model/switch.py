@@ -72,7 +72,9 @@ class Switch:
         self._blueprint = blueprint
         self._layers = layers
         self._dials = dials
-        self._here = Here(dials.requests, dials.settings)
+        replacing = frozenset(part.name for part in blueprint.parts if part.spec.mode == "replace")
+        inserted = frozenset(blueprint.splice.names) - replacing
+        self._here = Here(dials.requests, dials.settings, inserted=inserted, replacing=replacing)
         # By a key of their own: blocks may end in another order than they began (generators, callbacks).
         self._asked: dict[object, Names] = {}
         # Which layers the live model is set up for; `None` while it holds all it was built with.
