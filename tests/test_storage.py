@@ -23,7 +23,7 @@ from transplant_hf.storage import parse_size, publish, read_json, sha256_of, wri
 
 
 def is_old(name: str) -> bool:
-    return name.startswith("old")
+    return name.rpartition("/")[2].startswith("old")
 
 
 def content_of(folder: Path) -> dict[str, str]:
@@ -66,6 +66,22 @@ def test_an_old_artefact_goes_and_other_files_stay(target: Path) -> None:
     renew(target)
     assert content_of(target) == AFTER
     assert names_in(target.parent) == ["model"]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_files_in_a_renewed_subfolder_stay(target: Path, in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("part/notes.txt", "part/old1", "part/old2", "part/deep/notes.txt", "gone/old1", "both/notes.txt"):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(name)
+    (target / "empty").mkdir()
+    if in_place:
+        monkeypatch.chdir(target)
+    with publish(target, is_old) as staging:
+        (staging / "part").mkdir()
+        (staging / "part" / "old1").write_text("renewed")
+    kept = ("notes.txt", "mine/deep.txt", "part/notes.txt", "part/deep/notes.txt", "both/notes.txt")
+    assert content_of(target) == {"part/old1": "renewed", **{name: name for name in kept}}
+    assert (target / "empty").is_dir()
 
 
 def test_an_exception_changes_nothing(target: Path) -> None:

@@ -164,12 +164,12 @@ def publish(target: str | os.PathLike[str], replaces: Callable[[str], bool]) -> 
     """Write a folder whole or not at all.
 
     The block writes into a folder beside the target. When it ends well, the files of an existing target that the
-    new artefact does not replace are carried over, and the two folders change places in one step. Of several
-    processes that do so at once, the last one's artefact stays.
+    new artefact does not replace are carried over, those in its subfolders too, and the two folders change places in
+    one step. Of several processes that do so at once, the last one's artefact stays.
 
     Args:
         target: The folder to make or to renew.
-        replaces: Whether a file name belongs to the old artefact and must go.
+        replaces: Whether a file belongs to the old artefact and must go, by its path in the target, `/` between parts.
 
     Yields:
         The folder to write into.
@@ -207,7 +207,10 @@ def _take_place(staging: Path, target: Path, replaces: Callable[[str], bool]) ->
         staging.rename(target)
         return
     if target.is_mount() or Path.cwd().is_relative_to(target.resolve()):
-        _replace_files(staging, target, replaces)
+        logger.warning(f"{target} is in use as a working directory or mount: its files are replaced one by one.")
+        gone = staging / ".gone"
+        gone.mkdir()
+        _replace_files(staging, target, gone, replaces)
         return
     _carry_over(target, staging, replaces)
     shutil.copymode(target, staging)
@@ -280,22 +283,31 @@ def _open_to_others(folder: Path) -> None:
         path.chmod(folder_mode if path.is_dir() else file_mode)
 
 
-def _carry_over(old: Path, new: Path, replaces: Callable[[str], bool]) -> None:
+def _carry_over(old: Path, new: Path, replaces: Callable[[str], bool], within: str = "") -> None:
     for path in old.iterdir():
-        if (new / path.name).exists() or replaces(path.name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
-        else:
-            _link(path, new / path.name)
+        copy, name = new / path.name, f"{within}{path.name}"
+        if not _is_folder(path):
+            if not copy.exists() and not replaces(name):
+                _link(path, copy)
+        elif not copy.exists():
+            copy.mkdir()
+            _carry_over(path, copy, replaces, f"{name}/")
+            shutil.copystat(path, copy)
+            if not any(copy.iterdir()) and any(path.iterdir()):
+                copy.rmdir()
+        elif copy.is_dir():
+            _carry_over(path, copy, replaces, f"{name}/")
 
 
-def _link(source: str | Path, copy: str | Path) -> str | Path:
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _link(source: Path, copy: Path) -> None:
     try:
         os.link(source, copy, follow_symlinks=False)
     except OSError:  # no hard links here
         shutil.copy2(source, copy, follow_symlinks=False)
-    return copy
 
 
 def _change_places(new: Path, old: Path) -> None:
@@ -311,18 +323,19 @@ def _change_places(new: Path, old: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _replace_files(new: Path, old: Path, replaces: Callable[[str], bool]) -> None:
+def _replace_files(new: Path, old: Path, gone: Path, replaces: Callable[[str], bool], within: str = "") -> None:
     """Renew a folder that cannot be exchanged: a working directory or a mount point."""
-    logger.warning(f"{old} is in use as a working directory or mount: its files are replaced one by one.")
-    gone = new / ".gone"
-    gone.mkdir()
-    kept = {path.name for path in new.iterdir()}
     for path in old.iterdir():
-        # Folders cannot be renamed onto others; the old artefact's other files would belong to no artefact.
-        if path != new and (replaces(path.name) if path.name not in kept else path.is_dir()):
-            path.rename(gone / path.name)
-    for path in new.iterdir():
-        if path != gone:
+        own, name = new / path.name, f"{within}{path.name}"
+        if path == new:  # it lies in what is mounted
+            continue
+        if _is_folder(path) and (own.is_dir() or not own.exists()):
+            _replace_files(own, path, gone, replaces, f"{name}/")
+        elif path.is_dir() or own.is_dir() if own.exists() else replaces(name):
+            (gone / name).parent.mkdir(parents=True, exist_ok=True)
+            path.rename(gone / name)
+    for path in new.iterdir() if new.exists() else ():
+        if path != gone and not (path.is_dir() and _is_folder(old / path.name)):  # such a folder is done
             path.replace(old / path.name)
 
 

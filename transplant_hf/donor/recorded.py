@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..cards import CARD_FILE
+from ..cards import CARD_FILE, written_by_us
 from ..cards.authorship import began_as_ours
 from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..errors import CheckpointError, ConfigurationError
 from ..outputs import check_output_folder, files_in
 from ..storage import read_json
+from .companions import NAMED_TEMPLATES, is_companion
 from .entry import CODE_FILE
 from .record import DONOR_CONFIG, DonorRecord
 from .tensors import DONOR_FILE, DONOR_INDEX
 
-__all__ = ["check_artefact_folder", "is_artefact_file", "recorded_donors", "recorded_files"]
+__all__ = [
+    "RECIPIENT_FOLDER",
+    "check_artefact_folder",
+    "foreign_names",
+    "is_artefact_file",
+    "recorded_files",
+    "replaced_in",
+]
 
+# A full save in the transplant format has its recipient in it. A save whose recipient lies there already is refused,
+# see `refuse_recipients_place`, so that no reference of ours leads to a folder of that name that the user made.
+RECIPIENT_FOLDER = "recipient"
 _CONFIG = "config.json"
 _MODEL_CONFIGS = {_CONFIG, "generation_config.json"}
 _MODEL_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -39,6 +50,54 @@ def check_artefact_folder(folder: str | os.PathLike[str], overwrite: bool) -> No
         CheckpointError: A record in it is malformed.
     """
     check_output_folder(folder, overwrite, _strangers)
+
+
+def replaced_in(folder: Path) -> Callable[[str], bool]:
+    """Return what tells the old artefact's files, by their paths in a folder, from all else in it.
+
+    Raises:
+        CheckpointError: The old `config.json` is malformed.
+    """
+    folder = folder.expanduser()
+    own = _own_folders(folder)
+    card = folder / CARD_FILE
+    replaces_card = card.is_file() and written_by_us(card.read_text(encoding="utf-8", errors="replace"))
+
+    def replaced(name: str) -> bool:
+        place, _, last = name.rpartition("/")
+        if not place:
+            return is_artefact_file(name) or (name == CARD_FILE and replaces_card)
+        if place.partition("/")[0] == NAMED_TEMPLATES:
+            return is_companion(name)  # written again where they are kept, see `copy_companions`
+        if place == RECIPIENT_FOLDER:
+            return place in own and (is_artefact_file(last) or last in _MODEL_CONFIGS)
+        return place in own and is_artefact_file(last) and last.startswith("donor")
+
+    return replaced
+
+
+def foreign_names(folder: Path) -> set[str]:
+    """Return the names in a folder, case-folded, that a save may not give to a folder of its own: the user's."""
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        return set()
+    own = _own_folders(folder)
+    return {
+        path.name.casefold()
+        for path in folder.iterdir()
+        if path.name not in own and (path.is_symlink() or not path.is_dir() or any(path.iterdir()))
+    }
+
+
+def _own_folders(folder: Path) -> set[str]:
+    """The subfolders that saves in the transplant format made: several donors' folders, and the recipient's."""
+    path = folder / _CONFIG
+    fields = read_json(path, "the old config.json") if path.exists() else {}
+    if not _is_transplant(fields):
+        return set()
+    specs = _recorded_donors(folder, fields)
+    donors = {spec.subfolder for spec in specs if spec.donor == "." and spec.subfolder}
+    return donors | ({RECIPIENT_FOLDER} if fields.get("recipient") == f"./{RECIPIENT_FOLDER}" else set())
 
 
 def recorded_files(folder: Path) -> set[str]:
@@ -73,7 +132,7 @@ def _is_transplant(fields: dict[str, Any]) -> bool:
     return fields.get("model_type") == TransplantConfig.model_type
 
 
-def recorded_donors(folder: Path, fields: Mapping[str, Any]) -> list[DonorSpec]:
+def _recorded_donors(folder: Path, fields: Mapping[str, Any]) -> list[DonorSpec]:
     """Read the donors in the fields of a folder's `config.json`.
 
     Raises:
@@ -89,7 +148,7 @@ def recorded_donors(folder: Path, fields: Mapping[str, Any]) -> list[DonorSpec]:
 
 def _own_donors(folder: Path, fields: dict[str, Any]) -> set[str]:
     """The folders of the donors that lie in the same repository; "" is its root."""
-    specs = recorded_donors(folder, fields)
+    specs = _recorded_donors(folder, fields)
     places = [PurePosixPath(spec.donor, spec.subfolder or "").as_posix() for spec in specs]
     return {_inside(place.removeprefix("./")) if place != "." else "" for place in places}
 
@@ -121,12 +180,10 @@ def _model_files(folder: Path) -> set[str]:
 
 
 def _strangers(folder: Path) -> set[str]:
-    """The files that a save replaces by their names or with their folder, and that no record of ours names."""
+    """The files that a save replaces by their names, and that no record of ours names."""
     own = recorded_files(folder) if _is_ours(folder) else set()
-    found = {path.name for path in folder.iterdir() if not path.is_dir() and is_artefact_file(path.name)}
-    for part in {name.partition("/")[0] for name in own if "/" in name}:
-        found |= {f"{part}/{name}" for name in files_in(folder / part)}
-    return found - own
+    replaced = replaced_in(folder)
+    return {name for name in files_in(folder) if is_artefact_file(name.rpartition("/")[2]) and replaced(name)} - own
 
 
 def _is_ours(folder: Path) -> bool:

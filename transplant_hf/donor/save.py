@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,16 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
-from ..cards import CARD_FILE, written_by_us
 from ..config import DonorSpec, TransplantConfig
 from ..errors import ConfigurationError
 from ..sources import points_to_folder
-from ..storage import parse_size, publish, read_json, write_json
+from ..storage import parse_size, publish, write_json
 from .card import write_donor_card
-from .companions import COMPANION_FOLDERS, NAMED_TEMPLATES, at_hand, copy_companions, is_companion, tokenizer_class
+from .companions import COMPANION_FOLDERS, at_hand, copy_companions, is_companion, tokenizer_class
 from .dtypes import loaded_dtype
 from .entry import write_entry
 from .record import DONOR_CONFIG, DonorRecord, FileStamp
-from .recorded import is_artefact_file, recorded_donors
+from .recorded import RECIPIENT_FOLDER, is_artefact_file, replaced_in
 from .stream import size_of, write_safetensors
 from .tensors import DONOR_INDEX, TensorStore
 
@@ -31,11 +30,9 @@ if TYPE_CHECKING:
     from .donor import Donor
 
 __all__ = [
-    "RECIPIENT_FOLDER",
     "donor_folders",
     "refuse_recipients_place",
     "replaced_among",
-    "replaced_in",
     "save_donor",
     "vocabulary_of",
     "write_donor",
@@ -43,34 +40,20 @@ __all__ = [
 ]
 
 _PROGRESS_FROM = 1 << 28
-# A full save in the transplant format has its recipient in it.
-RECIPIENT_FOLDER = "recipient"
 _LONGEST_FOLDER = 100
 # Words, dots and spaces as every file system has them, without a file's ending; and the devices of Windows.
 _FOLDER = re.compile(r"(?!.*\.[a-z]+$)\w([\w .-]*[\w-])?", re.IGNORECASE)
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 
 
-def replaced_in(folder: Path) -> Callable[[str], bool]:
-    """Return what tells the old artefact's files and folders in a folder from all else in it."""
-    path = folder / "config.json"
-    fields = read_json(path, "the old config.json") if path.exists() else {}
-    folders: set[str] = set()
-    if fields.get("model_type") == TransplantConfig.model_type:
-        own = [spec.subfolder for spec in recorded_donors(folder, fields) if spec.donor == "."]
-        recipient = str(fields.get("recipient", ""))
-        folders = {name for name in own if name} | ({recipient[2:]} if recipient.startswith("./") else set())
-    card = folder / CARD_FILE
-    if card.is_file() and written_by_us(card.read_text(encoding="utf-8", errors="replace")):
-        folders.add(CARD_FILE)
-    folders.add(NAMED_TEMPLATES)  # written again where they are kept, see `copy_companions`
-    return lambda name: is_artefact_file(name) or name in folders
-
-
-def donor_folders(names: Sequence[str]) -> list[str | None]:
+def donor_folders(names: Sequence[str], foreign: Collection[str] = ()) -> list[str | None]:
     """Return the folders that donors of these names get: one donor lies at the root, several have a folder each.
 
     A folder is called as its donor where every file system takes that name and nothing else beside it can have it.
+
+    Args:
+        names: The donors' names.
+        foreign: Names in the folder they are saved into that are not theirs to take; see `foreign_names`.
 
     Example:
         >>> donor_folders(["law", "README.md", "LAW"]), donor_folders(["law"])
@@ -79,7 +62,7 @@ def donor_folders(names: Sequence[str]) -> list[str | None]:
     if len(names) == 1:
         return [None]
     found: list[str | None] = []
-    taken = {RECIPIENT_FOLDER}
+    taken = {RECIPIENT_FOLDER, *foreign}
     for number, name in enumerate(names, start=1):
         plain = _FOLDER.fullmatch(name) and len(name.encode()) <= _LONGEST_FOLDER
         of_recipient = is_companion(name.casefold()) or name.casefold() in COMPANION_FOLDERS
@@ -101,13 +84,22 @@ def replaced_among(names: Sequence[str]) -> set[str]:
 
 
 def refuse_recipients_place(recipient: str, folder: Path, revision: str | None) -> None:
-    """Refuse to replace a recipient by what refers to it.
+    """Refuse to replace a recipient by what refers to it, now or with the next save.
 
     Raises:
-        ConfigurationError: The folder is the recipient's own.
+        ConfigurationError: The folder is the recipient's own, or the recipient lies where full saves write theirs.
     """
     path = points_to_folder(recipient, revision=revision)
-    if path is not None and path.is_dir() and path.resolve() == folder.resolve():
+    if path is None or not path.is_dir():
+        return
+    place = folder.expanduser().resolve()
+    if path.resolve() == place / RECIPIENT_FOLDER:
+        raise ConfigurationError(
+            f"{folder} holds the recipient in its subfolder {RECIPIENT_FOLDER}, where a full save in the transplant "
+            "format writes its own recipient, so that a later save would replace it. Choose another folder, or rename "
+            "the subfolder and load the recipient from there."
+        )
+    if path.resolve() == place:
         raise ConfigurationError(
             f"{folder} is the folder of the recipient itself, whose weights would be lost. Choose another folder."
         )

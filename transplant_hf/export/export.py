@@ -16,8 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from ..cards import TERMS
 from ..donor.companions import copy_companions, locate_with_companions
 from ..donor.record import FileStamp
-from ..donor.recorded import check_artefact_folder
-from ..donor.save import replaced_in
+from ..donor.recorded import check_artefact_folder, replaced_in
 from ..errors import ConfigurationError
 from ..layer_map import LayerMap
 from ..model.loading import FileChecks

@@ -12,6 +12,7 @@ from ..donor.card import chosen_license, donor_facts
 from ..donor.companions import at_hand, has_tokenizer
 from ..donor.entry import CODE_FILE
 from ..donor.record import DonorRecord
+from ..donor.recorded import foreign_names
 from ..donor.save import donor_folders
 from ..heads import BASE, CAUSAL_LM, head_of
 
@@ -45,7 +46,7 @@ def write_full_card(
     native = not (staging / CODE_FILE).exists()
     head = head_of([type(model).__name__], model.config) or (CAUSAL_LM if model.can_generate() else BASE)
     donors = []
-    folders = donor_folders(blueprint.splice.names)
+    folders = donor_folders(blueprint.splice.names, foreign_names(target))
     for part, record, subfolder in zip(blueprint.parts, records, folders, strict=True):
         if part.name in state.switch.disabled:
             continue

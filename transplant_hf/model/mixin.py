@@ -277,15 +277,17 @@ class TransplantMixin:
         """Save the model; see `PreTrainedModel.save_pretrained` for what is not listed.
 
         Args:
-            save_directory: The folder; an old artefact in it is replaced in one step.
+            save_directory: The folder; an old artefact in it is replaced in one step, other files and folders stay. A
+                donor whose name a folder of yours has there gets a folder called `donor-` and its number.
             *args: As in Transformers.
             thin: Save the donors and a pinned reference to the recipient instead of every weight.
             **kwargs: As in Transformers; and `license`, which the model card then names. A `README.md` that a person
                 wrote or edited is kept.
 
         Raises:
-            ConfigurationError: `thin` where a recipient weight differs from the pinned recipient's; or an argument that
-                a thin save, or one in the transplant format, cannot honor.
+            ConfigurationError: `thin` where a recipient weight differs from the pinned recipient's; an argument that a
+                thin save, or one in the transplant format, cannot honor; or a folder of yours called `recipient` that
+                such a save would replace.
         """
         native = functools.partial(super().save_pretrained)  # type: ignore[misc]
         return save_transplant(self, native, save_directory, args, thin, kwargs)

@@ -7,7 +7,7 @@ import functools
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,11 @@ from ..donor.companions import at_hand, copy_companions, kept_in_repository, tok
 from ..donor.entry import write_entry
 from ..donor.extract import checkpoint_tensors
 from ..donor.record import DonorRecord
+from ..donor.recorded import RECIPIENT_FOLDER, foreign_names, replaced_in
 from ..donor.save import (
-    RECIPIENT_FOLDER,
     donor_folders,
     refuse_recipients_place,
     replaced_among,
-    replaced_in,
     vocabulary_of,
     write_donor,
     written_reference,
@@ -214,11 +213,12 @@ def _write_thin(
     check_unchanged(model, state, recipient_state(model, kwargs.get("state_dict")))
     hub = HubOptions(cache_dir=state.cache_dir, local_files_only=state.local_only)
     overrides = kept_overrides(model, blueprint, hub)
-    records = _write_donors(model, blueprint, staging, kwargs)
+    folders = donor_folders(blueprint.splice.names, foreign_names(target))
+    records = _write_donors(model, blueprint, folders, staging, kwargs)
     recipient = _reference(config, target)
     specs = [
         dataclasses.replace(part.spec, donor=".", subfolder=folder, revision=None, layers=None, name=part.name)
-        for part, folder in zip(blueprint.parts, donor_folders(blueprint.splice.names), strict=True)
+        for part, folder in zip(blueprint.parts, folders, strict=True)
     ]
     saved = TransplantConfig(
         recipient=recipient,
@@ -260,11 +260,15 @@ def _copy_companions(state: Any, staging: Path, target: Path) -> None:
 
 
 def _write_donors(
-    model: PreTrainedModel, blueprint: Blueprint, staging: Path, kwargs: Mapping[str, Any]
+    model: PreTrainedModel,
+    blueprint: Blueprint,
+    folders: Sequence[str | None],
+    staging: Path,
+    kwargs: Mapping[str, Any],
 ) -> list[DonorRecord]:
     records = []
     layer_map = blueprint.layer_map()
-    for part, folder in zip(blueprint.parts, donor_folders(blueprint.splice.names), strict=True):
+    for part, folder in zip(blueprint.parts, folders, strict=True):
         place = staging / folder if folder else staging
         place.mkdir(parents=True, exist_ok=True)
         numbers = layer_map.layers_of(part.name)
@@ -279,6 +283,13 @@ def _write_full(
     model: Any, blueprint: Blueprint, staging: Path, target: Path, kwargs: dict[str, Any]
 ) -> list[DonorRecord]:
     """Write the recipient and the donors side by side, for layers that no native configuration can describe."""
+    foreign = foreign_names(target)
+    if RECIPIENT_FOLDER in foreign:
+        raise ConfigurationError(
+            f"{target / RECIPIENT_FOLDER} exists, and transplant_hf has no record of writing it: a save in the "
+            "transplant format writes its recipient under that name. Choose another folder, or rename this one."
+        )
+    folders = donor_folders(blueprint.splice.names, foreign)
     reason = "; ".join(blueprint.state(()).reasons[:2] or blueprint.beyond_native)
     logger.warning(
         f"No plain {type(model).__name__} checkpoint can describe these layers ({reason}): the folder is written in "
@@ -288,12 +299,12 @@ def _write_full(
     shell = _shell(model, blueprint)
     recipients = recipient_state(model, kwargs.get("state_dict"))
     shell.save_pretrained(staging / RECIPIENT_FOLDER, state_dict=recipients, **save_args)
-    records = _write_donors(model, blueprint, staging, kwargs)
+    records = _write_donors(model, blueprint, folders, staging, kwargs)
     specs = [
         DonorSpec(
             ".", part.spec.position, part.spec.mode, subfolder=folder, name=part.name, strength=part.spec.strength
         )
-        for part, folder in zip(blueprint.parts, donor_folders(blueprint.splice.names), strict=True)
+        for part, folder in zip(blueprint.parts, folders, strict=True)
     ]
     saved = TransplantConfig(
         recipient=f"./{RECIPIENT_FOLDER}",
