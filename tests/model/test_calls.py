@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +239,21 @@ def test_switched_while_generating(tiny_llama: Path) -> None:
     assert torch.equal(first, generated(model, logits_processor=LogitsProcessorList([ask])))
 
 
+@pytest.mark.parametrize("change", ["add", "move", "remove"])
+def test_changed_in_a_hook(tiny_llama: Path, change: str) -> None:
+    model = two_donors(tiny_llama)
+    ways: dict[str, Callable[[], None]] = {
+        "add": lambda: model.add_donor(str(tiny_llama / "donor"), 4, name="new"),
+        "move": lambda: model.move_donor("a", 4),
+        "remove": lambda: model.remove_donor("a"),
+    }
+    handle = layers_of(model)[-1].register_forward_hook(lambda *_: ways[change]())
+    with refused(ConfigurationError, "changed within this call, by a hook"):
+        logits_of(model)
+    handle.remove()
+    logits_of(model)
+
+
 # -- Calls that do not end ---------------------------------------------------------------------------------------------
 
 
@@ -306,3 +323,94 @@ def test_what_tools_look_at(tiny_llama: Path) -> None:
     assert inspect.signature(model.forward) == inspect.signature(recipient.forward)
     assert inspect.signature(model.generate) == inspect.signature(recipient.generate)
     assert torch.equal(generated(remove_transplants(model)), generated(recipient))
+
+
+# -- Blocks that cannot begin or end -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def call_under_way(model: Any) -> Iterator[None]:
+    """A call of another thread that ends with the block."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def stop(*_: Any) -> None:
+        inside.set()
+        go_on.wait()
+
+    handle = layers_of(model)[0].register_forward_hook(stop)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(logits_of, model)
+        inside.wait()
+        handle.remove()
+        try:
+            yield
+        finally:
+            go_on.set()
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_interrupted_where_a_block_begins(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = two_donors(tiny_llama)
+    with model.disable_transplants("b"):
+        wanted = logits_of(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(calls.Calls, "_wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            toggle(model)()
+    with model.disable_transplants("b"):
+        assert torch.equal(logits_of(model), wanted)
+    assert torch.equal(logits_of(model), logits_of(two_donors(tiny_llama)))
+
+
+@pytest.mark.parametrize("then", ["call", "save", "copy", "using", "add", "switch"])
+def test_a_block_that_could_not_end(
+    tiny_llama: Path, tmp_path: Path, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next call or change ends it."""
+    monkeypatch.setattr(calls, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(calls, "_LOOK_AGAIN", 0.05)
+    model = loaded(tiny_llama, 1)
+    wanted, off = logits_of(model), model.disable_transplants()
+    off.__enter__()
+    with (
+        call_under_way(model),
+        refused(ConfigurationError, "the end of disable_transplants()", "are switched back by the next call or change"),
+    ):
+        off.__exit__(None, None, None)
+    if then == "save":
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(logits_of(plain(tmp_path / "saved")), wanted)
+    elif then == "copy":
+        assert torch.equal(logits_of(copy.deepcopy(model)), wanted)
+    elif then == "using":
+        with model.using("donor"):
+            assert torch.equal(logits_of(model), wanted)
+    elif then == "add":
+        model.add_donor(str(tiny_llama / "donor"), 3, name="new")
+        model.remove_donor("new")
+    elif then == "switch":
+        with model.disable_transplants():
+            assert torch.equal(logits_of(model), logits_of(plain(tiny_llama / "recipient")))
+    assert torch.equal(logits_of(model), wanted)
+
+
+def test_an_error_in_a_block_that_could_not_end(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(calls, "_LOOK_AGAIN", 0.05)
+    model, off = loaded(tiny_llama, 1), contextlib.ExitStack()
+    with pytest.raises(ValueError, match="of the user"), model.disable_transplants():
+        off.enter_context(call_under_way(model))
+        raise ValueError("of the user")
+    off.close()
+    assert not model._transplant.switch._asked
+    assert torch.equal(logits_of(model), logits_of(loaded(tiny_llama, 1)))
+
+
+def test_interrupted_where_a_block_ends(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(tiny_llama, 1)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt), model.disable_transplants():
+        patched.setattr(calls.Calls, "_wait", interrupt)
+    assert torch.equal(logits_of(model), logits_of(loaded(tiny_llama, 1)))

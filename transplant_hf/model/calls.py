@@ -1,16 +1,18 @@
 """Which calls of a model are under way, so that donors change between calls and never within one.
 
-A change waits for the calls of other threads to end, and calls that begin meanwhile wait for the change. Compiled calls
-are not counted: torch.compile leaves the counting out.
+A change waits for the calls of other threads to end, and calls that begin meanwhile wait for the change. What goes
+through the whole model, as saving and copying do, counts as a call. Compiled calls are not counted: torch.compile
+leaves the counting out.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +20,9 @@ from torch import nn
 
 from ..errors import ConfigurationError
 
-__all__ = ["Calls", "counted"]
+__all__ = ["BLOCK_END", "Calls", "copied", "counted"]
 
+BLOCK_END = "the end of disable_transplants()"
 LONGEST_WAIT = 60.0
 _LOOK_AGAIN = 0.2
 
@@ -35,6 +38,11 @@ class Calls:
         self._ended = threading.Condition()
         # The thread that changes the model or waits to, and whether it waits for calls of several passes too.
         self._closed: tuple[int, bool] | None = None
+        # A change that was asked for and could not be made yet.
+        self.overdue: Callable[[], None] | None = None
+        self._changes = 0
+        # How many changes there had been when each thread last began to copy or pickle the model.
+        self._copying = threading.local()
 
     def __reduce__(self) -> Any:
         return Calls, ()
@@ -49,7 +57,7 @@ class Calls:
 
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """Run a call of several passes, all of which need the same layers."""
+        """Run a call that needs the same layers from its begin to its end: several passes, or a walk over the model."""
         self._begin(self._generations)
         try:
             yield
@@ -77,6 +85,8 @@ class Calls:
             if time.monotonic() > end:
                 raise _too_long(what, "a change by another thread has")
         try:
+            if threading.get_ident() not in self._under_way(True):
+                self._settle()
             yield
         finally:
             self._turn.release()
@@ -96,14 +106,45 @@ class Calls:
             before, self._closed = self._closed, (threading.get_ident(), generations)
             try:
                 self._wait(what, generations)
+                self._changes += 1
                 yield
             finally:
                 with self._ended:
                     self._closed = before
                     self._ended.notify_all()
 
+    def _settle(self) -> None:
+        """Make the change that is overdue, if one is; for the thread that has the turn."""
+        overdue, self.overdue = self.overdue, None
+        if overdue is not None:
+            try:
+                overdue()
+                overdue = None
+            finally:
+                self.overdue = overdue or self.overdue
+
+    def begin_copy(self) -> None:
+        """Note that this thread begins to copy or pickle the model."""
+        with self.generation():
+            self._copying.changes = self._changes
+
+    def check_copy(self) -> None:
+        """Refuse a copy or a pickle during which donors changed: nothing tells the end of pickling, to wait for it.
+
+        Raises:
+            ConfigurationError: They did.
+        """
+        if getattr(self._copying, "changes", self._changes) != self._changes:
+            raise ConfigurationError(
+                "another thread switched or changed donors while this model was pickled or copied. Do it again, "
+                "between the changes; or use save_pretrained, which changes of other threads wait for."
+            )
+
     def _begin(self, kind: dict[int, int]) -> None:
         me = threading.get_ident()
+        if self.overdue is not None and me not in self._under_way(True):
+            with self.turn(BLOCK_END):  # which settles it
+                pass
         with self._ended:
             while self._closed is not None and self._closed[0] != me and me not in self._under_way(self._closed[1]):
                 self._ended.wait()
@@ -146,28 +187,40 @@ class Calls:
                     del kind[thread]
 
 
-def counted(generate: Any) -> Any:
-    """Let donors stay as they are while text is generated: all passes of the call need the same layers.
+def counted(method: Any) -> Any:
+    """Let donors stay as they are while a method runs, as text is generated or weights are collected.
 
     Args:
-        generate: A model class's own method.
+        method: A model class's own method.
 
     Returns:
         The method for a class with donors.
     """
 
-    @functools.wraps(generate)
-    def counted_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(method)
+    def counted_method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._transplant is None:
-            return generate(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
         with self._transplant.switch.calls.generation():
-            return generate(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
 
-    return counted_generate
+    return counted_method
+
+
+@counted
+def copied(model: Any, memo: dict[int, Any]) -> Any:
+    """Do the work of `copy.deepcopy(model)`."""
+    make, args, state = model.__reduce_ex__(4)[:3]
+    made = memo[id(model)] = make(*args)
+    made.__setstate__(copy.deepcopy(state, memo))
+    return made
 
 
 def _too_long(what: str, who: str) -> ConfigurationError:
+    stay = "stay as they are. Try again when they have ended"
+    if what == BLOCK_END:
+        stay = "are switched back by the next call or change that begins when they have ended. Wait for that"
     return ConfigurationError(
-        f"{what} changes the model, and {who} not ended for {LONGEST_WAIT:g} seconds; the donors stay as they are. Try "
-        "again when they have ended, or choose donors by call, with using(...), which changes nothing that calls share."
+        f"{what} changes the model, and {who} not ended for {LONGEST_WAIT:g} seconds; the donors {stay}, or choose "
+        "donors by call, with using(...), which changes nothing that calls share."
     )

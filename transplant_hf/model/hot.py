@@ -127,7 +127,7 @@ def _change(
 def _install(model: Any, state: TransplantState, blueprint: Blueprint, layers: Mapping[Slot, nn.Module]) -> None:
     by_stage = {stage: layers[stage.slot] for stage in blueprint.built}
     state.dials.close()
-    dials = Dials(blueprint, by_stage, state.dials.requests if state.dials.open else None)
+    dials = Dials(blueprint, by_stage, state.dials)
     switch = Switch(model, blueprint, by_stage, dials, after=state.switch)
     state.blueprint, state.layers, state.dials, state.switch = blueprint, by_stage, dials, switch
 

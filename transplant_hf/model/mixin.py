@@ -18,7 +18,7 @@ from ..donor.record import DonorRecord
 from ..layer_map import RECIPIENT, LayerMap
 from ..splice import insert_layers
 from .adapters import refuse_replaced
-from .calls import counted
+from .calls import copied, counted
 from .gates import gates_of, refuse_gate
 from .hot import add_donor, move_donor, remove_donor, swap_donor
 from .loading import active_loading
@@ -29,6 +29,7 @@ from .state import finish, record_of_layers, state_of
 __all__ = ["TransplantMixin", "native_class", "transplant_class"]
 
 _ASIDE = "_transplant_aside"
+_COUNTED = ("generate", "state_dict", "load_state_dict", "_apply", "requires_grad_")
 
 
 class TransplantMixin:
@@ -417,6 +418,8 @@ class TransplantMixin:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the recipient's class: this one has its name but cannot be found by it."""
+        if self._transplant is not None:
+            self._transplant.switch.calls.begin_copy()
         rest: Any = super().__reduce_ex__(protocol)[2:]
         return (_new, (native_class(type(self)),), *rest)
 
@@ -436,9 +439,9 @@ def transplant_class(native: Any) -> Any:
     if issubclass(native, TransplantMixin):
         return native
     names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
-    if hasattr(native, "generate"):
-        names["generate"] = counted(native.generate)
-    return type(native.__name__, (TransplantMixin, native), names)
+    found = {name: vars(TransplantMixin).get(name) or getattr(native, name, None) for name in _COUNTED}
+    names |= {name: counted(method) for name, method in found.items() if method}
+    return type(native.__name__, (TransplantMixin, native), {**names, "__deepcopy__": copied})
 
 
 def native_class(model_class: Any) -> Any:

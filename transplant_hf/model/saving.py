@@ -69,7 +69,6 @@ def save_transplant(
     if state is None or (adapters_only and not thin):
         return native(save_directory, *args, **kwargs)
     kwargs = by_name(native, args, kwargs)
-    state.switch.check_stack()
     if kwargs.pop("push_to_hub", False):
         target = kwargs.pop("repo_id", None) or Path(save_directory).name
         pushed = {name: kwargs.pop(name) for name in PUSH_ARGS if name in kwargs}
@@ -80,9 +79,11 @@ def save_transplant(
     given = kwargs.get("state_dict")
     if given is not None:
         given = kwargs["state_dict"] = dict(given)  # what is written is taken out of it
-    resumable = None if thin else Resumable.of(model, save_directory, given)
-    with gates_aside(state, given):
-        return _save(model, native, Path(save_directory), thin, kwargs, repo_id, resumable)
+    with state.switch.calls.generation():
+        state.switch.check_stack()
+        resumable = None if thin else Resumable.of(model, save_directory, given)
+        with gates_aside(state, given):
+            return _save(model, native, Path(save_directory), thin, kwargs, repo_id, resumable)
 
 
 def _save(

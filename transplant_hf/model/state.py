@@ -74,6 +74,9 @@ class TransplantState:
             ConfigurationError: As `read_request`; or a donor that is switched off.
         """
         wanted = read_request(self.blueprint, donors, rows)
+        if self.switch.calls.overdue:
+            with self.switch.calls.turn("using()"):  # which settles it
+                pass
         replacing = frozenset(part.name for part in self.blueprint.parts if part.spec.mode == "replace")
         wanted = dataclasses.replace(wanted, replacing=replacing - self.switch.disabled)
         for name in wanted.strengths:

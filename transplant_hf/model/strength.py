@@ -182,15 +182,14 @@ class Dials:
     Args:
         blueprint: What runs, and at what strength.
         layers: Every layer the model holds.
-        requests: What the calls of each thread want.
+        before: The dials of the model as it was, where donors of a live model change; calls that are under way go on
+            with what they want.
     """
 
-    def __init__(
-        self, blueprint: Blueprint, layers: Mapping[Stage, nn.Module], requests: Requests | None = None
-    ) -> None:
-        self.requests = requests or Requests()
+    def __init__(self, blueprint: Blueprint, layers: Mapping[Stage, nn.Module], before: Dials | None = None) -> None:
+        self.requests: Requests = before.requests if before else Requests()
         # Whether calls may ask for donors: the hooks of every donor that can be left out are then active, for good.
-        self.open = requests is not None
+        self.open: bool = before.open if before else False
         self._layers = {
             part.name: [layer for stage, layer in layers.items() if stage.slot.source == part.name]
             for part in blueprint.parts

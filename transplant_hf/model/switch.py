@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..architecture import decoder_stack
@@ -27,10 +28,12 @@ from ..layer_map import RECIPIENT, Stage
 from ..splice import Blueprint, insert_layers, renumber, use_config
 from ..splice.surgery import outer_modules
 from .cache_guard import CacheGuard, Here
-from .calls import Calls
+from .calls import BLOCK_END, Calls
 from .strength import Dials
 
 __all__ = ["Attributes", "Structure", "Switch", "structure_of"]
+
+logger = logging.get_logger(__name__)
 
 Names = frozenset[str]
 # By the path of a module: its attributes.
@@ -143,20 +146,42 @@ class Switch:
     @contextmanager
     def off(self, names: Collection[str]) -> Iterator[None]:
         """Switch donors off inside a `with` block; blocks nest."""
-        block, what = object(), "disable_transplants()"
-        with self.calls.turn(what):
-            self._asked[block] = frozenset(names)
-            try:
+        block, what, began, left = object(), "disable_transplants()", False, False
+        try:
+            with self.calls.turn(what):
+                self._asked[block] = frozenset(names)
                 self._go(self._wished, what)
-            except ConfigurationError:
-                del self._asked[block]
-                raise
+            began = True
+        finally:
+            if not began:
+                self._forget(block)
         try:
             yield
+            left = True
         finally:
+            try:
+                self._end(block)
+            except ConfigurationError as error:
+                if left:
+                    raise
+                logger.warning(str(error))  # what went wrong in the block is what its caller has to see
+
+    def _end(self, block: object) -> None:
+        """End a block; where that is not possible now, the next call or change does it."""
+        try:
             del self._asked[block]
-            with self.calls.turn(what):
-                self._go(self._wished, what)
+            with self.calls.turn(BLOCK_END):
+                self._resume()
+        finally:
+            self._forget(block)
+
+    def _forget(self, block: object) -> None:
+        self._asked.pop(block, None)
+        if self._wished != self._set_for:
+            self.calls.overdue = self._resume
+
+    def _resume(self) -> None:
+        self._go(self._wished, BLOCK_END)
 
     @property
     def _wished(self) -> Names:
@@ -271,15 +296,17 @@ class Switch:
         return next(owner for owner in reversed(owners) if isinstance(owner, PreTrainedModel))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Switch:
-        if self.disabled:
-            raise ConfigurationError("a model cannot be copied inside disable_transplants(); copy it outside.")
         new = Switch.__new__(Switch)
         memo[id(self)] = new
         new.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_weak_model": self._model}
+        if self.disabled:
+            raise ConfigurationError("a model cannot be copied inside disable_transplants(); copy it outside.")
+        self.calls.check_copy()
+        # A block that waits for its begin in another thread is none of the copy.
+        return {**vars(self), "_weak_model": self._model, "_asked": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
