@@ -420,8 +420,7 @@ class TransplantMixin:
         """Pickle and copy by the recipient's class: this one has its name but cannot be found by it."""
         if self._transplant is not None:
             self._transplant.switch.calls.begin_copy()
-        rest: Any = super().__reduce_ex__(protocol)[2:]
-        return (_new, (native_class(type(self)),), *rest)
+        return (_new, (native_class(type(self)),), *super().__reduce_ex__(protocol)[2:])
 
 
 def _new(native: Any) -> Any:
