@@ -122,7 +122,7 @@ def test_what_was_measured_is_in_the_record_and_on_the_card(family: Path) -> Non
     law = report.held_out["law"]
     assert f"- `law`: recipient {law['recipient']:.2f}, with donor {law['with donor']:.2f}" in card
     assert "held_out_perplexity" not in card
-    # Measured on so many blocks, and as the donor was saved.
+    # Measured on this number of blocks, at the strength that the donor was saved with.
     tokenizer = AutoTokenizer.from_pretrained(family / "recipient")
     blocks = pack(texts["general"], tokenizer, 16, max_blocks=5)
     model = load_model(family / "new")

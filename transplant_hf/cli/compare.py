@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     )
     compare.add_argument("--steps", type=whole(), default=200, help="optimizer steps (default: 200)")
     compare.add_argument("--batch-size", type=whole(), default=8, help="blocks in a step (default: 8)")
-    compare.add_argument("--blocks", type=whole(), help="train on so many blocks, evenly spread (default: all)")
+    compare.add_argument("--blocks", type=whole(), help="number of blocks to train on, evenly spread (default: all)")
     compare.add_argument(
         "--held-out-blocks", type=whole(), default=192, help="most blocks of each test text (default: 192)"
     )
@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
     compare.add_argument("--no-equal-time", action="store_true", help="at equal steps only")
     compare.add_argument("--layers", type=whole(), default=3, metavar="K", help="k (default: 3)")
     compare.add_argument("--rank", type=whole(), default=16, help="of LoRA (default: 16)")
-    compare.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of everything (default: 0)")
+    compare.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="random seed (default: 0)")
     compare.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
     compare.add_argument(
         "--output",

@@ -40,7 +40,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
 def add_measuring_options(parser: argparse.ArgumentParser) -> None:
     """Add options on how perplexity is measured."""
     parser.add_argument("--max-tokens", type=whole(2), metavar="N", help="read no further in each text")
-    parser.add_argument("--stride", type=whole(), metavar="N", help="slide the window by so many (default: no overlap)")
+    parser.add_argument("--stride", type=whole(), metavar="N", help="window stride in tokens (default: no overlap)")
     parser.add_argument("--batch-size", type=whole(), metavar="N", default=8, help="windows read at once (default: 8)")
 
 

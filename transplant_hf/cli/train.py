@@ -114,7 +114,7 @@ def _add_shared(parser: argparse.ArgumentParser, what: str, told: str, learning_
     parser.add_argument(
         "--learning-rate", type=number(above=0), default=learning_rate, help=f"the peak (default: {chosen})"
     )
-    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=42, help="of everything (default: 42)")
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=42, help="random seed (default: 42)")
     parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
     parser.add_argument(
         "--cache-prefix",

@@ -196,7 +196,7 @@ class Switch:
             self._guard.here = Here(self._here.requests, plan=self._here.plan + 1)
 
     def leave(self) -> None:
-        """Let go of a model that no donor went into."""
+        """Release a model that no donor was added to."""
         self._guard.leave()
 
     def check(self, names: Collection[str]) -> None:

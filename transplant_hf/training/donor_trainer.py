@@ -37,7 +37,7 @@ class DonorTrainer(PartTrainer):
         args: What to do; `DonorTrainingArguments`.
         train_dataset: The text to learn: `Blocks`, a `TextSource`, a file or Hub id, or rows with a "text" column.
         replay_dataset: General text to replay against forgetting, likewise.
-        eval_dataset: Text to measure on while training, likewise; several as `{name: text}`.
+        eval_dataset: Text to measure on while training, in the same forms; several as `{name: text}`.
         processing_class: The recipient's tokenizer; by default the one beside the recipient.
         revision: The recipient's revision, where it is named.
         model_kwargs: Further arguments for loading it, such as `dtype`.
