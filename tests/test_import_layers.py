@@ -17,6 +17,7 @@ import pytest
 ROOMS = (
     "errors",
     "numeric",  # numbers as users write them
+    "display",  # sizes, tables and progress bars for a person
     "recipient_fields",
     "config",
     "heads",  # names of Auto classes

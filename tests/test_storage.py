@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from tests.helpers import refused
 from transplant_hf import CheckpointError, ConfigurationError, storage
-from transplant_hf.storage import parse_size, publish, read_json, sha256_of, write_json
+from transplant_hf.storage import publish, read_json, sha256_of, write_json
 
 
 def is_old(name: str) -> bool:
@@ -367,18 +367,3 @@ def test_sha256_of(tmp_path: Path) -> None:
     data = os.urandom(1 << 20)
     (tmp_path / "file").write_bytes(data)
     assert sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("20GiB", 20 * 2**30), ("20GB", 20 * 10**9), ("1.5 kb", 1500), ("4G", 4 * 10**9), ("2GB/s", 2 * 10**9), ("7B", 7)],
-)
-def test_a_size_is_a_number_with_its_unit(text: str, size: int) -> None:
-    assert parse_size(text) == size
-    assert parse_size(size) == size
-
-
-@pytest.mark.parametrize("text", ["80", "much", "", "GB", "-1GB", "1e3GB"])
-def test_a_size_without_a_unit_is_refused(text: str) -> None:
-    with refused(ConfigurationError, "memory must be", "80GiB", repr(text)):
-        parse_size(text, "memory")

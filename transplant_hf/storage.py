@@ -28,12 +28,11 @@ from .errors import CheckpointError, ConfigurationError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["fill", "parse_size", "publish", "read_json", "sha256_of", "write_json", "writing"]
+__all__ = ["fill", "publish", "read_json", "sha256_of", "write_json", "writing"]
 
 logger = logging.get_logger(__name__)
 
 _STEP = 1 << 26
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)", re.IGNORECASE)
 _ASIDE = ".old.tmp"
 _ELSEWHERE = "Choose another folder, or change who may write here"
 # What a disk can refuse: how it is said, and what helps.
@@ -44,33 +43,6 @@ _REFUSALS = {
     errno.EROFS: ("the disk is read-only", _ELSEWHERE),
     errno.EACCES: ("permission is denied", _ELSEWHERE),
 }
-
-
-def parse_size(text: str | int, what: str = "size") -> int:
-    """Read a number of bytes, or of bytes in a second.
-
-    Args:
-        text: A number with its unit, such as "80GiB" (1024 to the third), "80GB" (1000 to the third), "2GB/s" or
-            "512B"; or a number of bytes.
-        what: What it is, for the message.
-
-    Raises:
-        ConfigurationError: Not a size, or a text without a unit.
-
-    Example:
-        >>> parse_size("80GiB"), parse_size("2GB/s"), parse_size("512B"), parse_size(512)
-        (85899345920, 2000000000, 512, 512)
-    """
-    if isinstance(text, int):
-        return text
-    match = _SIZE.fullmatch(text.strip().removesuffix("/s"))
-    if match is None:
-        raise ConfigurationError(
-            f"{what} must be a number with its unit, such as 80GiB, 80GB or 2GB/s (512B for bytes), got {text!r}."
-        )
-    number, unit, binary = match.groups()
-    power = "KMGT".find(unit.upper()) + 1 if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def sha256_of(path: Path) -> str:

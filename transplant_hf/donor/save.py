@@ -14,9 +14,10 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
 from ..config import DonorSpec, TransplantConfig
+from ..display import parse_size
 from ..errors import ConfigurationError
 from ..sources import points_to_folder
-from ..storage import parse_size, publish, write_json
+from ..storage import publish, write_json
 from .card import write_donor_card
 from .companions import COMPANION_FOLDERS, at_hand, copy_companions, is_companion, tokenizer_class
 from .dtypes import loaded_dtype

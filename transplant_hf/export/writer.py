@@ -11,12 +11,13 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
+from ..display import parse_size
 from ..donor.dtypes import loaded_dtype
 from ..donor.record import FileStamp
 from ..donor.stream import PIECE, bytes_of, is_finite, pieces, size_of, stream_file
 from ..donor.tensors import FileTensors
 from ..errors import CheckpointError
-from ..storage import parse_size, sha256_of, write_json
+from ..storage import sha256_of, write_json
 from .plan import PlannedTensor
 
 __all__ = ["WEIGHTS_INDEX", "write_weights"]

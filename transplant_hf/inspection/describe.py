@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import STACKED
+from ..display import bytes_text, numbers_text
 from ..layer_map import LayerMap
 
 if TYPE_CHECKING:
     from .findings import DonorInspection, Inspection, ModelInspection, PtInspection, TransplantInspection, Weights
 
-__all__ = ["bytes_text", "describe", "numbers_text"]
+__all__ = ["describe"]
 
 Row = tuple[str, str]
 
@@ -44,33 +45,6 @@ def describe(found: Inspection) -> str:
         # A donor's name may hold line breaks, and draw layers that are not there.
         lines += ["", str(LayerMap((_safe(source), index) for source, index in layer_map))]
     return "\n".join(lines)
-
-
-def bytes_text(count: int) -> str:
-    """Return a size as a person says it.
-
-    Example:
-        >>> bytes_text(85_053_440), bytes_text(812)
-        ('81.1 MiB', '812 bytes')
-    """
-    size, unit = float(count), "bytes"
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{count:,} bytes" if unit == "bytes" else f"{size:,.1f} {unit}"
-
-
-def numbers_text(numbers: Sequence[int]) -> str:
-    """Return layer numbers as a person says them.
-
-    Example:
-        >>> numbers_text([4, 5, 6]), numbers_text(range(24)), numbers_text([])
-        ('4, 5, 6', '0..23', 'none')
-    """
-    if len(numbers) > _FEW and list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
-        return f"{numbers[0]}..{numbers[-1]}"
-    return _listed(list(map(str, numbers)))
 
 
 def _safe(line: str) -> str:

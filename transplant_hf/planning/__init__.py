@@ -1,6 +1,6 @@
 """What a transplant costs on given hardware, beside its untouched recipient: from headers and the meta device alone."""
 
-from ..storage import parse_size
+from ..display import parse_size
 from .cost import CacheKind, Cost, Plan, Reading, Share
 from .hardware import Hardware
 from .plan import plan

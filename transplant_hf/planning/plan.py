@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..architecture import Anatomy, text_config
+from ..display import parse_size
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..sources import HubOptions
-from ..storage import parse_size
 from .body import Body, bodies
 from .cache import LayerCaches, measure_caches, running_caches
 from .cost import CacheKind, Cost, Plan, PlannedDonor, Reading

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..inspection.describe import bytes_text, numbers_text
+from ..display import bytes_text, numbers_text
 
 if TYPE_CHECKING:
     from .cost import Cost, Plan, Share

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..display import parse_size
 from ..errors import ConfigurationError
-from ..storage import parse_size
 
 __all__ = ["DonorTrainingArguments", "check_run"]
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..display import parse_size
 from ..donor import Donor
 from ..errors import ConfigurationError
 from ..model.memory import transplant
 from ..partial import stack_of
-from ..storage import parse_size
 from ..texts import Blocks
 from .arguments import DonorTrainingArguments
 from .defaults import default_learning_rate, default_position, default_strength

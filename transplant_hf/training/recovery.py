@@ -14,13 +14,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from ..display import parse_size
 from ..donor import Donor
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..model.gates import attach_gate, detach_gate
 from ..model.memory import transplant
 from ..partial import stack_of
-from ..storage import parse_size
 from .arguments import check_run
 from .making import note_in_donors, versions
 from .part_trainer import CachePlan, Part, PartTrainer
