@@ -10,8 +10,7 @@ from transformers import AutoTokenizer, BloomConfig, GPT2Config, LlamaConfig, Ll
 
 from tests.helpers import refused, write_tokenizer
 from transplant_hf import ConfigurationError
-from transplant_hf.architecture import longest_input
-from transplant_hf.evaluation.windows import longest_block
+from transplant_hf.architecture import choose_block_length, max_context_length
 from transplant_hf.training.reading import as_blocks
 
 
@@ -25,8 +24,8 @@ from transplant_hf.training.reading import as_blocks
     ],
 )
 def test_a_model_says_how_many_tokens_it_reads(config: PreTrainedConfig, limit: int | None) -> None:
-    assert longest_input(config) == limit
-    assert longest_block(config, None) == (limit or 1024)
+    assert max_context_length(config) == limit
+    assert choose_block_length(config, None) == (limit or 1024)
 
 
 def test_blocks_are_as_long_as_the_model_reads(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from .anatomy import Anatomy
 from .classes import native_class
+from .context import choose_block_length, max_context_length
 from .gguf import check_gguf_reader, config_of_weights, forget_gguf, is_quantized, was_gguf
 from .identity import output_projections, projections_of_layers, zero_output_projections
+from .modes import eval_mode
 from .names import LayerNames, LayerTensorName
 from .native import LayerOrigin, SplicedConfig, splice_config
-from .stack import decoder_stack, find_stack, longest_input, text_config, unwrapped
+from .stack import decoder_stack, find_stack, text_config, unwrapped
 
 __all__ = [
     "Anatomy",
@@ -15,12 +17,14 @@ __all__ = [
     "LayerTensorName",
     "SplicedConfig",
     "check_gguf_reader",
+    "choose_block_length",
     "config_of_weights",
     "decoder_stack",
+    "eval_mode",
     "find_stack",
     "forget_gguf",
     "is_quantized",
-    "longest_input",
+    "max_context_length",
     "native_class",
     "output_projections",
     "projections_of_layers",

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError, CompatibilityError, ConfigurationError
 from .fingerprint import Fingerprint, fingerprint, is_layer_number
 from .gguf import is_quantized
-from .replay import Call, Replay, own_parameters, record_calls, resting
+from .modes import eval_mode
+from .replay import Call, Replay, own_parameters, record_calls
 from .stack import decoder_stack
 
 __all__ = ["output_projections", "projections_of_layers", "zero_output_projections"]
@@ -92,7 +93,7 @@ def projections_of_layers(
     _refuse_unreadable(model, stack_path, numbers)
     names: dict[int, tuple[str, ...]] = {}
     kinds = {number: _kind(stack[number], number) for number in numbers}
-    with resting(model):
+    with eval_mode(model):
         calls, others = (record_calls(model, stack, numbers, seed) for seed in (_SEARCH_SEED, _CHECK_SEED))
         for number in numbers:
             what = f"layer {number} of {type(model).__name__} ({stack_path}.{number}, {type(stack[number]).__name__})"

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from ..errors import CompatibilityError
 from .build import BUILD_ERRORS
-from .stack import longest_input, text_config
+from .context import max_context_length
+from .stack import text_config
 
-__all__ = ["Call", "Replay", "record_calls", "resting"]
+__all__ = ["Call", "Replay", "record_calls"]
 
 _BATCH, _TOKENS = 3, 8
 
@@ -45,24 +46,11 @@ class Call:
     streams: tuple[Stream, ...]
 
 
-@contextmanager
-def resting(model: nn.Module) -> Iterator[None]:
-    """Run a model without dropout and gradients, and leave its modes as they were."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def record_calls(model: PreTrainedModel, stack: nn.ModuleList, numbers: Collection[int], seed: int) -> dict[int, Call]:
     """Run a model on a few random tokens and note how it calls some of its layers.
 
     Args:
-        model: A model with its weights in memory, at rest.
+        model: A model with its weights in memory, in evaluation mode.
         stack: Its decoder layers.
         numbers: Which of them.
         seed: Chooses the tokens.
@@ -117,7 +105,7 @@ def _some_tokens(model: PreTrainedModel, seed: int) -> torch.Tensor:
     text = text_config(model.config).config
     special = set(_special_tokens(model.config.to_dict()))
     usual = [token for token in range(min(text.vocab_size, 1000)) if token not in special]
-    length = min(_TOKENS, longest_input(model.config) or _TOKENS)
+    length = min(_TOKENS, max_context_length(model.config) or _TOKENS)
     chosen = torch.randint(len(usual), (_BATCH, length), generator=torch.Generator().manual_seed(seed))
     return torch.tensor(usual)[chosen].to(model.device)
 

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import CompatibilityError, ConfigurationError
 
-__all__ = ["TextConfig", "decoder_stack", "find_stack", "longest_input", "text_config", "unwrapped"]
+__all__ = ["TextConfig", "decoder_stack", "find_stack", "text_config", "unwrapped"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,21 +36,6 @@ def text_config(config: PreTrainedConfig) -> TextConfig:
             return TextConfig(text, key)
     # Flat encoder-decoder configurations hand out an edited copy; the model reads the original.
     return TextConfig(config, None)
-
-
-def longest_input(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens a model can read at once, or `None` where its configuration sets no limit.
-
-    Args:
-        config: The model's configuration.
-
-    Example:
-        >>> from transformers import GPT2Config, XLNetConfig
-        >>> longest_input(GPT2Config(n_positions=256)), longest_input(XLNetConfig())
-        (256, None)
-    """
-    limit = getattr(text_config(config).config, "max_position_embeddings", None)
-    return limit if limit is not None and limit > 0 else None  # -1 also stands for no limit
 
 
 def unwrapped(model: Any) -> PreTrainedModel:

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+from ..architecture import choose_block_length
 from ..errors import ConfigurationError
 from ..texts import Blocks
 from .perplexity import Perplexity, perplexity
 from .reading import Opened, find_tokenizer, open_model, read_text
 from .report import EvaluationReport, EvaluationRow
-from .windows import longest_block
 
 __all__ = ["Ruler", "evaluate"]
 
@@ -111,7 +111,7 @@ class Ruler:
             name: read_text(text, opened.model, tokenizer_of, max_tokens=max_tokens, token=token, quiet=quiet)
             for name, text in texts.items()
         }
-        self._length = longest_block(opened.model.config, block_length)
+        self._length = choose_block_length(opened.model.config, block_length)
         self._stride, self._batch_size, self._quiet = stride, batch_size, quiet
         self.about: dict[str, Any] = {
             "model": opened.reference or opened.name,

@@ -1,10 +1,8 @@
-"""The loss of what a model predicted, in bounded memory, and the mode in which it is measured."""
+"""The loss of what a model predicted, in bounded memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch.nn import functional as F
 from ..errors import CheckpointError, DataError
 from .windows import IGNORED, Batch, Windows
 
-__all__ = ["batch_loss", "check_vocabulary", "device_of", "evaluating", "rows_at_once", "summed_loss"]
+__all__ = ["batch_loss", "check_vocabulary", "device_of", "rows_at_once", "summed_loss"]
 
 # How many logits are turned to float32 at once.
 _CHUNK = 1 << 22
@@ -93,20 +91,3 @@ def device_of(model: Any) -> torch.device:
     """Return where a model takes its input; offloaded ones take it on the CPU."""
     device: torch.device = next(model.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Keep a model in evaluation mode, without gradients, inside a `with` block; each module's mode comes back.
-
-    Args:
-        model: Any module.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..architecture import choose_block_length, eval_mode
 from ..errors import ConfigurationError, DataError
 from ..texts import Blocks, check_tokenizer
-from .losses import batch_loss, check_vocabulary, device_of, evaluating, rows_at_once
-from .windows import IGNORED, Batch, Windows, longest_block
+from .losses import batch_loss, check_vocabulary, device_of, rows_at_once
+from .windows import IGNORED, Batch, Windows
 
 __all__ = ["Perplexity", "document_perplexity", "perplexity"]
 
@@ -88,7 +89,7 @@ def perplexity(
         >>> print(perplexity(model, torch.arange(16), block_length=8, stride=4))
         16.00
     """
-    length = longest_block(model.config, block_length) if isinstance(text, torch.Tensor) else block_length
+    length = choose_block_length(model.config, block_length) if isinstance(text, torch.Tensor) else block_length
     windows = Windows(text, length, stride, start_token, name)
     check_vocabulary(model, windows, windows.name)
     rows = rows_at_once(model, windows, _checked(batch_size))
@@ -123,7 +124,7 @@ def document_perplexity(
         DataError: No document has two tokens, or the tokenizer is another model's.
         CheckpointError: The loss is not finite.
     """
-    length = longest_block(model.config, max_length)
+    length = choose_block_length(model.config, max_length)
     known = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
     if known is not None:
         check_tokenizer(tokenizer, known, str(model.config.name_or_path or type(model).__name__))
@@ -159,7 +160,7 @@ def _measured(model: Any, batches: Iterator[Batch], count: int, name: str, quiet
     device = device_of(model)
     total, tokens = 0.0, 0
     with (
-        evaluating(model),
+        eval_mode(model),
         tqdm(total=count, desc=f"Reading {name}", unit="batch", delay=_QUICK, disable=quiet, leave=False) as bar,
     ):
         for number, batch in enumerate(batches):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..architecture import choose_block_length, eval_mode
 from ..donor import Donor
 from ..donor.tensors import MemoryTensors
 from ..errors import CompatibilityError, ConfigurationError
@@ -21,11 +22,11 @@ from ..numeric import finite_number, whole_number
 from ..partial import PartialRun, hidden_states, running_only, stack_of
 from ..partial.running import hidden_argument
 from ..texts import TextSource
-from .losses import batch_loss, check_vocabulary, device_of, evaluating, rows_at_once
+from .losses import batch_loss, check_vocabulary, device_of, rows_at_once
 from .perplexity import Perplexity
 from .reading import Opened, find_tokenizer, open_model, read_text
 from .report import SweepReport, SweepRow
-from .windows import Batch, Windows, longest_block
+from .windows import Batch, Windows
 
 __all__ = ["sweep"]
 
@@ -124,10 +125,10 @@ def sweep(
     model = opened.model
     tokenizer_of = functools.cache(lambda: tokenizer if tokenizer is not None else find_tokenizer(opened))
     tokens, start = read_text(text, model, tokenizer_of, max_tokens=max_tokens, token=kwargs.get("token"), quiet=quiet)
-    length = longest_block(model.config, block_length) if isinstance(tokens, torch.Tensor) else block_length
+    length = choose_block_length(model.config, block_length) if isinstance(tokens, torch.Tensor) else block_length
     windows = Windows(tokens, length, stride, start, _name_of(text))
     check_vocabulary(model, windows, windows.name)
-    with evaluating(model):
+    with eval_mode(model):
         places = list(_places(model, donors, positions, mode))
         total = _run(model, places, windows, tuple(dict.fromkeys(strengths)), batch_size, quiet)
     rows = tuple(row for place in places for row in _rows(place, strengths, windows.num_predicted))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from ..architecture import longest_input
 from ..errors import ConfigurationError, DataError
 from ..texts import Blocks
 
-__all__ = ["IGNORED", "Batch", "Windows", "longest_block"]
+__all__ = ["IGNORED", "Batch", "Windows"]
 
 # The target of a place that does not count; the losses of torch and Transformers know it.
 IGNORED = -100
@@ -150,24 +148,3 @@ def _checked(block_length: int | None, stride: int | None) -> tuple[int, int]:
             f"stride={step}."
         )
     return length, step
-
-
-def longest_block(config: Any, block_length: int | None) -> int:
-    """Return how many tokens a model reads at once.
-
-    Args:
-        config: The model's configuration.
-        block_length: What was asked for; by default what the model can read, at most 1024.
-
-    Raises:
-        ConfigurationError: More than the model can read.
-    """
-    known = longest_input(config)
-    if block_length is None:
-        return min(known or _LONGEST_BLOCK, _LONGEST_BLOCK)
-    if known is not None and block_length > known:
-        raise ConfigurationError(
-            f"block_length is {block_length}, but the model reads at most {known} tokens (max_position_embeddings). "
-            "Choose shorter blocks."
-        )
-    return block_length

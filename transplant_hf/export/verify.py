@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..architecture import longest_input
+from ..architecture import max_context_length
 from ..errors import CheckpointError
 from ..model.auto import load_transplant
 from ..sources import reading
@@ -112,7 +112,7 @@ def _compare_weights(transplant: Any, plain: Any) -> None:
 def _logits(model: Any, seed: int) -> torch.Tensor:
     """`[1, tokens, vocabulary]`, or what else the model's head gives."""
     text = model.config.get_text_config()
-    length = min(_TOKENS, longest_input(model.config) or _TOKENS)
+    length = min(_TOKENS, max_context_length(model.config) or _TOKENS)
     ids = torch.randint(0, text.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
     first: torch.Tensor = model.eval()(ids.to(model.device), use_cache=False)[0]
     return first.float().cpu()

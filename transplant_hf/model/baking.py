@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architecture import decoder_stack, projections_of_layers
-from ..architecture.replay import Call, record_calls, resting
+from ..architecture import decoder_stack, eval_mode, projections_of_layers
+from ..architecture.replay import Call, record_calls
 from ..errors import CheckpointError, CompatibilityError
 from ..splice import Blueprint
 
@@ -48,7 +48,7 @@ def baked_strengths(
     numbers = {name: layer_map.layers_of(name)[0] for name in scaled}
     try:
         projections = projections_of_layers(model, path, list(numbers.values()))
-        with resting(model):
+        with eval_mode(model):
             calls = record_calls(model, stack, list(numbers.values()), _SEED)
     except (CompatibilityError, CheckpointError):  # a layer whose output projections cannot be told is not scaled
         return None

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architecture import decoder_stack, find_stack
+from ..architecture import decoder_stack, eval_mode, find_stack
 from ..errors import CompatibilityError, ConfigurationError
 from ..model.strength import is_entrance
 
@@ -199,17 +199,13 @@ def _forms_of_output(model: PreTrainedModel, stack: nn.ModuleList) -> list[Calla
         layer.register_forward_hook(lambda module, args, output, number=number: seen.__setitem__(number, output))
         for number, layer in enumerate(stack)
     ]
-    training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
         device = next(model.parameters()).device
-        with torch.no_grad():
+        with eval_mode(model):
             model(input_ids=torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-        for module in training:
-            module.training = True
     return [_form(seen[number], number) for number in range(len(stack))]
 
 

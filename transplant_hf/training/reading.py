@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
+from ..architecture import choose_block_length
 from ..errors import ConfigurationError, DataError
 from ..evaluation.reading import Opened, find_tokenizer
-from ..evaluation.windows import longest_block
 from ..model.opening import load_model, pinned_commit
 from ..sources import HubOptions
 from ..texts import Blocks, TextSource, check_tokenizer, pack
@@ -48,7 +48,7 @@ def as_blocks(
         data = TextSource.parse(data)
     if _is_stream(data) and most is None:
         raise ConfigurationError(f"the {what} {data.data!r} is a stream, which has no end: say max_steps.")
-    return pack(data, tokenizer, longest_block(model.config, block_length), most)
+    return pack(data, tokenizer, choose_block_length(model.config, block_length), most)
 
 
 def _is_stream(data: Any) -> bool:

@@ -1,0 +1,48 @@
+"""How many tokens a model reads at once."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from ..errors import ConfigurationError
+from .stack import text_config
+
+__all__ = ["choose_block_length", "max_context_length"]
+
+_DEFAULT_BLOCK_LENGTH = 1024
+
+
+def max_context_length(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model can read at once, or `None` where its configuration sets no limit.
+
+    Args:
+        config: The model's configuration.
+
+    Example:
+        >>> from transformers import GPT2Config, XLNetConfig
+        >>> max_context_length(GPT2Config(n_positions=256)), max_context_length(XLNetConfig())
+        (256, None)
+    """
+    limit = getattr(text_config(config).config, "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None  # -1 also stands for no limit
+
+
+def choose_block_length(config: PreTrainedConfig, block_length: int | None = None) -> int:
+    """Return how many tokens of a text a model is given at once.
+
+    Args:
+        config: The model's configuration.
+        block_length: The requested number; by default what the model can read, at most 1024.
+
+    Raises:
+        ConfigurationError: More than the model can read.
+    """
+    limit = max_context_length(config)
+    if block_length is None:
+        return min(limit or _DEFAULT_BLOCK_LENGTH, _DEFAULT_BLOCK_LENGTH)
+    if limit is not None and block_length > limit:
+        raise ConfigurationError(
+            f"block_length is {block_length}, but the model reads at most {limit} tokens (max_position_embeddings). "
+            "Choose shorter blocks."
+        )
+    return block_length
