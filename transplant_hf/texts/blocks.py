@@ -1,10 +1,11 @@
-"""Blocks of tokens: what models are trained and measured on."""
+"""Blocks of tokens: the form in which models are trained and measured on text."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -12,23 +13,25 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from ..display import progress_bar
 from ..errors import ConfigurationError, DataError
-from .encoding import encode, starting_token
-from .source import TextSource, documents
-from .tables import row_documents
+from .documents import TextSource, documents, row_documents
 
-__all__ = ["Blocks", "pack"]
+__all__ = ["Blocks", "check_tokenizer", "encode", "pack", "starting_token"]
+
+# Documents that are tokenized in one call, so that fast tokenizers use all cores.
+_DOCUMENTS_PER_CALL = 256
 
 
 class Blocks(Dataset[dict[str, torch.Tensor]]):
-    """Blocks of equally many tokens; a dataset for `Trainer` as it stands.
+    """Blocks of tokens of equal length; a dataset that `Trainer` accepts.
 
     Args:
-        tokens: `[blocks, block_length]`; kept as int32.
-        name: What to call the text.
+        tokens: `[blocks, block_length]`; stored as int32.
+        name: The name of the text.
 
     Raises:
-        DataError: No block, or blocks of fewer than two tokens.
+        DataError: There is no block, or a block has fewer than two tokens.
 
     Example:
         >>> blocks = Blocks(torch.arange(12).view(3, 4), name="numbers")
@@ -41,7 +44,7 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
     def __init__(self, tokens: torch.Tensor, name: str = "text") -> None:
         if tokens.dim() != 2 or not len(tokens) or tokens.shape[1] < 2:
             raise DataError(
-                f"blocks of {name!r} must be at least one, of at least 2 tokens ([blocks, block_length]); got "
+                f"{name!r} needs at least one block of at least 2 tokens ([blocks, block_length]), got "
                 f"{list(tokens.shape)}."
             )
         self.tokens = tokens.to(torch.int32)
@@ -51,7 +54,7 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
         return len(self.tokens)
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """Return a block as a model is trained on it; `input_ids` and `labels` are `[block_length]`, int64."""
+        """Return a block as a training example; `input_ids` and `labels` are `[block_length]`, int64."""
         ids = self.tokens[number].long()
         return {"input_ids": ids, "labels": ids.clone()}
 
@@ -76,34 +79,33 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
         """Return blocks `start` to `stop`, sharing their memory.
 
         Args:
-            start: The first one; from the end if negative, as in Python.
-            stop: The first that is left out; the end by default.
+            start: The first block; negative numbers count from the end.
+            stop: The block after the last one. Default: the end.
 
         Raises:
-            DataError: There would be none.
+            DataError: There is no block in this range.
         """
         part = self.tokens[start:stop]
         if not len(part):
-            raise DataError(f"blocks {start}..{stop} of {self.name!r} are none: it has {len(self)}.")
+            raise DataError(f"there are no blocks {start}..{stop} of {self.name!r}: it has {len(self)}.")
         return Blocks(part, self.name)
 
     def split(self, *shares: float) -> tuple[Blocks, ...]:
-        """Cut the blocks into consecutive parts, such as for training, validation and test.
+        """Cut the blocks into consecutive parts, for example for training, validation and test.
 
         Args:
-            *shares: How much goes into each part, in proportion.
+            *shares: The relative size of each part.
 
         Returns:
-            One for each share; together they are all blocks.
+            One `Blocks` for each share; together they are all blocks.
 
         Raises:
-            ConfigurationError: Shares that are not positive.
+            ConfigurationError: A share is not positive.
             DataError: A part would be empty.
         """
         if not shares or min(shares) <= 0:
             raise ConfigurationError(f"shares must be positive, got {shares}.")
-        whole = sum(shares)
-        ends = [round(len(self) * sum(shares[: number + 1]) / whole) for number in range(len(shares))]
+        ends = [round(len(self) * total / sum(shares)) for total in itertools.accumulate(shares)]
         starts = [0, *ends[:-1]]
         if any(start >= end for start, end in zip(starts, ends, strict=True)):
             raise DataError(
@@ -126,23 +128,23 @@ def pack(
     token: str | bool | None = None,
     quiet: bool = False,
 ) -> Blocks:
-    """Pack text into blocks; the last part block is dropped.
+    """Pack text into blocks of equal length; tokens left over at the end are dropped.
 
-    Where the tokenizer puts a beginning-of-text token before every text by default, each block begins with it.
+    If the tokenizer adds a beginning-of-text token by default, each block begins with it.
 
     Args:
         data: A `TextSource`, a file, folder or Hub id, documents, rows with a column of text, or a stream of tokens
             `[tokens]`.
         tokenizer: The model's tokenizer.
         block_length: Tokens in a block.
-        max_blocks: Stop reading as soon as there are so many.
-        name: What to call the text; by default the source's name.
+        max_blocks: The most blocks to return. Default: all.
+        name: The name of the text. Default: the source's name.
         token: As in `from_pretrained`, for a dataset on the Hub.
         quiet: Show no progress bar.
 
     Raises:
-        DataError: Too little text for one block, or text that is missing or cannot be read.
-        ConfigurationError: A block of less than two tokens.
+        DataError: There is too little text for one block, or it cannot be read.
+        ConfigurationError: A block would have fewer than two tokens.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -159,7 +161,8 @@ def pack(
         )
     start = starting_token(tokenizer)
     step = block_length - (start is not None)
-    stream, name = _as_stream(data, tokenizer, None if max_blocks is None else max_blocks * step, name, token, quiet)
+    max_tokens = None if max_blocks is None else max_blocks * step
+    stream, name = _token_stream(data, tokenizer, max_tokens, name, token, quiet)
     count = len(stream) // step
     if not count:
         raise DataError(f"{name} has {len(stream)} tokens; a block needs {step}. Use more text or shorter blocks.")
@@ -169,32 +172,120 @@ def pack(
     return Blocks(tokens, name)
 
 
-def _as_stream(
-    data: Any, tokenizer: Any, most: int | None, name: str | None, token: str | bool | None, quiet: bool
+def encode(
+    documents: Iterable[str],
+    tokenizer: Any,
+    *,
+    max_tokens: int | None = None,
+    name: str = "text",
+    quiet: bool = False,
+) -> torch.Tensor:
+    """Encode documents as one stream of tokens, separated by the end-of-text token if the tokenizer has one.
+
+    Args:
+        documents: The documents.
+        tokenizer: The model's tokenizer.
+        max_tokens: Return this many tokens at most, and stop reading when there are enough.
+        name: The name of the text in messages.
+        quiet: Show no progress bar.
+
+    Returns:
+        `[tokens]`, int32.
+
+    Raises:
+        DataError: There is no token in the documents.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"?": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="?"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> encode(["a b", "b"], PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")).tolist()
+        [2, 3, 1, 3]
+    """
+    stream = array("i")
+    remaining = iter(documents)
+    with progress_bar(max_tokens, f"Reading {name}", unit="token", quiet=quiet) as progress:
+        while max_tokens is None or len(stream) < max_tokens:
+            batch = list(itertools.islice(remaining, _DOCUMENTS_PER_CALL))
+            if not batch:
+                break
+            before = len(stream)
+            # verbose=False: the stream is meant to be longer than the model's context and is cut into blocks later.
+            encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            for ids in encoded["input_ids"]:
+                if stream and ids and tokenizer.eos_token_id is not None:
+                    stream.append(tokenizer.eos_token_id)
+                stream.extend(ids)
+            progress.update(len(stream) - before)
+    if not stream:
+        raise DataError(f"{name} is empty: it has no tokens.")
+    return torch.frombuffer(stream, dtype=torch.int32)[:max_tokens].clone()
+
+
+def starting_token(tokenizer: Any) -> int | None:
+    """Return the beginning-of-text token, if the tokenizer puts it before every text by default.
+
+    Args:
+        tokenizer: The tokenizer.
+    """
+    start = tokenizer.bos_token_id
+    if start is None:
+        return None
+    # Not every tokenizer with a setting for this follows it: look at what it returns.
+    default, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return start if default[:1] == [start] and len(default) > len(bare) else None
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int, what: str) -> None:
+    """Refuse a tokenizer with tokens that a model does not have.
+
+    Args:
+        tokenizer: The tokenizer.
+        vocab_size: The number of tokens in the model's vocabulary.
+        what: The model, for the error message.
+
+    Raises:
+        DataError: The tokenizer has a token with number `vocab_size` or above.
+    """
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= vocab_size:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} does not belong to {what}: its token "
+            f"{token!r} has number {highest}, but the model has {vocab_size} tokens, 0..{vocab_size - 1}. Use the "
+            "model's own tokenizer, or call model.resize_token_embeddings first."
+        )
+
+
+def _token_stream(
+    data: Any, tokenizer: Any, max_tokens: int | None, name: str | None, token: str | bool | None, quiet: bool
 ) -> tuple[torch.Tensor, str]:
     if isinstance(data, torch.Tensor):
         if data.dim() != 1:
-            raise DataError(f"a stream of tokens has one dimension, got {list(data.shape)}.")
-        return data[:most].to(torch.int32), name or "text"
+            raise DataError(f"a stream of tokens must have one dimension, got {list(data.shape)}.")
+        return data[:max_tokens].to(torch.int32), name or "text"
     if isinstance(data, str | os.PathLike):
         data = TextSource.parse(os.fspath(data))
     if isinstance(data, TextSource):
         name = name or str(data.name)
-        return encode(documents(data, token), tokenizer, max_tokens=most, name=name, quiet=quiet), name
-    name = name or "text"
-    return encode(_texts(data, name), tokenizer, max_tokens=most, name=name, quiet=quiet), name
+        texts = documents(data, token)
+    else:
+        name = name or "text"
+        texts = _given_documents(data, name)
+    return encode(texts, tokenizer, max_tokens=max_tokens, name=name, quiet=quiet), name
 
 
-def _texts(data: Iterable[Any], name: str) -> Iterator[str]:
-    """Documents as they are, or out of rows."""
-    rows = iter(data)
-    first = next(rows, None)
+def _given_documents(data: Iterable[Any], name: str) -> Iterator[str]:
+    """Yield documents that are given as strings, or as rows with a column of text."""
+    items = iter(data)
+    first = next(items, None)
     if first is None:
         return
+    items = itertools.chain([first], items)
     if isinstance(first, Mapping):
-        yield from row_documents(itertools.chain([first], rows), None, name)
+        yield from row_documents(items, None, name)
         return
-    for number, text in enumerate(itertools.chain([first], rows)):
+    for number, text in enumerate(items):
         if not isinstance(text, str):
             raise DataError(f"document {number} of {name} is a {type(text).__name__}, not a string.")
         yield text

@@ -1,0 +1,257 @@
+"""Documents from a file, a folder of files, or a dataset on the Hub. Tables are read by the library `datasets`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, HubError
+from ..sources import hub_errors
+
+__all__ = ["TextSource", "documents", "row_documents"]
+
+# The reader of each kind of file: "text" is read whole, the others are names of readers in `datasets`.
+_READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_READER_OPTIONS: dict[str, dict[str, Any]] = {
+    "json": {"encoding": "utf-8-sig"},
+    # An empty cell, or one with the word "None", is text and not a missing value.
+    "csv": {"encoding": "utf-8-sig", "keep_default_na": False},
+    "parquet": {},
+}
+# A file belongs to the split that a word in its path names, and else to "train".
+_SPLIT_OF_WORD = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_SPECIFICATION = re.compile(r"(?:(?P<name>[^/\\=:]+)=)?(?P<data>.+?)(?::(?P<split>\w[\w.+-]*(?:\[[^\]]*\])?))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSource:
+    """A text: a file, a folder of files, or a dataset on the Hub, and which part of it to read.
+
+    In a folder, a file belongs to the split that a word of its path names, such as `test` in `wikitext-test.txt`, and
+    else to "train". A single file is read whole, whatever its name.
+
+    Args:
+        data: A .txt, .md, .json, .jsonl, .parquet or .csv file, a folder of those, or the Hub id of a dataset.
+        split: The split to read. For a dataset on the Hub also a slice, such as "train[:10%]".
+        column: The column with the text. Default: "text", or else the only column of strings.
+        config: The configuration of a dataset on the Hub.
+        revision: The branch, tag or commit of a dataset on the Hub.
+        streaming: Read a dataset on the Hub while it is downloaded, and stop the download when there is enough text.
+        name: The name of the text in results. Default: the last part of `data` without its suffix.
+
+    Example:
+        >>> TextSource("corpora/law.jsonl", column="body").name
+        'law'
+    """
+
+    data: str
+    split: str = "train"
+    column: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", os.fspath(self.data))
+        if self.name is None:
+            last = Path(self.data.rstrip("/\\"))
+            object.__setattr__(self, "name", (last.stem if last.suffix in _READERS else last.name) or self.data)
+
+    @classmethod
+    def parse(cls, text: str, **fields: Any) -> TextSource:
+        """Parse `[NAME=]DATA[:SPLIT]`, the form that the command line uses.
+
+        Args:
+            text: The specification. The path of an existing file or folder is taken as it is.
+            **fields: Further fields of the source.
+
+        Raises:
+            DataError: The specification is empty.
+
+        Example:
+            >>> TextSource.parse("law=user/cases:test[:1000]")
+            TextSource(data='user/cases', split='test[:1000]', ..., name='law')
+            >>> TextSource.parse("./a=b/notes.txt").data
+            './a=b/notes.txt'
+        """
+        match = _SPECIFICATION.fullmatch(text)
+        if text and Path(text).exists():
+            return cls(text, **fields)
+        if match is None:
+            raise DataError(f"{text!r} is not a text. Write DATA, NAME=DATA, DATA:SPLIT or NAME=DATA:SPLIT.")
+        name, data, split = match["name"], match["data"], match["split"]
+        if split is not None and Path(f"{data}:{split}").exists():
+            data, split = f"{data}:{split}", None
+        parsed = {key: value for key, value in (("name", name), ("split", split)) if value is not None}
+        return cls(data, **{**fields, **parsed})
+
+    def __str__(self) -> str:
+        parts = [self.data, *([f"config {self.config}"] if self.config else []), f"split {self.split}"]
+        return ", ".join(parts) + (f" @{self.revision}" if self.revision else "")
+
+
+def documents(source: TextSource, token: str | bool | None = None) -> Iterator[str]:
+    r"""Read the documents of a text lazily.
+
+    A text file is one document, with its line breaks; in a table, each row is one. Empty documents are skipped.
+
+    Args:
+        source: The text.
+        token: As in `from_pretrained`, for a dataset on the Hub.
+
+    Returns:
+        An iterator over the documents.
+
+    Raises:
+        DataError: The file or split does not exist, has no column of text, or is not text.
+        HubError: The dataset cannot be found or reached.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "poem.txt")
+        >>> _ = path.write_text("Tiger, tiger,\nburning bright")
+        >>> list(documents(TextSource(path)))
+        ['Tiger, tiger,\nburning bright']
+    """
+    path = Path(source.data).expanduser()
+    if path.exists():
+        return _file_documents(_files_of_split(path, source.split), source.column)
+    is_path = path.is_absolute() or source.data.startswith((".", "~")) or source.data.count("/") > 1
+    if is_path or path.suffix in _READERS:
+        raise DataError(f"there is no file or folder {source.data!r}. Check the path.")
+    return _hub_documents(source, token)
+
+
+def row_documents(rows: Iterable[Mapping[str, Any]], column: str | None, where: str) -> Iterator[str]:
+    """Yield the text of each row, without the empty ones.
+
+    Args:
+        rows: The rows, each with its columns by name.
+        column: The column with the text. `None`: "text", or else the only column of strings.
+        where: Where the rows come from, for error messages.
+
+    Raises:
+        DataError: There is no such column, or it does not hold text.
+    """
+    text_column = column
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(f"row {number} of {where} is not an object with columns, but a {type(row).__name__}.")
+        text_column = text_column or _text_column(row, where)
+        if number == 0 and text_column not in row:
+            raise DataError(f"{where} has no column {text_column!r}; its columns are {', '.join(row)}.")
+        text = row.get(text_column)
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"row {number} of {where}: column {text_column!r} is not text but {type(text).__name__}.")
+        if text:
+            yield text
+
+
+def _text_column(row: Mapping[str, Any], where: str) -> str:
+    if "text" in row:
+        return "text"
+    # An empty cell says nothing about its column: there may be text further down.
+    columns = [name for name, value in row.items() if value is None or isinstance(value, str)]
+    if len(columns) != 1:
+        problem = "several columns of text" if columns else "no column of text"
+        raise DataError(
+            f"{where} has {problem}; its columns are {', '.join(row)}. Choose one with column={next(iter(row))!r} or "
+            "another name."
+        )
+    return columns[0]
+
+
+def _files_of_split(path: Path, split: str) -> list[Path]:
+    """The text files of a split, sorted."""
+    suffixes = ", ".join(_READERS)
+    if path.is_file():
+        if path.suffix not in _READERS:
+            raise DataError(f"{path} cannot be read as text: its name must end in one of {suffixes}.")
+        if split != "train":
+            raise DataError(f"{path} is a single file and has no split {split!r}. Leave the split out.")
+        return [path]
+    files = {
+        file: _split_of(file.relative_to(path))
+        for file in sorted(path.rglob("*"))
+        if file.suffix in _READERS and file.is_file() and not _is_hidden(file.relative_to(path))
+    }
+    if not files:
+        raise DataError(f"{path} contains no text: no file name ends in one of {suffixes}.")
+    chosen = [file for file, file_split in files.items() if file_split == _SPLIT_OF_WORD.get(split, split)]
+    if not chosen:
+        raise DataError(f"{path} has no split {split!r}, only {', '.join(sorted({*files.values()}))}.")
+    return chosen
+
+
+def _split_of(path: Path) -> str:
+    words = re.split(r"[^a-z]+", str(path).lower())
+    return next((_SPLIT_OF_WORD[word] for word in reversed(words) if word in _SPLIT_OF_WORD), "train")
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _file_documents(files: Sequence[Path], column: str | None) -> Iterator[str]:
+    for reader, group in itertools.groupby(files, key=lambda file: _READERS[file.suffix]):
+        if reader == "text":
+            yield from filter(None, map(_read_text, group))
+        else:
+            for file in group:  # one at a time, so that an error names its file
+                yield from row_documents(_table_rows(reader, file), column, str(file))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-8 ({error}). Convert it first.") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}.") from error
+
+
+def _table_rows(reader: str, path: Path) -> Iterator[Any]:
+    import datasets  # takes a second to import
+
+    # Streaming reads the file in place; without it, `datasets` first copies the rows into its cache.
+    options = _READER_OPTIONS[reader]
+    try:
+        yield from datasets.load_dataset(reader, data_files=[str(path)], split="train", streaming=True, **options)
+    except (ValueError, OSError, RecursionError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"cannot read {path} as a table of text: {error}") from error
+
+
+def _hub_documents(source: TextSource, token: str | bool | None) -> Iterator[str]:
+    import datasets
+
+    where = f"{source.data}@{source.revision}" if source.revision else source.data
+    try:
+        with hub_errors(source.data, source.revision):
+            rows = datasets.load_dataset(
+                source.data,
+                source.config,
+                split=source.split,
+                revision=source.revision,
+                streaming=source.streaming,
+                token=token,
+            )
+            yield from row_documents(rows, source.column, where)
+    except datasets.exceptions.DataFilesNotFoundError as error:
+        raise DataError(f"{where} contains no data files: {error}") from error
+    except FileNotFoundError as error:
+        raise HubError(
+            f"{where} is neither a local file or folder nor a dataset on the Hub that can be read: it is missing, "
+            f"private or gated. Check the name, or log in with `hf auth login` or pass token=. {error}"
+        ) from error
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"cannot read split {source.split!r} of {where}: {error}") from error
