@@ -44,9 +44,9 @@ def _copy_and_hash(recipient: Path, donor: Path, target: Path) -> None:
 
 
 def _export(recipient: Path, donor: Path, target: Path, **options: Any) -> None:
-    from transplant_hf.export import export_transplant
+    from transplant_hf.exporting import export
 
-    export_transplant(recipient, target, {str(donor): 1}, **{"verify": False, **options})
+    export(recipient, target, {str(donor): 1}, **{"verify": False, **options})
 
 
 def _export_verified(recipient: Path, donor: Path, target: Path) -> None:
@@ -84,7 +84,7 @@ def _one(way: str, place: Path) -> None:
     import transformers  # noqa: F401 - what every way may use is imported before the clock starts
     from one_load import PeakAnonymous
 
-    import transplant_hf.export  # noqa: F401
+    import transplant_hf.exporting  # noqa: F401
     from transplant_hf.donor.record import DonorRecord
 
     assert safetensors.torch and torch and DonorRecord

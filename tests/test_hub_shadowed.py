@@ -34,7 +34,7 @@ from transplant_hf import (
 )
 from transplant_hf.conversion import convert
 from transplant_hf.evaluation.reading import find_tokenizer, open_model
-from transplant_hf.export import export_transplant
+from transplant_hf.exporting import export
 from transplant_hf.inspection import inspect
 from transplant_hf.model.extracting import extract
 from transplant_hf.planning import plan
@@ -196,7 +196,7 @@ def test_a_copy_of_a_donor_takes_its_recipient_from_its_own_repository(beside: S
 
 
 def test_export(beside: Shelf, wanted: torch.Tensor) -> None:
-    export_transplant(beside.law, "full")
+    export(beside.law, "full")
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained("./full")), wanted)
 
 

@@ -35,7 +35,9 @@ ROOMS = (
     "splice",
     "model",
     "registration",
-    "export",
+    "exporting",  # a transplant as a plain checkpoint
+    "pushing",  # what is on disk, checked and uploaded
+    "export",  # old names of the two, for one release
     "conversion",
     "inspection",
     "planning",  # what a transplant costs, from headers alone

@@ -23,7 +23,7 @@ from tests.helpers import copied, tiny_llama_model
 from transplant_hf import AutoModelWithTransplant, Donor, check_compatibility, remove_transplants, transplant
 from transplant_hf.conversion import convert
 from transplant_hf.evaluation import evaluate, sweep
-from transplant_hf.export import export_transplant
+from transplant_hf.exporting import export
 from transplant_hf.planning import plan
 from transplant_hf.training import train_donor
 
@@ -85,8 +85,8 @@ ENTRIES: dict[str, Callable[[Path, Path], Any]] = {
     "in_memory": _in_memory,
     "check": lambda family, _: check_compatibility(str(family / "recipient"), str(family / "donor"), 1),
     "save": _save,
-    "export": lambda family, place: export_transplant(family / "donor", place / "plain", verify=False),
-    "verified export": lambda family, place: export_transplant(family / "donor", place / "plain"),
+    "export": lambda family, place: export(family / "donor", place / "plain", verify=False),
+    "verified export": lambda family, place: export(family / "donor", place / "plain"),
     "convert": _convert,
     "evaluate": lambda family, _: evaluate(str(family / "donor"), {"noise": STREAM}, block_length=8, quiet=True),
     "sweep": lambda family, _: sweep(str(family / "donor"), None, STREAM, [1, 2], block_length=8, quiet=True),

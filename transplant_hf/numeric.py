@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Set
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from .errors import ConfigurationError
 
-__all__ = ["consecutive_layers", "finite_number", "is_number", "is_whole", "plain_number", "shown", "whole_number"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "consecutive_layers",
+    "finite_number",
+    "is_finite",
+    "is_number",
+    "is_whole",
+    "plain_number",
+    "shown",
+    "whole_number",
+]
 
 # Beyond it a number counts nothing here, and Python refuses to print one of a few thousand digits.
 _MOST = 1 << 63
@@ -23,6 +35,22 @@ def is_whole(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value is a finite number of Python; `True` is none."""
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of any shape and type holds neither NaN nor infinity; nothing of its size is allocated.
+
+    Example:
+        >>> import torch
+        >>> is_finite(torch.tensor([1.0, 2.0])), is_finite(torch.tensor([1.0, float("nan")]))
+        (True, False)
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.element_size() == 1:  # float8 has no reductions
+        tensor = tensor.float()
+    low, high = tensor.detach().aminmax()
+    return bool(low.isfinite() and high.isfinite())
 
 
 def plain_number(value: Any) -> Any:

@@ -22,10 +22,11 @@ from transplant_hf import (
     transplant,
 )
 from transplant_hf.evaluation import evaluate
-from transplant_hf.export import export_transplant, push_artefact
+from transplant_hf.exporting import export
 from transplant_hf.inspection import inspect
 from transplant_hf.model.extracting import extract
 from transplant_hf.plots.canvas import canvas
+from transplant_hf.pushing import push
 
 __all__ = ["PROVOKED", "Desk", "make_desk"]
 
@@ -210,7 +211,7 @@ def thin_without_a_name(desk: Desk) -> None:
 
 
 def export_with_a_strength(desk: Desk) -> None:
-    export_transplant("recipient", "exported", [DonorSpec("law", position=2, strength=0.5)])
+    export("recipient", "exported", [DonorSpec("law", position=2, strength=0.5)])
 
 
 # -- The Hub -------------------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def offline(desk: Desk) -> None:
 
 def pushed_with_a_local_recipient(desk: Desk) -> None:
     desk.log_in(ALICE)
-    push_artefact("law", "alice/faq-local")
+    push("law", "alice/faq-local")
 
 
 def recipient_in_a_folder(desk: Desk) -> None:

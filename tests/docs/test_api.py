@@ -24,7 +24,8 @@ ROOMS = (
     "plots",
     "inspection",
     "conversion",
-    "export",
+    "exporting",
+    "pushing",
     "planning",
 )
 # Names of other rooms that the reference shows too.

@@ -18,7 +18,7 @@ from tests.helpers import DONOR_LAYERS, Shelf, copied, edit_json, loaded, write_
 from tests.hub_server import ALICE
 from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec
 from transplant_hf.donor.companions import companions_in, is_companion
-from transplant_hf.export import export_transplant
+from transplant_hf.exporting import export
 
 load = AutoModelWithTransplant.from_pretrained
 Save = Callable[[Path, Path], Any]
@@ -41,12 +41,12 @@ def save_in_our_format(family: Path, target: Path) -> None:
     loaded(family, strength=0.5).save_pretrained(target)
 
 
-def export(family: Path, target: Path) -> None:
+def save_export(family: Path, target: Path) -> None:
     spec = DonorSpec(str(family / "donor"), 1)
-    export_transplant(family / "recipient", target, [spec], verify=False, overwrite=True)
+    export(family / "recipient", target, [spec], verify=False, overwrite=True)
 
 
-SAVES = [save_donor, save_thin, save_in_full, save_in_our_format, export]
+SAVES = [save_donor, save_thin, save_in_full, save_in_our_format, save_export]
 
 TRAVELS = (
     "added_tokens.json",

@@ -17,7 +17,7 @@ from transplant_hf import (
     check_compatibility,
     transplant,
 )
-from transplant_hf.export import export_transplant
+from transplant_hf.exporting import export
 from transplant_hf.inspection import inspect
 from transplant_hf.planning import plan
 
@@ -97,7 +97,7 @@ def test_headers_alone_say_the_same(family: Path, tmp_path: Path) -> None:
     assert report.position == planned.donors[0].position == 2
     assert report.layer_map == inspect(folder).layer_map
     assert report.layer_map.layers_of("law") == planned.layer_map.layers_of("llama-law") == [2, 3]
-    done = export_transplant(family / "recipient", tmp_path / "full", [DonorSpec(folder, strength=1.0)], verify=False)
+    done = export(family / "recipient", tmp_path / "full", [DonorSpec(folder, strength=1.0)], verify=False)
     assert done.layer_map == planned.layer_map
 
 
@@ -111,7 +111,7 @@ def test_a_donor_that_recommends_no_position_needs_one(family: Path, tmp_path: P
         lambda: transplant(plain(recipient), str(folder)),
         lambda: check_compatibility(recipient, folder),
         lambda: plan(recipient, str(folder)),
-        lambda: export_transplant(recipient, tmp_path / "full", {folder: None}),
+        lambda: export(recipient, tmp_path / "full", {folder: None}),
     ):
         with refused(ConfigurationError, *facts):
             call()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests.ecosystem.cases import Case
 from tests.helpers import copied, edit_json, logits_of
-from transplant_hf.export import export_transplant
+from transplant_hf.exporting import export
 
 # A folder with llama.cpp's convert_hf_to_gguf.py.
 LLAMA_CPP = "TRANSPLANT_HF_LLAMA_CPP"
@@ -52,7 +52,7 @@ def converted(case: Case, converter: Path, folder: Path) -> Path:
     tokenizer["model"]["vocab"] |= {"th": 258, "he": 259}
     tokenizer["model"]["merges"] = [["t", "h"], ["h", "e"]]  # llama.cpp loads no byte-level tokenizer without merges
     (recipient / "tokenizer.json").write_text(json.dumps(tokenizer))
-    export_transplant(recipient, folder / "full", {str(case.donor): case.position})
+    export(recipient, folder / "full", {str(case.donor): case.position})
     found = re.search(
         r"<!-- snippet: gguf -->\n```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL
     )

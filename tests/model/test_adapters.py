@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers import copied, edit_json, logits_of, refused
 from transplant_hf import AutoModelWithTransplant, ConfigurationError
-from transplant_hf.export import export_transplant
+from transplant_hf.exporting import export
 
 peft = pytest.importorskip("peft")
 
@@ -108,7 +108,7 @@ def test_two_at_once_are_refused(family: Path) -> None:
 def test_no_export_leaves_one_out(beside: str, family: Path, tmp_path: Path) -> None:
     put_beside(family / beside)
     with refused(ConfigurationError, str(family / beside), "adapter_config.json", "merge_and_unload"):
-        export_transplant(family / "donor", tmp_path / "out")
+        export(family / "donor", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -46,7 +46,7 @@ from transplant_hf import (
     TransplantConfig,
     transplant,
 )
-from transplant_hf.export import export_transplant
+from transplant_hf.exporting import export
 from transplant_hf.inspection import inspect
 from transplant_hf.model.opening import load_model
 from transplant_hf.planning import plan
@@ -207,7 +207,7 @@ def test_a_thin_save_keeps_what_scales_logits(tmp_path: Path, kind: str) -> None
     with again.disable_transplants():
         untouched = AutoModelForCausalLM.from_pretrained(family / "recipient", **fields)
         assert torch.equal(logits_of(again), logits_of(untouched))
-    export_transplant(thin, tmp_path / "full")
+    export(thin, tmp_path / "full")
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "full")), wanted)
     found = inspect(thin)
     assert any(next(iter(fields)) in note for note in found.notes)

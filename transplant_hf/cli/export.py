@@ -63,9 +63,9 @@ def _run(options: argparse.Namespace) -> int:
     if wrong:
         print(f"transplant-hf export: {wrong}", file=sys.stderr)
         return 2
-    from ..export import export_transplant
+    from ..exporting import export
 
-    done = export_transplant(
+    done = export(
         options.source,
         options.output,
         _donors(options),

@@ -31,9 +31,9 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..export import push_artefact
+    from ..pushing import push
 
-    done = push_artefact(
+    done = push(
         options.folder,
         options.repo_id,
         private=options.private or None,

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from ..archive import PtTensor
 from ..errors import CheckpointError
+from ..numeric import is_finite
 from .dtypes import loaded_dtype
 from .tensors import TensorInfo
 
-__all__ = ["PIECE", "bytes_of", "is_finite", "pieces", "read_ahead", "size_of", "stream_file", "write_safetensors"]
+__all__ = ["PIECE", "bytes_of", "pieces", "read_ahead", "size_of", "stream_file", "write_safetensors"]
 
 # Small enough for memory that is used again and stays in the processor's cache.
 PIECE = 1 << 22
@@ -125,16 +126,6 @@ def bytes_of(piece: torch.Tensor) -> memoryview:
         flat = flat.clone(memory_format=torch.contiguous_format)
     data: memoryview = flat.view(torch.uint8).numpy().data
     return data
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    if tensor.element_size() == 1:  # float8 has no reductions
-        tensor = tensor.to(torch.float32)
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def read_ahead(items: Iterator[_T]) -> Iterator[_T]:

@@ -14,10 +14,10 @@ from safetensors.torch import load as load_safetensors_bytes
 from transformers.modeling_utils import load_state_dict
 
 from ..architecture import LayerNames
-from ..donor.stream import is_finite
 from ..donor.tensors import layer_of
 from ..errors import CheckpointError
 from ..layer_map import RECIPIENT
+from ..numeric import is_finite
 from .blueprint import Blueprint
 
 __all__ = ["FiniteCheck", "MergedWeights", "Provenance", "merge_weights", "open_checkpoint"]
@@ -73,7 +73,7 @@ class FiniteCheck:
 
     def look(self, name: str, tensor: torch.Tensor) -> None:
         """Remember a tensor that holds NaN or infinity."""
-        if not is_finite(tensor.detach()):
+        if not is_finite(tensor):
             self.not_finite.append(name)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import CheckpointError, ConfigurationError, TrainingError
+from ..numeric import is_finite
 from ..storage import read_json, write_json, writing
 
 __all__ = [
@@ -61,7 +62,7 @@ def save_trained(
         name: (state[name] if state else parameter).detach().contiguous()
         for name, parameter in trained_tensors(model).items()
     }
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         raise TrainingError(
             f"{bad[0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} became NaN or infinite; no checkpoint was "

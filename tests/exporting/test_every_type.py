@@ -9,7 +9,7 @@ import torch
 
 from tests.architectures.matrix import CHECKED_TYPES, REFUSED, VARIANTS, prepare
 from transplant_hf import AutoModelWithTransplant, CompatibilityError, ConfigurationError, DonorSpec
-from transplant_hf.export import export_transplant
+from transplant_hf.exporting import export
 
 CHOSEN = ("qwen3_moe", "gemma2", "gpt_neox", "deepseek_v3", "jamba")
 _POSITION = 1
@@ -21,10 +21,10 @@ def _check(model_type: str, folder: Path) -> None:
     model = AutoModelWithTransplant.from_pretrained(folder / "recipient", donors=[spec], dtype=torch.float32)
     if not model._transplant.blueprint.native:
         with pytest.raises(ConfigurationError, match="describes these layers"):
-            export_transplant(folder / "recipient", folder / "full", [spec])
+            export(folder / "recipient", folder / "full", [spec])
         assert not (folder / "full").exists()
         return
-    done = export_transplant(folder / "recipient", folder / "full", [spec])
+    done = export(folder / "recipient", folder / "full", [spec])
     assert done.verified and done.layer_map == model.layer_map
 
 

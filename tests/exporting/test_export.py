@@ -30,7 +30,7 @@ from tests.helpers import (
     tiny_llama_model,
 )
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, DonorSpec
-from transplant_hf.export import export_transplant, writer
+from transplant_hf.exporting import export, writer
 
 load = AutoModelWithTransplant.from_pretrained
 
@@ -59,7 +59,7 @@ def test_it_needs_nothing_of_ours(tiny_gpt2: Path, tiny_llama: Path, tiny_gpt_os
         for position, mode in ((1, "insert"), (4, "insert"), (1, "replace")):
             name = f"{family.name}-{position}-{mode}"
             spec = DonorSpec(str(family / "donor"), position, mode=mode)
-            done = export_transplant(family / "recipient", tmp_path / "out" / name, [spec])
+            done = export(family / "recipient", tmp_path / "out" / name, [spec])
             assert done.verified and not done.left_out
             graft = Graft(source, DONOR_LAYERS, position, replace=mode == "replace")
             cases[name] = reference_logits(recipient, [graft])
@@ -92,7 +92,7 @@ except ImportError:
 
 
 def test_names_types_and_bits_are_the_recipients(tiny: Path, tmp_path: Path) -> None:
-    done = export_transplant(tiny / "donor", tmp_path / "full")
+    done = export(tiny / "donor", tmp_path / "full")
     own, theirs = load_file(tiny / "recipient" / "model.safetensors"), load_file(tiny / "donor" / "donor.safetensors")
     found = weights_in(tmp_path / "full")
     word = "h" if any(".h." in name for name in own) else "layers"
@@ -117,7 +117,7 @@ def test_names_types_and_bits_are_the_recipients(tiny: Path, tmp_path: Path) -> 
 
 def test_it_is_what_a_full_save_writes(tiny: Path, tmp_path: Path) -> None:
     """Two roads that share no code after the plan: one over a built model, one from file to file."""
-    export_transplant(tiny / "donor", tmp_path / "streamed")
+    export(tiny / "donor", tmp_path / "streamed")
     load(tiny / "donor").save_pretrained(tmp_path / "saved")
     one, other = weights_in(tmp_path / "streamed"), weights_in(tmp_path / "saved")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -127,7 +127,7 @@ def test_it_is_what_a_full_save_writes(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_cast(tiny: Path, tmp_path: Path, dtype: str) -> None:
-    done = export_transplant(tiny / "donor", tmp_path / "full", dtype=dtype)
+    done = export(tiny / "donor", tmp_path / "full", dtype=dtype)
     assert done.dtype == dtype and done.verified
     kind = getattr(torch, dtype)
     fixed = ("norm",) if tiny.name.startswith("gpt_oss") and dtype == "float16" else ()
@@ -145,7 +145,7 @@ def test_donors_take_the_recipients_type(tiny_llama: Path, tmp_path: Path, ours:
     Donor.from_model(source, DONOR_LAYERS, name="donor").save_pretrained(
         family / "donor", position=1, recipient=str(family / "recipient")
     )
-    assert export_transplant(family / "donor", tmp_path / "full").dtype == ours
+    assert export(family / "donor", tmp_path / "full").dtype == ours
     assert {tensor.dtype for tensor in weights_in(tmp_path / "full").values()} == {getattr(torch, ours)}
 
 
@@ -156,7 +156,7 @@ def test_shards(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (family / "recipient" / "model.safetensors").unlink()
     model.save_pretrained(family / "recipient", max_shard_size="30KB")
     monkeypatch.setattr(writer, "PIECE", 256)
-    done = export_transplant(family / "donor", tmp_path / "full", max_shard_size="40KB")
+    done = export(family / "donor", tmp_path / "full", max_shard_size="40KB")
     assert len(done.files) > 3
     assert all(stamp.size <= 40_000 + 4_000 for stamp in done.files.values())
     index = json.loads((tmp_path / "full" / "model.safetensors.index.json").read_text())
@@ -169,9 +169,9 @@ def test_shards(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_earlier_export_is_replaced(tiny_llama: Path, tmp_path: Path) -> None:
-    export_transplant(tiny_llama / "donor", tmp_path / "full", max_shard_size="40KB")
+    export(tiny_llama / "donor", tmp_path / "full", max_shard_size="40KB")
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    done = export_transplant(tiny_llama / "donor", tmp_path / "full", overwrite=True)
+    done = export(tiny_llama / "donor", tmp_path / "full", overwrite=True)
     names = {path.name for path in (tmp_path / "full").iterdir()}
     assert {name for name in names if "safetensors" in name} == set(done.files) == {"model.safetensors"}
     assert "notes.txt" in names
@@ -181,20 +181,20 @@ def test_an_earlier_export_is_replaced(tiny_llama: Path, tmp_path: Path) -> None
 def test_it_tells_when_kinds_of_layers_no_longer_repeat(tiny_gpt_oss: Path, tmp_path: Path) -> None:
     """Sliding, full, sliding, full; the donor is full, sliding."""
     donor = str(tiny_gpt_oss / "donor")
-    regular = export_transplant(tiny_gpt_oss / "recipient", tmp_path / "1", {donor: 1}, verify=False)
+    regular = export(tiny_gpt_oss / "recipient", tmp_path / "1", {donor: 1}, verify=False)
     assert not regular.irregular and "by number" not in str(regular)
-    broken = export_transplant(tiny_gpt_oss / "recipient", tmp_path / "2", {donor: 2}, verify=False)
+    broken = export(tiny_gpt_oss / "recipient", tmp_path / "2", {donor: 2}, verify=False)
     assert broken.irregular and "place some kinds of layers by number" in str(broken)
 
 
 def test_the_card(tiny_llama: Path, tmp_path: Path) -> None:
-    export_transplant(tiny_llama / "donor", tmp_path / "full", license="apache-2.0")
+    export(tiny_llama / "donor", tmp_path / "full", license="apache-2.0")
     card = (tmp_path / "full" / "README.md").read_text()
     assert "loads with Transformers alone" in card and 'from_pretrained("full")' in card
     assert "license: apache-2.0" in card and "6 layers run: 4 recipient, 2 donor" in card
     (tmp_path / "full" / "README.md").write_text("mine")
     with refused(ConfigurationError, "no record of writing"):
-        export_transplant(tiny_llama / "donor", tmp_path / "full", overwrite=True)
+        export(tiny_llama / "donor", tmp_path / "full", overwrite=True)
     assert (tmp_path / "full" / "README.md").read_text() == "mine"
 
 
@@ -205,7 +205,7 @@ def test_several_donors(tiny_gpt2: Path, tmp_path: Path) -> None:
     recipient, source = plain(tiny_gpt2 / "recipient"), plain(tiny_gpt2 / "source")
     donor = str(tiny_gpt2 / "donor")
     specs = [DonorSpec(donor, 0, name="a", layers=[1]), DonorSpec(donor, 2, "replace", name="b")]
-    done = export_transplant(tiny_gpt2 / "recipient", tmp_path / "full", specs)
+    done = export(tiny_gpt2 / "recipient", tmp_path / "full", specs)
     assert list(done.layer_map) == [
         ("a", 2),
         ("recipient", 0),
@@ -223,15 +223,15 @@ def test_a_thin_repo_with_several_donors(tiny_llama: Path, tmp_path: Path) -> No
     model = load(tiny_llama / "recipient", donors=specs)
     model.generation_config.max_new_tokens = 5
     model.save_pretrained(tmp_path / "thin", thin=True)
-    export_transplant(tmp_path / "thin", tmp_path / "full")
+    export(tmp_path / "thin", tmp_path / "full")
     assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(model))
     assert json.loads((tmp_path / "full" / "generation_config.json").read_text())["max_new_tokens"] == 5
 
 
 def test_a_recommended_position(tiny_llama: Path, tmp_path: Path) -> None:
     donor = str(tiny_llama / "donor")
-    export_transplant(tiny_llama / "recipient", tmp_path / "own", {donor: None})
-    export_transplant(tiny_llama / "recipient", tmp_path / "other", {donor: 3})
+    export(tiny_llama / "recipient", tmp_path / "own", {donor: None})
+    export(tiny_llama / "recipient", tmp_path / "other", {donor: 3})
     assert torch.equal(logits_of(plain(tmp_path / "own")), logits_of(load(donor)))
     assert torch.equal(logits_of(plain(tmp_path / "other")), logits_of(loaded(tiny_llama, 3)))
 
@@ -245,7 +245,7 @@ def test_gpt2_without_a_prefix(tiny_gpt2: Path, tmp_path: Path, masks: bool) -> 
     if masks:
         weights |= {f"h.{n}.attn.bias": torch.ones(1, 1, 64, 64) for n in range(NUM_LAYERS)}
     save_file(weights, path, metadata={"format": "pt"})
-    export_transplant(family / "donor", tmp_path / "full")
+    export(family / "donor", tmp_path / "full")
     assert {name.split(".")[0] for name in weights_in(tmp_path / "full")} == {name.split(".")[0] for name in weights}
     assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(tiny_gpt2 / "donor")))
 
@@ -257,7 +257,7 @@ def test_a_bin_recipient(tiny: Path, tmp_path: Path, form: str) -> None:
     target = family / "recipient" / "pytorch_model.bin"
     torch.save(weights, target, _use_new_zipfile_serialization=form == "zip")
     (family / "recipient" / "model.safetensors").unlink()
-    export_transplant(family / "donor", tmp_path / "full", verify=form == "zip")
+    export(family / "donor", tmp_path / "full", verify=form == "zip")
     assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(tiny / "donor")))
 
 
@@ -268,7 +268,7 @@ def test_experts_that_are_separate_in_the_files(tmp_path: Path) -> None:
         return randomised(AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **TOKENS)), seed)
 
     make_family(tmp_path, build)
-    export_transplant(tmp_path / "donor", tmp_path / "full", dtype="bfloat16")
+    export(tmp_path / "donor", tmp_path / "full", dtype="bfloat16")
     names = [name for name in weights_in(tmp_path / "full") if ".experts." in name]
     assert {number_after(name, "layers") for name in names} == set(range(6))
     assert all(".experts.0." in name or ".experts.1." in name or ".experts.2." in name for name in names)
@@ -282,7 +282,7 @@ def test_experts_that_are_separate_in_the_files(tmp_path: Path) -> None:
 
 def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     make_family(tmp_path, tiny_llama_model, tie_word_embeddings=True)
-    export_transplant(tmp_path / "donor", tmp_path / "full")
+    export(tmp_path / "donor", tmp_path / "full")
     assert "lm_head.weight" not in weights_in(tmp_path / "full")
     model = plain(tmp_path / "full")
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
@@ -292,7 +292,7 @@ def test_a_classification_head(tiny_gpt2: Path, tmp_path: Path) -> None:
     body = plain(tiny_gpt2 / "recipient")
     model = randomised(GPT2ForSequenceClassification(body.config), 5)
     model.save_pretrained(tmp_path / "recipient")
-    done = export_transplant(tmp_path / "recipient", tmp_path / "full", {str(tiny_gpt2 / "donor"): 2})
+    done = export(tmp_path / "recipient", tmp_path / "full", {str(tiny_gpt2 / "donor"): 2})
     assert done.model_class == "GPT2ForSequenceClassification" and done.verified
     assert torch.equal(load_file(tmp_path / "full" / "model.safetensors")["score.weight"], model.score.weight)
 
@@ -302,6 +302,6 @@ def test_layers_beyond_the_recipients_depth_are_left_out(tiny_llama: Path, tmp_p
     path = family / "recipient" / "model.safetensors"
     extra = {"model.layers.4.mlp.up_proj.weight": torch.ones(48, 32)}
     save_file(load_file(path) | extra, path, metadata={"format": "pt"})
-    done = export_transplant(family / "donor", tmp_path / "full")
+    done = export(family / "donor", tmp_path / "full")
     assert done.left_out == tuple(extra) and "left out" in str(done)
     assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(tiny_llama / "donor")))

@@ -16,14 +16,14 @@ _MOST_MIB = 40
 
 CODE = """
 import sys, threading
-from transplant_hf.export import export_transplant
+from transplant_hf.exporting import export
 import transplant_hf.donor, transformers.models.llama.modeling_llama
 
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
 
 dtype = sys.argv[3] if sys.argv[3] != "as it is" else None
-export_transplant(sys.argv[1], sys.argv[2] + "-first", dtype=dtype, verify=False)  # what is imported late is there
+export(sys.argv[1], sys.argv[2] + "-first", dtype=dtype, verify=False)  # what is imported late is there
 before, peak, done = anonymous(), [0.0], threading.Event()
 
 def watch():
@@ -32,7 +32,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-export_transplant(sys.argv[1], sys.argv[2], dtype=dtype, verify=False)
+export(sys.argv[1], sys.argv[2], dtype=dtype, verify=False)
 done.set()
 thread.join()
 print(peak[0] - before)

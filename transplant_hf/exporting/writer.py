@@ -14,9 +14,10 @@ from tqdm import tqdm
 from ..display import parse_size
 from ..donor.dtypes import loaded_dtype
 from ..donor.record import FileStamp
-from ..donor.stream import PIECE, bytes_of, is_finite, pieces, size_of, stream_file
+from ..donor.stream import PIECE, bytes_of, pieces, size_of, stream_file
 from ..donor.tensors import FileTensors
 from ..errors import CheckpointError
+from ..numeric import is_finite
 from ..storage import sha256_of, write_json
 from .plan import PlannedTensor
 

@@ -12,24 +12,25 @@ from typing import Any
 from huggingface_hub import CommitInfo, ModelCard
 from tqdm import tqdm
 
-from ..cards import CARD_FILE, TERMS, written_by_us
-from ..cards.authorship import signed
-from ..cards.text import python_literal
-from ..config import TransplantConfig
-from ..donor import Donor
-from ..donor.companions import code_named_in, companions_in
-from ..donor.recorded import recorded_files
-from ..donor.save import replaced_among
-from ..donor.stream import is_finite, pieces, size_of
-from ..donor.tensors import TensorInfo
-from ..errors import CheckpointError, ConfigurationError
-from ..hub import push_folder
-from ..outputs import files_in
-from ..sources import HubOptions, Source, points_to_folder
-from ..storage import read_json, writing
-from .checkpoint import open_recipient
+from .cards import CARD_FILE, TERMS, written_by_us
+from .cards.authorship import signed
+from .cards.text import python_literal
+from .config import TransplantConfig
+from .donor import Donor
+from .donor.companions import code_named_in, companions_in
+from .donor.recorded import recorded_files
+from .donor.save import replaced_among
+from .donor.stream import pieces, size_of
+from .donor.tensors import TensorInfo
+from .errors import CheckpointError, ConfigurationError
+from .exporting.checkpoint import open_recipient
+from .hub import push_folder
+from .numeric import is_finite
+from .outputs import files_in
+from .sources import HubOptions, Source, points_to_folder
+from .storage import read_json, writing
 
-__all__ = ["Push", "push_artefact"]
+__all__ = ["Push", "push", "push_artefact"]
 
 _PROGRESS_FROM = 1 << 28
 # Where a card's snippets name what they load; the tokenizer's line may name another repository.
@@ -72,7 +73,7 @@ class Push:
         return f"{self.folder}: a {self.kind}, {self.tensors} tensors, {self.size:,} bytes, all finite\n{self.url}"
 
 
-def push_artefact(
+def push(
     folder: str | os.PathLike[str],
     repo_id: str,
     *,
@@ -221,3 +222,6 @@ def _name_in_card(path: Path, repo_id: str) -> None:
     if card.text != before:
         with writing(path):
             path.write_text(str(signed(card)), encoding="utf-8")
+
+
+push_artefact = push  # the old name, for one release

@@ -1,4 +1,4 @@
-"""`export_transplant`: a transplant as a plain checkpoint, without building a model for the writing."""
+"""`export`: a transplant as a plain checkpoint, without building a model for the writing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .plan import Plan, draw_plan
 from .verify import compare_logits
 from .writer import write_weights
 
-__all__ = ["DTYPES", "Export", "export_transplant"]
+__all__ = ["DTYPES", "Export", "export", "export_transplant"]
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -110,7 +110,7 @@ class Export:
         return "\n".join(lines)
 
 
-def export_transplant(
+def export(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     donors: Any = None,
@@ -163,13 +163,13 @@ def export_transplant(
         >>> import tempfile
         >>> from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
         >>> from transplant_hf import Donor
-        >>> from transplant_hf.export import export_transplant
+        >>> from transplant_hf.exporting import export
         >>> folder = tempfile.mkdtemp()
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
         >>> model.save_pretrained(f"{folder}/recipient")
         >>> donor = Donor.from_model(model, layers=[1, 2], name="tail")
         >>> donor.save_pretrained(f"{folder}/donor", position=1, recipient=f"{folder}/recipient")
-        >>> done = export_transplant(f"{folder}/donor", f"{folder}/full")
+        >>> done = export(f"{folder}/donor", f"{folder}/full")
         >>> done.verified, AutoModelForCausalLM.from_pretrained(f"{folder}/full").config.n_layer
         (True, 5)
     """
@@ -279,3 +279,6 @@ def _write_config(opened: Opened, staging: Path, dtype: torch.dtype | None, plan
     config.save_pretrained(staging)
     if not (staging / "generation_config.json").exists() and blueprint.recipient.model_class.can_generate():
         GenerationConfig.from_model_config(config).save_pretrained(staging)
+
+
+export_transplant = export  # the old name, for one release

@@ -20,7 +20,7 @@ from tests.helpers import (
 )
 from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec, IntegrityError
 from transplant_hf.errors import CheckpointError, CompatibilityError, ConfigurationError
-from transplant_hf.export import export_transplant, writer
+from transplant_hf.exporting import export, writer
 
 load = AutoModelWithTransplant.from_pretrained
 
@@ -33,20 +33,20 @@ def test_what_no_plain_checkpoint_can_say(tiny_gpt2: Path, inverse_gpt2: Path, t
     donor = str(tiny_gpt2 / "donor")
     recipient, out = tiny_gpt2 / "recipient", tmp_path / "full"
     with refused(ConfigurationError, "strength 0.5", "save_pretrained", "at strength 1"):
-        export_transplant(recipient, out, [DonorSpec(donor, 1, strength=0.5)])
+        export(recipient, out, [DonorSpec(donor, 1, strength=0.5)])
     with refused(ConfigurationError, "strength 0", "leave it out"):
-        export_transplant(recipient, out, [DonorSpec(donor, 1, strength=0.0)])
+        export(recipient, out, [DonorSpec(donor, 1, strength=0.0)])
     crowd = [DonorSpec(donor, 1, name="a"), DonorSpec(donor, 1, name="b")]
     with refused(ConfigurationError, "a, b run side by side", "stacked"):
-        export_transplant(recipient, out, crowd, composition="side_by_side")
+        export(recipient, out, crowd, composition="side_by_side")
     with refused(ConfigurationError, "no configuration of gpt2 describes", "silently wrong", "transplant format"):
-        export_transplant(inverse_gpt2 / "donor", out)
+        export(inverse_gpt2 / "donor", out)
     with refused(ConfigurationError, "not a transplant"):
-        export_transplant(recipient, out)
+        export(recipient, out)
     with refused(CompatibilityError, "n_embd: donor 16, recipient 32"):
-        export_transplant(recipient, out, {str(wide_donor(tmp_path)): 1})
+        export(recipient, out, {str(wide_donor(tmp_path)): 1})
     with refused(ConfigurationError, "bfloat16, float16, float32", "int8"):
-        export_transplant(tiny_gpt2 / "donor", out, dtype="int8")
+        export(tiny_gpt2 / "donor", out, dtype="int8")
     assert_nothing_left(tmp_path)
 
 
@@ -57,7 +57,7 @@ def wide_donor(folder: Path) -> Path:
 
 
 def test_alone_side_by_side_is_as_stacked(tiny_gpt2: Path, tmp_path: Path) -> None:
-    export_transplant(tiny_gpt2 / "donor", tmp_path / "full", composition="side_by_side")
+    export(tiny_gpt2 / "donor", tmp_path / "full", composition="side_by_side")
     assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(tiny_gpt2 / "donor")))
 
 
@@ -65,15 +65,15 @@ def test_where_it_may_not_be_written(tiny_llama: Path, tmp_path: Path) -> None:
     family = copied(tiny_llama, tmp_path / "family")
     for taken, fact in (("donor", "is what is being exported"), ("recipient", "no record of writing")):
         with refused(ConfigurationError, fact):
-            export_transplant(family / "donor", family / taken, overwrite=True)
+            export(family / "donor", family / taken, overwrite=True)
     (tmp_path / "full").mkdir()
-    export_transplant(family / "donor", tmp_path / "full", verify=False)  # an empty folder will do
+    export(family / "donor", tmp_path / "full", verify=False)  # an empty folder will do
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("mine")
     with refused(ConfigurationError, "is not empty", "chapter.tex"):
-        export_transplant(family / "donor", tmp_path / "thesis")
+        export(family / "donor", tmp_path / "thesis")
     with refused(ConfigurationError, "is a file"):
-        export_transplant(family / "donor", tmp_path / "thesis" / "chapter.tex")
+        export(family / "donor", tmp_path / "thesis" / "chapter.tex")
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
 
 
@@ -91,7 +91,7 @@ def test_what_is_not_finite(tiny_llama: Path, tmp_path: Path, where: str, value:
         tensors[name][5, 7] = value
         save_file(tensors, path, metadata={"format": "pt"})
     with refused(CheckpointError, name, "NaN or infinity", where):
-        export_transplant(family / "donor", tmp_path / "full", verify=False)
+        export(family / "donor", tmp_path / "full", verify=False)
     assert_nothing_left(tmp_path)
 
 
@@ -102,8 +102,8 @@ def test_what_is_too_large_for_a_type(tiny_llama: Path, tmp_path: Path) -> None:
     tensors["model.norm.weight"][3] = 1e6
     save_file(tensors, path, metadata={"format": "pt"})
     with refused(CheckpointError, "model.norm.weight", "too large for torch.float16", "bfloat16"):
-        export_transplant(family / "donor", tmp_path / "full", dtype="float16", verify=False)
-    export_transplant(family / "donor", tmp_path / "full", dtype="bfloat16")
+        export(family / "donor", tmp_path / "full", dtype="float16", verify=False)
+    export(family / "donor", tmp_path / "full", dtype="bfloat16")
 
 
 def test_changed_bytes_of_a_donor(tiny_llama: Path, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_changed_bytes_of_a_donor(tiny_llama: Path, tmp_path: Path) -> None:
     data[-100] ^= 1
     path.write_bytes(data)
     with refused(IntegrityError, "donor.safetensors", "sha256"):
-        export_transplant(family / "donor", tmp_path / "full", verify=False)
+        export(family / "donor", tmp_path / "full", verify=False)
     assert_nothing_left(tmp_path)
 
 
@@ -124,30 +124,30 @@ def test_a_recipient_that_is_not_whole(tiny_llama: Path, tmp_path: Path) -> None
     whole = load_file(path)
     save_file({name: t for name, t in whole.items() if ".layers.2." not in name}, path)
     with refused(CheckpointError, "holds nothing of its layers [2]"):
-        export_transplant(family / "donor", tmp_path / "full")
+        export(family / "donor", tmp_path / "full")
     save_file({name: t for name, t in whole.items() if name != "model.norm.weight"}, path)
     with refused(CheckpointError, "lacks model.norm.weight", "at random"):
-        export_transplant(family / "donor", tmp_path / "full")
+        export(family / "donor", tmp_path / "full")
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with refused(CheckpointError, "model.safetensors", "not a whole safetensors file"):
-        export_transplant(family / "donor", tmp_path / "full")
+        export(family / "donor", tmp_path / "full")
     path.unlink()
     with refused(CheckpointError, "no weights", "pytorch_model.bin"):
-        export_transplant(family / "donor", tmp_path / "full")
+        export(family / "donor", tmp_path / "full")
     index = recipient / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
     with refused(CheckpointError, "lacks model-00001-of-00002.safetensors"):
-        export_transplant(family / "donor", tmp_path / "full")
+        export(family / "donor", tmp_path / "full")
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../../secret.safetensors"}}))
     with refused(CheckpointError, "outside its folder"):
-        export_transplant(family / "donor", tmp_path / "full")
+        export(family / "donor", tmp_path / "full")
     assert_nothing_left(tmp_path)
 
 
 def test_bits_that_changed_on_the_way(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "sha256_of", lambda path: "0" * 64)
     with refused(CheckpointError, "model.safetensors was read back with other bits"):
-        export_transplant(tiny_llama / "donor", tmp_path / "full")
+        export(tiny_llama / "donor", tmp_path / "full")
     assert_nothing_left(tmp_path)
 
 
@@ -168,7 +168,7 @@ def test_other_logits(
 
     monkeypatch.setattr(writer, "bytes_of", flipped)
     with refused(CheckpointError, told):
-        export_transplant(tiny_llama / "donor", tmp_path / "full")
+        export(tiny_llama / "donor", tmp_path / "full")
     assert_nothing_left(tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_the_config_is_the_plain_models(tiny_llama: Path, tmp_path: Path) -> Non
     family = copied(tiny_llama, tmp_path / "family")
     (family / "recipient" / "model.safetensors").rename(family / "recipient" / "other.safetensors")
     edit_json(family / "recipient" / "config.json", transformers_weights="other.safetensors", dtype=None)
-    export_transplant(family / "donor", tmp_path / "full")
+    export(family / "donor", tmp_path / "full")
     config = json.loads((tmp_path / "full" / "config.json").read_text())
     assert "transformers_weights" not in config and config["dtype"] == "float32"
     assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(tiny_llama / "donor")))

@@ -13,7 +13,7 @@ from tests.helpers import copied, edit_json, loaded, logits_of, refused, run_pyt
 from tests.splice.test_quantized import mxfp4, torchao_family  # noqa: F401 - fixtures
 from transplant_hf import DonorSpec
 from transplant_hf.errors import ConfigurationError
-from transplant_hf.export import export_transplant
+from transplant_hf.exporting import export
 
 # ruff: noqa: F811 - a test asks for a fixture by its name
 
@@ -34,7 +34,7 @@ print("alone")
 def test_mxfp4_with_a_dequantised_donor(mxfp4: Path, tmp_path: Path, mode: str) -> None:
     """Plain Transformers reads packed and plain experts side by side, where the configuration names the plain ones."""
     spec = DonorSpec(str(mxfp4 / "donor"), 1, mode=mode)
-    done = export_transplant(mxfp4 / "recipient", tmp_path / "full", [spec])
+    done = export(mxfp4 / "recipient", tmp_path / "full", [spec])
     assert done.mixed == ("donor",) and done.verified and "full precision" in str(done)
     found = load_file(tmp_path / "full" / "model.safetensors")
     own = load_file(mxfp4 / "recipient" / "model.safetensors")
@@ -51,7 +51,7 @@ def test_mxfp4_with_a_dequantised_donor(mxfp4: Path, tmp_path: Path, mode: str) 
 
 
 def test_a_cast_leaves_packed_weights_alone(mxfp4: Path, tmp_path: Path) -> None:
-    export_transplant(mxfp4 / "donor", tmp_path / "full", dtype="float32")
+    export(mxfp4 / "donor", tmp_path / "full", dtype="float32")
     found = load_file(tmp_path / "full" / "model.safetensors")
     own = load_file(mxfp4 / "recipient" / "model.safetensors")
     name = "mlp.experts.gate_up_proj_scales"
@@ -63,7 +63,7 @@ def test_other_methods_do_not_mix(torchao_family: Path, tmp_path: Path) -> None:
     family = copied(torchao_family, tmp_path / "family")
     edit_json(family / "donor" / "config.json", recipient=str(family / "int8"))
     with refused(ConfigurationError, "is quantised (torchao)", "'donor' is not", "full precision"):
-        export_transplant(family / "donor", tmp_path / "full")
+        export(family / "donor", tmp_path / "full")
     path = family / "recipient" / "model.safetensors"
     weights = {}
     for name, tensor in load_file(path).items():
@@ -74,5 +74,5 @@ def test_other_methods_do_not_mix(torchao_family: Path, tmp_path: Path) -> None:
     edit_json(family / "recipient" / "config.json", quantization_config={"quant_method": "fp8"})
     edit_json(family / "donor" / "config.json", recipient=str(family / "recipient"))
     with refused(ConfigurationError, "is quantised (fp8)", "full precision, and quantise the export"):
-        export_transplant(family / "donor", tmp_path / "full")
+        export(family / "donor", tmp_path / "full")
     assert not (tmp_path / "full").exists()
