@@ -26,13 +26,23 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .comparison import compare_texts as compare
     from .compatibility import CompatibilityReport
     from .config import DonorSpec, TransplantConfig
+    from .conversion import convert
     from .donor import Donor
+    from .evaluation import evaluate, sweep
+    from .exporting import export
+    from .inspection import inspect
     from .layer_map import LayerMap
     from .model.auto import AutoModelWithTransplant, check_compatibility
+    from .model.auto import check_compatibility as check
+    from .model.extracting import extract
     from .model.memory import remove_transplants, transplant
+    from .planning import plan
+    from .pushing import push
     from .training import DonorTrainer, DonorTrainingArguments
+    from .training import train_donor as train
 
 __version__ = "0.1.0"
 
@@ -54,24 +64,48 @@ __all__ = [
     "TransplantConfig",
     "TransplantError",
     "__version__",
+    "check",
     "check_compatibility",
+    "compare",
+    "convert",
+    "evaluate",
+    "export",
+    "extract",
+    "inspect",
+    "plan",
+    "push",
     "remove_transplants",
+    "sweep",
+    "train",
     "transplant",
 ]
 
-# Imported when first used: they bring torch and model code with them.
+# Imported on first use, because they import torch and model code: public name -> module:name.
 _LAZY = {
-    "AutoModelWithTransplant": "model.auto",
-    "CompatibilityReport": "compatibility",
-    "Donor": "donor",
-    "DonorSpec": "config",
-    "DonorTrainer": "training",
-    "DonorTrainingArguments": "training",
-    "LayerMap": "layer_map",
-    "TransplantConfig": "config",
-    "check_compatibility": "model.auto",
-    "remove_transplants": "model.memory",
-    "transplant": "model.memory",
+    "AutoModelWithTransplant": "model.auto:AutoModelWithTransplant",
+    "CompatibilityReport": "compatibility:CompatibilityReport",
+    "Donor": "donor:Donor",
+    "DonorSpec": "config:DonorSpec",
+    "DonorTrainer": "training:DonorTrainer",
+    "DonorTrainingArguments": "training:DonorTrainingArguments",
+    "LayerMap": "layer_map:LayerMap",
+    "TransplantConfig": "config:TransplantConfig",
+    "remove_transplants": "model.memory:remove_transplants",
+    # The verbs: each does what the command of the same name does.
+    "check": "model.auto:check_compatibility",
+    "compare": "comparison:compare_texts",
+    "convert": "conversion:convert",
+    "evaluate": "evaluation:evaluate",
+    "export": "exporting:export",
+    "extract": "model.extracting:extract",
+    "inspect": "inspection:inspect",
+    "plan": "planning:plan",
+    "push": "pushing:push",
+    "sweep": "evaluation:sweep",
+    "train": "training:train_donor",
+    "transplant": "model.memory:transplant",
+    # Old names, for one release.
+    "check_compatibility": "model.auto:check_compatibility",
 }
 
 
@@ -97,7 +131,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    module, _, attribute = _LAZY[name].partition(":")
+    value = getattr(import_module(f".{module}", __name__), attribute)
     globals()[name] = value
     return value
 

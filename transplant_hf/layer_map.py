@@ -26,12 +26,10 @@ class Slot(NamedTuple):
 
 
 class LayerMap(tuple[Slot, ...]):
-    """For each layer that runs, in order, where it came from. Prints as a picture of the stack.
+    """For each layer that runs, in order, where it came from. Prints as a picture of the stack, with donor rows marked.
 
-    Args:
-        slots: (source, index) pairs.
-        legend: What is known of the sources: a name and a phrase of each, printed below the picture. No part of the
-            tuple, and without effect on what it equals.
+    A tuple of (source, index) pairs. The `legend` gives a phrase for some of the sources, which is printed below the
+    picture. It is not part of the tuple, so maps with different legends are equal.
 
     Example:
         >>> print(LayerMap([("recipient", 0), ("law", 4), ("law", 5), ("recipient", 1)]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -39,13 +40,17 @@ ENTRIES = [
 
 
 def wanted() -> Iterator[str]:
-    """The full name of every public object, once: the first that it has."""
+    """The full name of every public object, once: the first that it has.
+
+    The site reads files, so the verb `export`, which is also a submodule there, has the name that it has in its room.
+    """
     seen: set[int] = set()
     for module in ("", *(f".{room}" for room in ROOMS)):
         found = importlib.import_module(f"transplant_hf{module}")
         for name in found.__all__:
             value = getattr(found, name)
-            if not name.startswith("__") and id(value) not in seen:
+            hidden = module == "" and importlib.util.find_spec(f"transplant_hf.{name}")
+            if not name.startswith("__") and not hidden and id(value) not in seen:
                 seen.add(id(value))
                 yield f"{found.__name__}.{name}"
     yield from (f"transplant_hf.{name}" for name in MORE)

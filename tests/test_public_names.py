@@ -1,0 +1,69 @@
+"""The names that `transplant_hf` itself offers: verbs named as the commands, loaded on first use."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import transplant_hf
+
+VERBS = (
+    "check",
+    "compare",
+    "convert",
+    "evaluate",
+    "export",
+    "extract",
+    "inspect",
+    "plan",
+    "push",
+    "sweep",
+    "train",
+    "transplant",
+)
+
+# In a new process: the order of imports decides what a name of the package is bound to.
+EVERY_SUBMODULE = """
+import importlib, pkgutil, sys
+import transplant_hf
+verbs = sys.argv[2:]
+if sys.argv[1] == "verbs first":
+    [getattr(transplant_hf, verb) for verb in verbs]
+for module in pkgutil.walk_packages(transplant_hf.__path__, "transplant_hf."):
+    if module.name != "transplant_hf.__main__":
+        importlib.import_module(module.name)
+print(*(verb for verb in verbs if not callable(getattr(transplant_hf, verb))))
+"""
+
+
+@pytest.mark.parametrize("name", transplant_hf.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(transplant_hf, name) is not None
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_is_a_function_with_a_docstring(verb: str) -> None:
+    assert verb in transplant_hf.__all__
+    assert callable(getattr(transplant_hf, verb))
+    assert inspect.getdoc(getattr(transplant_hf, verb))
+
+
+@pytest.mark.parametrize("order", ["verbs first", "submodules first"])
+def test_no_submodule_hides_a_verb(order: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", EVERY_SUBMODULE, order, *VERBS], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
+
+
+def test_an_old_name_is_the_same_function() -> None:
+    assert transplant_hf.check_compatibility is transplant_hf.check
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'transplnt'"):
+        transplant_hf.transplnt  # noqa: B018
