@@ -70,7 +70,7 @@ def test_position_outside(position: int) -> None:
 
 
 def test_replacement_past_the_end() -> None:
-    with refused(ConfigurationError, "'law' of 3 layers", "position 2", "up to 4", "last is 3", "at most 1"):
+    with refused(ConfigurationError, "'law'", "position 2", "outside 0..1", "4 layers", "3 are replaced"):
         Splice(4, [Placement("law", 2, (0, 1, 2), replaces=True)])
     Splice(4, [Placement("law", 1, (0, 1, 2), replaces=True)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import re
@@ -378,6 +379,17 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
             else:
                 here.append([])
         return tuple(tuple(run) for here in runs.values() for run in here if len(run) > 1)
+
+    def replaced(self, **changes: Any) -> TransplantConfig:
+        """Return a copy with other values for some fields; this configuration stays as it is.
+
+        Args:
+            **changes: The fields, such as `donors=`.
+        """
+        made = copy.deepcopy(self)
+        for name, value in changes.items():
+            setattr(made, name, value)
+        return made
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import ConfigurationError
+from .numeric import whole_number
 
-__all__ = ["RECIPIENT", "LayerMap", "Placement", "Slot", "Splice", "Stage", "paper_layers"]
+__all__ = ["RECIPIENT", "LayerMap", "Placement", "Slot", "Splice", "Stage", "check_position", "paper_layers"]
 
 RECIPIENT = "recipient"
 
@@ -179,22 +180,13 @@ class Splice:
         self.num_layers = num_layers
         self.placements = tuple(placements)
         for placement in self.placements:
-            self._check_range(placement)
+            check_position(
+                placement.position,
+                num_layers,
+                donor=placement.name,
+                replaced=len(placement.layer_indices) if placement.replaces else 0,
+            )
         self.stages = self._lay_out(self._owners())
-
-    def _check_range(self, placement: Placement) -> None:
-        if not 0 <= placement.position <= self.num_layers:
-            raise ConfigurationError(
-                f"position {placement.position} of donor {placement.name!r} is outside 0..{self.num_layers}: the "
-                f"recipient has {self.num_layers} layers, and the position counts those that run before the donor."
-            )
-        if placement.replaced.stop > self.num_layers:
-            raise ConfigurationError(
-                f"donor {placement.name!r} of {len(placement.layer_indices)} layers replaces from position "
-                f"{placement.position} and would need recipient layers up to {placement.replaced.stop - 1}; the "
-                f"last is {self.num_layers - 1}. Use a position of at most "
-                f"{self.num_layers - len(placement.layer_indices)}."
-            )
 
     def _owners(self) -> dict[int, str]:
         owners: dict[int, str] = {}
@@ -233,6 +225,43 @@ class Splice:
     def layer_map(self, disabled: Collection[str] = ()) -> LayerMap:
         """The layer map while the donors in `disabled` are switched off."""
         return LayerMap(stage.slot for stage in self.running(disabled))
+
+
+def check_position(
+    position: Any, num_layers: int, *, recipient: str = "", donor: str | None = None, replaced: int = 0
+) -> int:
+    """Return a position as an integer, or refuse one that the recipient does not have.
+
+    Args:
+        position: How many recipient layers run before the donor.
+        num_layers: L, the recipient's layers.
+        recipient: Which recipient it is, for the message.
+        donor: The donor's name, for the message.
+        replaced: How many recipient layers the donor replaces; 0 for an inserted one.
+
+    Raises:
+        ConfigurationError: Not a whole number, outside 0..L, or a replacement that reaches past the last layer.
+
+    Example:
+        >>> check_position(12, 12)
+        12
+    """
+    what = "position" if donor is None else f"position of donor {donor!r}"
+    found, known = whole_number(position, what), f"recipient {recipient}" if recipient else "the recipient"
+    what = what.replace("position", f"position {found}", 1)
+    if not 0 <= found <= num_layers:
+        raise ConfigurationError(
+            f"{what} is outside 0..{num_layers}: {known} has {num_layers} layers, and the position counts those that "
+            "run before the donor."
+        )
+    if replaced > num_layers:
+        raise ConfigurationError(f"{what}: {replaced} layers cannot be replaced, {known} has only {num_layers}.")
+    if found + replaced > num_layers:
+        raise ConfigurationError(
+            f"{what} is outside 0..{num_layers - replaced}: {known} has {num_layers} layers, of which {replaced} are "
+            "replaced from the position on. Use a smaller position, or mode='insert'."
+        )
+    return found
 
 
 def paper_layers(num_layers: int, count: int = 3) -> range:

@@ -122,7 +122,7 @@ def test_inspect_says_it(tiny_gpt2: Path, tmp_path: Path) -> None:
 
 def test_compatibility_is_checked_as_it_is_meant(tiny_gpt2: Path, tmp_path: Path) -> None:
     repo = saved(tiny_gpt2, tmp_path / "law", position=3, mode="replace")
-    assert "replaces from position 3" in str(check_compatibility(tiny_gpt2 / "recipient", repo))
+    assert "is outside 0..2" in str(check_compatibility(tiny_gpt2 / "recipient", repo))
     assert check_compatibility(tiny_gpt2 / "recipient", repo, 3)
     assert len(check_compatibility(tiny_gpt2 / "recipient", repo, 2, "replace").layer_map) == NUM_LAYERS
     assert len(check_compatibility(tiny_gpt2 / "recipient", repo, 2).layer_map) == NUM_LAYERS + 2

@@ -116,7 +116,12 @@ def test_an_index_that_is_not_json(sharded: Path) -> None:
 
 def test_an_index_that_disagrees(sharded: Path) -> None:
     write_index(sharded, {"layers.0.a": ONE, "layers.1.b": TWO})
-    with refused(CheckpointError, str(sharded / DONOR_INDEX), "disagree on 2 tensors", "'layers.1.a'"):
+    with refused(
+        CheckpointError,
+        str(sharded / DONOR_INDEX),
+        "2 tensors are only in the index or only in a shard",
+        "'layers.1.a'",
+    ):
         open_donor_files(sharded)
 
 
@@ -140,3 +145,11 @@ def test_a_git_lfs_pointer(tmp_path: Path) -> None:
     (tmp_path / DONOR_FILE).write_text(pointer)
     with refused(CheckpointError, str(tmp_path / DONOR_FILE), "Git LFS pointer"):
         open_donor_files(tmp_path)
+
+
+def test_a_tensor_in_another_shard_than_the_index_says(sharded: Path) -> None:
+    index = json.loads((sharded / DONOR_INDEX).read_text())["weight_map"]
+    swapped = {name: TWO if file == ONE else ONE for name, file in index.items()}
+    write_index(sharded, swapped)
+    with refused(CheckpointError, str(sharded / DONOR_INDEX), "are in another shard"):
+        open_donor_files(sharded)

@@ -118,8 +118,8 @@ def test_an_index_that_leads_out(family: Path, file: Any, place: str) -> None:
         ([], "no weight_map"),
         ({"a": "one.safetensors", "b": "gone.safetensors"}, "first 'gone.safetensors'"),
         ({"a": "one.safetensors", "x": "two.safetensors"}, "only in the index or only in a shard, first 'b'"),
-        ({"a": "two.safetensors", "b": "one.safetensors"}, "another shard than the index says, first 'a'"),
-        ({"a": "one.safetensors", "b": "two.safetensors", "c": "three.safetensors"}, "stand in two shards, first 'a'"),
+        ({"a": "two.safetensors", "b": "one.safetensors"}, "are in another shard, first 'a'"),
+        ({"a": "one.safetensors", "b": "two.safetensors", "c": "three.safetensors"}, "are in two shards, first 'a'"),
     ],
 )
 def test_an_index_that_lies(family: Path, weight_map: Any, fact: str) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from tests.helpers import Shelf, copied, digest_of, layers_of, loaded, logits_of, plain, refused, tiny_llama_model
 from tests.hub_server import ALICE
-from transplant_hf import AutoModelWithTransplant, CompatibilityError, ConfigurationError, Donor, HubError
+from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, HubError
 from transplant_hf.model.extracting import extract
 
 load = AutoModelWithTransplant.from_pretrained
@@ -108,7 +108,7 @@ def test_layers_of_two_sources(thin: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("position", [-1, 5])
 def test_no_such_position(tiny_llama: Path, tmp_path: Path, position: int) -> None:
-    with refused(CompatibilityError, f"position {position}", "0..4", str(tiny_llama / "recipient")):
+    with refused(ConfigurationError, f"position {position}", "0..4", str(tiny_llama / "recipient")):
         extract(tiny_llama / "recipient", tmp_path / "new", position=position)
     assert not (tmp_path / "new").exists()
 

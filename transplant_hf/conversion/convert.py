@@ -13,8 +13,7 @@ from ..donor.deliver import deliver
 from ..donor.from_pt import OpenedPt, open_pt
 from ..donor.recorded import check_artefact_folder
 from ..donor.save import save_donor
-from ..errors import CompatibilityError
-from ..numeric import whole_number
+from ..layer_map import check_position
 from ..outputs import files_in
 from ..sources import HubOptions
 from .readback import compare_tensors
@@ -126,8 +125,7 @@ def convert(
 
     Raises:
         CheckpointError: The file is damaged, or holds no such layers.
-        CompatibilityError: The recipient has no such position.
-        ConfigurationError: Nothing says which layers they are, or the output is not empty.
+        ConfigurationError: Unknown layer indices, a position outside 0..L, or an output that is not empty.
         HubError: The recipient or the repository is out of reach.
     """
     if output is not None:
@@ -135,12 +133,8 @@ def convert(
     opened = open_pt(
         path, recipient, metadata, layers, name, recipient_revision, HubOptions(token, cache_dir, local_files_only)
     )
-    position = whole_number(position, "position") if position is not None else None
-    if position is not None and not 0 <= position <= opened.num_layers:
-        raise CompatibilityError(
-            f"position {position} is outside 0..{opened.num_layers}: recipient {opened.recipient} has "
-            f"{opened.num_layers} layers."
-        )
+    if position is not None:
+        position = check_position(position, opened.num_layers, recipient=str(opened.recipient))
     donor = Donor(opened.record, opened.store, position=opened.position, companions=opened.recipient)
 
     names: set[str] = set()

@@ -25,13 +25,14 @@ from .place import recommendation, recommended_in
 from .pt_tensors import PtTensors
 from .record import DONOR_CONFIG, DonorRecord
 from .save import replaced_among, save_donor
-from .tensors import TensorInfo, TensorStore, layer_of, open_donor_files
+from .tensors import FileTensors, TensorInfo, TensorStore, layer_of, open_donor_files
 
 __all__ = ["DONOR_FILES", "Donor"]
 
 DONOR_FILES = (DONOR_CONFIG, "donor*.safetensors", "donor.safetensors.index.json", "config.json")
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Donor:
     """Contiguous decoder layers, and what is known of their making.
 
@@ -54,25 +55,31 @@ class Donor:
         (2, [1, 2])
     """
 
-    def __init__(
-        self,
-        record: DonorRecord,
-        store: TensorStore,
-        *,
-        position: int | None = None,
-        mode: str = "insert",
-        strength: float = 1.0,
-        source: Source | None = None,
-        companions: Source | None = None,
-    ) -> None:
-        self.record = record
-        self.store = store
-        self.position = position
-        self.mode = mode
-        self.strength = strength
-        self.source = source
-        self._companions = companions
-        self._check_layer_numbers()
+    record: DonorRecord
+    store: TensorStore
+    _: dataclasses.KW_ONLY
+    position: int | None = None
+    mode: str = "insert"
+    strength: float = 1.0
+    source: Source | None = None
+    companions: Source | None = None
+
+    def __post_init__(self) -> None:
+        found = {layer_of(name)[0] for name in self.infos()}
+        expected = set(range(self.num_layers))
+        if found != expected:
+            raise CheckpointError(
+                f"donor {self}: its record names {self.num_layers} layers ({self.layer_indices}), its weights hold "
+                f"layers {sorted(found)}. Missing: {sorted(expected - found)}, unexpected: {sorted(found - expected)}."
+            )
+
+    def replaced(self, **changes: Any) -> Donor:
+        """Return this donor with other values for some arguments of `Donor`; all others stay.
+
+        Args:
+            **changes: Arguments of `Donor`, such as `position=2`.
+        """
+        return dataclasses.replace(self, **changes)
 
     @classmethod
     def from_pretrained(
@@ -109,35 +116,33 @@ class Donor:
         return cls.open(locate(name, files=DONOR_FILES, revision=revision, subfolder=subfolder, hub=hub))
 
     @classmethod
-    def open(cls, source: Source) -> Donor:
-        """Open a donor whose files are at hand.
+    def open(cls, source: Source, store: TensorStore | None = None) -> Donor:
+        """Open a donor whose files, or their headers, are on this machine.
 
         Args:
-            source: Where they lie, and what the donor was asked for by.
+            source: The folder, and the name the donor was asked for by.
+            store: Its tensors, if only their headers are on this machine; by default those of the weight files, whose
+                sizes are compared with the record.
+
+        Raises:
+            CheckpointError: Files are missing or malformed.
+            IntegrityError: A weight file has another size than recorded, or no recorded sha256.
         """
         if source.from_hub and not (source.folder / DONOR_CONFIG).exists():
             raise CheckpointError(
-                f"{source} is no donor: it holds no {DONOR_CONFIG}, or the local cache holds only a part of it; then "
-                "load it once with a connection."
+                f"{source} is not a donor: it has no {DONOR_CONFIG}, or the local cache holds only a part of it. In "
+                "that case load it once with a connection."
             )
         record = DonorRecord.read(source.folder)
-        for name, stamp in record.files.items():
-            stamp.check_size(source.folder / name, str(source))
-        recommended = recommended_in(source.folder)
-        try:
-            store = open_donor_files(source.folder)
-        except CheckpointError:
-            # Changed bytes may look like any other fault; which it is, the record knows.
-            for name, stamp in record.files.items():
-                stamp.check_bytes(source.folder / name, str(source))
-            raise
-        unlisted = sorted({path.name for path in store.files} - set(record.files))
-        if unlisted and (record.files or source.from_hub):
-            raise IntegrityError(
-                f"{', '.join(unlisted)} of donor {source} has no sha256 in {DONOR_CONFIG}, so that its bytes cannot "
-                "be checked. Save the donor again with save_pretrained."
-            )
-        return cls(record, store, **recommended, source=source)
+        if store is None:
+            store = _open_files(source, record)
+            unrecorded = record.without_sha256({path.name for path in store.files}, source.from_hub)
+            if unrecorded:
+                raise IntegrityError(
+                    f"{', '.join(unrecorded)} of donor {source} has no sha256 in {DONOR_CONFIG}, so that its bytes "
+                    "cannot be checked. Save the donor again with save_pretrained."
+                )
+        return cls(record, store, **recommended_in(source.folder), source=source)
 
     @classmethod
     def from_model(
@@ -283,14 +288,7 @@ class Donor:
         record = dataclasses.replace(
             self.record, layer_indices=tuple(self.record.layer_indices[number] for number in layers)
         )
-        return Donor(
-            record,
-            _PartOf(self.store, layers[0], len(layers)),
-            position=self.position,
-            mode=self.mode,
-            strength=self.strength,
-            source=self.source,
-        )
+        return self.replaced(record=record, store=_PartOf(self.store, layers[0], len(layers)))
 
     def weight_files(self) -> list[Path]:
         """The files of a donor on disk that have a recorded sha256."""
@@ -302,7 +300,7 @@ class Donor:
         Args:
             recipient: Hub id or folder.
         """
-        known = self._companions
+        known = self.companions
         return str(known.folder) if known is not None and known.reference == recipient else recipient
 
     def verify(self) -> None:
@@ -401,15 +399,6 @@ class Donor:
         source = f", from {self.source}" if self.source else ""
         return f"Donor({self.name!r}, {self.model_type}, layers {self.layer_indices}, {place}{source})"
 
-    def _check_layer_numbers(self) -> None:
-        found = {layer_of(name)[0] for name in self.infos()}
-        wanted = set(range(self.num_layers))
-        if found != wanted:
-            raise CheckpointError(
-                f"donor {self}: its record names {self.num_layers} layers ({self.layer_indices}), its weights hold "
-                f"layers {sorted(found)}. Missing: {sorted(wanted - found)}, unexpected: {sorted(found - wanted)}."
-            )
-
 
 class _PartOf:
     """Some consecutive layers of a donor, renumbered from 0."""
@@ -430,3 +419,15 @@ class _PartOf:
 
     def slices(self) -> Mapping[str, Any]:
         return self._only(self._whole.slices())
+
+
+def _open_files(source: Source, record: DonorRecord) -> FileTensors:
+    for name, stamp in record.files.items():
+        stamp.check_size(source.folder / name, str(source))
+    try:
+        return open_donor_files(source.folder)
+    except CheckpointError:
+        # Changed bytes can look like any other fault; the sha256 tells which it is.
+        for name, stamp in record.files.items():
+            stamp.check_bytes(source.folder / name, str(source))
+        raise

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from ..architecture import Anatomy, native_class
 from ..archive import PtFile
 from ..config import TransplantConfig
-from ..errors import CheckpointError, CompatibilityError, ConfigurationError
+from ..errors import CheckpointError, ConfigurationError
+from ..layer_map import check_position
 from ..layouts import Layout, match_layers
 from ..numeric import is_whole, shown
 from ..sources import HubOptions, Source, reading
@@ -128,12 +129,13 @@ def _position(known: Mapping[str, Any], num_layers: int, what: str) -> int:
     best = next((known[key] for key in ("best_position", "position") if known.get(key) is not None), None)
     if best is None:
         return max(1, num_layers // 4)
-    if not is_whole(best) or not 0 <= best <= num_layers:
-        raise CompatibilityError(
-            f"{what}: its metadata records position {shown(best)}, the source model has positions "
-            f"0..{num_layers}. Pass metadata= without it, and say the position when saving."
-        )
-    return best
+    try:
+        return check_position(best, num_layers)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"{what}: its metadata records a position that cannot be used: {error} Pass metadata= without it, and give "
+            "the position when saving."
+        ) from error
 
 
 def _name(known: Mapping[str, Any]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,17 @@ class DonorRecord:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is not a donor's record: {error}") from error
+
+    def without_sha256(self, names: Collection[str], from_hub: bool) -> list[str]:
+        """Return the weight files that should have a recorded sha256 and have none.
+
+        A record of the user's own making, in a local folder, may name no file at all.
+
+        Args:
+            names: The weight files there are.
+            from_hub: Whether they came from a repository.
+        """
+        return sorted(set(names) - set(self.files)) if self.files or from_hub else []
 
     def write(self, folder: Path) -> None:
         """Write `donor_config.json`.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,19 @@ from ..errors import CheckpointError
 from ..storage import read_json
 from .dtypes import stored_dtype
 
-__all__ = ["DONOR_FILE", "DONOR_INDEX", "MemoryTensors", "TensorInfo", "TensorStore", "layer_of", "open_donor_files"]
+__all__ = [
+    "DONOR_FILE",
+    "DONOR_INDEX",
+    "FileTensors",
+    "MemoryTensors",
+    "TensorInfo",
+    "TensorStore",
+    "check_shards",
+    "layer_of",
+    "open_donor_files",
+    "read_shard_index",
+    "safe_name",
+]
 
 DONOR_FILE = "donor.safetensors"
 DONOR_INDEX = "donor.safetensors.index.json"
@@ -142,20 +155,60 @@ def open_donor_files(folder: Path) -> FileTensors:
     Raises:
         CheckpointError: No weights, a malformed index or file, or names that lead out of the folder.
     """
-    if (folder / DONOR_INDEX).exists():
-        weight_map = read_json(folder / DONOR_INDEX, "the donor's shard index").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / DONOR_INDEX} has no weight_map.")
-        store = FileTensors([folder / safe_name(name) for name in sorted({*map(str, weight_map.values())})])
-        strays = sorted(set(weight_map) ^ set(store.infos()))
-        if strays:
-            raise CheckpointError(
-                f"{folder / DONOR_INDEX} and its shards disagree on {len(strays)} tensors, first {strays[0]!r}."
-            )
+    index = folder / DONOR_INDEX
+    if index.exists():
+        weight_map = read_shard_index(index)
+        store = FileTensors([folder / name for name in sorted(set(weight_map.values()))])
+        held: dict[str, list[str]] = {}
+        for name, info in store.infos().items():
+            held.setdefault(info.file.name if info.file else "", []).append(name)
+        check_shards(weight_map, held, str(index))
         return store
     if not (folder / DONOR_FILE).exists():
         raise CheckpointError(f"no donor weights in {folder}: neither {DONOR_FILE} nor {DONOR_INDEX}.")
     return FileTensors([folder / DONOR_FILE])
+
+
+def read_shard_index(path: Path, where: str | None = None) -> dict[str, str]:
+    """Read the index of a sharded checkpoint: which file holds which tensor.
+
+    Args:
+        path: The index.
+        where: What it is called in messages; by default its path.
+
+    Raises:
+        CheckpointError: Malformed, or file names that lead out of the folder.
+    """
+    where = where or str(path)
+    weight_map = read_json(path, "the shard index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where} has no weight_map.")
+    try:
+        return {tensor: safe_name(str(file)) for tensor, file in weight_map.items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{where} is malformed: {error}") from error
+
+
+def check_shards(weight_map: Mapping[str, str], shards: Mapping[str, Iterable[str]], where: str) -> None:
+    """Compare a shard index with the tensors that the shards hold.
+
+    Args:
+        weight_map: The index, see `read_shard_index`.
+        shards: The names of the tensors in each file.
+        where: The index, for the message.
+
+    Raises:
+        CheckpointError: A tensor in two shards, in another shard than the index says, or in only one of the two.
+    """
+    held = {name: set(tensors) for name, tensors in shards.items()}
+    count = Counter(tensor for tensors in held.values() for tensor in tensors)
+    for wrong, how in (
+        ({tensor for tensor in count if count[tensor] > 1}, "are in two shards"),
+        (set(weight_map) ^ set(count), "are only in the index or only in a shard"),
+        ({tensor for tensor, file in weight_map.items() if tensor not in held.get(file, ())}, "are in another shard"),
+    ):
+        if wrong:
+            raise CheckpointError(f"{where} and its shards disagree: {len(wrong)} tensors {how}, first {min(wrong)!r}.")
 
 
 def safe_name(name: str) -> str:
@@ -165,5 +218,5 @@ def safe_name(name: str) -> str:
         CheckpointError: It could.
     """
     if not _FILE_NAME.fullmatch(name):
-        raise CheckpointError(f"{name!r} is not a plain .safetensors file name; donor files lie in one folder.")
+        raise CheckpointError(f"{name!r} is not a plain .safetensors file name; weight files lie beside their index.")
     return name

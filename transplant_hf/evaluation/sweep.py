@@ -182,7 +182,7 @@ def _resident(donors: Any, hub: Mapping[str, Any]) -> dict[str, Donor]:
         if name in found:
             raise ConfigurationError(f"two donors are named {name!r}. Name them: donors={{'name': donor}}.")
         record = dataclasses.replace(opened.record, files={}, name=name)
-        found[name] = Donor(record, MemoryTensors(opened.tensors()), position=opened.position)
+        found[name] = opened.replaced(record=record, store=MemoryTensors(opened.tensors()), source=None)
     if not found:
         raise ConfigurationError("there is no donor to sweep.")
     return found

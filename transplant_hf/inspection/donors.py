@@ -11,7 +11,7 @@ from ..architecture.build import BUILD_ERRORS
 from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig
 from ..donor import Donor, DonorRecord
-from ..donor.place import named, placed, recommended_in
+from ..donor.place import named, placed
 from ..donor.tensors import DONOR_FILE, DONOR_INDEX, layer_of
 from ..errors import ConfigurationError, TransplantError
 from ..layer_map import LayerMap, Placement, Splice
@@ -242,10 +242,10 @@ def _open(files: Files, verify: bool) -> _Opened:
     headers = read_weights(files, name, DONOR_INDEX)
     tensors = headers.flat()
     tensors_there = HeaderTensors(tensors, str(files.source))
-    donor = Donor(record, tensors_there, **recommended_in(files.folder), source=files.source)
+    donor = Donor.open(files.source, tensors_there)
     weights, problems = summary(files, headers, record.files, verify)
-    unlisted = sorted(set(headers.files) - set(record.files))
-    if unlisted and (record.files or files.source.from_hub):
+    unlisted = record.without_sha256(headers.files, files.source.from_hub)
+    if unlisted:
         problems.append(f"{', '.join(unlisted)}: no sha256 is recorded, so that its bytes cannot be checked on loading")
     per_layer = [0] * donor.num_layers
     for tensor, header in tensors.items():

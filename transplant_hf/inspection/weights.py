@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from tqdm import tqdm
 
 from ..donor.record import FileStamp
-from ..donor.tensors import safe_name
+from ..donor.tensors import check_shards, read_shard_index
 from ..errors import CheckpointError
-from ..storage import read_json, sha256_of
+from ..storage import sha256_of
 from .files import Files, reading_file
 from .findings import FileFinding, Weights
 from .headers import TensorHeader
@@ -54,37 +54,16 @@ def read_weights(files: Files, name: str, index: str) -> WeightHeaders:
     if name != index:
         return WeightHeaders({name: files.header(name)})
     where = f"{files.source}/{index}"
-    weight_map = read_json(files.folder / index, "the index of the weights").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{where} has no weight_map.")
-    names = sorted({_plain_name(str(file), where) for file in weight_map.values()})
+    weight_map = read_shard_index(files.folder / index, where)
+    names = sorted(set(weight_map.values()))
     missing = [name for name in names if not files.has(name)]
     if missing and not (files.source.from_hub and not files.listed):
         raise CheckpointError(f"{where} names {len(missing)} files that are missing, first {missing[0]!r}.")
     # A header each: waiting for the Hub is nearly all of the time.
     with ThreadPoolExecutor(_AT_ONCE, "headers") as pool:
         found = dict(zip(names, pool.map(files.header, names), strict=True))
-    held = Counter(tensor for tensors in found.values() for tensor in tensors)
-    twice = sorted(tensor for tensor, count in held.items() if count > 1)
-    strays = sorted(set(weight_map) ^ set(held))
-    misplaced = sorted(tensor for tensor, file in weight_map.items() if tensor not in found[file])
-    for wrong, how in (
-        (twice, "stand in two shards"),
-        (strays, "stand only in the index or only in a shard"),
-        (misplaced, "stand in another shard than the index says"),
-    ):
-        if wrong:
-            raise CheckpointError(f"{where} and its shards disagree: {len(wrong)} tensors {how}, first {wrong[0]!r}.")
+    check_shards(weight_map, found, where)
     return WeightHeaders(found)
-
-
-def _plain_name(name: str, where: str) -> str:
-    try:
-        return safe_name(name)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{where} names {name!r}, which is no plain .safetensors file name; weight files lie beside their index."
-        ) from error
 
 
 def summary(

@@ -15,8 +15,8 @@ from ..donor.companions import locate_with_companions
 from ..donor.deliver import deliver
 from ..donor.recorded import check_artefact_folder
 from ..donor.save import save_donor
-from ..errors import CompatibilityError, ConfigurationError
-from ..layer_map import RECIPIENT, paper_layers
+from ..errors import ConfigurationError
+from ..layer_map import RECIPIENT, check_position, paper_layers
 from ..numeric import whole_number
 from ..outputs import files_in
 from ..sources import HubOptions, Source
@@ -120,8 +120,8 @@ def extract(
         What was done.
 
     Raises:
-        ConfigurationError: No such layers, layers of several sources, or an output that is not empty.
-        CompatibilityError: No such position, or layers that cannot be the identity.
+        ConfigurationError: No such layers or position, layers of several sources, or an output that is not empty.
+        CompatibilityError: Layers that cannot be the identity.
         CheckpointError: Weights that are quantised.
         HubError: The model or the repository is out of reach.
 
@@ -142,7 +142,9 @@ def extract(
     hub = HubOptions(token, cache_dir, local_files_only)
     source = locate_with_companions(os.fspath(model), revision=revision, hub=hub)
     donor, place, recipient = _taken(source, layers, count, init, name, dtype, trust_remote_code, hub)
-    place = _checked(place if position is None else position, recipient)
+    place = check_position(
+        place if position is None else position, recipient.num_layers, recipient=str(recipient.source)
+    )
     if push_to is not None and not recipient.source.from_hub:
         raise ConfigurationError(
             f"a donor on the Hub must name a recipient on the Hub, and {recipient.source} is a folder. Push the "
@@ -207,18 +209,8 @@ def _taken(
             layers = [number for number, slot in enumerate(loaded.layer_map) if tuple(slot) in wanted]
     taken = Donor.from_model(loaded, layers, name=name, init=init, revision=source.revision)
     place = taken.position if taken.position is not None else taken.layer_indices[-1] + 1
-    donor = Donor(taken.record, taken.store, mode=taken.mode, strength=taken.strength, companions=recipient.source)
+    donor = taken.replaced(position=None, companions=recipient.source)
     return donor, min(place, recipient.num_layers), recipient
-
-
-def _checked(position: int, recipient: _Recipient) -> int:
-    position = whole_number(position, "position")
-    if not 0 <= position <= recipient.num_layers:
-        raise CompatibilityError(
-            f"position {position} is outside 0..{recipient.num_layers}: recipient {recipient.source} has "
-            f"{recipient.num_layers} layers."
-        )
-    return position
 
 
 def _report(source: Source, recipient: _Recipient, written: Donor, init: str) -> Extraction:

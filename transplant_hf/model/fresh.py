@@ -89,7 +89,7 @@ def own_tensors(donor: Donor) -> Donor:
     if donor.source is not None:
         return donor
     copies = MemoryTensors({name: tensor.clone() for name, tensor in donor.tensors().items()})
-    return Donor(donor.record, copies, position=donor.position, mode=donor.mode, strength=donor.strength)
+    return donor.replaced(store=copies)
 
 
 def _stand_ins(recipient: Anatomy, dtype: torch.dtype) -> dict[str, torch.Tensor]:

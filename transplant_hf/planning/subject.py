@@ -10,7 +10,7 @@ from ..architecture import Anatomy
 from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..donor import DONOR_CONFIG, Donor, DonorRecord
 from ..donor.dtypes import stored_dtype
-from ..donor.place import named, placed, recommended_in
+from ..donor.place import named, placed
 from ..donor.tensors import DONOR_FILE, DONOR_INDEX
 from ..errors import ConfigurationError
 from ..inspection.donors import read_transplant
@@ -116,10 +116,9 @@ def _donor(spec: DonorSpec, base: Source | None, hub: HubOptions) -> Donor:
     files = Files.find(spec.donor, hub, revision=spec.revision, subfolder=spec.subfolder, relative_to=base)
     if not files.has(DONOR_CONFIG):
         raise ConfigurationError(f"{files.source} is no donor: it has no {DONOR_CONFIG}.")
-    record = DonorRecord.read(files.folder)
     headers = read_weights(files, DONOR_INDEX if files.has(DONOR_INDEX) else DONOR_FILE, DONOR_INDEX)
     tensors = HeaderTensors(headers.flat(), str(files.source))
-    return Donor(record, tensors, **recommended_in(files.folder), source=files.source)
+    return Donor.open(files.source, tensors)
 
 
 def _invented(recipient: Anatomy, count: int, position: int | None) -> tuple[DonorSpec, Donor]:

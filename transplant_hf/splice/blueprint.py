@@ -132,9 +132,9 @@ class Blueprint:
             else part
             for part in self.parts
         )
-        config = copy.deepcopy(self.config)
-        config.donors = [part.spec for part in parts]
-        config.composition = composition or config.composition
+        config = self.config.replaced(
+            donors=[part.spec for part in parts], composition=composition or self.config.composition
+        )
         made = self._with(parts, config)
         if made.beyond_native:
             self.refuse_scaling()
@@ -171,8 +171,8 @@ class Blueprint:
             ConfigurationError: A position out of range, overlapping replacements, two donors of one name.
             CompatibilityError: A donor that does not fit, with every mismatch.
         """
-        config = copy.deepcopy(self.config)
-        config.donors = donor_specs([one.spec if isinstance(one, DonorPart) else one[0] for one in donors])
+        specs = donor_specs([one.spec if isinstance(one, DonorPart) else one[0] for one in donors])
+        config = self.config.replaced(donors=specs)
         parts = tuple(one if isinstance(one, DonorPart) else _fitted(self.recipient, *one) for one in donors)
         return _checked(Blueprint(self.recipient, parts, config, keep_replaced))
 
@@ -215,14 +215,7 @@ class Blueprint:
 
 def _noted(donor: Donor, note: Mapping[str, Any]) -> Donor:
     record = dataclasses.replace(donor.record, metadata={**donor.record.metadata, **note})
-    return Donor(
-        record,
-        donor.store,
-        position=donor.position,
-        source=donor.source,
-        mode=donor.mode,
-        strength=donor.strength,
-    )
+    return donor.replaced(record=record)
 
 
 def _placement(part: DonorPart) -> Placement:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..display import parse_size
 from ..donor import Donor
 from ..errors import ConfigurationError
+from ..layer_map import check_position
 from ..model.memory import transplant
 from ..partial import stack_of
 from ..texts import Blocks
@@ -122,7 +123,7 @@ class DonorTrainer(PartTrainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         donor = Donor.from_model(model, model.layer_map.layers_of(self.donor_name), name=self.donor_name)
         record = dataclasses.replace(donor.record, metadata=record_of_making(self))
-        return Donor(record, donor.store, **self._recommended)
+        return donor.replaced(record=record, **self._recommended)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the donor repo, as `save_donor` does; inside a run, a checkpoint of it.
@@ -196,13 +197,7 @@ def _position(recipient: Any, args: DonorTrainingArguments) -> int:
     position = (
         default_position(args.method, args.mode, layers, args.donor_layers) if args.position is None else args.position
     )
-    last = layers - (args.donor_layers if args.mode == "replace" else 0)
-    if not 0 <= position <= last:
-        raise ConfigurationError(
-            f"position {position} is outside 0..{last}: the recipient has {layers} layers"
-            + (f", of which {args.donor_layers} are replaced." if args.mode == "replace" else ".")
-        )
-    return position
+    return check_position(position, layers, replaced=args.donor_layers if args.mode == "replace" else 0)
 
 
 def _start_layers(args: DonorTrainingArguments, position: int, layers: int) -> list[int]:
