@@ -29,7 +29,6 @@ from transplant_hf import (
     Donor,
     DonorSpec,
     HubError,
-    TransplantConfig,
     check_compatibility,
 )
 from transplant_hf.conversion import convert
@@ -262,25 +261,22 @@ def own_code(folder: Path, where: str, reference: str = "configuration_own.Own")
 
 
 def test_code_of_the_recipient_is_the_hubs(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transplant_hf.model.resolve import Request, recipient_config
-    from transplant_hf.sources import HubOptions, Source
+    from transplant_hf.architecture import open_recipient
 
     own_code(shelf.family / "recipient", "hub")
     shelf.put_base()
     shutil.copytree(shelf.family / "recipient", tmp_path / "here" / shelf.base)
     own_code(tmp_path / "here" / shelf.base, "folder")
     monkeypatch.chdir(tmp_path / "here")
-    config = TransplantConfig(recipient=shelf.base, recipient_revision=shelf.base_commit)
-    request = Request(shelf.base, Source(shelf.base, Path(shelf.base)), config, names_transplant=False)
-    found, _ = recipient_config(request, HubOptions(), True, {})
+    found = open_recipient(shelf.base, shelf.base_commit, trust_remote_code=True).config
     assert found.where == "hub"
     assert found.name_or_path == shelf.base
 
     own_code(shelf.family / "recipient", "hub", "alice/code--configuration_own.Own")
-    config.recipient_revision = shelf.hub.commit(shelf.base, shelf.family / "recipient")
+    commit = shelf.hub.commit(shelf.base, shelf.family / "recipient")
     (tmp_path / "here" / "alice" / "code").mkdir()
     with refused(ConfigurationError, "alice/code", "would run instead"):
-        recipient_config(request, HubOptions(), True, {})
+        open_recipient(shelf.base, commit, trust_remote_code=True)
 
 
 def test_a_configuration_from_a_folder_is_not_taken_for_the_hubs(shadowed: Shelf) -> None:

@@ -37,7 +37,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.accelerate import get_balanced_memory, infer_auto_device_map
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -85,12 +85,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
         get_class_from_dynamic_module,
         "(class_reference, pretrained_model_name_or_path, cache_dir, force_download, proxies, token, revision, "
         "local_files_only, repo_type, code_revision, **kwargs)",
-        "model/auto.py",
-    ),
-    (
-        resolve_trust_remote_code,
-        "(trust_remote_code, model_name, has_local_code, has_remote_code, error_message, upstream_repo)",
-        "model/auto.py",
+        "architecture/recipient.py",
     ),
     (
         get_balanced_memory,

@@ -47,7 +47,6 @@ WATCHED: dict[str, Watched] = {
     "_from_auto": Watched("telemetry that is no field of a configuration", "test_auto_classes"),
     "_from_pipeline": Watched("the same", "test_auto_classes"),
     "get_class_from_dynamic_module": Watched("recipients with code of their own, when asked for", SIGNED),
-    "resolve_trust_remote_code": Watched("the same", SIGNED),
     "TOKENIZER_MAPPING_NAMES": Watched("whether a tokenizer goes by its model's type", "test_tokenizers_by_type"),
     # Configurations and models.
     "_name_or_path": Watched("where a model came from is no difference between layers", _CONFIG),

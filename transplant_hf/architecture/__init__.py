@@ -8,6 +8,8 @@ from .identity import output_projections, projections_of_layers, zero_output_pro
 from .modes import eval_mode
 from .names import LayerNames, LayerTensorName
 from .native import LayerOrigin, SplicedConfig, splice_config
+from .overrides import apply_overrides
+from .recipient import Recipient, open_recipient
 from .stack import decoder_stack, find_stack, text_config, unwrapped
 
 __all__ = [
@@ -15,7 +17,9 @@ __all__ = [
     "LayerNames",
     "LayerOrigin",
     "LayerTensorName",
+    "Recipient",
     "SplicedConfig",
+    "apply_overrides",
     "check_gguf_reader",
     "choose_block_length",
     "config_of_weights",
@@ -26,6 +30,7 @@ __all__ = [
     "is_quantized",
     "max_context_length",
     "native_class",
+    "open_recipient",
     "output_projections",
     "projections_of_layers",
     "splice_config",

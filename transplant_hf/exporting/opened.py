@@ -76,7 +76,7 @@ def open_transplant(
     if composition is not None:
         request.config.composition = composition
     found = open_donors(request, hub)
-    config, _ = recipient_config(request, hub, False, {})
+    config = recipient_config(request, hub, False, {}).config
     _refuse_adapters(request, hub)
     head = head_of(config.architectures or (), config) or CAUSAL_LM
     model_class, config = native_class(head.find(), config, request.config.recipient)

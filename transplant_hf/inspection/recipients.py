@@ -8,12 +8,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from ..architecture import Anatomy, LayerNames, native_class, text_config
+from ..architecture import Anatomy, LayerNames, apply_overrides, native_class, text_config
 from ..architecture.build import BUILD_ERRORS
 from ..compatibility import refuse_unsupported
 from ..config import TransplantConfig
 from ..errors import CompatibilityError, ConfigurationError
-from ..model.overrides import apply_overrides
 from ..sources import HubOptions, Source, reading
 from ..storage import read_json
 from .files import BIN_FILES, MODEL_FILE, MODEL_INDEX, Files

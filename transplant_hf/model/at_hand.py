@@ -7,13 +7,12 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from ..architecture.build import BUILD_ERRORS
+from ..architecture import apply_overrides
 from ..config import DonorSpec, TransplantConfig
 from ..donor import DONOR_CONFIG, DonorRecord
 from ..donor.companions import at_hand
-from ..errors import TransplantError
+from ..errors import BUILD_ERRORS, TransplantError
 from ..sources import Source, points_to_folder
-from .overrides import apply_overrides
 
 __all__ = ["field_at_hand"]
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 
-from ..architecture import check_gguf_reader, forget_gguf, native_class, unwrapped
+from ..architecture import check_gguf_reader, forget_gguf, native_class, open_recipient, unwrapped
 from ..architecture.build import build_random
 from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor import Donor
 from ..donor.place import spec_of
 from ..errors import CheckpointError, ConfigurationError
-from ..sources import HubOptions, Source, for_transformers, locate, reading
+from ..sources import HubOptions, for_transformers, locate, reading
 from ..splice import Blueprint, draw_blueprint, follow_quantization, report_fit
 from ..storage import read_json
 from .adapters import load_beside
@@ -262,29 +260,11 @@ def _draw(
     held: dict[str, Any] = {
         name: kwargs.pop(name) for name in ("dtype", "torch_dtype", "quantization_config") if name in kwargs
     }
-    trust = kwargs.get("trust_remote_code")
-    config, unused = recipient_config(request, hub, kwargs.pop("trust_remote_code", None), kwargs)
-    where = (request.config.recipient, request.config.recipient_revision)
-    model_class, config = _class_for(auto_class, config, *where, trust, hub)
+    trust = kwargs.pop("trust_remote_code", None)
+    recipient = recipient_config(request, hub, trust, kwargs)
+    model_class, config = recipient.model_class(auto_class)
     blueprint = draw_blueprint(model_class, config, opened, request.config, keep_replaced)
-    return blueprint, {**unused, **held, "trust_remote_code": trust}
-
-
-def _class_for(
-    auto_class: Any,
-    config: PreTrainedConfig,
-    name: str,
-    revision: str | None,
-    trust_remote_code: bool | None,
-    hub: HubOptions,
-) -> tuple[Any, PreTrainedConfig]:
-    """Return the class an Auto class would use, and the configuration it would give it."""
-    known = type(config) in auto_class._model_mapping
-    reference = getattr(config, "auto_map", {}).get(auto_class.__name__) if hasattr(config, "auto_map") else None
-    if reference is not None and resolve_trust_remote_code(trust_remote_code, name, known, True):
-        place = for_transformers(name, revision, hub, weights=False)
-        return get_class_from_dynamic_module(reference, place, revision=revision, **hub.as_kwargs()), config
-    return native_class(auto_class, config, name)
+    return blueprint, {**recipient.unused_kwargs, **held, "trust_remote_code": trust}
 
 
 def _remember(model: Any, request: Request, hub: HubOptions) -> None:
@@ -320,9 +300,9 @@ def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) ->
     asked = config.name_or_path or os.curdir
     request = read_request(asked, donors=None, config=config, revision=None, subfolder=None, hub=hub)
     opened = open_donors(request, hub)
-    found, _ = recipient_config(request, hub, kwargs.get("trust_remote_code"), {})
-    where = (request.config.recipient, request.config.recipient_revision)
-    model_class, found = _class_for(auto_class, found, *where, kwargs.pop("trust_remote_code", None), hub)
+    model_class, found = recipient_config(request, hub, kwargs.pop("trust_remote_code", None), {}).model_class(
+        auto_class
+    )
     blueprint = draw_blueprint(model_class, found, opened, request.config)
     spliced = blueprint.built_config
     with FileChecks(donor for _, donor in opened) as checks, loading(Loading(blueprint, checks)):
@@ -370,11 +350,9 @@ def check_compatibility(
         model_class, config, name = type(recipient), recipient.config, recipient.config.name_or_path
     elif isinstance(recipient, PreTrainedConfig):
         name = recipient.name_or_path or recipient.model_type
-        model_class, config = _class_for(AutoModelForCausalLM, recipient, name, None, trust, hub)
+        model_class, config = native_class(AutoModelForCausalLM, recipient, name)
     else:
         name = os.fspath(recipient)
-        request = Request(name, Source(name, Path(name)), TransplantConfig(recipient=name), names_transplant=False)
-        config, _ = recipient_config(request, hub, trust, {})
-        where = (request.config.recipient, request.config.recipient_revision)
-        model_class, config = _class_for(AutoModelForCausalLM, config, *where, trust, hub)
+        found = open_recipient(name, None, hub, trust_remote_code=trust)
+        model_class, config = found.model_class(AutoModelForCausalLM)
     return report_fit(model_class, config, name or model_class.__name__, spec, opened)

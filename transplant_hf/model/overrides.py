@@ -8,94 +8,22 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
-from ..architecture import Anatomy
-from ..errors import BUILD_ERRORS, CompatibilityError, ConfigurationError
-from ..recipient_fields import is_settable
+from ..architecture import Anatomy, apply_overrides
+from ..architecture.overrides import NOT_SETTABLE
+from ..errors import CompatibilityError, ConfigurationError
 from ..sources import HubOptions, locate
 from ..splice import Blueprint, draw_blueprint
 
-__all__ = ["apply_overrides", "kept_overrides", "live_recipient_config"]
+__all__ = ["kept_overrides", "live_recipient_config"]
 
-# What a configuration is read with, and what says where a model is from: never a part of what it computes.
-_NEVER = re.compile(r"_.*|auto_map|model_type|quantization_config|transformers_weights|name_or_path|\w*_file")
 # How a model is run, and what Transformers notes: the same recipient without them.
 _RUNTIME = re.compile(
     r"dtype|torch_dtype|architectures|transformers_version|tokenizer_class|use_cache|output_\w+|\w*return_dict\w*|"
-    r"\w*attn_implementation|\w*experts_implementation|use_kernels|torchscript|gradient_checkpointing|" + _NEVER.pattern
+    r"\w*attn_implementation|\w*experts_implementation|use_kernels|torchscript|gradient_checkpointing|"
+    + NOT_SETTABLE.pattern
 )
-_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-# Keyword arguments of Transformers that set fields of other names.
-_SETS = {"num_labels": ("id2label", "label2id"), "torch_dtype": ("dtype",), "rope_scaling": ("rope_parameters",)}
-
-
-def apply_overrides(config: PreTrainedConfig, overrides: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Set fields of a recipient's configuration.
-
-    Args:
-        config: The configuration; changed in place.
-        overrides: The fields; of a nested configuration, the fields in it.
-        given: Keyword arguments of the call that the configuration was read with, which come first.
-
-    Raises:
-        ConfigurationError: A field that is not part of what a model computes, the number of layers, or a value that the
-            configuration's class refuses.
-    """
-    if not overrides:
-        return
-    try:
-        _apply(config, overrides, given)
-        copy.deepcopy(config).to_dict()
-        _ = config.num_labels  # which is computed from other fields
-    except BUILD_ERRORS as error:
-        raise ConfigurationError(
-            f"recipient_overrides ({', '.join(map(str, overrides))}) do not fit the recipient's configuration, of type "
-            f"{config.model_type!r}: {error}. Correct them in config.json."
-        ) from error
-
-
-def _apply(config: PreTrainedConfig, overrides: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    known = {config.attribute_map.get(name, name) for name in given}
-    known |= {field for name in given for field in _SETS.get(name, ())}
-    for written, value in overrides.items():
-        name = config.attribute_map.get(written, written)
-        if name in known or known & set(_SETS.get(name, ())):
-            continue
-        if name in _counts(config):
-            raise ConfigurationError(
-                f"{written}={value!r} cannot be set by a transplant's configuration (recipient_overrides): the number "
-                "of layers is the pinned recipient's. Take it out; donors add and replace layers."
-            )
-        if _NEVER.fullmatch(name) or not is_settable(type(config), name):
-            raise ConfigurationError(
-                f"{written} of the recipient's configuration cannot be set by a transplant's (recipient_overrides). "
-                "Where from_pretrained takes it, pass it there."
-            )
-        current = getattr(config, name, None)
-        if isinstance(current, PreTrainedConfig) and isinstance(value, Mapping):
-            inner = given.get(name)
-            _apply(current, value, inner if isinstance(inner, Mapping) else {})
-        elif name in _IMPLEMENTATIONS:
-            setattr(config, f"_{name}", value)
-        elif name in ("dtype", "torch_dtype"):
-            config.dtype = _dtype(value)
-        else:
-            setattr(config, name, copy.deepcopy(value))
-
-
-def _counts(config: PreTrainedConfig) -> set[str]:
-    """The fields that say how many layers there are, as a configuration has them."""
-    return {name for word in _LAYER_COUNTS for name in (word, config.attribute_map.get(word, word))}
-
-
-def _dtype(value: Any) -> torch.dtype | None:
-    found = getattr(torch, value, None) if isinstance(value, str) else value
-    if value not in (None, "auto") and not isinstance(found, torch.dtype):
-        raise TypeError(f"dtype={value!r} is no dtype of torch, such as 'float32'")
-    return found
 
 
 def kept_overrides(model: Any, blueprint: Blueprint, hub: HubOptions) -> dict[str, Any]:

@@ -9,17 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
-
+from ..architecture import Recipient, open_recipient
 from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..donor import DONOR_FILES, Donor
 from ..donor.place import named, placed, spec_of
 from ..errors import ConfigurationError
-from ..sources import HubOptions, Source, commit_of, for_transformers, locate, points_to_folder, reading, revision_for
+from ..sources import HubOptions, Source, locate, revision_for
 from ..storage import read_json
 from .adapters import ADAPTER_CONFIG, ADAPTER_FILES, base_of_adapter
 from .fresh import own_tensors
-from .overrides import apply_overrides
 
 __all__ = ["Request", "open_donors", "read_request", "recipient_config"]
 
@@ -174,77 +172,19 @@ def _whole(source: Source) -> Path:
 
 def recipient_config(
     request: Request, hub: HubOptions, trust_remote_code: bool | None, kwargs: dict[str, Any]
-) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """Read the recipient's configuration and pin its revision in the request's configuration.
-
-    Args:
-        request: What was asked for.
-        hub: How to reach the Hub.
-        trust_remote_code: As in `from_pretrained`.
-        kwargs: Further arguments; those that belong to the configuration are applied to it.
-
-    Returns:
-        The configuration, and the arguments that do not belong to it.
-
-    Raises:
-        ConfigurationError: The recipient is itself a transplant, or no model.
-        HubError: Out of reach.
-    """
+) -> Recipient:
+    """Open the recipient and pin its revision in the request's configuration."""
     config = request.config
-    base = request.source if request.names_transplant else None
-    folder = points_to_folder(config.recipient, base, config.recipient_revision)
-    if folder is not None:
-        # A repository may carry its recipient: its files are then those of one commit.
-        source = locate(config.recipient, files=("*",), relative_to=base, hub=hub)
-        if not (source.folder / "config.json").exists() and not kwargs.get("gguf_file"):
-            held = sorted(path.name for path in source.folder.glob("*.gguf"))
-            hint = (
-                f" To read its GGUF file, pass gguf_file={held[0]!r} to AutoModelWithTransplant.from_pretrained."
-                if held
-                else ""
-            )
-            raise ConfigurationError(
-                f"recipient {config.recipient!r} is no model: no config.json in {source.folder}.{hint}"
-            )
-        config.recipient, config.recipient_revision = str(source.folder.resolve()), None
-    else:
-        config.recipient_revision = commit_of(config.recipient, config.recipient_revision, hub, kwargs.get("gguf_file"))
-        if trust_remote_code:
-            _refuse_shadowed_code(config, hub)
-    where = (config.recipient, config.recipient_revision)
-    name = for_transformers(*where, hub, weights=False, file=kwargs.get("gguf_file"))
-    with reading("the configuration", *where):
-        try:
-            found, unused = AutoConfig.from_pretrained(
-                name,
-                revision=config.recipient_revision,
-                return_unused_kwargs=True,
-                trust_remote_code=trust_remote_code,
-                **hub.as_kwargs(),
-                **kwargs,
-            )
-        except ValueError as error:
-            raise ConfigurationError(f"recipient {config.recipient} is no model that can be loaded: {error}") from error
-    found.name_or_path = config.recipient
-    if isinstance(found, TransplantConfig):
-        raise ConfigurationError(
-            f"recipient {config.recipient} is itself a transplant of {found.recipient}. Use {found.recipient} as the "
-            "recipient and name all donors together, or save the transplant in full first."
-        )
-    apply_overrides(found, config.recipient_overrides, kwargs)
-    return found, unused
-
-
-def _refuse_shadowed_code(config: TransplantConfig, hub: HubOptions) -> None:
-    """Refuse a recipient whose code is in another repository where a folder of that name would be run instead."""
-    source = locate(config.recipient, files=("config.json",), revision=config.recipient_revision, hub=hub)
-    path = source.folder / "config.json"
-    fields = read_json(path, "the recipient's config.json").get("auto_map") if path.exists() else None
-    for reference in (fields or {}).values() if isinstance(fields, dict) else ():
-        name, separate, _ = str(reference).partition("--")
-        if separate and os.path.exists(name):
-            raise ConfigurationError(
-                f"{source} is run by code in the repository {name}, but the working directory {os.getcwd()} holds a "
-                f"folder {name}, whose code Transformers would run instead. Rename that folder, or start in another "
-                "directory."
-            )
+    recipient = open_recipient(
+        config.recipient,
+        config.recipient_revision,
+        hub,
+        relative_to=request.source if request.names_transplant else None,
+        with_weights=True,
+        gguf_file=kwargs.get("gguf_file"),
+        overrides=config.recipient_overrides,
+        trust_remote_code=trust_remote_code,
+        kwargs=kwargs,
+    )
+    config.recipient, config.recipient_revision = recipient.reference, recipient.revision
+    return recipient

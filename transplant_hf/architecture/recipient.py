@@ -1,0 +1,180 @@
+"""Open a recipient by its configuration: a folder or a repository, its commit pinned, no weights read."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from ..config import TransplantConfig
+from ..errors import BUILD_ERRORS, ConfigurationError, TransplantError
+from ..sources import HubOptions, Source, for_transformers, locate, points_to_folder, reading
+from ..storage import read_json
+from .anatomy import Anatomy
+from .classes import native_class
+from .overrides import apply_overrides
+from .stack import text_config
+
+__all__ = ["Recipient", "open_recipient"]
+
+# A model is built to find its layers, which takes time for each. A larger number is a mistake or an attack.
+_MAX_LAYERS = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipient:
+    """A recipient, before any weight is read.
+
+    Args:
+        reference: Its Hub id, or the absolute path of its folder.
+        revision: Its commit; `None` for a folder.
+        source: Where its files are.
+        fields: Its `config.json`; empty for a GGUF file without one.
+        config: Its configuration, overrides applied.
+        unused_kwargs: The keyword arguments that are not fields of its configuration.
+        trust_remote_code: Whether code from its repository may run.
+        hub: How to reach the Hub.
+    """
+
+    reference: str
+    revision: str | None
+    source: Source
+    fields: Mapping[str, Any]
+    config: PreTrainedConfig
+    unused_kwargs: Mapping[str, Any]
+    trust_remote_code: bool
+    hub: HubOptions
+
+    def __str__(self) -> str:
+        return f"{self.reference}@{self.revision}" if self.revision else self.reference
+
+    def anatomy(self, auto_class: Any = AutoModelForCausalLM) -> Anatomy:
+        """Return the structure of the model that an Auto class would build.
+
+        Args:
+            auto_class: The Auto class that chooses the head.
+
+        Raises:
+            CompatibilityError: The Auto class has no class for this configuration.
+        """
+        return Anatomy(*self.model_class(auto_class), f"recipient {self.reference}")
+
+    def model_class(self, auto_class: Any) -> tuple[Any, PreTrainedConfig]:
+        """Return the class that an Auto class would use, and the configuration it would pass to it."""
+        own_code = (getattr(self.config, "auto_map", None) or {}).get(auto_class.__name__)
+        if own_code is None or not self.trust_remote_code:
+            with reading("the model class", self.reference, self.revision):
+                return native_class(auto_class, self.config, self.reference)
+        place = for_transformers(self.reference, self.revision, self.hub, weights=False)
+        kwargs = self.hub.as_kwargs()
+        return get_class_from_dynamic_module(own_code, place, revision=self.revision, **kwargs), self.config
+
+
+def open_recipient(
+    reference: str | os.PathLike[str],
+    revision: str | None = None,
+    hub: HubOptions | None = None,
+    *,
+    relative_to: Source | None = None,
+    with_weights: bool = False,
+    gguf_file: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    trust_remote_code: bool | None = False,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Recipient:
+    """Open a recipient by its configuration.
+
+    Args:
+        reference: Hub id or folder.
+        revision: Branch, tag or commit.
+        hub: How to reach the Hub.
+        relative_to: What holds the `config.json` in which the reference stands.
+        with_weights: Also download the weights of a recipient that is a folder inside a repository; those of a
+            repository of its own are left to Transformers.
+        gguf_file: The GGUF file to read the configuration from.
+        overrides: Fields of the configuration that a transplant sets.
+        trust_remote_code: As in `from_pretrained`.
+        kwargs: Keyword arguments of `from_pretrained`; those that are fields of the configuration are applied to it.
+
+    Returns:
+        The recipient, its revision pinned to a commit.
+
+    Raises:
+        ConfigurationError: The recipient is itself a transplant, or cannot be loaded.
+        CheckpointError: A malformed `config.json`.
+        HubError: Out of reach.
+    """
+    reference, hub, kwargs = os.fspath(reference), hub or HubOptions(), dict(kwargs or {})
+    folder = points_to_folder(reference, relative_to, revision)
+    inside = with_weights and folder is not None
+    wanted = ("*",) if inside else ("config.json",) if gguf_file is None else (gguf_file, "config.json")
+    source = locate(reference, files=wanted, revision=revision, relative_to=relative_to, hub=hub)
+    commit: str | None = None
+    if folder is None:
+        commit = source.revision
+    else:  # inside a repository too: its files are then those of one commit
+        reference = str(source.folder.resolve())
+    name = f"{reference}@{commit}" if commit else reference
+    path = source.folder / "config.json"
+    fields = read_json(path, "the recipient's config.json") if path.exists() else {}
+    if not fields and gguf_file is None:
+        raise ConfigurationError(
+            f"cannot load recipient {name}: there is no config.json in {source.folder}.{_gguf_hint(source)}"
+        )
+    if fields.get("model_type") == TransplantConfig.model_type:
+        base = fields.get("recipient")
+        raise ConfigurationError(
+            f"recipient {name} is itself a transplant of {base}. Use {base} as the recipient and name all donors "
+            "together, or save the transplant in full first."
+        )
+    if trust_remote_code and folder is None:
+        _refuse_shadowed_code(source, fields)
+    if gguf_file is not None:
+        kwargs["gguf_file"] = gguf_file
+    where = for_transformers(reference, commit, hub, weights=False, file=gguf_file)
+    with reading("the configuration", reference, commit):
+        try:
+            config, unused = AutoConfig.from_pretrained(
+                where,
+                revision=commit,
+                return_unused_kwargs=True,
+                trust_remote_code=trust_remote_code,
+                **hub.as_kwargs(),
+                **kwargs,
+            )
+        except TransplantError:
+            raise
+        except BUILD_ERRORS as error:
+            sentence = str(error).strip().partition("\n")[0]
+            raise ConfigurationError(f"cannot load recipient {name}: {sentence}") from error
+    config.name_or_path = reference
+    apply_overrides(config, overrides or {}, kwargs)
+    layers = getattr(text_config(config).config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > _MAX_LAYERS:
+        raise ConfigurationError(
+            f"cannot load recipient {name}: its config.json has {layers:,} layers, more than {_MAX_LAYERS:,}."
+        )
+    return Recipient(reference, commit, source, fields, config, unused, bool(trust_remote_code), hub)
+
+
+def _gguf_hint(source: Source) -> str:
+    found = sorted(path.name for path in source.folder.glob("*.gguf")) if source.folder.is_dir() else []
+    how = f"pass gguf_file={found[0]!r} to AutoModelWithTransplant.from_pretrained" if found else ""
+    return f" To read its GGUF file, {how}." if found else ""
+
+
+def _refuse_shadowed_code(source: Source, fields: Mapping[str, Any]) -> None:
+    """Refuse a recipient whose code is in another repository where a folder of that name would run instead."""
+    code = fields.get("auto_map")
+    for reference in code.values() if isinstance(code, dict) else ():
+        name, separator, _ = str(reference).partition("--")
+        if separator and os.path.exists(name):
+            raise ConfigurationError(
+                f"{source} runs code from the repository {name}, but the working directory {os.getcwd()} holds a "
+                f"folder {name}, whose code Transformers would run instead. Rename that folder, or start in another "
+                "directory."
+            )
