@@ -32,7 +32,7 @@ from transplant_hf import (
     check_compatibility,
 )
 from transplant_hf.conversion import convert
-from transplant_hf.evaluation.reading import find_tokenizer, open_model
+from transplant_hf.evaluation.models_and_texts import find_tokenizer, model_to_measure
 from transplant_hf.exporting import export
 from transplant_hf.inspection import inspect
 from transplant_hf.model.extracting import extract
@@ -227,12 +227,12 @@ def test_convert(beside: Shelf) -> None:
 
 
 def test_models_and_tokenizers_for_measuring_and_training(beside: Shelf) -> None:
-    opened = open_model(beside.base, beside.base_commit)
-    assert len(opened.model.model.layers) == NUM_LAYERS
-    assert opened.model.name_or_path == beside.base
+    loaded = model_to_measure(beside.base, beside.base_commit)
+    assert len(loaded.model.model.layers) == NUM_LAYERS
+    assert loaded.model.name_or_path == beside.base
     write_tokenizer(Path(beside.base))
     edit_json(Path(beside.base, "tokenizer_config.json"), eos_token="a")
-    assert find_tokenizer(opened).eos_token != "a"
+    assert find_tokenizer(loaded).eos_token != "a"
     shutil.rmtree(beside.law, ignore_errors=True)
     model, tokenizer, commit = model_and_tokenizer(beside.law, None, beside.law_commit, {})
     assert (len(model.layer_map), commit) == (NUM_LAYERS + 2, beside.law_commit)

@@ -164,7 +164,7 @@ def test_chunks_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch, masked: 
     targets[:, masked] = -100
     wanted = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
     for chunk in (1, 30, 1000):
-        monkeypatch.setattr(losses_module, "_CHUNK", chunk)
+        monkeypatch.setattr(losses_module, "_CHUNK_LOGITS", chunk)
         assert summed_loss(logits, targets) == pytest.approx(wanted, rel=1e-6)
 
 
@@ -172,7 +172,7 @@ def test_no_forward_pass_gives_more_logits_than_fit(model: Any, monkeypatch: pyt
     wanted = perplexity(model, some_ids(1, 40)[0], block_length=4)
     rows: list[int] = []
     hook = model.register_forward_hook(lambda module, args, output: rows.append(len(output.logits)))
-    monkeypatch.setattr(losses_module, "_MOST_LOGITS", 2 * 4 * 260)
+    monkeypatch.setattr(losses_module, "_MAX_LOGITS", 2 * 4 * 260)
     found = perplexity(model, some_ids(1, 40)[0], block_length=4)
     hook.remove()
     assert max(rows) == 2
@@ -219,7 +219,7 @@ def test_documents_without_two_tokens_are_refused(model: Any, tokenizer: Any) ->
         document_perplexity(model, ["", "x"], tokenizer, name="law")
     with refused(DataError, "none of 0"):
         document_perplexity(model, [], tokenizer)
-    with refused(DataError, "knows 100 tokens"):
+    with refused(DataError, "has 100 tokens"):
         document_perplexity(tiny_llama_model(1, vocab_size=100, pad_token_id=None), ["xyz"], tokenizer)
 
 

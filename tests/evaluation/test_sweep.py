@@ -172,11 +172,11 @@ def test_the_best_position_is_marked(tiny_llama: Path) -> None:
 
 def test_what_cannot_be_swept_is_refused(tiny_llama: Path) -> None:
     recipient, donor = plain(tiny_llama / "recipient"), donor_of(tiny_llama)
-    with refused(ConfigurationError, "holds donors already", "untouched recipient"):
+    with refused(ConfigurationError, "has donors already", "untouched recipient"):
         sweep(tiny_llama / "donor", donor, STREAM)
-    with refused(ConfigurationError, "holds donors already"):
+    with refused(ConfigurationError, "has donors already"):
         sweep(transplant(recipient, donor, 1), None, STREAM)
-    with refused(ConfigurationError, "recipient holds no donors"):
+    with refused(ConfigurationError, "recipient has no donors"):
         sweep(tiny_llama / "recipient", None, STREAM)
     with refused(ConfigurationError, "no donor"):
         sweep(recipient, [], STREAM)
@@ -184,7 +184,7 @@ def test_what_cannot_be_swept_is_refused(tiny_llama: Path) -> None:
         sweep(recipient, donor, STREAM, strengths=())
 
 
-def test_layers_that_hand_on_more_than_a_hidden_state_are_refused(
+def test_layers_that_pass_on_more_than_a_hidden_state_are_refused(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipient, donor = plain(tiny_llama / "recipient"), donor_of(tiny_llama)
@@ -201,7 +201,7 @@ def test_layers_that_hand_on_more_than_a_hidden_state_are_refused(
         return run(self, hidden_states, *args, **kwargs)
 
     monkeypatch.setattr(kind, "forward", leaning)
-    with refused(CompatibilityError, "hand on more than a hidden state"):
+    with refused(CompatibilityError, "pass on more than a hidden state"):
         sweep(recipient, donor, STREAM, [1])
     assert all("forward" not in vars(layer) for layer in layers_of(recipient))
 

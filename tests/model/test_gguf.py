@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import Graft, logits_of, reference_logits, refused, tiny_llama_model
 from transplant_hf import AutoModelWithTransplant, CheckpointError, ConfigurationError, Donor, DonorSpec, transplant
 from transplant_hf.architecture import gguf as reader
-from transplant_hf.evaluation.reading import find_tokenizer, open_model
+from transplant_hf.evaluation.models_and_texts import find_tokenizer, model_to_measure
 from transplant_hf.inspection import inspect
 from transplant_hf.model.memory import remove_transplants
 
@@ -117,11 +117,11 @@ def test_donors_out_of_it(family: Path) -> None:
 
 
 def test_what_measures_and_trains_reads_it_too(family: Path) -> None:
-    opened = open_model(family / "recipient", kwargs={"gguf_file": NAME})
-    assert torch.equal(logits_of(opened.model), logits_of(plain(family)))
-    assert opened.gguf_file == NAME
+    loaded = model_to_measure(family / "recipient", kwargs={"gguf_file": NAME})
+    assert torch.equal(logits_of(loaded.model), logits_of(plain(family)))
+    assert loaded.gguf_file == NAME
     with pytest.raises(Exception, match="token"):  # this tiny file holds no tokenizer
-        find_tokenizer(opened)
+        find_tokenizer(loaded)
 
 
 def test_without_the_library(tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_without_the_library(tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch) -
             tiny_gpt2 / "recipient", donors={tiny_gpt2 / "donor": 1}, gguf_file="x.gguf"
         )
     with refused(ConfigurationError, "x.gguf", "pip install gguf"):
-        open_model(tiny_gpt2 / "recipient", kwargs={"gguf_file": "x.gguf"})
+        model_to_measure(tiny_gpt2 / "recipient", kwargs={"gguf_file": "x.gguf"})
 
 
 def test_a_folder_with_a_gguf_file_says_how(tiny_gpt2: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_gradients_reach_the_layers_that_run() -> None:
 def test_what_is_refused() -> None:
     model = BUILDERS["llama"](seed=1)
     ids = some_ids(2, 12)
-    with refused(ConfigurationError, "layers [4] cannot run", "runs layers 0..3"), running_only(model, [4]):
+    with refused(ConfigurationError, "layers [4] cannot run alone", "runs layers 0..3"), running_only(model, [4]):
         pass
     with (
         refused(ConfigurationError, "need prefix_states=", "hidden_states(model, input_ids, [2])"),

@@ -1,10 +1,9 @@
-"""How well a model predicts text: its perplexity, beside the untouched recipient's and at every position."""
+"""Perplexity of a model, of the untouched recipient, and of a donor at every position and strength."""
 
-from .dial import StrengthCurve, strength_curve
-from .evaluate import evaluate
-from .perplexity import Perplexity, document_perplexity, perplexity
-from .report import EvaluationReport, EvaluationRow, SweepReport, SweepRow
-from .sweep import sweep
+from .losses import Perplexity, document_perplexity, perplexity
+from .model_states import evaluate, strength_curve
+from .positions import sweep
+from .reports import EvaluationReport, EvaluationRow, StrengthCurve, SweepReport, SweepRow
 
 __all__ = [
     "EvaluationReport",

@@ -1,4 +1,4 @@
-"""Running a part of a model: some of its layers, from a hidden state that was computed before."""
+"""Run a part of a model: some of its layers, from a hidden state that was computed before."""
 
 from .cache import PrefixCache, fill_cache
 from .running import PREFIX_STATES, PartialRun, running_only, stack_of

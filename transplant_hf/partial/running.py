@@ -1,7 +1,7 @@
-"""Let only some layers of a model run, from a hidden state that was computed before.
+"""Run only some layers of a model, from a hidden state that was computed before.
 
-The model keeps its class, its layers and its configuration; layers that are left out hand on what they get. So all that
-a decoder does around its layers (masks by layer type, positions, norms, heads) stays as it is, on every architecture.
+The model keeps its class, layers and configuration; a layer that is left out returns its input. So everything that a
+decoder does around its layers (masks by layer type, positions, norms, heads) is unchanged on every architecture.
 For training and evaluation only: a cache of keys and values would have empty places.
 """
 
@@ -21,9 +21,10 @@ from ..model.strength import is_entrance
 
 __all__ = ["PREFIX_STATES", "PartialRun", "hidden_argument", "running_only", "stack_of"]
 
-# The keyword argument by which a model takes the hidden state that enters its first running layer.
+# The keyword argument with the hidden state that enters the first running layer.
 PREFIX_STATES = "prefix_states"
 _PROBE_TOKENS = 2
+_Form = Callable[[torch.Tensor], Any]  # from a hidden state to the output of a layer
 
 
 class PartialRun:
@@ -32,24 +33,22 @@ class PartialRun:
     Args:
         model: The model.
         numbers: The layers that run, by their running numbers.
-        outer: What is called in its stead, such as a PEFT model around it.
-        from_embeddings: Whether calls may leave `prefix_states` out although layers before the first are left out.
+        outer: The object to call instead of the model, such as a PEFT model around it.
+        from_embeddings: Whether calls may omit `prefix_states` although layers before the first one are left out.
     """
 
     def __init__(self, model: Any, numbers: Collection[int], outer: Any = None, from_embeddings: bool = False) -> None:
         self.model = model
         self._outer = model if outer is None else outer
-        stack = stack_of(model)
-        outside = sorted(number for number in numbers if not 0 <= number < len(stack))
-        if outside or not numbers:
+        self._stack = stack_of(model)
+        if not numbers or min(numbers) < 0 or max(numbers) >= len(self._stack):
             raise ConfigurationError(
-                f"layers {sorted(numbers)} cannot run by themselves: the model runs layers 0..{len(stack) - 1}."
+                f"layers {sorted(numbers)} cannot run alone: the model runs layers 0..{len(self._stack) - 1}."
             )
         self.numbers = sorted(set(numbers))
-        self._stack = stack
         self._needs_states = self.numbers[0] > 0 and not from_embeddings
-        self._entering: torch.Tensor | None = None
-        self._forms: list[Callable[[torch.Tensor], Any]] = []  # looked at when it starts for the first time
+        self._states: torch.Tensor | None = None  # of the current call
+        self._forms: list[_Form] = []  # found when it starts for the first time
         self._undo: list[Callable[[], None]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,12 +58,12 @@ class PartialRun:
     def start(self) -> None:
         """Leave the other layers out, until `stop`."""
         if not self._forms:
-            self._forms = _forms_of_output(self.model, self._stack)
+            self._forms = _output_forms(self.model, self._stack)
         for number, layer in enumerate(self._stack):
             if number not in self.numbers:
                 self._undo.append(_leave_out(layer, self._forms[number]))
         hooks = (
-            self._outer.register_forward_pre_hook(self._take, with_kwargs=True),
+            self._outer.register_forward_pre_hook(self._remember_states, with_kwargs=True),
             # Before a donor's own hook, which keeps what enters the donor.
             self._stack[self.numbers[0]].register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
         )
@@ -74,7 +73,7 @@ class PartialRun:
         """Let all layers run again."""
         while self._undo:
             self._undo.pop()()
-        self._entering = None
+        self._states = None
 
     @contextmanager
     def without(self, numbers: Collection[int]) -> Iterator[None]:
@@ -90,18 +89,18 @@ class PartialRun:
             for step in undo:
                 step()
 
-    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Keep what no forward method knows: an argument reaches this hook through every wrapper of the model."""
-        self._entering = kwargs.pop(PREFIX_STATES, None)
+    def _remember_states(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # No forward method knows this argument, but it reaches this hook through every wrapper of the model.
+        self._states = kwargs.pop(PREFIX_STATES, None)
         return args, kwargs
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Kept, not taken: with gradient checkpointing the layer runs once more in the backward pass.
-        states = self._entering
+        # The states are kept after this: with gradient checkpointing the layer runs again in the backward pass.
+        states = self._states
         if states is None:
             if self._needs_states:
                 raise ConfigurationError(
-                    f"layers {self.numbers} run by themselves and need {PREFIX_STATES}=, the hidden state before layer "
+                    f"layers {self.numbers} run alone and need {PREFIX_STATES}=, the hidden state before layer "
                     f"{self.numbers[0]}; hidden_states(model, input_ids, [{self.numbers[0]}]) computes it."
                 )
             return None
@@ -110,34 +109,34 @@ class PartialRun:
                 f"{PREFIX_STATES} cannot enter at layer {self.numbers[0]}: it is inside a donor whose strength is not "
                 "1, or its donor runs side by side with others before it. Let these run too, from the first on."
             )
-        arrived, put = hidden_argument(args, kwargs)
-        if states.shape != arrived.shape:
+        hidden, replace = hidden_argument(args, kwargs)
+        if states.shape != hidden.shape:
             raise ConfigurationError(
-                f"{PREFIX_STATES} has shape {list(states.shape)}, the hidden state here has {list(arrived.shape)} "
+                f"{PREFIX_STATES} has shape {list(states.shape)}, the hidden state here has {list(hidden.shape)} "
                 "([batch, tokens, hidden])."
             )
-        return put(states.to(arrived.device, arrived.dtype))
+        return replace(states.to(hidden.device, hidden.dtype))
 
 
 @contextmanager
 def running_only(
     model: Any, numbers: Collection[int], outer: Any = None, from_embeddings: bool = False
 ) -> Iterator[PartialRun]:
-    """Let only some layers of a model run inside a `with` block; the others hand on the hidden state they get.
+    """Run only some layers of a model inside a `with` block; the others return the hidden state they get.
 
     Args:
-        model: Any decoder-only model, a transplant included; unwrapped.
+        model: Any decoder-only model, a transplant included, without wrappers.
         numbers: The layers that run, by their running numbers.
-        outer: What is called in its stead, such as a PEFT model around it.
-        from_embeddings: Whether the first of the layers may get what the embeddings give.
+        outer: The object to call instead of the model, such as a PEFT model around it.
+        from_embeddings: Whether the first of the layers may get the output of the embeddings.
 
     Yields:
         The model; calls take `prefix_states` `[batch, tokens, hidden]`, the hidden state that enters the first of the
-        layers, instead of what comes from the embeddings. Pass `use_cache=False`.
+        layers. Pass `use_cache=False`.
 
     Raises:
         ConfigurationError: No such layers, or a hidden state of another shape.
-        CompatibilityError: A layer's output has a form that cannot be handed on.
+        CompatibilityError: A layer's output has no place for a hidden state.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -169,18 +168,15 @@ def stack_of(model: Any) -> nn.ModuleList:
 
 
 def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Callable[[Any], Any]]:
-    """Return the hidden state that a layer is called with, and what puts another in its place."""
+    """Return the hidden state that a layer is called with, and a function that replaces it in the arguments."""
     if args:
         return args[0], lambda states: ((states, *args[1:]), kwargs)
     return kwargs["hidden_states"], lambda states: (args, {**kwargs, "hidden_states": states})
 
 
-def _leave_out(layer: nn.Module, form: Callable[[torch.Tensor], Any]) -> Callable[[], None]:
-    """Let a layer hand on its hidden state; returns what undoes it."""
+def _leave_out(layer: nn.Module, form: _Form) -> Callable[[], None]:
+    """Let a layer return its hidden state; returns a function that undoes it."""
     own = vars(layer).get("forward")
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return form(hidden_argument(args, kwargs)[0])
 
     def undo() -> None:
         if own is None:
@@ -188,34 +184,34 @@ def _leave_out(layer: nn.Module, form: Callable[[torch.Tensor], Any]) -> Callabl
         else:
             layer.forward = own
 
-    layer.forward = forward
+    layer.forward = lambda *args, **kwargs: form(hidden_argument(args, kwargs)[0])
     return undo
 
 
-def _forms_of_output(model: PreTrainedModel, stack: nn.ModuleList) -> list[Callable[[torch.Tensor], Any]]:
-    """Look how each layer hands its hidden state on: by itself, or first in a tuple."""
-    seen: dict[int, Any] = {}
+def _output_forms(model: PreTrainedModel, stack: nn.ModuleList) -> list[_Form]:
+    """Find out how each layer returns its hidden state: as a tensor, or first in a tuple."""
+    outputs: dict[int, Any] = {}
     hooks = [
-        layer.register_forward_hook(lambda module, args, output, number=number: seen.__setitem__(number, output))
+        layer.register_forward_hook(lambda module, args, output, number=number: outputs.__setitem__(number, output))
         for number, layer in enumerate(stack)
     ]
+    ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
     try:
-        device = next(model.parameters()).device
         with eval_mode(model):
-            model(input_ids=torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=device), use_cache=False)
+            model(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return [_form(seen[number], number) for number in range(len(stack))]
+    return [_form(outputs[number], number) for number in range(len(stack))]
 
 
-def _form(output: Any, number: int) -> Callable[[torch.Tensor], Any]:
+def _form(output: Any, number: int) -> _Form:
     if isinstance(output, torch.Tensor):
         return lambda hidden: hidden
     if isinstance(output, tuple | list) and output and isinstance(output[0], torch.Tensor):
         kind, rest = type(output), [None] * (len(output) - 1)
         return lambda hidden: kind([hidden, *rest])
     raise CompatibilityError(
-        f"layer {number} returns {type(output).__name__}, which has no place for the hidden state that can be found by "
-        "looking: this model's layers cannot run by themselves. Train or evaluate the whole model instead."
+        f"layer {number} returns {type(output).__name__}, in which no hidden state can be found: the layers of this "
+        "model cannot run alone. Train or evaluate the whole model instead."
     )

@@ -1,34 +1,34 @@
-"""Hidden states between layers, computed no further than they are asked for."""
+"""Hidden states between layers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import ConfigurationError
 from .running import hidden_argument, stack_of
 
-__all__ = ["hidden_states"]
+__all__ = ["hidden_states", "recorded_states"]
 
 
-class _Reached(Exception):  # noqa: N818 - no error: what was asked for is there
-    """Ends a forward pass."""
+class _LastPositionReached(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass once the last hidden state is recorded."""
 
 
 @torch.no_grad()
 def hidden_states(
     model: Any, input_ids: torch.Tensor, positions: Collection[int], **inputs: Any
 ) -> dict[int, torch.Tensor]:
-    """Return the hidden states between a model's layers, running it no further than needed.
+    """Return the hidden states between a model's layers; layers after the last position do not run.
 
     Args:
         model: Any decoder-only model; its training mode is not changed.
         input_ids: `[batch, tokens]`.
-        positions: Each is a count of layers that ran before, 0..L; L means after the last layer, before the norm.
-        **inputs: What else the model is called with, such as `attention_mask`.
+        positions: Each is a number of layers that ran before, 0..L; L means after the last layer, before the norm.
+        **inputs: Further inputs of the model, such as `attention_mask`.
 
     Returns:
         `{position: hidden state [batch, tokens, hidden]}`.
@@ -36,37 +36,50 @@ def hidden_states(
     Raises:
         ConfigurationError: A position outside 0..L.
     """
-    stack = stack_of(model)
-    wanted = sorted(set(positions))
-    if not wanted or wanted[0] < 0 or wanted[-1] > len(stack):
-        raise ConfigurationError(
-            f"positions {wanted} are not all in 0..{len(stack)}: the model runs {len(stack)} layers."
-        )
-    found: dict[int, torch.Tensor] = {}
+    with recorded_states(model, positions, stop=True) as states, suppress(_LastPositionReached):
+        model(input_ids=input_ids, use_cache=False, **inputs)
+    return states
 
-    def keep(position: int, states: torch.Tensor) -> None:
-        found[position] = states
-        if position == wanted[-1]:
-            raise _Reached
+
+@contextmanager
+def recorded_states(model: Any, positions: Collection[int], stop: bool = False) -> Iterator[dict[int, torch.Tensor]]:
+    """Record hidden states of the forward passes inside a `with` block.
+
+    Args:
+        model: Any decoder-only model.
+        positions: As in `hidden_states`.
+        stop: End a forward pass at the last position, by an exception.
+
+    Yields:
+        `{position: hidden state [batch, tokens, hidden]}`, filled by each forward pass.
+    """
+    stack = stack_of(model)
+    last = max(positions, default=-1)
+    if min(positions, default=-1) < 0 or last > len(stack):
+        raise ConfigurationError(
+            f"positions {sorted(positions)} are not all in 0..{len(stack)}: the model runs {len(stack)} layers."
+        )
+    states: dict[int, torch.Tensor] = {}
+
+    def record(position: int, state: torch.Tensor) -> None:
+        states[position] = state
+        if stop and position == last:
+            raise _LastPositionReached
 
     def before(position: int) -> Any:
-        return lambda module, args, kwargs: keep(position, hidden_argument(args, kwargs)[0])
+        return lambda layer, args, kwargs: record(position, hidden_argument(args, kwargs)[0])
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        keep(len(stack), output if isinstance(output, torch.Tensor) else output[0])
+    def after(layer: Any, args: Any, output: Any) -> None:
+        record(len(stack), output if isinstance(output, torch.Tensor) else output[0])
 
     hooks = [
         stack[position].register_forward_pre_hook(before(position), with_kwargs=True, prepend=True)
-        for position in wanted
-        if position < len(stack)
+        for position in set(positions) - {len(stack)}
     ]
-    if wanted[-1] == len(stack):
+    if len(stack) in positions:
         hooks.append(stack[-1].register_forward_hook(after))
     try:
-        model(input_ids=input_ids, use_cache=False, **inputs)
-    except _Reached:
-        pass
+        yield states
     finally:
         for hook in hooks:
             hook.remove()
-    return found

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..architecture import choose_block_length
 from ..errors import ConfigurationError, DataError
-from ..evaluation.reading import Opened, find_tokenizer
+from ..evaluation.models_and_texts import LoadedModel, find_tokenizer
 from ..model.opening import load_model, pinned_commit
 from ..sources import HubOptions
 from ..texts import Blocks, TextSource, check_tokenizer, pack
@@ -76,7 +76,7 @@ def model_and_tokenizer(
     loaded = load_model(reference, revision=commit, keep_replaced=True, **loading)
     if tokenizer is None:
         hub, gguf_file = HubOptions.from_kwargs(loading), loading.get("gguf_file")
-        tokenizer = find_tokenizer(Opened(loaded, reference, commit, hub, gguf_file))
+        tokenizer = find_tokenizer(LoadedModel(loaded, reference, commit, hub, gguf_file))
     return loaded, tokenizer, commit
 
 

@@ -1,0 +1,206 @@
+"""Measure a model in several states: the untouched recipient, with its donors, and at several strengths."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+from ..errors import ConfigurationError
+from ..numeric import finite_number
+from .losses import Perplexity, perplexity_of_windows
+from .models_and_texts import LoadedModel, model_to_measure, read_windows
+from .reports import EvaluationReport, EvaluationRow, StrengthCurve
+from .windows import Windows
+
+__all__ = ["evaluate", "strength_curve"]
+
+_RECIPIENT = "recipient"
+
+
+def evaluate(
+    model: Any,
+    texts: Mapping[str, Any],
+    tokenizer: Any = None,
+    recipient: Any = None,
+    *,
+    block_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    revision: str | None = None,
+    quiet: bool = False,
+    **kwargs: Any,
+) -> EvaluationReport:
+    """Measure a model's perplexity on texts, and for a transplant also the untouched recipient's.
+
+    Args:
+        model: A loaded model, or the Hub id or folder of a model, a transplant or a donor.
+        texts: `{name: text}`; a text is `Blocks`, a stream of tokens, a `TextSource`, a file, a folder or the Hub id of
+            a dataset.
+        tokenizer: The model's tokenizer; by default the one beside the model or its recipient.
+        recipient: The model to compare with; by default the model itself with its donors switched off.
+        block_length: Tokens that are read at once; by default what the model can read, at most 1024.
+        stride: The distance between windows, for a sliding window; by default windows do not overlap.
+        batch_size: Windows in a batch.
+        max_tokens: Read at most this many tokens of each text.
+        revision: The revision of a model that is named.
+        quiet: Show no progress bar.
+        **kwargs: As in `from_pretrained`: `dtype`, `device_map`, `token`, ...
+
+    Returns:
+        The report, which prints as a table.
+
+    Raises:
+        DataError: Text that is missing or too short, or has tokens of another model.
+        ConfigurationError: No text, no tokenizer, or a donor whose replaced layers were not kept.
+        TransplantError: The model cannot be loaded.
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from transplant_hf import Donor, transplant
+        >>> recipient = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+        >>> model = transplant(recipient, Donor.from_model(recipient, [1], name="law"), position=2)
+        >>> report = evaluate(model, {"numbers": torch.arange(16)})
+        >>> report.models
+        ('recipient', 'with law')
+    """
+    if not texts:
+        raise ConfigurationError("there is no text to measure on: texts={'name': text}.")
+    loaded = model_to_measure(model, revision, kwargs)
+    windows = read_windows(
+        loaded, texts, tokenizer, block_length=block_length, stride=stride, max_tokens=max_tokens,
+        token=kwargs.get("token"), quiet=quiet,
+    )  # fmt: skip
+    rows = []
+    for label, measured, state in _states(loaded, recipient, kwargs):
+        with state:
+            found = _measure(measured, windows, batch_size, quiet)
+        rows += [EvaluationRow(label, name, value) for name, value in found.items()]
+    return EvaluationReport(tuple(rows), _about(loaded, windows, stride))
+
+
+def strength_curve(
+    model: Any,
+    texts: Mapping[str, Any],
+    strengths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    *,
+    names: Sequence[str] | None = None,
+    tokenizer: Any = None,
+    block_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    revision: str | None = None,
+    quiet: bool = False,
+    **kwargs: Any,
+) -> StrengthCurve:
+    """Measure a transplant at several strengths of its donors; 0 is the untouched recipient.
+
+    Args:
+        model: A transplanted model, or the Hub id or folder of a transplant or donor.
+        texts: As in `evaluate`.
+        strengths: The strengths to measure.
+        names: The donors whose strength is set; by default all that are inserted.
+        tokenizer: As in `evaluate`.
+        block_length: As in `evaluate`.
+        stride: As in `evaluate`.
+        batch_size: As in `evaluate`.
+        max_tokens: As in `evaluate`.
+        revision: As in `evaluate`.
+        quiet: As in `evaluate`.
+        **kwargs: As in `evaluate`.
+
+    Returns:
+        The curve. The model's strengths are restored afterwards.
+
+    Raises:
+        ConfigurationError: Not a transplant, or no donor whose strength can be set.
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from transplant_hf import Donor, transplant
+        >>> recipient = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+        >>> model = transplant(recipient, Donor.from_model(recipient, [0], name="law"), position=1)
+        >>> curve = strength_curve(model, {"noise": torch.arange(16)}, [0, 1])
+        >>> list(curve.points), model.strengths
+        ([0.0, 1.0], {'law': 1.0})
+    """
+    strengths = [finite_number(strength, "each strength") for strength in strengths]
+    if not strengths:
+        raise ConfigurationError("a curve needs at least one strength.")
+    loaded = model_to_measure(model, revision, kwargs)
+    transplanted, donors = loaded.model, _scalable_donors(loaded, names)
+    windows = read_windows(
+        loaded, texts, tokenizer, block_length=block_length, stride=stride, max_tokens=max_tokens,
+        token=kwargs.get("token"), quiet=quiet,
+    )  # fmt: skip
+    before = {name: transplanted.strengths[name] for name in donors}
+    points: dict[float, dict[str, Perplexity]] = {}
+    try:
+        for strength in strengths:
+            for name in donors:
+                transplanted.set_strength(name, strength)
+            points[strength] = _measure(transplanted, windows, batch_size, quiet)
+    finally:
+        for name, strength in before.items():
+            transplanted.set_strength(name, strength)
+    return StrengthCurve(points, donors, _about(loaded, windows, stride))
+
+
+def _measure(model: Any, windows: Sequence[Windows], batch_size: int, quiet: bool) -> dict[str, Perplexity]:
+    return {text.name: perplexity_of_windows(model, text, batch_size, quiet) for text in windows}
+
+
+def _about(loaded: LoadedModel, windows: Sequence[Windows], stride: int | None) -> dict[str, Any]:
+    return {
+        "model": loaded.reference or loaded.name,
+        "revision": loaded.revision,
+        "block_length": {text.name: text.block_length for text in windows},
+        "stride": stride,
+    }
+
+
+def _scalable_donors(loaded: LoadedModel, names: Sequence[str] | None) -> tuple[str, ...]:
+    config = getattr(loaded.model, "transplant_config", None)
+    inserted = [str(spec.name) for spec in config.donors if spec.mode == "insert"] if config is not None else []
+    chosen = inserted if names is None else list(names)
+    if not chosen or set(chosen) - set(inserted):
+        raise ConfigurationError(
+            f"{loaded.reference or type(loaded.model).__name__} has {', '.join(inserted) or 'no'} donors whose "
+            f"strength can be set, asked for {', '.join(chosen) or 'all'}. Donors that replace layers have strength 1."
+        )
+    return tuple(chosen)
+
+
+def _states(
+    loaded: LoadedModel, recipient: Any, kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, AbstractContextManager[Any]]]:
+    """Yield what is measured: a label, a model, and a context manager for its state."""
+    model = loaded.model
+    names = list(getattr(model, "strengths", ()))
+    if recipient is not None:
+        is_name = isinstance(recipient, str | os.PathLike)
+        other = model_to_measure(recipient, kwargs=kwargs if is_name else None).model
+        yield _RECIPIENT, other, _untouched(other)
+    elif names:
+        yield _RECIPIENT, model, _untouched(model)
+    label = f"with {', '.join(names)}" if names else loaded.name
+    yield label if label != _RECIPIENT or recipient is None else f"{label} (model)", model, nullcontext()
+
+
+@contextmanager
+def _untouched(model: Any) -> Iterator[None]:
+    """Switch off what was added to a model: donors, and adapters of PEFT."""
+    with ExitStack() as off:
+        if getattr(model, "strengths", None):
+            off.enter_context(model.disable_transplants())
+        if hasattr(model, "peft_config") and hasattr(model, "disable_adapter"):
+            off.enter_context(model.disable_adapter())
+        elif getattr(model, "_hf_peft_config_loaded", False):
+            model.disable_adapters()
+            off.callback(model.enable_adapters)
+        yield

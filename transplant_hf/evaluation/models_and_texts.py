@@ -1,0 +1,154 @@
+"""Load what is measured: a model by its name, its tokenizer, and texts as windows of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..architecture import choose_block_length
+from ..errors import ConfigurationError, DataError
+from ..model.opening import load_model, load_tokenizer
+from ..sources import HubOptions
+from ..texts import Blocks, TextSource, check_tokenizer, documents, encode, starting_token
+from .losses import vocab_size
+from .windows import Windows
+
+__all__ = ["LoadedModel", "find_tokenizer", "model_to_measure", "read_windows"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model, and where it came from.
+
+    Args:
+        model: The model.
+        reference: The Hub id or folder it was loaded from; `None` for a model that the caller loaded.
+        revision: The revision that was asked for.
+        hub: How to reach the Hub.
+        gguf_file: The GGUF file that it was read from.
+    """
+
+    model: Any
+    reference: str | None = None
+    revision: str | None = None
+    hub: HubOptions = dataclasses.field(default_factory=HubOptions)
+    gguf_file: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of its name."""
+        known = self.reference or getattr(self.model.config, "name_or_path", "") or type(self.model).__name__
+        return os.path.basename(known.rstrip("/\\")) or known
+
+
+def model_to_measure(model: Any, revision: str | None = None, kwargs: Mapping[str, Any] | None = None) -> LoadedModel:
+    """Load a model by its name; a model that is already loaded is returned unchanged.
+
+    Args:
+        model: A model, or the Hub id or folder of a model, a transplant or a donor.
+        revision: The revision, if it is named.
+        kwargs: As in `from_pretrained`.
+
+    Raises:
+        ConfigurationError: Arguments for loading, but the model is already loaded.
+        TransplantError: It cannot be loaded.
+    """
+    kwargs = dict(kwargs or {})
+    if isinstance(model, str | os.PathLike):
+        reference = os.fspath(model)
+        loaded = load_model(reference, revision=revision, keep_replaced=True, **kwargs)
+        return LoadedModel(loaded, reference, revision, HubOptions.from_kwargs(kwargs), kwargs.get("gguf_file"))
+    if revision is not None or kwargs:
+        names = ", ".join([*(["revision"] if revision is not None else []), *kwargs])
+        raise ConfigurationError(f"{names}: these are for loading a model by its name, but a loaded model was given.")
+    return LoadedModel(model)
+
+
+def find_tokenizer(loaded: LoadedModel) -> Any:
+    """Load the tokenizer of a model, or of the recipient of a transplant.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    places: list[tuple[str, str | None]] = []
+    if loaded.reference is not None:
+        places.append((loaded.reference, loaded.revision))
+    config = getattr(loaded.model, "transplant_config", None)
+    if config is not None:
+        places.append((config.recipient, config.recipient_revision))
+    elif loaded.reference is None:
+        places.append((loaded.model.config.name_or_path, None))
+    places = [(reference, revision) for reference, revision in places if reference]
+    for reference, revision in places:
+        tokenizer = load_tokenizer(reference, revision, loaded.hub, loaded.gguf_file)
+        if tokenizer is not None:
+            return tokenizer
+    searched = ", ".join(reference for reference, _ in places) or "a model without a name"
+    raise ConfigurationError(f"there is no tokenizer in {searched}: pass tokenizer=.")
+
+
+def read_windows(
+    loaded: LoadedModel,
+    texts: Mapping[Any, Any],
+    tokenizer: Any = None,
+    *,
+    block_length: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    token: str | bool | None = None,
+    quiet: bool = False,
+) -> list[Windows]:
+    """Read texts once, as windows for a model.
+
+    Args:
+        loaded: The model.
+        texts: `{name: text}`, where a text is `Blocks`, a stream `[tokens]`, a `TextSource`, a file, a folder or the
+            Hub id of a dataset. With the name `None`, a text has its own name.
+        tokenizer: The model's tokenizer; by default the one beside it.
+        block_length: Tokens in a window of a stream; by default what the model can read, at most 1024.
+        stride: The distance between windows of a stream.
+        max_tokens: Read at most this many tokens of each text.
+        token: As in `from_pretrained`, for a dataset on the Hub.
+        quiet: Show no progress bar.
+
+    Raises:
+        DataError: Text that is missing, empty or of an unknown kind, or a tokenizer of another model.
+    """
+    get_tokenizer = functools.cache(lambda: tokenizer if tokenizer is not None else find_tokenizer(loaded))
+    length = choose_block_length(loaded.model.config, block_length)
+    windows = []
+    for name, text in texts.items():
+        if isinstance(text, Blocks):
+            blocks = text if max_tokens is None else text.part(0, max(1, max_tokens // text.block_length))
+            windows.append(Windows(blocks, name=name))
+        elif isinstance(text, torch.Tensor):
+            windows.append(Windows(text[:max_tokens], length, stride, name=name))
+        else:
+            source = TextSource.parse(os.fspath(text)) if isinstance(text, str | os.PathLike) else text
+            stream, start = _encode(source, loaded.model, get_tokenizer, max_tokens, token, quiet)
+            windows.append(Windows(stream, length, stride, start, name or str(source.name)))
+    return windows
+
+
+def _encode(
+    source: Any,
+    model: Any,
+    get_tokenizer: Callable[[], Any],
+    max_tokens: int | None,
+    token: str | bool | None,
+    quiet: bool,
+) -> tuple[torch.Tensor, int | None]:
+    if not isinstance(source, TextSource):
+        raise DataError(
+            f"a text is Blocks, a stream of tokens, a TextSource or the name of one, got {type(source).__name__}."
+        )
+    tokenizer = get_tokenizer()
+    if vocab_size(model) is not None:
+        check_tokenizer(tokenizer, vocab_size(model), str(model.config.name_or_path or type(model).__name__))
+    stream = encode(documents(source, token), tokenizer, max_tokens=max_tokens, name=str(source.name), quiet=quiet)
+    return stream, starting_token(tokenizer)

@@ -1,0 +1,274 @@
+"""Measure donors at every position. The recipient runs once for all, and each position runs only what differs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from ..architecture import eval_mode
+from ..display import progress_bar
+from ..donor import Donor
+from ..donor.tensors import MemoryTensors
+from ..errors import CompatibilityError, ConfigurationError
+from ..model.memory import remove_transplants, transplant
+from ..numeric import finite_number, whole_number
+from ..partial import PartialRun, hidden_states, running_only, stack_of
+from ..partial.states import recorded_states
+from .losses import Perplexity, batch_loss, check_vocabulary, input_device, max_rows
+from .models_and_texts import LoadedModel, model_to_measure, read_windows
+from .reports import SweepReport, SweepRow
+from .windows import Batch, Windows
+
+__all__ = ["sweep"]
+
+_MAX_STATES = 1 << 28  # numbers in the hidden states at all positions: one GiB in float32
+_PROBE_TOKENS = 8
+_TOLERANCE = 1e-3
+
+
+def sweep(
+    recipient: Any,
+    donors: Any,
+    text: Any,
+    positions: Sequence[int] | None = None,
+    strengths: Sequence[float] = (1.0,),
+    *,
+    mode: str = "insert",
+    tokenizer: Any = None,
+    block_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    revision: str | None = None,
+    quiet: bool = False,
+    **kwargs: Any,
+) -> SweepReport:
+    """Measure the perplexity of donors, one at a time, at all positions.
+
+    The recipient's hidden states are computed once for each batch of text. Each position runs only the donor, the
+    layers after it and the head.
+
+    Args:
+        recipient: The untouched recipient: a loaded model, a Hub id or a folder.
+        donors: A `Donor`, its Hub id or folder, several of them, or `{name: donor}`; `None` for the donors of the
+            transplant or donor repo that `recipient` names.
+        text: `Blocks`, a stream of tokens, a `TextSource`, a file, a folder or the Hub id of a dataset.
+        positions: By default all, 0..L.
+        strengths: The strengths to measure at each position.
+        mode: "insert", or "replace" to run the donor instead of the same number of recipient layers.
+        tokenizer: The recipient's tokenizer; by default the one beside it.
+        block_length: As in `evaluate`.
+        stride: As in `evaluate`.
+        batch_size: Windows in a batch.
+        max_tokens: Read at most this many tokens of the text.
+        revision: The revision of a recipient that is named.
+        quiet: Show no progress bar of this function; Transformers still shows those of loading.
+        **kwargs: As in `from_pretrained`.
+
+    Returns:
+        The report; a donor that does not fit at a position has a row with the reason.
+
+    Raises:
+        ConfigurationError: The recipient has donors already, or there is nothing to measure.
+        CompatibilityError: The model's layers pass on more than a hidden state.
+        DataError: Text that is missing or too short, or has tokens of another model.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+        >>> report = sweep(model, Donor.from_model(model, [1], name="law"), torch.arange(16))
+        >>> [row.position for row in report.rows]
+        [0, 1, 2, 3]
+    """
+    positions = [whole_number(position, "each position") for position in positions] if positions is not None else None
+    strengths = tuple(dict.fromkeys(finite_number(strength, "each strength") for strength in strengths))
+    if not strengths or (positions is not None and not positions):
+        raise ConfigurationError("a sweep needs at least one strength and one position.")
+    began = time.perf_counter()
+    loaded = model_to_measure(recipient, revision, kwargs)
+    model, donors = loaded.model, _donors_in_memory(loaded, donors)
+    (windows,) = read_windows(
+        loaded, {None: text}, tokenizer, block_length=block_length, stride=stride, max_tokens=max_tokens,
+        token=kwargs.get("token"), quiet=quiet,
+    )  # fmt: skip
+    check_vocabulary(model, windows)
+    with eval_mode(model):
+        places = list(_places(model, donors, positions, mode))
+        reference = _measure_all(model, places, windows, strengths, batch_size, quiet)
+    rows = tuple(row for place in places for row in place.rows(strengths, windows.num_predicted))
+    about = {
+        "recipient_model": loaded.reference or loaded.name,
+        "revision": revision,
+        "mode": mode,
+        "block_length": windows.block_length,
+        "stride": stride,
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+    return SweepReport(rows, reference, windows.name, about)
+
+
+# -- Donors and places ---------------------------------------------------------------------------------------------
+
+
+def _donors_in_memory(loaded: LoadedModel, donors: Any) -> dict[str, Donor]:
+    """Return the donors by name; those of a transplant that is named are taken out of it."""
+    model = loaded.model
+    resident = getattr(model, "strengths", {})
+    if donors is None and resident and loaded.reference is not None:
+        donors = {name: Donor.from_model(model, model.layer_map.layers_of(name), name=name) for name in resident}
+        remove_transplants(model)
+    elif resident:
+        raise ConfigurationError(
+            f"{loaded.reference or 'this model'} has donors already; a sweep starts from the untouched recipient. "
+            "Name the recipient and the donors, or a transplant or donor repo alone to sweep its donors."
+        )
+    elif donors is None:
+        raise ConfigurationError(f"{loaded.name} has no donors, and none are named. Name a donor to sweep.")
+    if isinstance(donors, Donor | str | os.PathLike):
+        donors = [donors]
+    pairs = donors.items() if isinstance(donors, Mapping) else [(None, donor) for donor in donors]
+    found: dict[str, Donor] = {}
+    for name, reference in pairs:
+        is_donor = isinstance(reference, Donor)
+        donor = reference if is_donor else Donor.from_pretrained(reference, **loaded.hub.as_kwargs())
+        name = name or donor.name or f"donor {len(found)}"
+        if name in found:
+            raise ConfigurationError(f"two donors are named {name!r}. Name them: donors={{'name': donor}}.")
+        # Read once, and checked against the recorded sha256.
+        record = dataclasses.replace(donor.record, files={}, name=name)
+        found[name] = donor.replaced(record=record, store=MemoryTensors(donor.tensors()), source=None)
+    if not found:
+        raise ConfigurationError("there is no donor to sweep.")
+    return found
+
+
+@dataclasses.dataclass
+class _Place:
+    """A donor at a position, and the summed loss at each strength."""
+
+    donor: str
+    position: int
+    model: Any = None  # the transplant; None where the donor does not fit
+    layers: Sequence[int] = ()  # the donor's running numbers in it
+    reason: str | None = None
+    losses: dict[float, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+    def rows(self, strengths: Sequence[float], tokens: int) -> Iterator[SweepRow]:
+        """Return the rows of the report; `tokens` is the number of predicted tokens."""
+        for strength in strengths:
+            found = None
+            if self.model is not None:
+                found = Perplexity(self.losses[strength] / tokens, tokens, self.seconds / len(strengths))
+            yield SweepRow(self.donor, self.position, strength, found, self.reason)
+
+
+def _places(
+    recipient: Any, donors: Mapping[str, Donor], positions: Sequence[int] | None, mode: str
+) -> Iterator[_Place]:
+    """Put each donor at each position, or find out why it does not fit."""
+    num_layers = len(stack_of(recipient))
+    for name, donor in donors.items():
+        last = num_layers - (donor.num_layers if mode == "replace" else 0)
+        first: _Place | None = None
+        for position in dict.fromkeys(range(last + 1) if positions is None else positions):
+            try:
+                model = transplant(recipient, donor, position, mode, name=name)
+            except (CompatibilityError, ConfigurationError) as error:
+                yield _Place(name, position, reason=str(error))
+                continue
+            place = _Place(name, position, model, model.layer_map.layers_of(name))
+            if first is None:
+                first = place
+            else:
+                _share_weights(first, place)
+            yield place
+
+
+def _share_weights(first: _Place, other: _Place) -> None:
+    """Let two transplants of a donor share its weights, so that they are in memory once."""
+    for number, twin in zip(first.layers, other.layers, strict=True):
+        modules = dict(stack_of(first.model)[number].named_modules())
+        for path, module in stack_of(other.model)[twin].named_modules():
+            for key, _ in module.named_parameters(recurse=False, remove_duplicate=False):
+                setattr(module, key, getattr(modules[path], key))
+
+
+# -- Measuring -----------------------------------------------------------------------------------------------------
+
+
+def _measure_all(
+    model: Any, places: Sequence[_Place], windows: Windows, strengths: tuple[float, ...], batch_size: int, quiet: bool
+) -> Perplexity:
+    """Measure every place, and return the perplexity of the recipient."""
+    fitting = [place for place in places if place.model is not None]
+    positions = {place.position for place in fitting}
+    width = model.config.get_text_config(decoder=True).hidden_size
+    rows_of_states = _MAX_STATES // (max(len(positions), 1) * windows.block_length * width)
+    rows = max(1, min(max_rows(model, windows, batch_size), rows_of_states))
+    runs = windows.num_batches(rows) * (len(fitting) + 1)
+    loss, seconds = 0.0, 0.0
+    with ExitStack() as blocks, progress_bar(runs, "Sweeping", unit="run", quiet=quiet) as bar:
+        parts = [_start_part(place, model, next(windows.batches(1)), blocks) for place in fitting]
+        for number, batch in enumerate(windows.batches(rows)):
+            began = time.perf_counter()
+            ids = batch.input_ids.to(input_device(model))
+            logits, states = _run(model, ids, positions)
+            loss += batch_loss(logits, batch, number, windows.name)
+            del logits
+            seconds += time.perf_counter() - began
+            bar.update()
+            for place, part in zip(fitting, parts, strict=True):
+                began = time.perf_counter()
+                for strength, logits in _logits(place, part, ids, states[place.position], strengths):
+                    place.losses.setdefault(strength, 0.0)
+                    place.losses[strength] += batch_loss(logits, batch, number, windows.name)
+                place.seconds += time.perf_counter() - began
+                bar.update()
+    return Perplexity(loss / windows.num_predicted, windows.num_predicted, seconds)
+
+
+def _run(model: Any, ids: torch.Tensor, positions: set[int]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    if not positions:
+        return model(input_ids=ids, use_cache=False).logits, {}
+    with recorded_states(model, positions) as states:
+        return model(input_ids=ids, use_cache=False).logits, states
+
+
+def _start_part(place: _Place, recipient: Any, batch: Batch, blocks: ExitStack) -> PartialRun:
+    """Let only the donor and what follows it run, and check that this gives what the whole model gives."""
+    ids = batch.input_ids[:, :_PROBE_TOKENS].to(input_device(recipient))
+    first = place.layers[0]
+    whole, states = _run(place.model, ids, {first})
+    numbers = range(first, len(stack_of(place.model)))
+    part = blocks.enter_context(running_only(place.model, numbers))
+    alone = part(input_ids=ids, prefix_states=states[first], use_cache=False).logits
+    difference = float((whole - alone).abs().max())
+    if difference > _TOLERANCE * float(whole.abs().max()):
+        raise CompatibilityError(
+            f"layers {numbers[0]}..{numbers[-1]} alone give other logits than the whole model (difference "
+            f"{difference:.2g}): the layers of this model pass on more than a hidden state. Use evaluate at each "
+            "position instead."
+        )
+    return part
+
+
+def _logits(
+    place: _Place, part: PartialRun, ids: torch.Tensor, entering: torch.Tensor, strengths: tuple[float, ...]
+) -> Iterator[tuple[float, torch.Tensor]]:
+    """Yield each strength and its logits; the donor runs once for all strengths."""
+    if strengths == (1.0,):
+        yield 1.0, part(input_ids=ids, prefix_states=entering, use_cache=False).logits
+        return
+    after = place.layers[-1] + 1
+    leaving = hidden_states(place.model, ids, [after], prefix_states=entering)[after]
+    with part.without(place.layers):
+        for strength in strengths:
+            states = leaving if strength == 1.0 else entering + strength * (leaving - entering)
+            yield strength, part(input_ids=ids, prefix_states=states, use_cache=False).logits
