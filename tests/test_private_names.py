@@ -101,7 +101,6 @@ SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
     (convert_moe_packed_tensors, "(blocks, scales, dtype, rows_per_chunk)", "donor/pt_tensors.py"),
     (get_keys_to_not_convert, "(model)", "splice/quantized.py"),
     (should_convert_module, "(full_name, patterns)", "planning/numbers.py"),
-    (PreTrainedModel._get_dtype_plan, "(self, dtype)", "export/plan.py"),
     (Trainer._save, "(self, output_dir, state_dict)", "training/part_trainer.py"),
     (Trainer._load_from_checkpoint, "(self, resume_from_checkpoint, model)", "training/part_trainer.py"),
     (Trainer._load_best_model, "(self)", "training/part_trainer.py"),

@@ -93,8 +93,7 @@ ENTRIES: dict[str, Callable[[Path, Path], Any]] = {
     "plan": lambda family, _: plan(str(family / "donor"), memory="1GB", devices=2),
     "train": _train,
 }
-# What from_pretrained of a model without donors does in Transformers: a verified export is loaded as anybody would, and
-# training starts from a plain recipient.
+# What from_pretrained of a model without donors does in Transformers: training starts from a plain recipient.
 LOADING = {
     "linear's init changed",
     "set_default_dtype was called",
@@ -104,7 +103,6 @@ LOADING = {
 }
 # Trainer seeds the process and sets the verbosity of Transformers.
 OF_TRANSFORMERS = {
-    "verified export": LOADING,
     "train": {*LOADING, "manual_seed was called", "set_verbosity was called"},
 }
 

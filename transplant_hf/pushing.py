@@ -1,38 +1,37 @@
-"""Upload a saved artefact as one commit, after its files were checked."""
+"""`push`: what was saved in a folder, checked and uploaded as one commit."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard
-from tqdm import tqdm
 
 from .cards import CARD_FILE, TERMS, written_by_us
 from .cards.authorship import signed
 from .cards.text import python_literal
 from .config import TransplantConfig
+from .display import progress_bar
 from .donor import Donor
 from .donor.companions import code_named_in, companions_in
 from .donor.recorded import recorded_files
 from .donor.save import replaced_among
-from .donor.stream import pieces, size_of
-from .donor.tensors import TensorInfo
+from .donor.tensors import FileTensors
 from .errors import CheckpointError, ConfigurationError
-from .exporting.checkpoint import open_recipient
 from .hub import push_folder
 from .numeric import is_finite
 from .outputs import files_in
-from .sources import HubOptions, Source, points_to_folder
+from .sources import Source, points_to_folder
 from .storage import read_json, writing
 
-__all__ = ["Push", "push", "push_artefact"]
+__all__ = ["Push", "push"]
 
-_PROGRESS_FROM = 1 << 28
+_CONFIG = "config.json"
+_WEIGHTS = (".safetensors", ".bin")
 # Where a card's snippets name what they load; the tokenizer's line may name another repository.
 _LOADED = re.compile(r'((?:model=|(?<!AutoTokenizer)\.from_pretrained\())"(?:[^"\\\n]|\\.)*"')
 _SIGNED = "<!-- Written by transplant_hf"
@@ -43,15 +42,15 @@ class Push:
     """What was uploaded.
 
     Args:
-        folder: Where it is on this machine.
+        folder: The folder on this machine.
         kind: "donor", "transplant" or "model".
         repo_id: The repository.
         commit: The commit's id.
-        url: Its page; of a pull request, that one's.
-        tensors: How many tensors were looked at.
+        url: Its page; for a pull request, that of the pull request.
+        tensors: How many tensors were checked.
         size: Their bytes.
-        files: What the repository holds of the folder now, by paths there, with the sizes.
-        left_out: What else lies in the folder, and was not sent; a folder ends in `/`.
+        files: The uploaded files: their sizes by their paths in the repository.
+        left_out: What else is in the folder and was not uploaded; a folder ends in `/`.
     """
 
     folder: str
@@ -78,137 +77,144 @@ def push(
     repo_id: str,
     *,
     private: bool | None = None,
-    revision: str | None = None,
+    to_revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
     token: str | bool | None = None,
     on_files: Callable[[Mapping[str, int], Sequence[str]], None] | None = None,
 ) -> Push:
-    """Upload a donor, a transplant or an exported model, as it lies in a folder, as one commit.
+    """Check a saved donor, transplant or exported model and upload it as one commit.
 
-    Before anything is sent, every weight is read: donors must have their recorded sha256, nothing may be NaN or
-    infinite, and what the configuration refers to must be there for others too. Only what belongs to the artefact is
-    uploaded: the files that its configuration, record or index names, the tokenizer, processor and generation
-    configuration, the card, licence and notice. What the repository has already is not sent again, and files of an
-    older artefact in it go. A card that transplant_hf wrote is changed so that its examples load the repository.
+    Before anything is sent, every weight is read: donors must have their recorded sha256, no weight may be NaN or
+    infinite, and nothing may refer to a folder that only this machine has. Only the files of what was saved are
+    uploaded: those that its configuration, record or index names, the tokenizer, processor and generation
+    configuration, and card, license and notice. Files that the repository has already are not sent again, and files
+    of an earlier save in it are removed. A card that transplant_hf wrote is changed so that its examples load the
+    repository.
 
     Args:
-        folder: What was saved.
-        repo_id: The repository; made if it does not exist.
+        folder: The folder.
+        repo_id: The repository; created if it does not exist.
         private: As in huggingface_hub.
-        revision: The branch; made if it does not exist.
+        to_revision: The branch to push to; created if it does not exist.
         create_pr: Open a pull request instead.
-        commit_message: Its first line.
+        commit_message: The first line of the commit message.
         token: As in huggingface_hub.
-        on_files: Called before anything is sent, with the sizes of the files by their paths, and with the names of what
-            is left out.
+        on_files: Called before anything is sent, with the sizes of the files by their paths, and with the names of
+            what is left out.
 
     Returns:
         What was uploaded, and where it is.
 
     Raises:
-        ConfigurationError: No such folder, nothing that was saved, a reference to a folder on this machine, or a link
-            in the place of a file.
+        ConfigurationError: There is no such folder, nothing was saved in it, it refers to another folder on this
+            machine, or one of the files is a link.
         CheckpointError: Weights that are missing, malformed or not finite.
-        IntegrityError: A donor's bytes are not the recorded ones.
-        HubError: Missing, gated, private or out of reach.
+        IntegrityError: The sha256 of a donor file is not the recorded one.
+        HubError: The repository is missing, gated or private, or the Hub cannot be reached.
     """
     place = Path(folder).expanduser()
-    if not (place / "config.json").is_file():
-        what = "no folder" if not place.is_dir() else "no saved donor, transplant or model: it has no config.json"
+    if not (place / _CONFIG).is_file():
+        what = "not a folder" if not place.is_dir() else "not a saved donor, transplant or model: it has no config.json"
         raise ConfigurationError(f"{folder} is {what}. Name a folder that save_pretrained or `export` wrote.")
-    kind, weights = _opened(place)
-    _refuse_not_finite(weights)
+    kind = _check_references(place)
+    tensors, size = _check_weights(place)
     _name_in_card(place / CARD_FILE, repo_id)
-    files, left_out = _outgoing(place)
+    files, left_out = _files_to_upload(place)
     if on_files is not None:
         on_files(files, left_out)
-    done: CommitInfo = push_folder(
+    commit: CommitInfo = push_folder(
         place,
         repo_id,
         only=files.keys(),
         commit_message=commit_message or f"Upload {kind} {place.resolve().name}",
         token=token,
         private=private,
-        revision=revision,
+        revision=to_revision,
         create_pr=create_pr,
         replaced=replaced_among,
     )
-    size = sum(size_of(info) for info, _, _ in weights)
-    url = str(done.pr_url or done.commit_url)
-    return Push(str(folder), kind, repo_id, str(done.oid), url, len(weights), size, files, left_out)
+    url = str(commit.pr_url or commit.commit_url)
+    return Push(str(folder), kind, repo_id, str(commit.oid), url, tensors, size, files, left_out)
 
 
-def _outgoing(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Return the sizes of the files that belong to the artefact in a folder, and the names of all else there."""
-    code = code_named_in(folder, [folder / "config.json"])
+def _files_to_upload(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the sizes of the files that belong to what was saved in a folder, and the names of everything else."""
+    code = code_named_in(folder, [folder / _CONFIG])
     wanted = recorded_files(folder) | companions_in(folder) | code | {*TERMS, CARD_FILE}
-    there = files_in(folder)
-    sent = {name: (folder / name).lstat().st_size for name in sorted(wanted & there)}
-    others = sorted(there - set(sent))
+    present = files_in(folder)
+    sent = {name: (folder / name).lstat().st_size for name in sorted(wanted & present)}
+    others = sorted(present - set(sent))
     folders = {name.partition("/")[0] for name in sent if "/" in name}
     # A folder of which nothing is sent is named once.
     names = (name if (top := name.partition("/")[0]) in folders or top == name else f"{top}/" for name in others)
     return sent, tuple(dict.fromkeys(names))
 
 
-_Weight = tuple[TensorInfo, Any, str]
-
-
-def _opened(folder: Path) -> tuple[str, list[_Weight]]:
-    """Say what is in a folder, and open its weights."""
-    fields = read_json(folder / "config.json", "config.json")
-    if fields.get("model_type") != TransplantConfig.model_type:
-        return "model", _model_weights(folder, fields)
-    config = TransplantConfig(**{**fields, "name_or_path": str(folder)})
-    source = Source(str(folder), folder)
-    weights: list[_Weight] = []
-    inside = points_to_folder(str(config.recipient), source, config.recipient_revision)
-    if inside is not None:
-        _refuse_outside(folder, inside, f"recipient {config.recipient!r}")
-        weights += _model_weights(inside, read_json(inside / "config.json", "the recipient's config.json"))
-    for spec in config.donors:
-        if spec.donor != ".":
-            outside = points_to_folder(spec.donor, source, spec.revision)
-            if outside is None:
-                continue  # a repository of its own
-            _refuse_outside(folder, outside, f"donor {spec.donor!r}")
-        place = folder / ("" if spec.donor == "." else spec.donor) / (spec.subfolder or "")
-        donor = Donor.open(Source(str(place), place))
-        donor.verify()
-        parts = donor.store.slices()
-        weights += [(info, parts[name], f"{name} of donor {donor}") for name, info in donor.infos().items()]
-    alone = inside is None and len(config.donors) == 1 and config.donors[0].donor == "."
-    return "donor" if alone else "transplant", weights
-
-
-def _model_weights(folder: Path, fields: Mapping[str, Any]) -> list[_Weight]:
-    stored = open_recipient(str(folder.absolute()), None, fields.get("transformers_weights"), HubOptions())
-    return [(tensor.info, tensor.part, tensor.origin) for tensor in stored.values()]
-
-
-def _refuse_outside(folder: Path, referred: Path, what: str) -> None:
-    """Refuse what only this machine can load.
+def _check_references(folder: Path) -> str:
+    """Say what kind of save is in a folder, and check what its configuration refers to.
 
     Raises:
-        ConfigurationError: The reference leads out of the folder.
+        ConfigurationError: It refers to a folder outside.
+        IntegrityError: The sha256 of a donor file is not the recorded one.
     """
-    if not referred.resolve().is_relative_to(folder.resolve()):
+    fields = read_json(folder / _CONFIG, _CONFIG)
+    if fields.get("model_type") != TransplantConfig.model_type:
+        return "model"
+    config = TransplantConfig(**{**fields, "name_or_path": str(folder)})
+    source = Source(str(folder), folder)
+    recipient = points_to_folder(str(config.recipient), source, config.recipient_revision)
+    _refuse_outside(folder, recipient, f"recipient {config.recipient!r}")
+    for spec in config.donors:
+        donor = folder if spec.donor == "." else points_to_folder(spec.donor, source, spec.revision)
+        _refuse_outside(folder, donor, f"donor {spec.donor!r}")
+        if donor is not None:
+            place = donor / (spec.subfolder or "")
+            Donor.open(Source(str(place), place)).verify()
+    alone = recipient is None and [spec.donor for spec in config.donors] == ["."]
+    return "donor" if alone else "transplant"
+
+
+def _refuse_outside(folder: Path, referred: Path | None, what: str) -> None:
+    if referred is not None and not referred.resolve().is_relative_to(folder.resolve()):
         raise ConfigurationError(
-            f"{folder / 'config.json'} names {what}, a folder on this machine that nobody else has. Push that first, "
-            "then save this anew with its Hub id (save_pretrained(..., recipient='user/model'), or load it from there)."
+            f"{folder / _CONFIG} names {what}, a folder on this machine that nobody else has. Push that first, then "
+            "save this again with its Hub id (save_pretrained(..., recipient='user/model'), or load it from there)."
         )
 
 
-def _refuse_not_finite(weights: Iterable[_Weight]) -> None:
-    found = list(weights)
-    total = sum(size_of(info) for info, _, _ in found)
-    with tqdm(total=total, desc="Checking", unit="B", unit_scale=True, disable=total < _PROGRESS_FROM) as bar:
-        for info, part, origin in found:
-            for piece in pieces(info, part):
-                if not is_finite(piece):
-                    raise CheckpointError(f"{origin} holds NaN or infinity; nothing was uploaded.")
-                bar.update(piece.numel() * piece.element_size())
+def _check_weights(folder: Path) -> tuple[int, int]:
+    """Read every weight file of what was saved in a folder; return the number of its tensors, and their bytes.
+
+    Raises:
+        CheckpointError: One is missing, malformed, not in safetensors format, or not finite.
+    """
+    names = recorded_files(folder)
+    for index in (name for name in names if name.endswith(".index.json")):
+        weight_map = read_json(folder / index, "the shard index").get("weight_map") or {}
+        missing = [name for name in sorted({*map(str, weight_map.values())}) if f"{_parent(index)}{name}" not in names]
+        if missing or not weight_map:
+            raise CheckpointError(f"{folder / index} names {missing[0] if missing else 'no files'}, which is missing.")
+    files = sorted(name for name in names if name.endswith(_WEIGHTS))
+    if not files:
+        raise CheckpointError(f"{folder} holds no weights that its records name.")
+    count = size = 0
+    with progress_bar(sum((folder / name).stat().st_size for name in files), "Checking weights") as bar:
+        for path in (folder / name for name in files):
+            if path.suffix != ".safetensors":
+                raise CheckpointError(f"{path} is not in safetensors format. Load the model, save it again, push that.")
+            for name, part in FileTensors([path]).slices().items():
+                tensor = part[...]
+                if not is_finite(tensor):
+                    raise CheckpointError(f"{name} in {path} holds NaN or infinity; nothing was uploaded.")
+                count, size = count + 1, size + tensor.nbytes
+                bar.update(tensor.nbytes)
+    return count, size
+
+
+def _parent(name: str) -> str:
+    folder, slash, _ = name.rpartition("/")
+    return f"{folder}{slash}"
 
 
 def _name_in_card(path: Path, repo_id: str) -> None:
@@ -224,4 +230,6 @@ def _name_in_card(path: Path, repo_id: str) -> None:
             path.write_text(str(signed(card)), encoding="utf-8")
 
 
-push_artefact = push  # the old name, for one release
+def push_artefact(folder: Any, repo_id: str, *, revision: str | None = None, **options: Any) -> Push:
+    """The old name of `push`, for one release; `revision` is now `to_revision`."""
+    return push(folder, repo_id, to_revision=revision, **options)

@@ -71,8 +71,8 @@ def test_what_is_refused_is_one_sentence(family: Path, tmp_path: Path, capsys: p
     for words, told in (
         (("export", family / "donor", tmp_path / "full"), "strength 0.75"),
         (("export", family / "recipient", tmp_path / "full"), "not a transplant"),
-        (("push", family, "alice/x"), "no saved donor, transplant or model"),
-        (("push", tmp_path / "nowhere", "alice/x"), "no folder"),
+        (("push", family, "alice/x"), "not a saved donor, transplant or model"),
+        (("push", tmp_path / "nowhere", "alice/x"), "is not a folder"),
     ):
         status, out, err = run(capsys, *words, "--json")
         assert status == 1 and told in err and told in json.loads(out)["message"]

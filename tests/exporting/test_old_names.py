@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from types import SimpleNamespace
+
 import pytest
 
-from tests.helpers import run_python
-
-FUNCTION = "import transplant_hf; from transplant_hf.exporting import export; transplant_hf.export = export"
-OLD_PATH = "from transplant_hf.export import export_transplant, push_artefact, Export, Push"
-CHECK = """
 import transplant_hf
-from transplant_hf.errors import ConfigurationError
-from transplant_hf.exporting import export
-from transplant_hf.pushing import push
-
-assert export_transplant is export and push_artefact is push
-try:
-    transplant_hf.export("nowhere/at/all", "out")
-except ConfigurationError:
-    print("called")
-"""
+from transplant_hf import exporting, pushing
 
 
-@pytest.mark.parametrize("first", [(FUNCTION, OLD_PATH), (OLD_PATH, FUNCTION), (OLD_PATH,)])
-def test_the_function_and_the_old_path(first: tuple[str, ...]) -> None:
-    assert run_python("\n".join([*first, CHECK])).split() == ["called"]
+@pytest.mark.parametrize("function_first", [True, False])
+def test_the_function_and_the_old_path(function_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "transplant_hf.export", raising=False)
+    monkeypatch.setattr(transplant_hf, "export", exporting.export if function_first else None, raising=False)
+    old = importlib.import_module("transplant_hf.export")
+    assert old.export_transplant is exporting.export and old.Export is exporting.Export and old.Push is pushing.Push
+    for function in (transplant_hf.export, old):
+        with pytest.raises(transplant_hf.ConfigurationError, match="is not empty"):
+            function("nowhere", "/")  # type: ignore[operator]
+
+
+def test_the_old_name_of_push_takes_the_old_name_of_its_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = SimpleNamespace()
+    monkeypatch.setattr(pushing, "push", lambda *args, **options: seen.__dict__.update(options))
+    pushing.push_artefact("folder", "user/model", revision="next", private=True)
+    assert vars(seen) == {"to_revision": "next", "private": True}

@@ -65,7 +65,6 @@ WATCHED: dict[str, Watched] = {
     "DynamicLayer": Watched("grows by hand to a length, for a plan", "test_cache_layers_grow"),
     "DynamicSlidingWindowLayer": Watched("the same", "test_cache_layers_grow"),
     # Precision and devices.
-    "_get_dtype_plan": Watched("what stays float32 in an export of another dtype", SIGNED),
     "_keep_in_fp32_modules": Watched("the same, in a plan", _MODEL),
     "_keep_in_fp32_modules_strict": Watched("the same", _MODEL),
     "_no_split_modules": Watched(_DEVICES, _MODEL),

@@ -37,7 +37,7 @@ def _run(options: argparse.Namespace) -> int:
         options.folder,
         options.repo_id,
         private=options.private or None,
-        revision=options.revision,
+        to_revision=options.revision,
         create_pr=options.create_pr,
         commit_message=options.message,
         on_files=_list,

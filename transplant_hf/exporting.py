@@ -1,0 +1,411 @@
+"""`export`: a transplant as a plain checkpoint, which loads without this package."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Mxfp4Config, PreTrainedConfig, PreTrainedModel  # type: ignore[attr-defined]
+
+from .architecture import Recipient, max_context_length
+from .cards import CARD_FILE, TERMS, license_named
+from .display import progress_bar
+from .donor.companions import copy_companions, locate_with_companions
+from .donor.record import FileStamp
+from .donor.recorded import check_artefact_folder, replaced_in
+from .errors import CheckpointError, ConfigurationError
+from .heads import CAUSAL_LM, Head, head_of
+from .layer_map import LayerMap
+from .model.adapters import ADAPTER_CONFIG
+from .model.auto import load_transplant
+from .model.card import write_full_card
+from .model.mixin import native_class, transplant_class
+from .model.resolve import Request, read_request, recipient_config
+from .numeric import is_finite
+from .sources import HubOptions, locate, points_to_folder, reading
+from .splice import Blueprint
+from .storage import publish, sha256_of
+
+__all__ = ["Export", "export"]
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_MAX_TOKENS = 32  # of the input on which logits are compared
+# Logits may differ by this many times the dtype's epsilon, relative to the largest: sums in another order.
+_MAX_ROUNDING = 16
+_UNPACKED = "mxfp4"  # the one quantization whose weights are unpacked; donors are never quantized
+_LOAD = "load it with AutoModelWithTransplant and call save_pretrained(folder)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What was exported.
+
+    Args:
+        folder: The folder.
+        recipient: The recipient, with its commit if it has one.
+        model_class: The class of Transformers that loads it.
+        layer_map: Where each layer came from.
+        dtype: The dtype of its weights.
+        files: sha256 and size of every weight file.
+        verified: Whether the export was loaded again and its logits compared with the transplant's.
+        difference: The largest difference of logits; where it is not 0, all weights were equal bit for bit.
+        irregular: Whether the kinds of layers no longer repeat as in the recipient. Programs that derive the kind of a
+            layer from its number, instead of reading `layer_types`, then compute something else.
+    """
+
+    folder: str
+    recipient: str
+    model_class: str
+    layer_map: LayerMap
+    dtype: str
+    files: Mapping[str, FileStamp]
+    verified: bool
+    difference: float = 0.0
+    irregular: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weight files."""
+        return sum(stamp.size for stamp in self.files.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {
+            "layer_map": [list(layer) for layer in self.layer_map],
+            "files": {name: dataclasses.asdict(stamp) for name, stamp in self.files.items()},
+            "size": self.size,
+        }
+
+    def __str__(self) -> str:
+        count = len(self.files)
+        verdict = "not verified"
+        if self.verified:
+            equal = f"weights equal, logits within {self.difference:.2g}" if self.difference else "logits equal"
+            verdict = f"verified: {equal}, bit for bit" if not self.difference else f"verified: {equal}"
+        lines = [
+            f"{self.folder}: {self.model_class} with {len(self.layer_map)} layers, a plain checkpoint",
+            f"  recipient {self.recipient}",
+            f"  {count} weight file{'s' if count > 1 else ''}, {self.size:,} bytes, {self.dtype}",
+            f"  {verdict}",
+        ]
+        if self.irregular:
+            lines.append(
+                "  its layer_types do not repeat as the recipient's do; Transformers reads them, vLLM and llama.cpp "
+                "derive some kinds of layers from the layer's number (docs/export.md)"
+            )
+        return "\n".join(lines)
+
+
+def export(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    donors: Any = None,
+    *,
+    overwrite: bool = False,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    verify: bool = True,
+    composition: str | None = None,
+    license: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> Export:
+    """Write a transplant as a plain checkpoint that loads without this package.
+
+    The transplant is loaded, checked and saved; then the checkpoint is loaded again and, unless `verify=False`, must
+    give the transplant's logits on random tokens. Only then does the folder take its place, in one step.
+
+    Args:
+        source: A transplant or a donor, as Hub id or folder; or, with `donors`, a recipient.
+        output: The folder to write.
+        donors: `{donor: position}`, where the position `None` means the recommended one, or a list of `DonorSpec`.
+        overwrite: Replace what transplant_hf wrote to the output before. Without it, a folder that is not empty is
+            refused before anything else is done.
+        dtype: "bfloat16", "float16" or "float32"; by default the recipient's.
+        max_shard_size: Largest weight file.
+        verify: Load the export and compare its logits.
+        composition: "stacked" or "side_by_side"; by default as the source says.
+        license: The license that the card names; by default the one that recipient and donors agree on.
+        revision: The source's branch, tag or commit.
+        token: As in `from_pretrained`.
+        cache_dir: As in `from_pretrained`.
+        local_files_only: As in `from_pretrained`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigurationError: A plain checkpoint cannot describe the transplant, or the output folder cannot be used.
+        CompatibilityError: A donor does not fit.
+        CheckpointError: Weights that are missing, malformed or not finite, or logits that differ.
+        IntegrityError: The sha256 of a donor file is not the recorded one.
+        HubError: The Hub cannot be reached, or refuses.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+        >>> from transplant_hf import Donor
+        >>> from transplant_hf.exporting import export
+        >>> folder = tempfile.mkdtemp()
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+        >>> model.save_pretrained(f"{folder}/recipient")
+        >>> donor = Donor.from_model(model, layers=[1, 2], name="tail")
+        >>> donor.save_pretrained(f"{folder}/donor", position=1, recipient=f"{folder}/recipient")
+        >>> done = export(f"{folder}/donor", f"{folder}/full")
+        >>> done.verified, AutoModelForCausalLM.from_pretrained(f"{folder}/full").config.n_layer
+        (True, 5)
+    """
+    check_artefact_folder(output, overwrite)
+    dtype = _checked_dtype(dtype)
+    if license is not None:
+        license_named(license)
+    hub = HubOptions(token, cache_dir, local_files_only)
+    request = read_request(source, donors=donors, config=None, revision=revision, subfolder=None, hub=hub)
+    recipient = recipient_config(request, hub, False, {})
+    _refuse_adapters(request, recipient)
+    options = _quantization_options(recipient)
+    head: Head = head_of(recipient.config.architectures or (), recipient.config) or CAUSAL_LM
+    model, info = load_transplant(
+        head.find(), source, donors=donors, composition=composition, revision=revision, dtype=dtype or "auto",
+        output_loading_info=True, **options, **hub.as_kwargs(),
+    )  # fmt: skip
+    blueprint: Blueprint = model._transplant.blueprint
+    _refuse_beyond_native(blueprint)
+    target = Path(output).expanduser()
+    donor_sources = [part.donor.source for part in blueprint.parts]
+    _refuse_inputs_place(
+        target,
+        [place.folder for place in (request.source, *donor_sources) if place is not None],
+        points_to_folder(recipient.reference, revision=recipient.revision),
+    )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"the checkpoint of {recipient} lacks {_origin(missing[0], model)}{_more(missing)}. A file is missing, or "
+            "its config.json belongs to another model."
+        )
+    _check_finite(model, dtype)
+    with publish(target, replaced_in(target)) as staging:
+        _save(model, staging, max_shard_size)
+        _copy_companions(request, recipient, staging, target)
+        write_full_card(model, staging, target, [part.donor.record for part in blueprint.parts], license=license)
+        difference = _compare_logits(model, staging) if verify else 0.0
+        files = {
+            path.name: FileStamp(sha256_of(path), path.stat().st_size) for path in sorted(staging.glob("*.safetensors"))
+        }
+    return Export(
+        folder=str(output),
+        recipient=str(recipient),
+        model_class=type(model).__name__,
+        layer_map=blueprint.layer_map(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        files=files,
+        verified=verify,
+        difference=difference,
+        irregular=_breaks_pattern(_layer_types(recipient.config), _layer_types(model.config)),
+    )
+
+
+def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None or name == "auto":
+        return None
+    if name not in _DTYPES:
+        raise ConfigurationError(
+            f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}. Quantize the export instead."
+        )
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _layer_types(config: PreTrainedConfig) -> list[str]:
+    return list(getattr(config.get_text_config(), "layer_types", None) or ())
+
+
+def _breaks_pattern(before: Sequence[str], after: Sequence[str]) -> bool:
+    """Whether `after` does not continue the shortest period of `before`."""
+    lengths = range(1, len(before) + 1)
+    period = next((n for n in lengths if all(kind == before[i % n] for i, kind in enumerate(before))), 1)
+    return bool(before) and any(kind != before[i % period] for i, kind in enumerate(after))
+
+
+# -- What is refused ------------------------------------------------------------------------------------------------
+
+
+def _refuse_adapters(request: Request, recipient: Recipient) -> None:
+    """Refuse adapters beside the recipient or the transplant: a plain checkpoint holds weights alone."""
+    files = (f"{ADAPTER_CONFIG}*",)
+    beside = locate(recipient.reference, files=files, revision=recipient.revision, hub=recipient.hub)
+    for place in filter(None, (request.adapter, beside)):
+        if (place.folder / ADAPTER_CONFIG).exists():
+            raise ConfigurationError(
+                f"{place} holds an adapter ({ADAPTER_CONFIG}), which an export would leave out. Merge it into the "
+                "weights (PEFT's merge_and_unload, then save_pretrained), or move that file away."
+            )
+
+
+def _quantization_options(recipient: Recipient) -> dict[str, Any]:
+    """Return how a quantized recipient is loaded: unpacked where Transformers can, since donors are not quantized.
+
+    Raises:
+        ConfigurationError: Another quantization method.
+    """
+    fields = getattr(recipient.config, "quantization_config", None)
+    if fields is None:
+        return {}
+    method = fields.get("quant_method") if isinstance(fields, dict) else fields.quant_method
+    name = str(getattr(method, "value", method))
+    if name != _UNPACKED:
+        raise ConfigurationError(
+            f"{recipient} is quantized ({name}) and donors are not; a plain checkpoint cannot hold both. Export from "
+            "the recipient in full precision, and quantize the export."
+        )
+    return {"quantization_config": Mxfp4Config(dequantize=True)}
+
+
+def _refuse_beyond_native(blueprint: Blueprint) -> None:
+    """Refuse what would load in plain Transformers as another model, or not at all."""
+    for part in blueprint.parts:
+        if part.spec.strength == 0:
+            raise ConfigurationError(
+                f"donor {part.name!r} has strength 0 and changes nothing: leave it out. If it is the only donor, use "
+                "the recipient itself."
+            )
+        if part.spec.strength != 1:
+            raise ConfigurationError(
+                f"donor {part.name!r} has strength {part.spec.strength}, which a plain checkpoint cannot express. "
+                f"Either {_LOAD}, which folds the strength into the weights where that is exact and otherwise writes "
+                "the transplant format; or export the donor at strength 1, by naming recipient, donor and position."
+            )
+    if blueprint.crowds:
+        raise ConfigurationError(
+            f"donors {', '.join(blueprint.crowds[0])} run side by side at one position, and a plain checkpoint runs "
+            f"one layer after another. Either {_LOAD}, which writes the transplant format; or export them stacked "
+            '(composition="stacked"), which is another model.'
+        )
+    state = blueprint.state(())
+    if not state.native:
+        reason = state.reasons[0] if state.reasons else "its layers differ"
+        raise ConfigurationError(
+            f"no configuration of {blueprint.recipient.config.model_type} describes these layers ({reason}), so a "
+            f"plain checkpoint would load as another model. Either {_LOAD}, which writes the transplant format; or "
+            "choose another position (`transplant-hf check` says which positions are native)."
+        )
+
+
+def _refuse_inputs_place(target: Path, inputs: Sequence[Path], recipient: Path | None) -> None:
+    """Refuse a folder that holds the transplant, a donor or the recipient."""
+    for folder in (*inputs, *([recipient] if recipient else [])):
+        if target.resolve() == folder.resolve():
+            raise ConfigurationError(
+                f"{target} is what is being exported, and its files would be lost. Choose another folder."
+            )
+
+
+def _check_finite(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    tensors = model.state_dict()
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with progress_bar(total, "Checking weights") as bar:
+        for name, tensor in tensors.items():
+            if not is_finite(tensor):
+                advice = "Use a checkpoint from before its training diverged"
+                if dtype is not None:
+                    advice = (
+                        f"If it is finite in its file, its numbers are too large for {dtype}: use bfloat16 or float32"
+                    )
+                raise CheckpointError(f"{_origin(name, model)} holds NaN or infinity; nothing was exported. {advice}.")
+            bar.update(tensor.nbytes)
+
+
+def _origin(name: str, model: Any) -> str:
+    """Return the name of a weight, and for a layer which layer of which model it is."""
+    path = f"{model._transplant.blueprint.recipient.stack_path}."
+    number = name.removeprefix(path).partition(".")[0]
+    if not name.startswith(path) or not number.isdecimal():
+        return f"{name} of the recipient"
+    source, index = model.layer_map[int(number)]
+    return f"{name} (layer {index} of {source})"
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more weights" if len(names) > 1 else ""
+
+
+# -- What is written ------------------------------------------------------------------------------------------------
+
+
+def _save(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
+    # They name files that are not here: a plain checkpoint needs neither other weight files nor code.
+    for name in ("auto_map", "transformers_weights"):
+        if getattr(model.config, name, None) is not None:
+            delattr(model.config, name)
+    native_class(type(model)).save_pretrained(model, folder, max_shard_size=max_shard_size)
+
+
+def _copy_companions(request: Request, recipient: Recipient, staging: Path, target: Path) -> None:
+    """Copy tokenizer, processor and license files; the transplant's own come before the recipient's."""
+    own, hub = request.source, recipient.hub
+    if request.names_transplant and own.from_hub:
+        own = locate_with_companions(own.reference, revision=own.revision, subfolder=own.subfolder, hub=hub)
+    wanted = ("config.json", *TERMS, CARD_FILE)
+    theirs = locate_with_companions(recipient.reference, files=wanted, revision=recipient.revision, hub=hub)
+    copy_companions([(str(source.folder), None) for source in (own, theirs)], staging, target)
+    for path in (theirs.folder / name for name in TERMS):
+        if path.is_file():
+            shutil.copyfile(path, staging / path.name)
+
+
+# -- What is verified -----------------------------------------------------------------------------------------------
+
+
+def _compare_logits(model: Any, folder: Path) -> float:
+    """Load the export and return the largest difference of its logits, 0 in nearly all cases.
+
+    The last bits may differ, as sums do whose terms lie elsewhere in memory, but only if all weights are equal.
+
+    Raises:
+        CheckpointError: Other logits or weights, or logits that are not finite.
+    """
+    expected = _logits(model)
+    if not expected.isfinite().all():
+        raise CheckpointError(
+            f"the transplant's logits are not finite in {model.dtype}, so there is nothing to compare with. Export in "
+            "another dtype (dtype=), or check its donors. Nothing was kept."
+        )
+    # The class as Transformers has it, loaded without its changes to the whole process.
+    with reading("the weights", str(folder)):
+        plain = transplant_class(native_class(type(model))).from_pretrained(folder, dtype=model.dtype)
+    difference = float((_logits(plain) - expected).abs().max())
+    largest = float(expected.abs().max())
+    if not difference <= _MAX_ROUNDING * torch.finfo(model.dtype).eps * largest:
+        raise CheckpointError(
+            f"the logits of the export differ from the transplant's in {model.dtype} (largest difference "
+            f"{difference:.3g}, logits up to {largest:.3g}). Nothing was kept."
+        )
+    if difference > 0:
+        found = plain.state_dict()
+        for name, tensor in model.state_dict().items():
+            if name not in found or not torch.equal(found[name], tensor):
+                raise CheckpointError(f"{name} of the export differs from the transplant's. Nothing was kept.")
+    return difference
+
+
+@torch.no_grad()
+def _logits(model: Any) -> torch.Tensor:
+    """Return the logits of random tokens, `[1, tokens, vocabulary]`, or what else the model's head gives."""
+    length = min(_MAX_TOKENS, max_context_length(model.config) or _MAX_TOKENS)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    logits: torch.Tensor = model(ids.to(model.device), use_cache=False)[0]
+    return logits.float().cpu()
+
+
+export_transplant = export  # the old name, for one release
