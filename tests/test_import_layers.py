@@ -40,7 +40,7 @@ ROOMS = (
     "export",  # old names of the two, for one release
     "conversion",
     "inspection",
-    "planning",  # what a transplant costs, from headers alone
+    "planning",  # the memory that a transplant needs, from headers alone
     "texts",  # from words to blocks of tokens: knows no model
     "partial",  # some layers of a model, from a hidden state that was computed before
     "evaluation",

@@ -20,16 +20,16 @@ def run(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]
 
 def test_as_text(tiny_gpt_oss: Path, capsys: pytest.CaptureFixture[str]) -> None:
     donor = f"{tiny_gpt_oss / 'donor'}@1"
-    words = ("--donor", donor, "--devices", 2, "--memory", "1MiB", "--bandwidth", "1MB/s", "--context", 20)
+    words = ("--donor", donor, "--devices", 2, "--memory", "1MiB", "--context", 20)
     status, out, _ = run(capsys, tiny_gpt_oss / "recipient", *words)
     assert status == 0
     lines = out.splitlines()
-    assert "GptOssForCausalLM) in float32, 2 devices of 1.0 MiB, auto; batch 1, context 20" in lines[0]
+    assert "GptOssForCausalLM) in float32, 2 devices of 1.0 MiB; batch size 1, context 20" in lines[0]
     assert lines[1].strip().startswith("donor: layers 1, 2 of its source at position 1, ")
     table = {line.strip().split("  ")[0]: line.split() for line in lines[3:]}
     assert table["layers"][1:] == ["4", "6", "+50.0%"]
     assert table["cache"][-1].startswith("+")
-    assert {"sliding attention, window 4", "full attention", "per token", "which takes"} <= set(table)
+    assert {"sliding attention, window 4", "full attention", "per token", "largest share"} <= set(table)
     assert [line for line in lines if line.startswith("  device ")]
 
 
@@ -52,7 +52,7 @@ def test_a_donor_without_a_position_goes_where_it_recommends(
 
 
 def test_what_does_not_fit_fails(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, tiny_llama / "recipient", "--layers", 1, "--memory", "4KiB")
+    status, out, _ = run(capsys, tiny_llama / "recipient", "--count", 1, "--memory", "4KiB")
     assert status == 1
     assert "problem: " in out
 
@@ -61,6 +61,6 @@ def test_what_is_refused_is_one_sentence(tiny_llama: Path, capsys: pytest.Captur
     status, out, err = run(capsys, tiny_llama / "recipient", "--donor", f"{tiny_llama / 'donor'}@x")
     assert (status, out) == (1, "")
     assert "DONOR or DONOR@POSITION" in err and "donor@x" in err
-    status, out, _ = run(capsys, tiny_llama / "recipient", "--layers", 2, "--memory", "much", "--json")
+    status, out, _ = run(capsys, tiny_llama / "recipient", "--count", 2, "--memory", "much", "--json")
     assert status == 1
     assert json.loads(out)["error"] == "ConfigurationError"

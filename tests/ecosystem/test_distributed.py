@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ecosystem.cases import Case
-from tests.planning.ranks import run_ranks, trained_once
+from tests.ecosystem.ranks import run_ranks, trained_once
 
 _PLANS = "https://huggingface.co/docs/transformers/perf_infer_gpu_multi"
 

@@ -23,8 +23,6 @@ def test_only_headers_are_fetched(shelf: Shelf, tmp_path: Path) -> None:
     for found in (by_donor, by_recipient):
         assert found.after.weight_bytes + found.after.buffers == loaded(family).get_memory_footprint()
         assert (found.recipient, found.revision) == (shelf.base, base)
-    files = [path for path in family.rglob("*.safetensors") if path.parent.name in ("recipient", "donor")]
-    assert by_donor.after.reading.bytes < sum(path.stat().st_size for path in files)
     weights = shelf.hub.requests.downloads("*.safetensors")
     assert weights
     assert all(record.range and record.status == 206 and record.bytes_sent <= 1 << 15 for record in weights)

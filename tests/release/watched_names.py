@@ -27,7 +27,6 @@ _MODEL = "test_models_have_the_attributes_that_are_read"
 _STATIC = "test_hooks_into_loading_are_static"
 _LAYERS = "test_layers_can_be_told_from_other_lists"
 _LEFT = "test_modules_left_unquantised"
-_DEVICES = "the device map that from_pretrained would choose, for a plan"
 WATCHED: dict[str, Watched] = {
     # Loading.
     "_load_pretrained_model": Watched("weights of recipient and donors in one pass", _STATIC),
@@ -52,7 +51,7 @@ WATCHED: dict[str, Watched] = {
     "_name_or_path": Watched("where a model came from is no difference between layers", _CONFIG),
     "_attn_implementation": Watched("compared models run attention alike", _CONFIG),
     "_attn_implementation_internal": Watched("how attention runs is no difference between layers", _CONFIG),
-    "_experts_implementation": Watched("a plan counts what runs on the meta device", _CONFIG),
+    "_experts_implementation": Watched("a field that a transplant may set", _CONFIG),
     "_experts_implementation_internal": Watched("how experts run is no difference between layers", _CONFIG),
     "_heterogeneity_spec": Watched("a private field that makes layers differ", "test_fields_by_layer"),
     "GradientCheckpointingLayer": Watched("tells decoder layers from other lists", _LAYERS),
@@ -62,16 +61,8 @@ WATCHED: dict[str, Watched] = {
     "_adapter_model_path": Watched("an adapter that an Auto class was asked for", "test_adapters_that_are_found"),
     "_hf_peft_config_loaded": Watched("an adapter is not saved into a full model", _MODEL),
     "Conv1D": Watched("GPT-2's linear layers", "test_linear_layers_of_gpt2"),
-    "DynamicLayer": Watched("grows by hand to a length, for a plan", "test_cache_layers_grow"),
-    "DynamicSlidingWindowLayer": Watched("the same", "test_cache_layers_grow"),
     # Precision and devices.
-    "_keep_in_fp32_modules": Watched("the same, in a plan", _MODEL),
-    "_keep_in_fp32_modules_strict": Watched("the same", _MODEL),
-    "_no_split_modules": Watched(_DEVICES, _MODEL),
-    "get_balanced_memory": Watched(_DEVICES, SIGNED),
-    "infer_auto_device_map": Watched(_DEVICES, SIGNED),
     "get_keys_to_not_convert": Watched("modules that quantisers leave alone by default", _LEFT),
-    "should_convert_module": Watched("the same", _LEFT),
     "convert_moe_packed_tensors": Watched("MXFP4 experts, dequantised as loading does", SIGNED),
     # Training.
     "_save": Watched("checkpoints hold what is trained", SIGNED),

@@ -1,8 +1,7 @@
-"""What a transplant costs on given hardware, beside its untouched recipient: from headers and the meta device alone."""
+"""The memory that a transplant needs, beside its untouched recipient: from configurations and headers alone."""
 
 from ..display import parse_size
-from .cost import CacheKind, Cost, Plan, Reading, Share
-from .hardware import Hardware
-from .plan import plan
+from .estimate import plan
+from .results import CacheKind, Cost, Hardware, Plan, PlannedDonor, Share
 
-__all__ = ["CacheKind", "Cost", "Hardware", "Plan", "Reading", "Share", "parse_size", "plan"]
+__all__ = ["CacheKind", "Cost", "Hardware", "Plan", "PlannedDonor", "Share", "parse_size", "plan"]

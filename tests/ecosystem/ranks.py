@@ -1,6 +1,6 @@
 """Two processes on this machine that hold a model between them (gloo), and what they tell of it.
 
-Run as a script it is one rank: `python -m tests.planning.ranks JOB ARCHITECTURE FOLDER RESULT`, with RANK and
+Run as a script it is one rank: `python -m tests.ecosystem.ranks JOB ARCHITECTURE FOLDER RESULT`, with RANK and
 WORLD_SIZE set. ARCHITECTURE and FOLDER are those of a `Case`; RESULT gets tensors and, in its metadata, plain values.
 """
 
@@ -52,7 +52,7 @@ def run_ranks(job: str, case: Case) -> list[tuple[dict[str, torch.Tensor], dict[
             with logs[rank].open("w") as log:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "tests.planning.ranks", job, *words, str(results[rank])],
+                        [sys.executable, "-m", "tests.ecosystem.ranks", job, *words, str(results[rank])],
                         env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                         stdout=log,
                         stderr=subprocess.STDOUT,

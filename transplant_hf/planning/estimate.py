@@ -1,0 +1,214 @@
+"""`plan`: the memory that a transplant needs, before anything is downloaded or built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..architecture import decoder_stack, max_context_length
+from ..display import parse_size
+from ..errors import ConfigurationError
+from ..layer_map import RECIPIENT, LayerMap
+from ..sources import HubOptions
+from ..splice import Blueprint
+from .cache import LayerCache, layer_caches
+from .devices import place_model
+from .models import PlannedModels, find_models
+from .results import CacheKind, Cost, Hardware, Plan, PlannedDonor
+from .weights import dtype_name, loaded_model, loaded_transplant, quantization, weights_by_dtype
+
+__all__ = ["plan"]
+
+_CONTEXT = 4096
+
+
+def plan(
+    what: str | os.PathLike[str],
+    donors: Any = None,
+    *,
+    count: int | None = None,
+    position: int | None = None,
+    devices: int = 1,
+    memory: int | str | None = None,
+    cpu_memory: int | str | None = None,
+    dtype: str = "auto",
+    batch_size: int = 1,
+    context: int | None = None,
+    dequantize: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> Plan:
+    """Compute the memory that a transplant needs on given devices, beside its untouched recipient.
+
+    Configurations and headers are read, and models built on the meta device: no weights are downloaded or read. The
+    plan counts weights, buffers and the cache. It does not count activations, the memory of the runtime, gradients or
+    the state of an optimizer.
+
+    Args:
+        what: Hub id or folder of a recipient, a donor or a transplant. A folder with only a `config.json` will do.
+        donors: `{donor: position}`, donors or `DonorSpec`, when a recipient is named.
+        count: Instead of donors: this many layers of the recipient's own shape, which need not exist yet.
+        position: Where these layers go, 0..L; by default after a third of the recipient.
+        devices: Number of accelerators; layers are placed on them as by `device_map="auto"`.
+        memory: Bytes that each may use, such as "80GiB"; by default without limit.
+        cpu_memory: Bytes of CPU memory to offload to; by default none.
+        dtype: As in `from_pretrained`.
+        batch_size: Sequences at once.
+        context: Tokens of each sequence; by default 4096, or fewer where the model reads fewer.
+        dequantize: Plan a quantized recipient as if it were dequantized.
+        revision: Branch, tag or commit of `what`.
+        token: As in `from_pretrained`.
+        cache_dir: As in `from_pretrained`.
+        local_files_only: As in `from_pretrained`.
+
+    Returns:
+        The plan. It is false when the transplant does not fit.
+
+    Raises:
+        ConfigurationError: Arguments that are not valid, or an unknown quantization.
+        CompatibilityError: A donor that does not fit the recipient.
+        CheckpointError: Malformed headers.
+        HubError: A repository is missing, gated, private or out of reach.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig
+        >>> folder = tempfile.mkdtemp()
+        >>> config = LlamaConfig(
+        ...     hidden_size=64,
+        ...     intermediate_size=96,
+        ...     num_hidden_layers=6,
+        ...     num_attention_heads=4,
+        ...     vocab_size=100,
+        ...     architectures=["LlamaForCausalLM"],
+        ...     dtype="bfloat16",
+        ... )
+        >>> config.save_pretrained(folder)
+        >>> result = plan(folder, count=2, context=1000)
+        >>> result.before.layers, result.after.layers, result.after.parameters - result.before.parameters
+        (6, 8, 69888)
+        >>> result.after.cache[0].kind, result.after.cache[0].per_token
+        ('full attention', 2048)
+    """
+    for name, value in (("batch_size", batch_size), ("context", context), ("count", count)):
+        if value is not None and value < 1:
+            raise ConfigurationError(f"{name} must be at least 1, got {value}.")
+    sizes = {"memory": memory, "cpu_memory": cpu_memory}
+    hardware = Hardware(devices, **{name: parse_size(size, name) for name, size in sizes.items() if size is not None})
+    hub = HubOptions(token, cache_dir, local_files_only)
+    models = find_models(os.fspath(what), donors, count, position, dtype, revision, hub)
+    recipient, blueprint = models.recipient, models.blueprint
+    longest = max_context_length(recipient.config)
+    notes: tuple[str, ...] = ()
+    if context is None:
+        context = min(longest or _CONTEXT, _CONTEXT)
+    elif longest is not None and context > longest:
+        notes = (f"context {context:,} is more than the {longest:,} tokens that {models.source} reads",)
+    quantized = not dequantize and quantization(recipient.config, recipient.what) is not None
+    caches = _caches_by_source(models, context)
+    layer_map = LayerMap((RECIPIENT, number) for number in range(recipient.num_layers))
+    model = loaded_model(recipient, quantized)
+    parameters = loaded_model(recipient, False).num_parameters() if quantized else model.num_parameters()
+    cached = _running_caches(layer_map, caches)
+    before = after = _cost(model, recipient.stack_path, parameters, cached, batch_size, hardware)
+    if blueprint is not None:
+        layer_map = blueprint.layer_map()
+        model = loaded_transplant(blueprint, quantized)
+        parameters = loaded_transplant(blueprint, False).num_parameters() if quantized else model.num_parameters()
+        cached = _running_caches(layer_map, caches)
+        after = _cost(model, recipient.stack_path, parameters, cached, batch_size, hardware)
+    return Plan(
+        recipient=models.source.reference,
+        revision=models.source.revision,
+        model_class=recipient.model_class.__name__,
+        dtype=dtype_name(recipient.config.dtype),
+        batch_size=batch_size,
+        context=context,
+        hardware=hardware,
+        donors=_donors(blueprint, decoder_stack(model, recipient.stack_path)) if blueprint is not None else (),
+        layer_map=layer_map,
+        before=before,
+        after=after,
+        notes=notes,
+    )
+
+
+def _caches_by_source(models: PlannedModels, context: int) -> dict[str, Sequence[LayerCache] | str]:
+    """Return the cache of each layer of the recipient and the donors' models, or the reason why it is not known."""
+    anatomies = {RECIPIENT: models.recipient}
+    if models.blueprint is not None:
+        anatomies |= {part.name: part.anatomy for part in models.blueprint.parts}
+    once = {id(anatomy): anatomy for anatomy in anatomies.values()}
+    caches = {key: layer_caches(anatomy, context) for key, anatomy in once.items()}
+    return {name: caches[id(anatomy)] for name, anatomy in anatomies.items()}
+
+
+def _running_caches(
+    layer_map: LayerMap, caches: Mapping[str, Sequence[LayerCache] | str]
+) -> Sequence[LayerCache] | str:
+    """Return the cache of each layer that runs, or the reason why it is not known."""
+    running = []
+    for source, index in layer_map:
+        layers = caches[source]
+        if isinstance(layers, str):
+            return layers
+        running.append(layers[index])
+    return running
+
+
+def _cost(
+    model: PreTrainedModel,
+    stack_path: str,
+    parameters: int,
+    cached: Sequence[LayerCache] | str,
+    batch_size: int,
+    hardware: Hardware,
+) -> Cost:
+    known = not isinstance(cached, str)
+    layers = () if isinstance(cached, str) else cached
+    kinds = {
+        kind: [number for number, layer in enumerate(layers) if layer.kind == kind]
+        for kind in dict.fromkeys(layer.kind for layer in layers)
+    }
+    sizes = [batch_size * layer.total for layer in layers] if known else None
+    shares, problems = place_model(model, stack_path, sizes, hardware)
+    return Cost(
+        layers=len(decoder_stack(model, stack_path)),
+        parameters=parameters,
+        weights=weights_by_dtype(model),
+        buffers=sum(buffer.nbytes for buffer in model.buffers()),
+        cache=tuple(
+            CacheKind(
+                kind,
+                tuple(numbers),
+                sum(layers[number].per_token for number in numbers),
+                batch_size * sum(layers[number].total for number in numbers),
+            )
+            for kind, numbers in kinds.items()
+        ),
+        cache_per_token=sum(layer.next_token for layer in layers) if known else None,
+        shares=shares,
+        problems=tuple(problems),
+        notes=() if known else (f"the cache is not known: {cached}",),
+    )
+
+
+def _donors(blueprint: Blueprint, layers: nn.ModuleList) -> tuple[PlannedDonor, ...]:
+    return tuple(
+        PlannedDonor(
+            name=part.name,
+            position=part.spec.position,
+            mode=part.spec.mode,
+            layer_indices=tuple(part.donor.layer_indices),
+            weights=sum(
+                sum(weights_by_dtype(layers[number]).values()) for number in blueprint.layer_map().layers_of(part.name)
+            ),
+        )
+        for part in blueprint.parts
+    )

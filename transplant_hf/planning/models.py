@@ -1,0 +1,131 @@
+"""What is planned, found by configurations and headers: a recipient and its donors, or layers that do not exist yet."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..architecture import Anatomy, open_recipient, text_config
+from ..config import DonorSpec, TransplantConfig, donor_specs
+from ..donor import DONOR_CONFIG, Donor, DonorRecord
+from ..donor.dtypes import loaded_dtype
+from ..donor.place import named, placed
+from ..donor.tensors import DONOR_FILE, DONOR_INDEX, MemoryTensors
+from ..errors import ConfigurationError
+from ..inspection.donors import read_transplant
+from ..inspection.files import MODEL_FILE, MODEL_INDEX, Files
+from ..inspection.headers import HeaderTensors
+from ..inspection.weights import read_weights
+from ..layer_map import paper_layers
+from ..sources import HubOptions, Source
+from ..splice import Blueprint, draw_blueprint
+from ..storage import read_json
+
+__all__ = ["PlannedModels", "find_models"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedModels:
+    """A recipient and its transplant.
+
+    Args:
+        source: Where the recipient's configuration is.
+        recipient: The recipient's structure, in the planned dtype.
+        blueprint: The transplant; `None` when there is no donor.
+    """
+
+    source: Source
+    recipient: Anatomy
+    blueprint: Blueprint | None
+
+
+def find_models(
+    what: str,
+    donors: Any,
+    count: int | None,
+    position: int | None,
+    dtype: str,
+    revision: str | None,
+    hub: HubOptions,
+) -> PlannedModels:
+    """Find what is planned; the arguments are those of `plan`.
+
+    Raises:
+        TransplantError: Out of reach, malformed, or a donor that does not fit.
+    """
+    if donors and count:
+        raise ConfigurationError("pass either donors, or the count of layers that do not exist yet.")
+    if position is not None and not count:
+        raise ConfigurationError("position is that of the layers asked for with count; write a donor's as DONOR@P.")
+    files = Files.find(what, hub, revision=revision)
+    fields = read_json(files.folder / "config.json", "config.json") if files.has("config.json") else {}
+    config = TransplantConfig(recipient=what, recipient_revision=files.source.revision, donors=donor_specs(donors))
+    base: Source | None = None
+    if fields.get("model_type") == TransplantConfig.model_type:
+        config, base = read_transplant(fields, files.source), files.source
+        if donors or count:
+            raise ConfigurationError(
+                f"{what} is a transplant already (recipient {config.recipient}). Name its recipient instead, with all "
+                "donors together."
+            )
+    found = open_recipient(
+        config.recipient, config.recipient_revision, hub, relative_to=base, overrides=config.recipient_overrides
+    )
+    anatomy = found.anatomy()
+    recipient = dataclasses.replace(anatomy, config=_with_dtype(anatomy.config, dtype, found.source, hub))
+    parts = [(spec, _donor(spec, base, hub)) for spec in config.donors]
+    parts = named([(placed(spec, donor), donor) for spec, donor in parts], what)
+    if count:
+        parts = [_new_layers(recipient, count, position)]
+    if not parts:
+        return PlannedModels(found.source, recipient, None)
+    config.donors = donor_specs([spec for spec, _ in parts])
+    blueprint = draw_blueprint(recipient.model_class, recipient.config, parts, config)
+    return PlannedModels(found.source, blueprint.recipient, blueprint)
+
+
+def _donor(spec: DonorSpec, base: Source | None, hub: HubOptions) -> Donor:
+    files = Files.find(spec.donor, hub, revision=spec.revision, subfolder=spec.subfolder, relative_to=base)
+    if not files.has(DONOR_CONFIG):
+        raise ConfigurationError(f"{files.source} is not a donor: it has no {DONOR_CONFIG}.")
+    headers = read_weights(files, DONOR_INDEX if files.has(DONOR_INDEX) else DONOR_FILE, DONOR_INDEX)
+    return Donor.open(files.source, HeaderTensors(headers.flat(), str(files.source)))
+
+
+def _new_layers(recipient: Anatomy, count: int, position: int | None) -> tuple[DonorSpec, Donor]:
+    """Return a donor as `extract` would make it from the recipient, in full precision."""
+    chosen = tuple(paper_layers(recipient.num_layers, count))
+    tensors = {
+        f"layers.{number}.{name}": tensor
+        for number, index in enumerate(chosen)
+        for name, tensor in recipient.layers[index].state_dict().items()
+    }
+    record = DonorRecord(recipient.config.model_type, recipient.config.to_dict(), chosen)
+    spec = DonorSpec("new-layers", chosen[0] if position is None else position, name="donor")
+    return spec, Donor(record, MemoryTensors(tensors))
+
+
+def _with_dtype(config: PreTrainedConfig, dtype: str, source: Source, hub: HubOptions) -> PreTrainedConfig:
+    """Return a configuration with the dtype that `from_pretrained(dtype=...)` would load the model in."""
+    found = getattr(torch, dtype, None) if dtype != "auto" else _saved_dtype(config, source, hub)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigurationError(f'dtype must be "auto" or such as bfloat16, float16 or float32, got {dtype!r}.')
+    config = copy.deepcopy(config)
+    for part in {id(part): part for part in (config, text_config(config).config)}.values():
+        part.dtype = found
+    return config
+
+
+def _saved_dtype(config: PreTrainedConfig, source: Source, hub: HubOptions) -> torch.dtype:
+    for part in (config, text_config(config).config):
+        if isinstance(part.dtype, torch.dtype):
+            return part.dtype
+    files = Files(source, hub)
+    weights = next((name for name in (MODEL_FILE, MODEL_INDEX) if files.has(name)), None)
+    headers = read_weights(files, weights, MODEL_INDEX).flat() if weights else {}
+    dtypes = (loaded_dtype(header.dtype) for header in headers.values())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)

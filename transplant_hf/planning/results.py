@@ -1,0 +1,247 @@
+"""What `plan` returns: plain values, as JSON or as text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..display import align_table, bytes_text, numbers_text
+from ..errors import ConfigurationError
+from ..layer_map import LayerMap
+
+__all__ = ["CacheKind", "Cost", "Hardware", "Plan", "PlannedDonor", "Share"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """The devices of a plan.
+
+    Args:
+        devices: Number of accelerators, all alike.
+        memory: Bytes that each may use; `None` for no limit.
+        cpu_memory: Bytes of CPU memory for weights that do not fit on the devices; `None` for none.
+
+    Raises:
+        ConfigurationError: No device, or no memory.
+    """
+
+    devices: int = 1
+    memory: int | None = None
+    cpu_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "memory", "cpu_memory"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name} must be at least 1, got {value}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheKind:
+    """The cache of all layers of one kind.
+
+    Args:
+        kind: Such as "full attention", "sliding attention, window 128" or "recurrent".
+        layers: Numbers of the layers in the running model.
+        per_token: Bytes that a token of one sequence adds in all of them until a window is full; 0 for states of
+            constant size.
+        total: Bytes in all of them for the planned batch and context.
+    """
+
+    kind: str
+    layers: tuple[int, ...]
+    per_token: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one device holds.
+
+    Args:
+        device: "0", "1", ..., "cpu" or "disk".
+        layers: Numbers of the running layers that are placed there.
+        weights: Bytes of weights and buffers.
+        cache: Bytes of cache; `None` when not known.
+        memory: Bytes that it may use; `None` for no limit.
+    """
+
+    device: str
+    layers: tuple[int, ...]
+    weights: int
+    cache: int | None
+    memory: int | None = None
+
+    @property
+    def needed(self) -> int:
+        """Bytes of weights and cache together."""
+        return self.weights + (self.cache or 0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has enough memory."""
+        return self.memory is None or self.needed <= self.memory
+
+    @property
+    def title(self) -> str:
+        """The device by name, such as "device 0" or "cpu"."""
+        return f"device {self.device}" if self.device.isdigit() else self.device
+
+    def __str__(self) -> str:
+        layers = f"layers {numbers_text(self.layers)}" if self.layers else "no layers"
+        cache = bytes_text(self.cache) if self.cache is not None else "unknown"
+        limit = f" of {bytes_text(self.memory)}" if self.memory is not None else ""
+        weights = bytes_text(self.weights)
+        return f"{self.title}: {layers}; weights {weights}, cache {cache}: {bytes_text(self.needed)}{limit}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one model needs.
+
+    Args:
+        layers: How many layers run.
+        parameters: How many parameters it has, tied ones counted once.
+        weights: Bytes of parameters after loading by dtype, such as `{"bfloat16": ...}`; MXFP4 experts are "uint8".
+        buffers: Bytes of buffers.
+        cache: The cache by kind of layer; empty when not known.
+        cache_per_token: Bytes that one more token of one sequence adds at the planned context; `None` when not known.
+        shares: What each device holds.
+        problems: Why it does not fit.
+        notes: What is not known.
+    """
+
+    layers: int
+    parameters: int
+    weights: Mapping[str, int]
+    buffers: int
+    cache: tuple[CacheKind, ...]
+    cache_per_token: int | None
+    shares: tuple[Share, ...]
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of parameters of every dtype."""
+        return sum(self.weights.values())
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Bytes of cache for the planned batch and context; `None` when not known."""
+        return sum(kind.total for kind in self.cache) if self.cache_per_token is not None else None
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedDonor:
+    """A donor of a plan.
+
+    Args:
+        name: Its name in the transplant.
+        position: How many recipient layers run before it.
+        mode: "insert" or "replace".
+        layer_indices: Numbers of its layers in its source model.
+        weights: Bytes of its parameters after loading.
+    """
+
+    name: str
+    position: int
+    mode: str
+    layer_indices: tuple[int, ...]
+    weights: int
+
+    def __str__(self) -> str:
+        how = "in place of recipient layers from" if self.mode == "replace" else "at"
+        layers = f"layers {numbers_text(self.layer_indices)} of its source"
+        return f"{self.name}: {layers} {how} position {self.position}, {bytes_text(self.weights)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a transplant needs beside its untouched recipient. True when it fits.
+
+    Args:
+        recipient: Hub id or folder.
+        revision: Its commit, on the Hub.
+        model_class: The class of the model.
+        dtype: The dtype that it is loaded in.
+        batch_size: Sequences at once.
+        context: Tokens of each sequence.
+        hardware: The devices.
+        donors: The donors.
+        layer_map: The layers that run.
+        before: What the untouched recipient needs.
+        after: What the transplant needs; the same as `before` when there is no donor.
+        notes: What else to know.
+    """
+
+    recipient: str
+    revision: str | None
+    model_class: str
+    dtype: str
+    batch_size: int
+    context: int
+    hardware: Hardware
+    donors: tuple[PlannedDonor, ...]
+    layer_map: LayerMap
+    before: Cost
+    after: Cost
+    notes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return not self.after.problems
+
+    def __str__(self) -> str:
+        name = f"{self.recipient}@{self.revision}" if self.revision else self.recipient
+        limit = f" of {bytes_text(self.hardware.memory)}" if self.hardware.memory is not None else ""
+        devices = f"{self.hardware.devices} device{'' if self.hardware.devices == 1 else 's'}{limit}"
+        lines = [
+            f"{name} ({self.model_class}) in {self.dtype}, {devices}; batch size {self.batch_size:,}, context "
+            f"{self.context:,}",
+            *(f"  {donor}" for donor in self.donors),
+            "",
+        ]
+        header = ("", "recipient", "transplant", "") if self.donors else ("", "recipient")
+        rows = [row[: len(header)] for row in _rows(self.before, self.after)]
+        lines += [f"  {line}" for line in align_table([header, *rows]).splitlines()]
+        lines += ["", *(f"  {share}" for share in self.after.shares)]
+        lines += [f"problem: {problem}." for problem in self.after.problems]
+        lines += [f"note: {note}." for note in (*self.notes, *self.after.notes)]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON; sizes in bytes."""
+        fields = dataclasses.asdict(self)
+        fields["layer_map"] = [list(slot) for slot in self.layer_map]
+        for name, cost in (("before", self.before), ("after", self.after)):
+            fields[name] |= {"weight_bytes": cost.weight_bytes, "cache_bytes": cost.cache_bytes}
+        return {**fields, "ok": bool(self)}
+
+
+Row = tuple[str, str, str, str]
+
+
+def _rows(before: Cost, after: Cost) -> Iterator[Row]:
+    yield "layers", f"{before.layers:,}", f"{after.layers:,}", _change(before.layers, after.layers)
+    numbers = before.parameters, after.parameters
+    yield "parameters", f"{numbers[0]:,}", f"{numbers[1]:,}", _change(*numbers)
+    yield _sizes("weights", before.weight_bytes, after.weight_bytes)
+    dtypes = sorted({*before.weights, *after.weights})
+    for name in dtypes if len(dtypes) > 1 else ():
+        yield _sizes(f"  in {name}", before.weights.get(name, 0), after.weights.get(name, 0))
+    yield _sizes("cache", before.cache_bytes, after.cache_bytes)
+    for kind in dict.fromkeys(kind.kind for cost in (before, after) for kind in cost.cache):
+        yield _sizes(f"  {kind}", *(sum(k.total for k in cost.cache if k.kind == kind) for cost in (before, after)))
+    yield _sizes("  per token", before.cache_per_token, after.cache_per_token)
+    yield _sizes("largest share", *(max(share.needed for share in cost.shares) for cost in (before, after)))
+
+
+def _sizes(label: str, before: int | None, after: int | None) -> Row:
+    if before is None or after is None:
+        return label, "unknown", "unknown", ""
+    return label, bytes_text(before), bytes_text(after), _change(before, after)
+
+
+def _change(before: int, after: int) -> str:
+    return f"{(after - before) / before:+.1%}" if before and before != after else ""
