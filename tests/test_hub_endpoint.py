@@ -16,7 +16,7 @@ from tests.conftest import HUB
 from tests.helpers import copied, edit_json, logits_of
 from tests.hub_server import ALICE, ENDPOINT
 from transplant_hf import AutoModelWithTransplant, Donor, HubError
-from transplant_hf.donor.save import replaced_among
+from transplant_hf.donor.saved_files import replaced_among
 from transplant_hf.hub import push_folder
 
 pytestmark = pytest.mark.hub

@@ -7,8 +7,6 @@ import fcntl
 import hashlib
 import os
 import stat
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,11 +17,11 @@ from safetensors import SafetensorError
 
 from tests.helpers import refused
 from transplant_hf import CheckpointError, ConfigurationError, storage
-from transplant_hf.storage import publish, read_json, sha256_of, write_json
+from transplant_hf.storage import files_in, publish, read_json, sha256_of, write_json
 
 
-def is_old(name: str) -> bool:
-    return name.rpartition("/")[2].startswith("old")
+def is_old(folder: Path) -> set[str]:
+    return {name for name in files_in(folder) if name.rpartition("/")[2].startswith("old")}
 
 
 def content_of(folder: Path) -> dict[str, str]:
@@ -234,28 +232,20 @@ def test_a_file_is_no_target(tmp_path: Path) -> None:
     assert (tmp_path / "model").read_text() == "mine"
 
 
-def dead_process() -> int:
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        process.wait()
-    return process.pid
-
-
 @pytest.mark.parametrize("name", ["model", "mo[d]el", "model*"])
-def test_what_a_killed_process_left_is_swept(tmp_path: Path, name: str) -> None:
-    target = tmp_path / name
-    stale = tmp_path / f".{name}.{dead_process()}-0011aabb.tmp"
-    running = tmp_path / f".{name}.{os.getppid()}-0011aabb.tmp"
-    foreign = tmp_path / ".other.123-0011aabb.tmp"
-    for folder in (stale, running, foreign):
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, name: str) -> None:
+    abandoned = tmp_path / f".{name}.0011aabb.tmp"
+    foreign = [tmp_path / ".other.0011aabb.tmp", tmp_path / f".{name}.backup.tmp"]
+    for folder in (abandoned, *foreign):
         folder.mkdir()
         (folder / "half").write_text("")
-    renew(target)
-    assert names_in(tmp_path) == sorted([foreign.name, running.name, name])
+    renew(tmp_path / name)
+    assert names_in(tmp_path) == sorted([*(folder.name for folder in foreign), name])
 
 
-def test_what_another_container_is_writing_stays(tmp_path: Path) -> None:
-    """Its process has no number here; its lock tells that it runs."""
-    foreign = tmp_path / f".model.{dead_process()}-0011aabb.tmp"
+def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+    """Its lock shows that it is running, in another container too."""
+    foreign = tmp_path / ".model.0011aabb.tmp"
     foreign.mkdir()
     handle = os.open(foreign, os.O_RDONLY)
     try:
@@ -319,7 +309,7 @@ def test_many_threads_at_once(tmp_path: Path) -> None:
 
 def test_the_only_copy_is_never_swept(tmp_path: Path) -> None:
     """Where folders cannot be exchanged, a process may be killed between the two renames."""
-    aside = tmp_path / f".model.{dead_process()}-0011aabb.old.tmp"
+    aside = tmp_path / ".model.0011aabb.old.tmp"
     aside.mkdir()
     (aside / "old1").write_text("the only copy")
 
@@ -350,10 +340,10 @@ def test_read_json_says_what_is_wrong(tmp_path: Path) -> None:
     with refused(CheckpointError, "the record is missing", str(path)):
         read_json(path, "the record")
     path.write_text('{"a": ')
-    with refused(CheckpointError, "the record is not JSON", str(path)):
+    with refused(CheckpointError, "the record cannot be read as JSON", str(path)):
         read_json(path, "the record")
     path.write_bytes(b"\xff\xfe\x00")
-    with refused(CheckpointError, "the record is not JSON", str(path)):
+    with refused(CheckpointError, "the record cannot be read as JSON", str(path)):
         read_json(path, "the record")
     path.write_text("[1]")
     with refused(CheckpointError, "JSON object", "list", str(path)):

@@ -17,7 +17,7 @@ from .cards import CARD_FILE, TERMS, license_named
 from .display import progress_bar
 from .donor.companions import copy_companions, locate_with_companions
 from .donor.record import FileStamp
-from .donor.recorded import check_artefact_folder, replaced_in
+from .donor.saved_files import check_artifact_folder, replaced_in
 from .errors import CheckpointError, ConfigurationError
 from .heads import CAUSAL_LM, Head, head_of
 from .layer_map import LayerMap
@@ -163,7 +163,7 @@ def export(
         >>> done.verified, AutoModelForCausalLM.from_pretrained(f"{folder}/full").config.n_layer
         (True, 5)
     """
-    check_artefact_folder(output, overwrite)
+    check_artifact_folder(output, overwrite)
     dtype = _checked_dtype(dtype)
     if license is not None:
         license_named(license)
@@ -193,7 +193,7 @@ def export(
             "its config.json belongs to another model."
         )
     _check_finite(model, dtype)
-    with publish(target, replaced_in(target)) as staging:
+    with publish(target, replaced_in) as staging:
         _save(model, staging, max_shard_size)
         _copy_companions(request, recipient, staging, target)
         write_full_card(model, staging, target, [part.donor.record for part in blueprint.parts], license=license)

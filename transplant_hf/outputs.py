@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import ConfigurationError
 
-__all__ = ["check_output_file", "check_output_folder", "files_in", "some_of"]
+__all__ = ["check_output_file", "check_output_folder", "some_of"]
 
 _SHOWN = 3
 
@@ -62,11 +62,6 @@ def check_output_file(path: str | os.PathLike[str], overwrite: bool) -> None:
     if place.exists() and not overwrite:
         raise ConfigurationError(f"{path} exists. Choose another name, or pass overwrite=True (--overwrite).")
     _refuse_not_writable(place)
-
-
-def files_in(folder: Path) -> set[str]:
-    """Return the paths, in a folder, of all files and links below it, `/` between their parts."""
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
 
 
 def some_of(names: Collection[str]) -> str:

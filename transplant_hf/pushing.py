@@ -18,15 +18,13 @@ from .config import TransplantConfig
 from .display import progress_bar
 from .donor import Donor
 from .donor.companions import code_named_in, companions_in
-from .donor.recorded import recorded_files
-from .donor.save import replaced_among
+from .donor.saved_files import recorded_files, replaced_among
 from .donor.tensors import FileTensors
 from .errors import CheckpointError, ConfigurationError
 from .hub import push_folder
 from .numeric import is_finite
-from .outputs import files_in
 from .sources import Source, points_to_folder
-from .storage import read_json, writing
+from .storage import files_in, read_json, writing
 
 __all__ = ["Push", "push"]
 

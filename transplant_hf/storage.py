@@ -1,9 +1,8 @@
-"""Folders and files on disk: written whole or not at all, and checked by their bytes."""
+"""Folders and files on disk: published whole or not at all, checked by their bytes."""
 
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import errno
 import glob
 import hashlib
@@ -15,10 +14,10 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from transformers.utils import logging
@@ -28,20 +27,21 @@ from .errors import CheckpointError, ConfigurationError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["fill", "publish", "read_json", "sha256_of", "write_json", "writing"]
+__all__ = ["files_in", "fill", "publish", "read_json", "sha256_of", "write_json", "writing"]
 
 logger = logging.get_logger(__name__)
 
-_STEP = 1 << 26
+_HASH_STEP = 1 << 26
 _ASIDE = ".old.tmp"
-_ELSEWHERE = "Choose another folder, or change who may write here"
-# What a disk can refuse: how it is said, and what helps.
-_REFUSALS = {
+_STAGING = re.compile(r"\.[0-9a-f]{8}(\.old)?\.tmp$")
+_CHANGE_FOLDER = "Choose another folder, or change who may write here"
+# What a disk can refuse: the reason, and what helps.
+_DISK_ERRORS = {
     errno.ENOSPC: ("the disk is full", "Free some space, or choose another folder"),
     errno.EDQUOT: ("the disk quota is used up", "Free some space, or choose another folder"),
     errno.EFBIG: ("a file is larger than this disk or process may write", "Save smaller files with max_shard_size="),
-    errno.EROFS: ("the disk is read-only", _ELSEWHERE),
-    errno.EACCES: ("permission is denied", _ELSEWHERE),
+    errno.EROFS: ("the disk is read-only", _CHANGE_FOLDER),
+    errno.EACCES: ("permission is denied", _CHANGE_FOLDER),
 }
 
 
@@ -49,14 +49,14 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     if path.stat().st_size:
-        # Large steps over a mapping: each gives up the interpreter once, so that hashing runs beside loading.
+        # Large steps over a mapping: each releases the interpreter once, so that hashing runs beside loading.
         with (
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
             memoryview(mapped) as view,
         ):
-            for start in range(0, len(view), _STEP):
-                digest.update(view[start : start + _STEP])
+            for start in range(0, len(view), _HASH_STEP):
+                digest.update(view[start : start + _HASH_STEP])
     return digest.hexdigest()
 
 
@@ -69,6 +69,11 @@ def fill(file: BinaryIO, view: memoryview) -> bool:
             return False
         done += count
     return True
+
+
+def files_in(folder: Path) -> set[str]:
+    """Return the paths, relative to a folder, of all files and links in it, `/` between the parts."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not _is_folder(path)}
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -85,168 +90,205 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{what} is missing: {path}") from error
-    except (OSError, ValueError, RecursionError) as error:  # also numbers without end, nests without floor
-        raise CheckpointError(f"{what} is not JSON that can be read: {path}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:  # also numbers of many digits, and deep nesting
+        raise CheckpointError(f"{what} cannot be read as JSON: {path}: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{what} must hold a JSON object: {path} holds {type(content).__name__}.")
     return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object, readable and with a stable order."""
+    """Write a JSON object, indented, with a stable order."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def writing(what: str | os.PathLike[str], kept: str = "Nothing was left behind.") -> Iterator[None]:
-    """Turn what a disk refuses into one sentence that says what to do; the original is the `__cause__`.
+    """Turn a full or read-only disk into an error that says what to do; the original error is the `__cause__`.
 
     Args:
         what: What is being written.
-        kept: What became of it, for the message.
+        kept: What is on disk after the error, for the message.
 
     Raises:
-        CheckpointError: The disk is full or may not be written to.
+        CheckpointError: The disk is full or cannot be written to.
     """
     try:
         yield
-    except OSError as error:
-        named = error.filename if isinstance(error.filename, str) else None
-        elsewhere = named is not None and not Path(named).absolute().is_relative_to(Path(what).absolute().parent)
-        if error.errno not in _REFUSALS or (error.errno == errno.EACCES and elsewhere):
-            raise  # among them: something that is read for the writing
-        _refused(what, error.errno, kept, error)
-    except SafetensorError as error:
-        # It has no number of its own, only that of the system in its text.
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None or int(found[1]) not in _REFUSALS:
+    except (OSError, SafetensorError) as error:
+        code = error.errno if isinstance(error, OSError) else _code_in(str(error))
+        file = getattr(error, "filename", None)
+        # A file that is read, not written, may be what permission is denied for.
+        elsewhere = isinstance(file, str) and not Path(file).absolute().is_relative_to(Path(what).absolute().parent)
+        if code not in _DISK_ERRORS or (code == errno.EACCES and elsewhere):
             raise
-        _refused(what, int(found[1]), kept, error)
+        reason, advice = _DISK_ERRORS[code]
+        raise CheckpointError(
+            f"cannot write {os.fspath(what)}: {reason} ({error}). {kept} {advice}, and try again."
+        ) from error
 
 
-def _refused(what: str | os.PathLike[str], code: int, kept: str, error: Exception) -> NoReturn:
-    reason, advice = _REFUSALS[code]
-    raise CheckpointError(
-        f"{os.fspath(what)} could not be written: {reason} ({error}). {kept} {advice}, and try again."
-    ) from error
+def _code_in(message: str) -> int | None:
+    """The system's error number in a message of safetensors, which has it nowhere else."""
+    found = re.search(r"os error (\d+)", message)
+    return int(found[1]) if found else None
 
 
 @contextmanager
-def publish(target: str | os.PathLike[str], replaces: Callable[[str], bool]) -> Iterator[Path]:
+def publish(target: str | os.PathLike[str], replaced: Callable[[Path], Collection[str]]) -> Iterator[Path]:
     """Write a folder whole or not at all.
 
-    The block writes into a folder beside the target. When it ends well, the files of an existing target that the
-    new artefact does not replace are carried over, those in its subfolders too, and the two folders change places in
-    one step. Of several processes that do so at once, the last one's artefact stays.
+    The block writes into a folder beside the target. After it, the files of an existing target that are not replaced
+    are linked into the new folder, and the two folders are exchanged in one step. If several processes publish to one
+    target, the last one's files stay.
 
     Args:
-        target: The folder to make or to renew.
-        replaces: Whether a file belongs to the old artefact and must go, by its path in the target, `/` between parts.
+        target: The folder to create or to update.
+        replaced: Returns the old files in the target that must not stay, as paths relative to it, `/` between parts.
 
     Yields:
         The folder to write into.
 
     Raises:
         ConfigurationError: The target is a file.
-        CheckpointError: The disk is full or may not be written to; the target is as it was.
+        CheckpointError: The disk is full or cannot be written to; the target is unchanged.
     """
     target = Path(target).expanduser().absolute()
     if target.is_symlink():
-        target = target.resolve()  # the link stays, the folder it leads to is renewed
+        target = target.resolve()  # the link stays, its folder is updated
     if target.exists() and not target.is_dir():
-        raise ConfigurationError(f"{target} is a file; a folder to save into is needed.")
+        raise ConfigurationError(f"{target} is a file; choose a folder to save into.")
+    if target.exists():
+        replaced(target)  # malformed records are found before the work is done
     kept = "What was there before is unchanged." if target.exists() else "Nothing was left behind."
     with writing(target, kept):
-        # What is mounted cannot change places with a folder outside, nor can files be renamed into it.
+        # A mount point cannot be exchanged with a folder outside it, nor can files be renamed into it.
         place = target if target.is_mount() else target.parent
         place.mkdir(parents=True, exist_ok=True)
-        with _alone(place):
-            _sweep(target, place)
-        staging = place / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        staging.mkdir()
+        staging = place / f".{target.name}.{secrets.token_hex(4)}.tmp"
+        with _locked(place):
+            _remove_abandoned(target, place)
+            staging.mkdir()
+            lock = _lock(staging)
         try:
-            with _locked(staging):
-                yield staging
-                _open_to_others(staging)
-                with _alone(place):
-                    _take_place(staging, target, replaces)
+            yield staging
+            _set_usual_modes(staging)
+            with _locked(place):
+                _put_in_place(staging, target, replaced)
         finally:
+            if lock is not None:
+                os.close(lock)
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _take_place(staging: Path, target: Path, replaces: Callable[[str], bool]) -> None:
+def _put_in_place(staging: Path, target: Path, replaced: Callable[[Path], Collection[str]]) -> None:
     if not target.exists():
         staging.rename(target)
         return
+    gone = set(replaced(target))
     if target.is_mount() or Path.cwd().is_relative_to(target.resolve()):
-        logger.warning(f"{target} is in use as a working directory or mount: its files are replaced one by one.")
-        gone = staging / ".gone"
-        gone.mkdir()
-        _replace_files(staging, target, gone, replaces)
+        logger.warning(f"{target} is a working directory or mount point: its files are replaced one by one.")
+        _replace_files(staging, target, gone)
         return
-    _carry_over(target, staging, replaces)
+    _carry_over(target, staging, gone)
     shutil.copymode(target, staging)
-    _change_places(staging, target)
+    try:
+        _exchange(staging, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTSUP, errno.EPERM):
+            raise
+        aside = staging.with_suffix(_ASIDE)
+        target.rename(aside)
+        staging.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-@contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Let one process at a time change what a folder holds, for a moment."""
-    with _locked(place, wait=True):
-        yield
+def _carry_over(old: Path, new: Path, gone: Collection[str]) -> None:
+    """Link the files of an old folder that stay into a new one."""
+    paths = sorted(old.rglob("*"))
+    for path in paths:
+        name = path.relative_to(old).as_posix()
+        copy = new / name
+        if _is_folder(path):
+            if not any(path.iterdir()):
+                copy.mkdir(parents=True, exist_ok=True)
+        elif name not in gone and not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, copy, follow_symlinks=False)
+            except OSError:  # a disk without hard links
+                shutil.copy2(path, copy, follow_symlinks=False)
+    for path in filter(_is_folder, paths):
+        if _is_folder(copy := new / path.relative_to(old)):
+            shutil.copymode(path, copy)
 
 
-@contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a folder's lock, which ends with the process, whatever ends it.
+def _replace_files(new: Path, old: Path, gone: Collection[str]) -> None:
+    """Update a folder that cannot be exchanged: a working directory or a mount point."""
+    names = files_in(new)
+    for name in sorted(names):
+        (old / name).parent.mkdir(parents=True, exist_ok=True)
+        (new / name).replace(old / name)
+    for name in set(gone) - names:
+        if not (old / name).is_relative_to(new):  # the staging folder is inside a mount point
+            (old / name).unlink(missing_ok=True)
 
-    Yields:
-        Whether it is held; also true where the system knows no such locks.
-    """
+
+def _exchange(one: Path, other: Path) -> None:
+    """Exchange two folders in one step. Only system calls can, which Python has no functions for."""
+    name, args = {
+        "linux": ("renameat2", (-100, os.fsencode(one), -100, os.fsencode(other), 2)),
+        "darwin": ("renamex_np", (os.fsencode(one), os.fsencode(other), 2)),
+    }.get(sys.platform, ("", ()))
+    call = getattr(ctypes.CDLL(None, use_errno=True), name, None) if name else None
+    if call is None:
+        raise OSError(errno.ENOSYS, "folders cannot be exchanged in one step here")
+    if call(*args) != 0:
+        raise OSError(ctypes.get_errno(), f"exchange of {one} and {other} failed")
+
+
+def _lock(folder: Path, wait: bool = False) -> int | None:
+    """Lock a folder until its handle is closed or the process ends; `None` if another process has it, or no locks."""
     if sys.platform == "win32":
-        yield True
-        return
-    handle = os.open(folder, os.O_RDONLY)
+        return None
     try:
-        held = True
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:  # some network disks know no locks
-            held = error.errno not in (errno.EAGAIN, errno.EACCES)
-        yield held
-    finally:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # it has just been removed
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held by another process, or a network disk without locks
         os.close(handle)
+        return None
+    return handle
 
 
-def _sweep(target: Path, place: Path) -> None:
-    """Remove what a killed process left beside the target, and put back what it had put aside."""
-    for stale in place.glob(f".{glob.escape(target.name)}.*.tmp"):
-        pid = stale.name[len(target.name) + 2 :].partition("-")[0]
-        if not pid.isdigit() or _alive(int(pid)):
-            continue
-        with _locked(stale) as left_behind:
-            # Held by a process that this one cannot see: in another container.
-            if not left_behind:
-                continue
-            if stale.name.endswith(_ASIDE) and not target.exists():
-                stale.rename(target)
-            else:
-                shutil.rmtree(stale, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time change which files a folder holds."""
+    handle = _lock(folder, wait=True)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
-def _open_to_others(folder: Path) -> None:
+def _remove_abandoned(target: Path, place: Path) -> None:
+    """Remove what a killed process left beside the target, and put back what it had moved aside."""
+    for abandoned in place.glob(f".{glob.escape(target.name)}.*.tmp"):
+        if not _STAGING.search(abandoned.name) or (lock := _lock(abandoned)) is None:  # not ours, or in use
+            continue
+        if abandoned.name.endswith(_ASIDE) and not target.exists():
+            abandoned.rename(target)
+        else:
+            shutil.rmtree(abandoned, ignore_errors=True)
+        os.close(lock)
+
+
+def _set_usual_modes(folder: Path) -> None:
     """Give files the mode that `open` would: safetensors writes them for the owner alone."""
-    # Asked by making one: the umask itself can only be read by changing it, for the whole process.
+    # The umask can only be read by changing it for the whole process, so a new file shows it.
     probe = folder / f".{secrets.token_hex(4)}.tmp"
     probe.touch()
     file_mode, folder_mode = (stat.S_IMODE(path.stat().st_mode) for path in (probe, folder))
@@ -255,69 +297,5 @@ def _open_to_others(folder: Path) -> None:
         path.chmod(folder_mode if path.is_dir() else file_mode)
 
 
-def _carry_over(old: Path, new: Path, replaces: Callable[[str], bool], within: str = "") -> None:
-    for path in old.iterdir():
-        copy, name = new / path.name, f"{within}{path.name}"
-        if not _is_folder(path):
-            if not copy.exists() and not replaces(name):
-                _link(path, copy)
-        elif not copy.exists():
-            copy.mkdir()
-            _carry_over(path, copy, replaces, f"{name}/")
-            shutil.copystat(path, copy)
-            if not any(copy.iterdir()) and any(path.iterdir()):
-                copy.rmdir()
-        elif copy.is_dir():
-            _carry_over(path, copy, replaces, f"{name}/")
-
-
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _link(source: Path, copy: Path) -> None:
-    try:
-        os.link(source, copy, follow_symlinks=False)
-    except OSError:  # no hard links here
-        shutil.copy2(source, copy, follow_symlinks=False)
-
-
-def _change_places(new: Path, old: Path) -> None:
-    """Exchange two folders in one step where the system can, else in two renames."""
-    try:
-        _exchange(new, old)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTSUP, errno.EPERM):
-            raise
-        aside = new.with_suffix(_ASIDE)
-        old.rename(aside)
-        new.rename(old)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _replace_files(new: Path, old: Path, gone: Path, replaces: Callable[[str], bool], within: str = "") -> None:
-    """Renew a folder that cannot be exchanged: a working directory or a mount point."""
-    for path in old.iterdir():
-        own, name = new / path.name, f"{within}{path.name}"
-        if path == new:  # it lies in what is mounted
-            continue
-        if _is_folder(path) and (own.is_dir() or not own.exists()):
-            _replace_files(own, path, gone, replaces, f"{name}/")
-        elif path.is_dir() or own.is_dir() if own.exists() else replaces(name):
-            (gone / name).parent.mkdir(parents=True, exist_ok=True)
-            path.rename(gone / name)
-    for path in new.iterdir() if new.exists() else ():
-        if path != gone and not (path.is_dir() and _is_folder(old / path.name)):  # such a folder is done
-            path.replace(old / path.name)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
-    name, args = {
-        "linux": ("renameat2", (-100, os.fsencode(one), -100, os.fsencode(other), 2)),
-        "darwin": ("renamex_np", (os.fsencode(one), os.fsencode(other), 2)),
-    }.get(sys.platform, ("", ()))
-    if not name or not hasattr(libc, name):
-        raise OSError(errno.ENOSYS, "folders cannot be exchanged in one step here")
-    if getattr(libc, name)(*args) != 0:
-        raise OSError(ctypes.get_errno(), f"exchange of {one} and {other} failed")

@@ -32,7 +32,7 @@ def test_in_metadata(tiny_llama: Path, tmp_path: Path) -> None:
         with pytest.raises(TransplantError, match="too long to print"):
             Donor.from_pt(path, recipient, metadata=wrong)
     (family / "donor_metadata.json").write_text(f'{{"layer_indices": [1{"0" * 5000}]}}')
-    with refused(CheckpointError, "donor_metadata.json", "not JSON that can be read"):
+    with refused(CheckpointError, "donor_metadata.json", "cannot be read as JSON"):
         Donor.from_pt(path, recipient)
     with refused(CheckpointError, "too long to print"):
         Donor.from_pt(path, recipient, metadata={**known, "perplexity": HUGE})

@@ -110,7 +110,7 @@ def test_an_index_with_odd_values(sharded: Path, value: object) -> None:
 
 def test_an_index_that_is_not_json(sharded: Path) -> None:
     (sharded / DONOR_INDEX).write_text("<html>")
-    with refused(CheckpointError, "not JSON", str(sharded / DONOR_INDEX)):
+    with refused(CheckpointError, "cannot be read as JSON", str(sharded / DONOR_INDEX)):
         open_donor_files(sharded)
 
 

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from tests.helpers import DONOR_LAYERS, layers_of, loaded, plain
 from transplant_hf.conversion import convert
-from transplant_hf.donor.save import replaced_among
+from transplant_hf.donor.saved_files import replaced_among
 from transplant_hf.hub import push_folder
 
 __all__ = ["ACTIONS", "POSITIONS", "Loop", "start", "work"]

@@ -15,7 +15,7 @@ from tests.helpers import DONOR_LAYERS, Shelf, copied, digest_of, loaded, refuse
 from transplant_hf import AutoModelWithTransplant, CheckpointError, Donor
 from transplant_hf.conversion import convert
 
-FACTS = ("could not be written", "disk is full", "Free some space")
+FACTS = ("cannot write", "disk is full", "Free some space")
 
 
 def fill(disk: Path, left: int) -> None:

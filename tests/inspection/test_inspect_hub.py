@@ -331,7 +331,7 @@ def test_a_recipient_outside_the_repository(shelf: Shelf, reference: str) -> Non
 
 def test_a_configuration_that_is_not_json(both: Shelf) -> None:
     both.hub.commit(both.law, {"config.json": b"<html>"})
-    with refused(CheckpointError, "config.json", "not JSON"):
+    with refused(CheckpointError, "config.json", "cannot be read as JSON"):
         inspect(both.law)
 
 

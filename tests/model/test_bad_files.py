@@ -117,7 +117,7 @@ def test_a_truncated_donor(family: Path) -> None:
 
 def test_a_donor_config_that_is_not_json(family: Path) -> None:
     (family / "donor" / "donor_config.json").write_text("<html>")
-    with refused(CheckpointError, str(family / "donor" / "donor_config.json"), "not JSON"):
+    with refused(CheckpointError, str(family / "donor" / "donor_config.json"), "cannot be read as JSON"):
         load(family / "donor")
 
 

@@ -33,8 +33,8 @@ from transplant_hf import (
     DonorSpec,
     transplant,
 )
-from transplant_hf.donor.recorded import check_artefact_folder
 from transplant_hf.donor.save import donor_folders
+from transplant_hf.donor.saved_files import check_artifact_folder
 
 load = AutoModelWithTransplant.from_pretrained
 
@@ -336,7 +336,7 @@ def test_a_malformed_configuration_is_not_replaced(tiny_gpt2: Path, tmp_path: Pa
     with refused(CheckpointError, str(path), "5"):
         model.save_pretrained(tmp_path / "out", thin=True)
     with refused(CheckpointError, str(path), "5"):
-        check_artefact_folder(tmp_path / "out", overwrite=True)
+        check_artifact_folder(tmp_path / "out", overwrite=True)
     assert path.read_bytes() == before
 
 

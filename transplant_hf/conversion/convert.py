@@ -11,11 +11,11 @@ from typing import Any
 from ..donor import Donor
 from ..donor.deliver import deliver
 from ..donor.from_pt import OpenedPt, open_pt
-from ..donor.recorded import check_artefact_folder
 from ..donor.save import save_donor
+from ..donor.saved_files import check_artifact_folder
 from ..layer_map import check_position
-from ..outputs import files_in
 from ..sources import HubOptions
+from ..storage import files_in
 from .readback import compare_tensors
 from .verify import compare_outputs
 
@@ -129,7 +129,7 @@ def convert(
         HubError: The recipient or the repository is out of reach.
     """
     if output is not None:
-        check_artefact_folder(output, overwrite)
+        check_artifact_folder(output, overwrite)
     opened = open_pt(
         path, recipient, metadata, layers, name, recipient_revision, HubOptions(token, cache_dir, local_files_only)
     )

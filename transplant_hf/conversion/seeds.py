@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..donor.recorded import check_artefact_folder
+from ..donor.saved_files import check_artifact_folder
 from ..errors import CheckpointError
 from ..sources import HubOptions, locate
 from .convert import Conversion, convert
@@ -82,7 +82,7 @@ def convert_seeds(
     """
     chosen = list(seeds)
     for seed in chosen:  # all of them before any work
-        check_artefact_folder(Path(output) / seed.name, overwrite)
+        check_artifact_folder(Path(output) / seed.name, overwrite)
     hub = HubOptions(token, cache_dir, local_files_only)
     done = []
     for seed in chosen:

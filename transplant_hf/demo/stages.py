@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import TransplantError
-from ..outputs import files_in, some_of
+from ..outputs import some_of
+from ..storage import files_in
 
 __all__ = ["STAMP", "Stage", "check_stage", "clear_stage", "is_stage", "run_stage"]
 

@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo
 
 from ..hub import push_folder
 from .companions import kept_in_repository
-from .save import replaced_among
+from .saved_files import replaced_among
 
 __all__ = ["deliver"]
 

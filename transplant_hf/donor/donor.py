@@ -24,7 +24,8 @@ from .from_pt import open_pt
 from .place import recommendation, recommended_in
 from .pt_tensors import PtTensors
 from .record import DONOR_CONFIG, DonorRecord
-from .save import replaced_among, save_donor
+from .save import save_donor
+from .saved_files import replaced_among
 from .tensors import FileTensors, TensorInfo, TensorStore, layer_of, open_donor_files
 
 __all__ = ["DONOR_FILES", "Donor"]

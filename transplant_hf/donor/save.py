@@ -22,8 +22,8 @@ from .card import write_donor_card
 from .companions import COMPANION_FOLDERS, at_hand, copy_companions, is_companion, tokenizer_class
 from .dtypes import loaded_dtype
 from .entry import write_entry
-from .record import DONOR_CONFIG, DonorRecord, FileStamp
-from .recorded import RECIPIENT_FOLDER, is_artefact_file, replaced_in
+from .record import DonorRecord, FileStamp
+from .saved_files import RECIPIENT_FOLDER, replaced_in
 from .stream import size_of, write_safetensors
 from .tensors import DONOR_INDEX, TensorStore
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = [
     "donor_folders",
     "refuse_recipients_place",
-    "replaced_among",
     "save_donor",
     "vocabulary_of",
     "write_donor",
@@ -74,14 +73,6 @@ def donor_folders(names: Sequence[str], foreign: Collection[str] = ()) -> list[s
         taken.add(name.casefold())
         found.append(name)
     return found
-
-
-def replaced_among(names: Sequence[str]) -> set[str]:
-    """Return the old artefact's files among a repository's: at its root, and in folders that hold a donor."""
-    holders = {name.rpartition("/")[0] for name in names if name.endswith(f"/{DONOR_CONFIG}")}
-    holders |= {RECIPIENT_FOLDER} if holders or DONOR_CONFIG in names else set()
-    parts = [(name, *name.rpartition("/")[::2]) for name in names]
-    return {name for name, folder, last in parts if is_artefact_file(last) and (not folder or folder in holders)}
 
 
 def refuse_recipients_place(recipient: str, folder: Path, revision: str | None) -> None:
@@ -171,7 +162,7 @@ def save_donor(
         vocab_size=vocabulary_of(donor.record.source_config),
     )
     files = at_hand(donor.companions_in(recipient), revision or ("main" if recorded_there else None))
-    with publish(folder, replaced_in(folder)) as staging:
+    with publish(folder, replaced_in) as staging:
         record = write_donor(staging, dataclasses.replace(donor.record, name=name), donor.store, max_shard_size)
         copy_companions([(str(files), None)] if files is not None else [], staging, folder)
         config.tokenizer_class = tokenizer_class(record.model_type, staging)

@@ -33,7 +33,7 @@ __all__ = [
 DONOR_FILE = "donor.safetensors"
 DONOR_INDEX = "donor.safetensors.index.json"
 _NAME = re.compile(r"layers\.(0|[1-9]\d{0,8})\.(.+)")
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +169,13 @@ def open_donor_files(folder: Path) -> FileTensors:
     return FileTensors([folder / DONOR_FILE])
 
 
-def read_shard_index(path: Path, where: str | None = None) -> dict[str, str]:
+def read_shard_index(path: Path, where: str | None = None, suffix: str = ".safetensors") -> dict[str, str]:
     """Read the index of a sharded checkpoint: which file holds which tensor.
 
     Args:
         path: The index.
         where: What it is called in messages; by default its path.
+        suffix: How the names of its files end.
 
     Raises:
         CheckpointError: Malformed, or file names that lead out of the folder.
@@ -184,7 +185,7 @@ def read_shard_index(path: Path, where: str | None = None) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where} has no weight_map.")
     try:
-        return {tensor: safe_name(str(file)) for tensor, file in weight_map.items()}
+        return {tensor: safe_name(str(file), suffix) for tensor, file in weight_map.items()}
     except CheckpointError as error:
         raise CheckpointError(f"{where} is malformed: {error}") from error
 
@@ -211,12 +212,12 @@ def check_shards(weight_map: Mapping[str, str], shards: Mapping[str, Iterable[st
             raise CheckpointError(f"{where} and its shards disagree: {len(wrong)} tensors {how}, first {min(wrong)!r}.")
 
 
-def safe_name(name: str) -> str:
+def safe_name(name: str, suffix: str = ".safetensors") -> str:
     """Accept a weight file's name that cannot lead out of its folder.
 
     Raises:
         CheckpointError: It could.
     """
-    if not _FILE_NAME.fullmatch(name):
-        raise CheckpointError(f"{name!r} is not a plain .safetensors file name; weight files lie beside their index.")
+    if not _FILE_NAME.fullmatch(name) or not name.endswith(suffix):
+        raise CheckpointError(f"{name!r} is not a plain {suffix} file name; weight files lie beside their index.")
     return name

@@ -12,8 +12,8 @@ from ..donor.card import chosen_license, donor_facts
 from ..donor.companions import at_hand, has_tokenizer
 from ..donor.entry import CODE_FILE
 from ..donor.record import DonorRecord
-from ..donor.recorded import foreign_names
 from ..donor.save import donor_folders
+from ..donor.saved_files import foreign_names
 from ..heads import BASE, CAUSAL_LM, head_of
 
 __all__ = ["write_full_card"]

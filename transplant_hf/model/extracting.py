@@ -13,13 +13,13 @@ from ..config import TransplantConfig
 from ..donor import Donor
 from ..donor.companions import locate_with_companions
 from ..donor.deliver import deliver
-from ..donor.recorded import check_artefact_folder
 from ..donor.save import save_donor
+from ..donor.saved_files import check_artifact_folder
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, check_position, paper_layers
 from ..numeric import whole_number
-from ..outputs import files_in
 from ..sources import HubOptions, Source
+from ..storage import files_in
 from .opening import load_model
 
 __all__ = ["Extraction", "extract"]
@@ -138,7 +138,7 @@ def extract(
     if output is None and push_to is None:
         raise ConfigurationError("extract needs somewhere to write to: name a folder (output), or push_to.")
     if output is not None:
-        check_artefact_folder(output, overwrite)
+        check_artifact_folder(output, overwrite)
     hub = HubOptions(token, cache_dir, local_files_only)
     source = locate_with_companions(os.fspath(model), revision=revision, hub=hub)
     donor, place, recipient = _taken(source, layers, count, init, name, dtype, trust_remote_code, hub)

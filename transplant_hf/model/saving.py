@@ -23,15 +23,14 @@ from ..donor.companions import at_hand, copy_companions, kept_in_repository, tok
 from ..donor.entry import write_entry
 from ..donor.extract import checkpoint_tensors
 from ..donor.record import DonorRecord
-from ..donor.recorded import RECIPIENT_FOLDER, foreign_names, replaced_in
 from ..donor.save import (
     donor_folders,
     refuse_recipients_place,
-    replaced_among,
     vocabulary_of,
     write_donor,
     written_reference,
 )
+from ..donor.saved_files import RECIPIENT_FOLDER, foreign_names, replaced_among, replaced_in
 from ..donor.tensors import MemoryTensors
 from ..errors import ConfigurationError
 from ..hub import push_folder
@@ -134,7 +133,7 @@ def _save(
         _refuse_donors_place(blueprint, target)
     if thin:
         refuse_recipients_place(blueprint.config.recipient, target, blueprint.config.recipient_revision)
-    with publish(target, (lambda name: False) if variant else replaced_in(target)) as staging:
+    with publish(target, (lambda folder: ()) if variant else replaced_in) as staging:
         if thin:
             _write_thin(model, state, staging, target, kwargs, repo_id, license)
             return None

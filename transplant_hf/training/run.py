@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..donor.recorded import check_artefact_folder
+from ..donor.saved_files import check_artifact_folder
 from ..errors import ConfigurationError
 from ..evaluation import perplexity
 from ..hub import check_can_push
@@ -232,7 +232,7 @@ def _working(
     _check_work(work, resume, overwrite)
     if output is not None:
         # A finished run that goes on for longer replaces its own result.
-        check_artefact_folder(output, overwrite or resume)
+        check_artifact_folder(output, overwrite or resume)
     try:
         yield str(work)
     except KeyboardInterrupt as stopped:

@@ -13,7 +13,7 @@ import torch
 from tests.helpers import digest_of, loaded, logits_of, plain, refused, two_donors
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, DonorSpec
 from transplant_hf.cli import main
-from transplant_hf.donor.recorded import foreign_names, replaced_in
+from transplant_hf.donor.saved_files import foreign_names, replaced_in
 
 load = AutoModelWithTransplant.from_pretrained
 
@@ -134,8 +134,10 @@ def test_what_is_ours_is_what_the_configuration_names(tmp_path: Path) -> None:
     fields = {"model_type": "transplant", "recipient": "./base", "donors": donors}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert foreign_names(tmp_path) == {"config.json", "code", "base"}
-    replaced = replaced_in(tmp_path)
     ours = {"config.json", "law/donor.safetensors", "law/donor_config.json", "model-00001-of-00002.safetensors"}
-    assert all(map(replaced, ours))
-    others = {"law/config.json", "law/notes.txt", "code/donor.safetensors", "base/config.json", "README.md"}
-    assert not any(map(replaced, {*others, "recipient/config.json", "law/deep/donor.safetensors"}))
+    others = {"law/config.json", "law/notes.txt", "README.md", "recipient/config.json", "law/deep/donor.safetensors"}
+    for name in ours | others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert replaced_in(tmp_path) == ours
