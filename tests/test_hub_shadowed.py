@@ -37,7 +37,7 @@ from transplant_hf.exporting import export
 from transplant_hf.inspection import inspect
 from transplant_hf.model.extracting import extract
 from transplant_hf.planning import plan
-from transplant_hf.training.reading import model_and_tokenizer
+from transplant_hf.training.data import model_and_tokenizer
 
 pytestmark = pytest.mark.hub
 

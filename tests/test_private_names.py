@@ -43,7 +43,6 @@ from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo, 
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from tests.helpers import tiny_gpt2_model, tiny_llama_model
@@ -86,10 +85,8 @@ SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
     ),
     (convert_moe_packed_tensors, "(blocks, scales, dtype, rows_per_chunk)", "donor/pt_tensors.py"),
     (get_keys_to_not_convert, "(model)", "splice/quantized.py"),
-    (Trainer._save, "(self, output_dir, state_dict)", "training/part_trainer.py"),
     (Trainer._load_from_checkpoint, "(self, resume_from_checkpoint, model)", "training/part_trainer.py"),
     (Trainer._load_best_model, "(self)", "training/part_trainer.py"),
-    (Trainer._get_learning_rate, "(self)", "training/part_trainer.py"),
 ]
 
 
@@ -294,14 +291,6 @@ def test_linear_layers_of_gpt2() -> None:
 
 def test_modules_left_unquantised() -> None:
     assert get_keys_to_not_convert(tiny_llama_model(0)) == ["lm_head"]
-
-
-def test_callbacks_that_talk(tmp_path: Path) -> None:
-    """training/part_trainer.py takes out whichever of the two a Trainer comes with."""
-    for quiet, kind in ((True, PrinterCallback), (False, ProgressCallback)):
-        args = TrainingArguments(output_dir=str(tmp_path), disable_tqdm=quiet, report_to=[], use_cpu=True)
-        trainer = Trainer(model=tiny_llama_model(0), args=args)
-        assert trainer.pop_callback(kind) is not None, kind.__name__
 
 
 # -- The list is whole ---------------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def export(
         )
     _check_finite(model, dtype)
     with publish(target, replaced_in) as staging:
-        _save(model, staging, max_shard_size)
+        _write_model(model, staging, max_shard_size)
         _copy_companions(request, recipient, staging, target)
         write_full_card(model, staging, target, [part.donor.record for part in blueprint.parts], license=license)
         difference = _compare_logits(model, staging) if verify else 0.0
@@ -342,7 +342,7 @@ def _more(names: Sequence[str]) -> str:
 # -- What is written ------------------------------------------------------------------------------------------------
 
 
-def _save(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
+def _write_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
     # They name files that are not here: a plain checkpoint needs neither other weight files nor code.
     for name in ("auto_map", "transformers_weights"):
         if getattr(model.config, name, None) is not None:

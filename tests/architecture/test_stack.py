@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BloomConfig, GPT2Config, LlamaConfig, Ll
 from tests.helpers import refused, write_tokenizer
 from transplant_hf import ConfigurationError
 from transplant_hf.architecture import choose_block_length, max_context_length
-from transplant_hf.training.reading import as_blocks
+from transplant_hf.training.data import as_blocks
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_what_is_refused_is_one_sentence(
             ("train", family / "recipient", text, "--push-to-hub", "alice/x", *_TRAINED[:-1]),
             "name a recipient on the Hub",
         ),
-        (("recover", family / "recipient", text, tmp_path / "out", "--block-length", 16), "holds no transplant"),
+        (("recover", family / "recipient", text, tmp_path / "out", "--block-length", 16), "has no donors"),
     ):
         status, _, err = run(capsys, *words)
         assert status == 1 and told in err and "Traceback" not in err, err

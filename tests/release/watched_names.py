@@ -65,12 +65,8 @@ WATCHED: dict[str, Watched] = {
     "get_keys_to_not_convert": Watched("modules that quantisers leave alone by default", _LEFT),
     "convert_moe_packed_tensors": Watched("MXFP4 experts, dequantised as loading does", SIGNED),
     # Training.
-    "_save": Watched("checkpoints hold what is trained", SIGNED),
-    "_load_from_checkpoint": Watched("the same", SIGNED),
+    "_load_from_checkpoint": Watched("checkpoints have only what is trained", SIGNED),
     "_load_best_model": Watched("the same", SIGNED),
-    "_get_learning_rate": Watched("named when a loss is not finite", SIGNED),
-    "PrinterCallback": Watched("standard output is for results", "test_callbacks_that_talk"),
-    "ProgressCallback": Watched("the same", "test_callbacks_that_talk"),
 }  # fmt: skip
 # With an underscore, and not of Transformers.
 NOT_THEIRS = {

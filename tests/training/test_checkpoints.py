@@ -118,16 +118,16 @@ def test_a_run_can_go_on_for_longer(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 12
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
-    with refused(ConfigurationError, "checkpoint-4 is at step 4, and this run shall end at step 3", "more steps"):
+    with refused(ConfigurationError, "checkpoint-4 is at step 4, but this run ends at step 3", "more steps"):
         trainer(tmp_path / "run", max_steps=3, **fields).train(resume_from_checkpoint=True)
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     _stopped(tmp_path)
     other = trainer(tmp_path, learning_rate=3e-3, train_dataset=noise(seed=3))
-    with refused(ConfigurationError, "learning_rate: 0.01 there, 0.003 now", "text_sha256", "start anew"):
+    with refused(ConfigurationError, "learning_rate: 0.01 there, 0.003 now", "text_sha256", "start again"):
         other.train(resume_from_checkpoint=True)
-    with refused(ConfigurationError, "no whole checkpoint", "empty"):
+    with refused(ConfigurationError, "no complete checkpoint", "empty"):
         trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
 
 
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path: Pat
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     made = trainer(tmp_path)
     made.model.model.layers[3].mlp.down_proj.weight.data.fill_(float("inf"))
-    with refused(TrainingError, "model.layers.3.mlp.down_proj.weight", "the last one is as it was"):
+    with refused(TrainingError, "model.layers.3.mlp.down_proj.weight", "the last one is unchanged"):
         made.save_model(str(tmp_path / "checkpoint-1"), _internal_call=True)
     assert not (tmp_path / "checkpoint-1").exists()
 

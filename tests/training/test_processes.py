@@ -46,6 +46,7 @@ def _run(script: Path, folder: Path, batch: int, processes: int) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT)

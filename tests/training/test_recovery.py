@@ -28,7 +28,7 @@ def recovery(folder: Path, model: Any, **fields: Any) -> RecoveryTrainer:
     return RecoveryTrainer(model, RecoveryArguments(str(folder), **{**known, **fields}), noise())
 
 
-def test_neighbours_become_donors_of_one_layer_and_the_recipient_stays(tiny: Path, tmp_path: Path) -> None:
+def test_neighbors_become_donors_of_one_layer_and_the_recipient_stays(tiny: Path, tmp_path: Path) -> None:
     family = copied(tiny, tmp_path / "family")
     made = recovery(tmp_path / "run", family / "donor")
     before = logits_of(made.model)
@@ -49,12 +49,12 @@ def test_neighbours_become_donors_of_one_layer_and_the_recipient_stays(tiny: Pat
     with kept.disable_transplants():
         assert torch.allclose(logits_of(kept), logits_of(AutoModelForCausalLM.from_pretrained(family / "recipient")))
     told = Donor.from_pretrained(family / "recovered", subfolder="donor").metadata["recovered"]
-    assert (told["parts"], told["steps"]) == (["donor", "neighbours"], 4)
+    assert (told["parts"], told["steps"]) == (["donor", "neighbors"], 4)
 
 
 def test_the_transplant_starts_as_it_was(tiny_llama: Path, tmp_path: Path) -> None:
     before = logits_of(AutoModelWithTransplant.from_pretrained(tiny_llama / "donor"))
-    made = recovery(tmp_path, tiny_llama / "donor", parts=["donor", "neighbours", "norms", "gate"])
+    made = recovery(tmp_path, tiny_llama / "donor", parts=["donor", "neighbors", "norms", "gate"])
     assert torch.allclose(logits_of(made.model), before, atol=1e-6)
 
 
@@ -93,7 +93,7 @@ def test_a_trained_gate_becomes_the_strength(tiny_llama: Path, tmp_path: Path) -
 
 
 def test_what_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    with refused(ConfigurationError, "holds no transplant", "donors="):
+    with refused(ConfigurationError, "has no donors", "donors="):
         recovery(tmp_path, tiny_llama / "recipient")
     with refused(ConfigurationError, "no donor is named law", "donor"):
         recovery(tmp_path, tiny_llama / "donor", donors=["law"])

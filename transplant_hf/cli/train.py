@@ -38,53 +38,57 @@ _SHARED_OPTIONS = (
 
 def add(commands: Any) -> None:
     """Add the commands."""
-    train = command(
+    training = command(
         commands,
         "train",
         _train,
         "train a donor on a text, inside a frozen recipient",
         "train openai-community/gpt2 law.txt gpt2-law --general wikitext.txt --steps 1000",
     )
-    _add_shared(train, "RECIPIENT", "Hub id or folder of a model; of a transplant, which then gets one more donor")
-    train.add_argument(
+    _add_shared(training, "RECIPIENT", "Hub id or folder of a model; of a transplant, which then gets one more donor")
+    training.add_argument(
         "--method",
         choices=("in_place", "standalone"),
         default="in_place",
         help="inside the recipient, or alone between its embeddings and its head as in the paper (default: in_place)",
     )
-    train.add_argument(
+    training.add_argument(
         "--mode", choices=("insert", "replace"), default="insert", help="add layers, or train the ones there"
     )
-    train.add_argument("--init", choices=("identity", "copy"), default="identity", help="how the donor starts")
-    train.add_argument(
+    training.add_argument("--init", choices=("identity", "copy"), default="identity", help="how the donor starts")
+    training.add_argument(
         "--position", type=int, help="recipient layers that run before it (default: L-1; L-k to replace)"
     )
-    train.add_argument(
+    training.add_argument(
         "--layers", type=whole(), default=3, dest="donor_layers", metavar="K", help="how many (default: 3)"
     )
-    train.add_argument("--start-layers", type=int, nargs="+", metavar="N", help="recipient layers it starts from")
-    train.add_argument("--name", dest="donor_name", help="what to call it (default: the name of the output)")
-    train.add_argument(
+    training.add_argument("--start-layers", type=int, nargs="+", metavar="N", help="recipient layers it starts from")
+    training.add_argument("--name", dest="donor_name", help="what to call it (default: the name of the output)")
+    training.add_argument(
         "--distillation", type=number(), default=0.0, help="weight of KL to the untouched recipient (default: 0)"
     )
-    train.add_argument("--strength", type=number(), help="recommended strength (default: 1; 0.75 without general text)")
-    recover = command(
+    training.add_argument(
+        "--strength", type=number(), help="recommended strength (default: 1; 0.75 without general text)"
+    )
+    recovery = command(
         commands,
         "recover",
         _recover,
         "train chosen parts of a transplant together for a few steps",
-        "recover user/gpt2-law law.txt gpt2-law-recovered --parts donor neighbours --steps 50",
+        "recover user/gpt2-law law.txt gpt2-law-recovered --parts donor neighbors --steps 50",
     )
-    _add_shared(recover, "TRANSPLANT", "Hub id or folder of a transplant or donor", learning_rate=1e-3)
-    recover.add_argument(
+    _add_shared(recovery, "TRANSPLANT", "Hub id or folder of a transplant or donor", learning_rate=1e-3)
+    recovery.add_argument(
         "--parts",
         nargs="+",
-        choices=("donor", "neighbours", "norms", "gate"),
-        default=["donor", "neighbours"],
-        help="what is trained (default: donor neighbours)",
+        choices=("donor", "neighbors", "neighbours", "norms", "gate"),
+        default=["donor", "neighbors"],
+        help="what is trained (default: donor neighbors)",
     )
-    recover.add_argument("--neighbours", type=whole(0), default=1, help="recipient layers on either side (default: 1)")
-    recover.add_argument("--donors", nargs="+", metavar="NAME", help="only these (default: all)")
+    recovery.add_argument(
+        "--neighbors", "--neighbours", type=whole(0), default=1, help="recipient layers on either side (default: 1)"
+    )
+    recovery.add_argument("--donors", nargs="+", metavar="NAME", help="only these (default: all)")
 
 
 def _add_shared(parser: argparse.ArgumentParser, what: str, told: str, learning_rate: float | None = None) -> None:
@@ -132,18 +136,16 @@ def _add_shared(parser: argparse.ArgumentParser, what: str, told: str, learning_
 
 
 def _train(options: argparse.Namespace) -> int:
-    from ..training import train_donor
+    from ..training import train
 
     chosen = {name: getattr(options, name) for name in _DONOR_OPTIONS if getattr(options, name) is not None}
-    return _run(options, train_donor, chosen)
+    return _run(options, train, chosen)
 
 
 def _recover(options: argparse.Namespace) -> int:
-    from ..training import recover_transplant
+    from ..training import recover
 
-    return _run(
-        options, recover_transplant, {name: getattr(options, name) for name in ("parts", "neighbours", "donors")}
-    )
+    return _run(options, recover, {name: getattr(options, name) for name in ("parts", "neighbors", "donors")})
 
 
 def _wrong_usage(options: argparse.Namespace) -> str | None:

@@ -18,8 +18,8 @@ from ..errors import ConfigurationError
 from ..model.memory import remove_transplants, transplant
 from ..model.opening import load_model
 from ..texts import Blocks
-from ..training.making import versions
-from ..training.reading import as_blocks, model_and_tokenizer
+from ..training.data import as_blocks, model_and_tokenizer
+from ..training.records import versions
 from .methods import METHODS, Method, Setting
 from .report import ComparisonReport, ComparisonRow
 from .runs import Budget, Held, RunResult, measure, run_method

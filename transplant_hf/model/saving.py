@@ -82,10 +82,10 @@ def save_transplant(
         state.switch.check_stack()
         resumable = None if thin else Resumable.of(model, save_directory, given)
         with gates_aside(state, given):
-            return _save(model, native, Path(save_directory), thin, kwargs, repo_id, resumable)
+            return _write_model(model, native, Path(save_directory), thin, kwargs, repo_id, resumable)
 
 
-def _save(
+def _write_model(
     model: Any,
     native: Callable[..., Any],
     target: Path,

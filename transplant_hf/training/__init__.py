@@ -1,11 +1,15 @@
-"""Making donors: trained in the frozen recipient, or alone between its embeddings and its head."""
+"""Train donors inside a frozen recipient, or alone between its embeddings and head; and recover transplants."""
 
-from .arguments import DonorTrainingArguments
+from .arguments import DonorTrainingArguments, RecoveryArguments
+from .data import Rows
 from .donor_trainer import DonorTrainer
 from .part_trainer import CachePlan, Part, PartTrainer
-from .recovery import RecoveryArguments, RecoveryTrainer
-from .rows import Rows
-from .run import TrainingReport, recover_transplant, train_donor
+from .recovery import RecoveryTrainer
+from .runs import TrainingReport, recover, train
+
+# Old names, for one release.
+train_donor = train
+recover_transplant = recover
 
 __all__ = [
     "CachePlan",
@@ -17,6 +21,8 @@ __all__ = [
     "RecoveryTrainer",
     "Rows",
     "TrainingReport",
+    "recover",
     "recover_transplant",
+    "train",
     "train_donor",
 ]

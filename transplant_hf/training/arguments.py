@@ -1,8 +1,9 @@
-"""What can be said about the training of a donor, beside what `TrainingArguments` says about any training."""
+"""Arguments of training a donor and of recovering a transplant, beside those of `TrainingArguments`."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,40 +12,93 @@ from transformers import TrainingArguments
 from ..display import parse_size
 from ..errors import ConfigurationError
 
-__all__ = ["DonorTrainingArguments", "check_run"]
+__all__ = [
+    "DonorTrainingArguments",
+    "RecoveryArguments",
+    "default_learning_rate",
+    "default_position",
+    "default_strength",
+]
 
-_METHODS, _MODES, _STARTS = ("in_place", "standalone"), ("insert", "replace"), ("identity", "copy")
-_CACHES = ("auto", "memory", "disk", "off")
+_CHOICES = {
+    "method": ("in_place", "standalone"),
+    "mode": ("insert", "replace"),
+    "init": ("identity", "copy"),
+    "cache_prefix": ("auto", "memory", "disk", "off"),
+}
+_PARTS = ("donor", "neighbors", "norms", "gate")
+# The best of three on a validation split, for a Llama of width 192 (docs/results.md).
+_MEASURED_WIDTH = 192
+_LEARNING_RATES = {"in_place": 1e-2, "standalone": 3e-3}
 
 
 @dataclass
-class DonorTrainingArguments(TrainingArguments):
-    """`TrainingArguments` of Transformers, with what concerns donors and with defaults from the measurements.
+class _PartTrainingArguments(TrainingArguments):
+    """What donor training and recovery share; the subclasses document the fields."""
+
+    block_length: int | None = None
+    held_out_blocks: int | None = None
+    replay_share: float = 0.25
+    cache_prefix: str = "auto"
+    prefix_cache_limit: str = "20GB"
+    prefix_cache_dir: str | None = None
+    distillation: float = 0.0
+    lr_scheduler_type: Any = field(default="cosine")
+    warmup_steps: float = field(default=0.05)
+    save_total_limit: int | None = field(default=2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in _CHOICES.items():
+            if getattr(self, name, known[0]) not in known:
+                raise ConfigurationError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ConfigurationError(
+                f"max_steps must be at least 1, or -1 for num_train_epochs; got {self.max_steps}. A donor that is not "
+                "trained is made by extract."
+            )
+        if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
+            raise ConfigurationError(f"num_train_epochs must be above 0, got {self.num_train_epochs}.")
+        for name in ("learning_rate", "gate_learning_rate"):
+            rate = getattr(self, name, None)
+            if rate is not None and not 0 < rate < math.inf:
+                raise ConfigurationError(f"{name} must be a finite number above 0, got {rate}.")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "held_out_blocks"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ConfigurationError(f"{name} must be at least 1, got {count}.")
+        if not 0.0 <= self.replay_share < 1.0:
+            raise ConfigurationError(f"replay_share must be at least 0 and below 1, got {self.replay_share}.")
+        parse_size(self.prefix_cache_limit, "prefix_cache_limit")
+
+
+@dataclass
+class DonorTrainingArguments(_PartTrainingArguments):
+    """`TrainingArguments` of Transformers with fields for donors, and with defaults from measurements.
 
     Args:
         method: "in_place" trains the donor inside the frozen recipient; "standalone" is the paper's wrapper: the donor
             alone between the frozen embeddings and the frozen head.
-        mode: "insert" adds layers; "replace" trains the layers at the position themselves, at no extra cost when they
-            run.
+        mode: "insert" adds layers; "replace" trains the layers at the position, and adds no cost at run time.
         position: How many recipient layers run before the donor, 0..L; by default L - 1, or L - k to replace.
         donor_layers: k.
         start_layers: The recipient layers it starts from; by default the k before the position, or the replaced ones.
-        init: "identity" starts with output projections of zero, so that the recipient's output is as it was;
-            "copy" starts as the layers are. A replacing donor always starts as a copy.
-        donor_name: What to call the donor.
+        init: "identity" starts with output projections of zero, so that the recipient's output is unchanged; "copy"
+            starts with copies of the layers. A replacing donor always starts as a copy.
+        donor_name: The donor's name; by default the text's.
         block_length: Tokens in a block; by default what the recipient can read, at most 1024.
-        held_out_blocks: Most blocks of each text that is measured on; by default all.
-        replay_share: The share of each batch that is general text, where such text is given.
+        held_out_blocks: The largest number of blocks of each held-out text; by default all.
+        replay_share: The share of each batch that is general text, if there is general text.
         distillation: Weight of KL(untouched recipient || model), on the rows of general text if there are any.
         cache_prefix: Whether the hidden states before the donor are computed once for each block: in "memory", on
-            "disk", "off", or "auto": in memory up to a gibibyte, else on disk.
-        prefix_cache_limit: Most bytes for that, such as "20GB" or "20GiB".
-        prefix_cache_dir: Where to keep them on disk; by default in the output folder, removed after training.
+            "disk", "off", or "auto": in memory up to one GiB, otherwise on disk.
+        prefix_cache_limit: The largest size of that cache, such as "20GB" or "20GiB".
+        prefix_cache_dir: Where to keep the cache on disk; by default in the output folder, removed after training.
         strength: The strength that the donor's repo recommends; by default 1, or 0.75 without general text.
-        learning_rate: By default what did best for the method, in proportion to 1 / width.
+        learning_rate: By default the best measured for the method, in proportion to 1 / width.
 
     Raises:
-        ConfigurationError: A value that is not known.
+        ConfigurationError: An unknown value.
 
     Example:
         >>> DonorTrainingArguments(output_dir="law", mode="replace").lr_scheduler_type.value
@@ -58,25 +112,11 @@ class DonorTrainingArguments(TrainingArguments):
     start_layers: list[int] | None = None
     init: str = "identity"
     donor_name: str | None = None
-    block_length: int | None = None
-    held_out_blocks: int | None = None
-    replay_share: float = 0.25
-    distillation: float = 0.0
-    cache_prefix: str = "auto"
-    prefix_cache_limit: str = "20GB"
-    prefix_cache_dir: str | None = None
     strength: float | None = None
     learning_rate: float | None = field(default=None)  # type: ignore[assignment]
-    lr_scheduler_type: Any = field(default="cosine")
-    warmup_steps: float = field(default=0.05)
-    save_total_limit: int | None = field(default=2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_run(self)
-        for name, known in (("method", _METHODS), ("mode", _MODES), ("init", _STARTS), ("cache_prefix", _CACHES)):
-            if getattr(self, name) not in known:
-                raise ConfigurationError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
         if self.donor_layers < 1:
             raise ConfigurationError(f"donor_layers must be at least 1, got {self.donor_layers}.")
         if self.method == "standalone" and self.mode == "replace":
@@ -88,30 +128,82 @@ class DonorTrainingArguments(TrainingArguments):
             )
 
 
-def check_run(args: Any) -> None:
-    """Refuse numbers with which a run would fail, or do nothing, after hours of preparation.
+@dataclass
+class RecoveryArguments(_PartTrainingArguments):
+    """`TrainingArguments` of Transformers with fields for recovery.
 
     Args:
-        args: Of a donor or of a recovery.
+        parts: What is trained: "donor" (all of its layers), "neighbors" (the recipient's layers next to it), "norms"
+            (only the norms of both), "gate" (the donor's strength); one or several.
+        neighbors: How many recipient layers on either side are neighbors.
+        donors: The donors to recover, by name; by default all that are inserted.
+        block_length: Tokens in a block; by default what the recipient can read, at most 1024.
+        held_out_blocks: As in `DonorTrainingArguments`.
+        replay_share: As in `DonorTrainingArguments`.
+        cache_prefix: As in `DonorTrainingArguments`.
+        prefix_cache_limit: As in `DonorTrainingArguments`.
+        prefix_cache_dir: As in `DonorTrainingArguments`.
+        learning_rate: The learning rate of everything except gates.
+        gate_learning_rate: The learning rate of gates.
+        neighbours: The old name of `neighbors`.
 
     Raises:
-        ConfigurationError: A number out of range.
+        ConfigurationError: An unknown part.
     """
-    if args.max_steps != -1 and args.max_steps < 1:
-        raise ConfigurationError(
-            f"max_steps must be at least 1, or -1 for num_train_epochs; got {args.max_steps}. A donor that is not "
-            "trained is made by extract."
-        )
-    if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
-        raise ConfigurationError(f"num_train_epochs must be above 0, got {args.num_train_epochs}.")
-    for name in ("learning_rate", "gate_learning_rate"):
-        rate = getattr(args, name, None)
-        if rate is not None and not 0 < rate < math.inf:
-            raise ConfigurationError(f"{name} must be a finite number above 0, got {rate}.")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "held_out_blocks"):
-        count = getattr(args, name)
-        if count is not None and count < 1:
-            raise ConfigurationError(f"{name} must be at least 1, got {count}.")
-    if not 0.0 <= args.replay_share < 1.0:
-        raise ConfigurationError(f"replay_share must be at least 0 and below 1, got {args.replay_share}.")
-    parse_size(args.prefix_cache_limit, "prefix_cache_limit")
+
+    parts: list[str] = field(default_factory=lambda: ["donor", "neighbors"])
+    neighbors: int = 1
+    donors: list[str] | None = None
+    learning_rate: float = field(default=1e-3)
+    gate_learning_rate: float = 3e-2
+    neighbours: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.neighbours is not None or "neighbours" in self.parts:
+            warnings.warn("neighbours is spelled neighbors now; the old spelling goes.", FutureWarning, stacklevel=3)
+            self.neighbors = self.neighbors if self.neighbours is None else self.neighbours
+            self.parts = [part.replace("neighbours", "neighbors") for part in self.parts]
+        if not self.parts or set(self.parts) - set(_PARTS):
+            raise ConfigurationError(f"parts must be among {_PARTS}, got {self.parts!r}.")
+        if self.neighbors < 0:
+            raise ConfigurationError(f"neighbors must be at least 0, got {self.neighbors}.")
+        if self.distillation:
+            raise ConfigurationError("distillation is for training a donor. Set distillation=0.")
+
+
+def default_learning_rate(method: str, width: int) -> float:
+    """Return the best measured learning rate, in proportion to 1 / width for models wider than the measured one.
+
+    The proportion is the rule of maximal update parametrization (arXiv 2203.03466) for Adam and hidden matrices; it
+    was not measured here.
+
+    Args:
+        method: "in_place" or "standalone".
+        width: The hidden size.
+
+    Example:
+        >>> default_learning_rate("in_place", 192), default_learning_rate("in_place", 768)
+        (0.01, 0.0025)
+    """
+    return _LEARNING_RATES[method] * min(1.0, _MEASURED_WIDTH / width)
+
+
+def default_position(mode: str, num_layers: int, count: int) -> int:
+    """Return the best measured position: before the last layer; for a replacing donor the last layers.
+
+    Args:
+        mode: "insert" or "replace".
+        num_layers: The recipient's L.
+        count: The donor's k.
+
+    Example:
+        >>> default_position("insert", 9, 3), default_position("replace", 9, 3)
+        (8, 6)
+    """
+    return max(num_layers - (count if mode == "replace" else 1), 0)
+
+
+def default_strength(mode: str, replayed: bool) -> float:
+    """Return the strength to recommend: 1 where general text was replayed, less without it."""
+    return 1.0 if replayed or mode == "replace" else 0.75

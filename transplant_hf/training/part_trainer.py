@@ -1,7 +1,8 @@
-"""Train a part of a model: whatever requires a gradient, running only the layers that matter."""
+"""Train a part of a model: everything that requires a gradient, running only the layers that matter."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -14,19 +15,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, default_data_collator
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from torch.nn import functional as F
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
+from ..architecture import eval_mode
+from ..display import parse_size, progress_bar
 from ..errors import CompatibilityError, ConfigurationError, TrainingError
 from ..partial import PREFIX_STATES, PartialRun, fill_cache, running_only, stack_of
-from .checkpoints import check_same_run, last_checkpoint, load_trained, save_trained, trained_tensors
-from .distillation import divergence
-from .progress import StderrProgress
-from .rows import REPLAYED, Numbered, Rows
+from .checkpoints import check_same_run, last_checkpoint, load_trained, save_trained, trained_parameters
+from .data import REPLAYED, Rows, rows_per_step
 
 __all__ = ["CachePlan", "Part", "PartTrainer"]
 
-_IN_MEMORY = 1 << 30
+_IN_MEMORY = 1 << 30  # bytes of a cache that "auto" keeps in memory
 _TOLERANCE = 1e-3
 
 
@@ -36,9 +44,9 @@ class Part:
 
     Args:
         numbers: Their running numbers.
-        from_embeddings: Whether the first of them gets what the embeddings give, although layers before it are left
-            out; else it gets the hidden state that those compute.
-        donor: Running numbers of layers that make the difference to the untouched recipient, for distillation.
+        from_embeddings: Whether the first of them gets the output of the embeddings, although layers before it are
+            left out; otherwise it gets the hidden state that those compute.
+        donor: Running numbers of the layers that the untouched recipient does not have, for distillation.
     """
 
     numbers: Sequence[int]
@@ -57,7 +65,7 @@ class CachePlan:
 
     Args:
         kind: "auto", "memory", "disk" or "off".
-        limit: Most bytes.
+        limit: The largest size in bytes.
         folder: For files; by default one in the output folder.
         kept: Whether files stay after training.
     """
@@ -67,26 +75,36 @@ class CachePlan:
     folder: Path | None = None
     kept: bool = False
 
+    @classmethod
+    def from_arguments(cls, args: Any) -> CachePlan:
+        """Read the plan from arguments.
+
+        Args:
+            args: `DonorTrainingArguments` or `RecoveryArguments`.
+        """
+        folder = None if args.prefix_cache_dir is None else Path(args.prefix_cache_dir)
+        return cls(args.cache_prefix, parse_size(args.prefix_cache_limit), folder, kept=folder is not None)
+
 
 class PartTrainer(Trainer):
     """`Trainer` of Transformers for a model of which a part is trained.
 
-    Frozen modules stay in evaluation mode; of the model only `part` runs, from hidden states computed once for each
-    block; checkpoints hold what is trained; a loss that is not finite ends the run before the weights are touched.
+    Frozen modules stay in evaluation mode. Only `part` of the model runs, from hidden states that are computed once
+    for each block. Checkpoints hold what is trained. A loss that is not finite ends the run before the weights change.
 
     Args:
-        model: The model; what requires a gradient is trained.
-        args: As in Transformers.
-        rows: Every row of the run.
+        model: The model; parameters that require a gradient are trained.
+        args: As in Transformers; not changed.
+        rows: All rows of the run.
         part: The layers that run; all by default.
         cache: Where hidden states before the part are kept.
         inner: The model inside `model`, where that is a wrapper such as PEFT's.
-        run: What a run must agree in to be resumed.
+        run: What must be equal in a run that is resumed.
         distillation: Weight of the divergence from the untouched recipient.
         **kwargs: As in Transformers.
     """
 
-    # Transformers types them as if they could be missing.
+    # Transformers types them as optional.
     args: Any
     model: Any
     state: Any
@@ -110,16 +128,18 @@ class PartTrainer(Trainer):
                 "or the model's push_to_hub(repo, thin=True)."
             )
         kwargs.setdefault("data_collator", default_data_collator)
+        args = copy.copy(args)
+        args.max_steps = len(rows) // rows_per_step(args)
         # One pass over the rows is the whole run; their order is already drawn.
         args.train_sampling_strategy = "sequential"
         args.remove_unused_columns = False
         args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # what is trained always runs
+            args.ddp_find_unused_parameters = False  # everything that is trained runs
         super().__init__(model=model, args=args, train_dataset=rows, **kwargs)
-        for talkative in (PrinterCallback, ProgressCallback):
-            self.pop_callback(talkative)
-        self._progress = StderrProgress(quiet=bool(args.disable_tqdm))
+        for to_standard_output in (PrinterCallback, ProgressCallback):
+            self.pop_callback(to_standard_output)
+        self._progress = _Progress(quiet=bool(args.disable_tqdm))
         self.add_callback(self._progress)
         self.rows = rows
         self.part = part
@@ -129,19 +149,19 @@ class PartTrainer(Trainer):
         self.cache_seconds = 0.0
         self._run = {**rows.described(), **dict(run or {}), "max_steps": args.max_steps}
         if rows.share:
-            self._run["replay_drawn"] = 2  # general text by a generator of its own; version 1 had one for both
+            self._run["replay_drawn"] = 2  # version 1 drew both texts with one generator
         self._running: PartialRun | None = None
         self._frozen = list(_frozen_modules(model, stack_of(self.inner)))
 
-    # -- the run --------------------------------------------------------------------------------------------------
+    # -- The run --------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; see `Trainer.train`.
 
         Args:
-            resume_from_checkpoint: A checkpoint's folder, or `True` for the last one that was written whole.
+            resume_from_checkpoint: A checkpoint's folder, or `True` for the last complete one.
             *args: As in Transformers.
-            **kwargs: The same.
+            **kwargs: As in Transformers.
 
         Raises:
             ConfigurationError: A checkpoint of another run, or none.
@@ -151,19 +171,21 @@ class PartTrainer(Trainer):
         try:
             return self._train_part(checkpoint, *args, **kwargs)
         finally:
-            self._progress.close()  # also where the run was stopped, so that what is said next has a line of its own
-            # Accelerate leaves its autocast around `forward`: the model shall compute as it did before.
+            self._progress.close()  # a run that was stopped too: messages after it start on a line of their own
+            # Accelerate leaves its autocast around `forward`: the model computes as before from here on.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def _train_part(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
-        if self.part is None:
+        part = self.part
+        if part is None:
             return super().train(checkpoint, *args, **kwargs)
-        caching = self.part.position > 0 and self.cache_plan.kind != "off"
+        caching = part.position > 0 and self.cache_plan.kind != "off"
         if caching:
-            self._fill_cache()
-        numbers = self.part.numbers if caching or self.part.from_embeddings else range(max(self.part.numbers) + 1)
+            self._fill_cache(part.position)
+        numbers = part.numbers if caching or part.from_embeddings else range(max(part.numbers) + 1)
+        wrapper = self.model if self.model is not self.inner else None
         try:
-            with running_only(self.inner, numbers, self._outermost(), self.part.from_embeddings) as running:
+            with running_only(self.inner, numbers, wrapper, part.from_embeddings) as running:
                 self._running = running
                 if caching:
                     self._check_exact()
@@ -174,49 +196,45 @@ class PartTrainer(Trainer):
             if not self.cache_plan.kept and self.is_world_process_zero():
                 shutil.rmtree(self._cache_folder, ignore_errors=True)
 
-    def _outermost(self) -> Any:
-        return self.model if self.model is not self.inner else None
-
-    def checkpoint_to_resume(self, asked: Any) -> str | None:
-        """Return the checkpoint that a run goes on from, once it is known to be of this run.
+    def checkpoint_to_resume(self, checkpoint: Any) -> str | None:
+        """Return the folder of the checkpoint to resume from, after a check that it belongs to this run.
 
         Args:
-            asked: A checkpoint's folder, or `True` for the last one that was written whole.
+            checkpoint: A checkpoint's folder, or `True` for the last complete one.
 
         Raises:
             ConfigurationError: A checkpoint of another run, or none.
         """
-        if not asked:
+        if not checkpoint:
             return None
         output = Path(str(self.args.output_dir))
-        folder = last_checkpoint(output) if asked is True else Path(os.fspath(asked))
+        folder = last_checkpoint(output) if checkpoint is True else Path(os.fspath(checkpoint))
         if folder is None:
             raise ConfigurationError(
-                f"there is no whole checkpoint in {output} to resume from. Start without resuming."
+                f"there is no complete checkpoint in {output} to resume from. Start without resuming."
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ConfigurationError("runs under FSDP or DeepSpeed cannot be resumed here yet; start anew.")
+            raise ConfigurationError("runs under FSDP or DeepSpeed cannot be resumed here yet; start again.")
         check_same_run(folder, self._run)
         return str(folder)
 
-    # -- hidden states before the part ----------------------------------------------------------------------------
+    # -- Hidden states before the part ----------------------------------------------------------------------------
 
     @property
     def _cache_folder(self) -> Path:
         return self.cache_plan.folder or Path(str(self.args.output_dir), "prefix-cache")
 
-    def _fill_cache(self) -> None:
-        assert self.part is not None
-        plan, position, numbers = self.cache_plan, self.part.position, self.rows.used
-        width = self.inner.config.get_text_config(decoder=True).hidden_size
-        size = len(numbers) * int(self.rows.domain.tokens.shape[1]) * width * self.inner.dtype.itemsize
+    def _fill_cache(self, position: int) -> None:
+        plan, model, numbers = self.cache_plan, self.inner, self.rows.used
+        width = model.config.get_text_config(decoder=True).hidden_size
+        size = len(numbers) * self.rows.domain.block_length * width * model.dtype.itemsize
         on_disk = plan.kind == "disk" or (plan.kind == "auto" and size > _IN_MEMORY) or self.args.world_size > 1
-        told = [self.rows.fingerprints, numbers, position, str(self.inner.config.name_or_path), str(self.inner.dtype)]
-        key = hashlib.sha256(json.dumps([*told, self.args.bf16, self.args.fp16]).encode()).hexdigest()
+        inputs = [self.rows.fingerprints, numbers, position, str(model.config.name_or_path), str(model.dtype)]
+        key = hashlib.sha256(json.dumps([*inputs, self.args.bf16, self.args.fp16]).encode()).hexdigest()
         with self.args.main_process_first(desc="hidden states before the part"):
             self.rows.prefix = fill_cache(
-                self.inner,
-                Numbered(self.rows),
+                model,
+                self.rows.blocks,
                 numbers,
                 position,
                 batch_size=max(1, 2 * self.args.train_batch_size),
@@ -227,22 +245,20 @@ class PartTrainer(Trainer):
             )
         self.cache_seconds = self.rows.prefix.seconds
 
-    @torch.no_grad()
     def _check_exact(self) -> None:
-        """Compare the part with the whole model: what a layer hands on may not be all that it does."""
+        """Compare the part with the whole model: layers may do more than their hidden state shows."""
         ids, states = (self.rows[0][name][None].to(self.args.device) for name in ("input_ids", PREFIX_STATES))
-        self.model.eval()
-        with self.autocast_smart_context_manager():
-            short = self.model(input_ids=ids, use_cache=False, **{PREFIX_STATES: states}).logits.float()
+        with eval_mode(self.model), self.autocast_smart_context_manager():
+            partial = self.model(input_ids=ids, use_cache=False, **{PREFIX_STATES: states}).logits.float()
             with self._whole():
                 whole = self.model(input_ids=ids, use_cache=False).logits.float()
-        distance = float((short - whole).norm() / whole.norm().clamp_min(1e-12))
-        assert self.rows.prefix is not None
-        if not distance <= _TOLERANCE * (10 if self.inner.dtype != torch.float32 or self.args.bf16 else 1):
+        difference = float((partial - whole).norm() / whole.norm().clamp_min(1e-12))
+        if not difference <= _TOLERANCE * (10 if self.inner.dtype != torch.float32 or self.args.bf16 else 1):
             raise CompatibilityError(
-                f"{type(self.inner).__name__} computes something else when its layers before "
-                f"{self.rows.prefix.position} are left out (relative difference of the logits {distance:.2g}): what "
-                'they do for later layers is not in the hidden state alone. Set cache_prefix="off".'
+                f"{type(self.inner).__name__} computes something else when the layers before "
+                f"{min(self.part.numbers) if self.part else 0} are left out (relative difference of the logits "
+                f"{difference:.2g}): they pass on more than a hidden state. "
+                'Set cache_prefix="off".'
             )
 
     @contextmanager
@@ -259,24 +275,27 @@ class PartTrainer(Trainer):
             running.start()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate the whole model; of a standalone donor, the donor between embeddings and head."""
+        """Evaluate the whole model; for a standalone donor, the donor between embeddings and head."""
         with self._whole():
             return super().evaluate(*args, **kwargs)
 
-    # -- a step ---------------------------------------------------------------------------------------------------
+    # -- A step ---------------------------------------------------------------------------------------------------
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss; see `Trainer.compute_loss`."""
-        self._rest_frozen(model)
+        if model.training:
+            for module in self._frozen:
+                # Frozen modules run without dropout, as in use. A checkpointed layer reads its mode again later.
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
         inputs = dict(inputs)
         replayed = inputs.pop(REPLAYED, None)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.distillation and self._running is not None and self.part is not None and model.training:
             with torch.no_grad(), self._running.without(self.part.donor):
                 reference = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
-            loss = loss + self.distillation * divergence(reference, outputs["logits"], replayed)
+            loss = loss + self.distillation * _divergence(reference, outputs["logits"], replayed)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -288,26 +307,26 @@ class PartTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             last = last_checkpoint(Path(str(self.args.output_dir)))
-            kept = f"The last good checkpoint is {last}" if last else "No checkpoint had been written"
+            kept = f"The last good checkpoint is {last}" if last else "No checkpoint was written before"
+            rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler is not None else self.args.learning_rate
             raise TrainingError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1} of {self.state.max_steps} "
-                f"(learning rate {self._get_learning_rate():.3g}). {kept}. Lower the learning rate, or look at the "
-                "text there."
+                f"(learning rate {rate:.3g}). {kept}. Lower the learning rate, or check the text there."
             )
         return loss
 
-    def _rest_frozen(self, model: nn.Module) -> None:
-        """Keep dropout and the like away from what is not trained: it shall do what it does when it is used."""
-        if model.training:
-            for module in self._frozen:
-                # A checkpointed layer asks for its mode before it lets go of what it computed.
-                module.training = bool(getattr(module, "gradient_checkpointing", False))
+    # -- Checkpoints ----------------------------------------------------------------------------------------------
 
-    # -- checkpoints ----------------------------------------------------------------------------------------------
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a checkpoint of what is trained.
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        Args:
+            output_dir: The folder; by default the trainer's own.
+        """
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        gathered = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
         if self.args.should_save:
-            save_trained(Path(output_dir or str(self.args.output_dir)), self.model, self._run, state_dict)
+            save_trained(Path(output_dir or str(self.args.output_dir)), self.model, self._run, gathered)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(Path(resume_from_checkpoint), self.model if model is None else model)
@@ -318,15 +337,51 @@ class PartTrainer(Trainer):
     @property
     def trainable_parameters(self) -> int:
         """How many numbers are trained."""
-        return sum(parameter.numel() for parameter in trained_tensors(self.model).values())
+        return sum(parameter.numel() for parameter in trained_parameters(self.model).values())
+
+
+class _Progress(TrainerCallback):
+    """A progress bar on standard error with the last loss; standard output is for results."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        quiet = self._quiet or not state.is_world_process_zero
+        self._bar = progress_bar(state.max_steps, "Training", unit="step", quiet=quiet)
+        self._bar.update(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._bar is not None and "loss" in (logs or {}):
+            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _divergence(reference: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The mean KL(reference || model) of a batch's tokens in nats; over the marked rows, or all if none is marked."""
+    if rows is not None and bool(rows.any()):
+        reference, logits = reference[rows], logits[rows]
+    found, wanted = (F.log_softmax(values.flatten(0, 1).float(), -1) for values in (logits, reference))
+    return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
 def _frozen_modules(model: nn.Module, stack: nn.ModuleList) -> Iterator[nn.Module]:
-    """Yield the modules outside the layers that learn in which nothing is trained."""
-    learning = {module for layer in stack if trained_tensors(layer) for module in layer.modules()}
-    inside = sum(len(trained_tensors(layer)) for layer in stack) == len(trained_tensors(model))
+    """Yield the modules outside the trained layers in which nothing is trained."""
+    in_trained_layers = {module for layer in stack if trained_parameters(layer) for module in layer.modules()}
+    only_layers = sum(len(trained_parameters(layer)) for layer in stack) == len(trained_parameters(model))
     for module in model.modules():
-        # Modules without weights, such as dropout of embeddings, rest only where nothing outside the layers learns.
+        # Modules without weights, such as dropout of embeddings, are frozen only if nothing outside the layers learns.
         weightless = not any(True for _ in module.parameters())
-        if module not in learning and not trained_tensors(module) and (inside or not weightless):
+        if module not in in_trained_layers and not trained_parameters(module) and (only_layers or not weightless):
             yield module

@@ -1,80 +1,33 @@
-"""Bridge fine-tuning: after transplantation, let chosen parts grow together for a few steps.
+"""Train chosen parts of a transplant together for a few steps.
 
-Recipient layers that are trained become donors of one layer that replace them: the thin artefact holds these layers
-and no others, and its recipient stays pinned.
+Recipient layers that are trained become donors of one layer that replace them, so the saved transplant stays thin and
+its recipient stays pinned.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
-from ..display import parse_size
 from ..donor import Donor
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..model.gates import attach_gate, detach_gate
 from ..model.memory import transplant
 from ..partial import stack_of
-from .arguments import check_run
-from .making import note_in_donors, versions
+from .arguments import RecoveryArguments
+from .data import read_run
 from .part_trainer import CachePlan, Part, PartTrainer
-from .reading import blocks_of_run, model_and_tokenizer, rows_of_run
+from .records import note_in_donors, versions
 
-__all__ = ["RecoveryArguments", "RecoveryTrainer"]
+__all__ = ["RecoveryTrainer"]
 
-_PARTS = ("donor", "neighbours", "norms", "gate")
 _PREFIX = "recovered-"
-
-
-@dataclass
-class RecoveryArguments(TrainingArguments):
-    """`TrainingArguments` of Transformers, with what concerns recovery.
-
-    Args:
-        parts: What is trained: "donor" (all of its layers), "neighbours" (the recipient's layers next to it), "norms"
-            (only the norms of both), "gate" (the donor's strength); several may be named.
-        neighbours: How many recipient layers on either side count as neighbours.
-        donors: The donors to recover, by name; all that are inserted by default.
-        block_length: Tokens in a block; by default what the recipient can read, at most 1024.
-        held_out_blocks: As in `DonorTrainingArguments`.
-        replay_share: The share of each batch that is general text, where such text is given.
-        cache_prefix: As in `DonorTrainingArguments`.
-        prefix_cache_limit: The same.
-        learning_rate: Of everything but the gate.
-        gate_learning_rate: Of the gate.
-
-    Raises:
-        ConfigurationError: A part that is not known.
-    """
-
-    parts: list[str] = field(default_factory=lambda: ["donor", "neighbours"])
-    neighbours: int = 1
-    donors: list[str] | None = None
-    block_length: int | None = None
-    held_out_blocks: int | None = None
-    replay_share: float = 0.25
-    cache_prefix: str = "auto"
-    prefix_cache_limit: str = "20GB"
-    learning_rate: float = field(default=1e-3)
-    gate_learning_rate: float = 3e-2
-    lr_scheduler_type: Any = field(default="cosine")
-    warmup_steps: float = field(default=0.05)
-    save_total_limit: int | None = field(default=2)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_run(self)
-        unknown = sorted(set(self.parts) - set(_PARTS))
-        if unknown or not self.parts:
-            raise ConfigurationError(f"parts must be among {_PARTS}, got {self.parts!r}.")
-        if self.neighbours < 0:
-            raise ConfigurationError(f"neighbours must be at least 0, got {self.neighbours}.")
 
 
 class RecoveryTrainer(PartTrainer):
@@ -82,18 +35,20 @@ class RecoveryTrainer(PartTrainer):
 
     Args:
         model: A transplanted model, or the Hub id or folder of a transplant or donor.
-        args: What to do.
+        args: `RecoveryArguments`; not changed.
         train_dataset: As in `DonorTrainer`.
-        replay_dataset: The same.
-        eval_dataset: The same.
-        processing_class: The same.
-        revision: The transplant's revision, where it is named.
+        replay_dataset: As in `DonorTrainer`.
+        eval_dataset: As in `DonorTrainer`.
+        processing_class: As in `DonorTrainer`.
+        revision: The revision of a transplant that is named.
         model_kwargs: Further arguments for loading it.
         **kwargs: As in `Trainer`.
 
     Raises:
-        ConfigurationError: No transplant, or nothing to train.
+        ConfigurationError: Not a transplant, or nothing to train.
     """
+
+    label_after = "after"  # of the perplexity after training
 
     def __init__(
         self,
@@ -107,160 +62,160 @@ class RecoveryTrainer(PartTrainer):
         model_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        loaded, processing_class, _ = model_and_tokenizer(model, processing_class, revision, model_kwargs)
-        grown: Any = _with_neighbours(loaded, args)
-        self.recovered = _chosen(grown, args)
-        self._gates = [name for name in self.recovered if "gate" in args.parts]
-        _choose_trained(grown, args, self.recovered)
-        gates = [attach_gate(grown, name) for name in self._gates]
-        first = min(_first_trained(grown))
-        domain, replay, evaluated = blocks_of_run(
-            grown, processing_class, args, train_dataset, replay_dataset, eval_dataset
+        data = read_run(
+            model, args, train_dataset, replay_dataset, eval_dataset, processing_class, revision, model_kwargs
         )
-        self._gate_names = {name for name, value in grown.named_parameters() if any(value is gate for gate in gates)}
+        self.recovered = _donors_to_recover(data.model, args)
+        prepared = data.model
+        if {"neighbors", "norms"} & set(args.parts):
+            prepared = _with_neighbors(prepared, self.recovered, args.neighbors)
+        _require_gradients(prepared, args.parts, self.recovered)
+        self._gates = list(self.recovered) if "gate" in args.parts else []
+        gates = {id(attach_gate(prepared, name)) for name in self._gates}
+        self._gate_names = {name for name, value in prepared.named_parameters() if id(value) in gates}
         super().__init__(
-            grown,
+            prepared,
             args,
-            rows_of_run(domain, replay, args, args.replay_share),
-            part=Part(range(first, len(grown.layer_map))),
-            cache=CachePlan(args.cache_prefix, parse_size(args.prefix_cache_limit)),
+            data.rows(args),
+            part=Part(range(_first_trained(prepared), len(prepared.layer_map))),
+            cache=CachePlan.from_arguments(args),
             run={
-                "recipient": grown.transplant_config.recipient,
+                "recipient": prepared.transplant_config.recipient,
                 "parts": sorted(args.parts),
                 "donors": self.recovered,
                 "learning_rate": args.learning_rate,
             },
-            eval_dataset=evaluated,
-            processing_class=processing_class,
+            eval_dataset=data.held_out,
+            processing_class=data.tokenizer,
             **kwargs,
         )
+
+    @property
+    def transplant(self) -> Any:
+        """The transplanted model, without wrappers for training."""
+        return self.accelerator.unwrap_model(self.model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; afterwards gates are strengths again."""
         output = super().train(*args, **kwargs)
-        model = self.accelerator.unwrap_model(self.model)
         while self._gates:
-            detach_gate(model, self._gates.pop())
+            detach_gate(self.transplant, self._gates.pop())
         self.note_measured({})
         return output
 
+    def states_before(self) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
+        """Yield what is measured before training: a label, and a context manager for the state of the model."""
+        yield RECIPIENT, self.transplant.disable_transplants()
+        yield "before", nullcontext()
+
+    def finish(self) -> None:
+        """Nothing is left to do after training."""
+
     def note_measured(self, held_out: Mapping[str, Mapping[str, float | None]]) -> None:
-        """Record what was done, and what was measured on held-out text, in the donors that were trained.
+        """Record in the trained donors what was done, and what was measured on held-out text.
 
         Args:
             held_out: `{text: {state of the model: perplexity}}`.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        made = {**self._made(), **({"held_out_perplexity": held_out} if held_out else {})}
-        note_in_donors(model, {name: {"recovered": made} for name in [*self.recovered, *_grown_by(model)]})
+        record = {
+            "parts": sorted(self.args.parts),
+            "steps": self.state.global_step,
+            "learning_rate": self.args.learning_rate,
+            **self.rows.described(),
+            "versions": versions(),
+            **({"held_out_perplexity": held_out} if held_out else {}),
+        }
+        names = [name for name in _donor_names(self.transplant) if name in self.recovered or name.startswith(_PREFIX)]
+        note_in_donors(self.transplant, {name: {"recovered": record} for name in names})
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Give gates a learning rate of their own: one number must go farther than each of many."""
+        """Give gates a learning rate of their own: one number must change more than each of many."""
         if self.optimizer is None and self._gate_names:
-            rest = [p for name, p in self.model.named_parameters() if p.requires_grad and name not in self._gate_names]
-            gates = [p for name, p in self.model.named_parameters() if name in self._gate_names]
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+            gates = [value for name, value in trained.items() if name in self._gate_names]
+            rest = [value for name, value in trained.items() if name not in self._gate_names]
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = [{"params": gates, "lr": self.args.gate_learning_rate, "weight_decay": 0.0}]
             groups += [{"params": rest, "weight_decay": self.args.weight_decay}] if rest else []
-            self.optimizer = kind(groups, **options)
+            self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(*args, **kwargs)
 
     def save_transplant(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the thin artefact: donors, recovered layers of the recipient, and the pinned reference to it.
+        """Write the thin transplant: donors, trained layers of the recipient, and the pinned reference to it.
 
         Args:
             folder: The folder.
             **kwargs: As in the model's `save_pretrained`.
         """
         if self.args.should_save:
-            self.accelerator.unwrap_model(self.model).save_pretrained(folder, thin=True, **kwargs)
+            self.transplant.save_pretrained(folder, thin=True, **kwargs)
 
-    def _made(self) -> dict[str, Any]:
-        return {
-            "parts": sorted(self.args.parts),
-            "steps": self.state.global_step,
-            "learning_rate": self.args.learning_rate,
-            **self.rows.described(),
-            "versions": versions(),
-        }
+    def push_transplant(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload what `save_transplant` writes, as one commit.
+
+        Args:
+            repo_id: The repository; created if it does not exist.
+            **kwargs: As in the model's `push_to_hub`.
+        """
+        return self.transplant.push_to_hub(repo_id, thin=True, **kwargs) if self.args.should_save else None
 
 
-def _donors_of(model: Any) -> Sequence[Any]:
+def _donor_names(model: Any) -> list[str]:
     config = getattr(model, "transplant_config", None)
     if config is None:
         raise ConfigurationError(
-            f"{type(model).__name__} holds no transplant: recovery is for a recipient with donors in it. Load it with "
+            f"{type(model).__name__} has no donors: recovery is for a recipient with donors in it. Load it with "
             "AutoModelWithTransplant.from_pretrained(recipient, donors=...)."
         )
-    return list(config.donors)
+    return [str(spec.name) for spec in config.donors]
 
 
-def _chosen(model: Any, args: RecoveryArguments) -> list[str]:
-    """The donors that are recovered, by name."""
-    known = [str(spec.name) for spec in _donors_of(model) if not str(spec.name).startswith(_PREFIX)]
-    chosen = known if args.donors is None else args.donors
-    strays = sorted(set(chosen) - set(known))
-    if strays or not chosen:
-        raise ConfigurationError(f"no donor is named {', '.join(strays)}; this model has {', '.join(known)}.")
-    return list(chosen)
+def _donors_to_recover(model: Any, args: RecoveryArguments) -> list[str]:
+    known = [name for name in _donor_names(model) if not name.startswith(_PREFIX)]
+    chosen = known if args.donors is None else list(args.donors)
+    unknown = sorted(set(chosen) - set(known))
+    if unknown or not chosen:
+        raise ConfigurationError(f"no donor is named {', '.join(unknown)}; this model has {', '.join(known)}.")
+    return chosen
 
 
-def _with_neighbours(model: Any, args: RecoveryArguments) -> Any:
-    """Let recipient layers next to the donors be donors themselves, so that they can be trained and saved."""
-    if not {"neighbours", "norms"} & set(args.parts):
-        _donors_of(model)
-        return model
-    for index in sorted(_neighbours(model, _chosen(model, args), args.neighbours)):
+def _with_neighbors(model: Any, donors: Sequence[str], reach: int) -> Any:
+    """Turn recipient layers next to the donors into donors, so that they can be trained and saved."""
+    layer_map, indices = model.layer_map, set()
+    for name in donors:
+        own = layer_map.layers_of(name)
+        near = [*range(max(own[0] - reach, 0), own[0]), *range(own[-1] + 1, min(own[-1] + 1 + reach, len(layer_map)))]
+        indices |= {layer_map[number].index for number in near if layer_map[number].source == RECIPIENT}
+    for index in sorted(indices):
         number = list(model.layer_map).index((RECIPIENT, index))
         layer = Donor.from_model(model, [number], name=f"{_PREFIX}{index}")
         model = transplant(model, layer, position=index, mode="replace", name=f"{_PREFIX}{index}")
     return model
 
 
-def _neighbours(model: Any, donors: Sequence[str], reach: int) -> set[int]:
-    layer_map = model.layer_map
-    found: set[int] = set()
-    for name in donors:
-        own = layer_map.layers_of(name)
-        near = [*range(max(own[0] - reach, 0), own[0]), *range(own[-1] + 1, min(own[-1] + 1 + reach, len(layer_map)))]
-        found |= {layer_map[number].index for number in near if layer_map[number].source == RECIPIENT}
-    return found
-
-
-def _choose_trained(model: Any, args: RecoveryArguments, donors: Sequence[str]) -> None:
+def _require_gradients(model: Any, parts: Sequence[str], donors: Sequence[str]) -> None:
     model.requires_grad_(False)
     stack, layer_map = stack_of(model), model.layer_map
-    mine = [number for name in donors for number in layer_map.layers_of(name)]
-    near = [number for number, slot in enumerate(layer_map) if slot.source.startswith(_PREFIX)]
-    for part, numbers in (("donor", mine), ("neighbours", near)):
-        if part in args.parts:
-            for number in numbers:
-                stack[number].requires_grad_(True)
-    if "norms" in args.parts:
-        for number in [*mine, *near]:
+    of_donors = [number for name in donors for number in layer_map.layers_of(name)]
+    neighbors = [number for number, slot in enumerate(layer_map) if slot.source.startswith(_PREFIX)]
+    for number in [*of_donors, *neighbors]:
+        if ("donor" if number in of_donors else "neighbors") in parts:
+            stack[number].requires_grad_(True)
+        elif "norms" in parts:
             for norm in _norms(stack[number]):
                 norm.requires_grad_(True)
 
 
 def _norms(layer: nn.Module) -> Iterator[nn.Module]:
-    """Modules that hold no more than gains and biases."""
+    """Modules that have only gains and biases."""
     for module in layer.modules():
         own = list(module.parameters(recurse=False))
         if own and all(parameter.dim() == 1 for parameter in own) and not list(module.children()):
             yield module
 
 
-def _grown_by(model: Any) -> list[str]:
-    """The recipient's layers that became donors, by name."""
-    return [str(spec.name) for spec in _donors_of(model) if str(spec.name).startswith(_PREFIX)]
-
-
-def _first_trained(model: Any) -> list[int]:
-    trained = [
-        number
-        for number, layer in enumerate(stack_of(model))
-        if any(parameter.requires_grad for parameter in layer.parameters())
-    ]
-    if not trained:
-        raise ConfigurationError("there is nothing to train: no layer next to the donors, or no norm in them.")
-    return trained
+def _first_trained(model: Any) -> int:
+    for number, layer in enumerate(stack_of(model)):
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            return number
+    raise ConfigurationError("there is nothing to train: no layer next to the donors, or no norm in them.")

@@ -59,7 +59,7 @@ def train(family: Path, **fields: Any) -> Any:
 def test_numbers_are_refused_before_a_model_is_loaded(
     wrong: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("transplant_hf.training.reading.load_model", lambda *a, **k: pytest.fail("it was loaded"))
+    monkeypatch.setattr("transplant_hf.training.data.load_model", lambda *a, **k: pytest.fail("it was loaded"))
     for run in (train_donor, recover_transplant):
         with refused(ConfigurationError, told):
             run("recipient", "text.txt", tmp_path / "out", **{**SHORT, **wrong})
@@ -85,8 +85,8 @@ def test_wrong_usage(words: list[str], told: str, capsys: pytest.CaptureFixture[
 
 
 def test_nothing_is_measured_for_a_run_that_cannot_be_resumed(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transplant_hf.training.run.perplexity", lambda *args, **kwargs: pytest.fail("measured"))
-    with refused(ConfigurationError, "no whole checkpoint"):
+    monkeypatch.setattr("transplant_hf.training.runs.perplexity", lambda *args, **kwargs: pytest.fail("measured"))
+    with refused(ConfigurationError, "no complete checkpoint"):
         train(family, held_out=str(family / "other.txt"), resume=True)
 
 
@@ -148,7 +148,7 @@ def test_a_perplexity_without_end_does_not_keep_a_donor_from_being_saved(
     class Endless:
         value = float("inf")
 
-    monkeypatch.setattr("transplant_hf.training.run.perplexity", lambda *args, **kwargs: Endless)
+    monkeypatch.setattr("transplant_hf.training.runs.perplexity", lambda *args, **kwargs: Endless)
     train(family, held_out=str(family / "other.txt"))
     held = Donor.from_pretrained(family / "new").metadata["held_out_perplexity"]
     assert held == {"other": {"recipient": None, "with donor": None}}
@@ -161,7 +161,7 @@ def test_a_measurement_that_fails_loses_no_training(family: Path, monkeypatch: p
             raise CheckpointError("the loss is nan")
         return perplexity(model, *args, **kwargs)
 
-    monkeypatch.setattr("transplant_hf.training.run.perplexity", fails_with_donor)
+    monkeypatch.setattr("transplant_hf.training.runs.perplexity", fails_with_donor)
     with refused(CheckpointError, "the loss is nan"):
         train(family, held_out=str(family / "other.txt"))
     assert Donor.from_pretrained(family / "new").metadata["steps"] == 4
@@ -195,7 +195,10 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
 
         monkeypatch.setattr(PartTrainer, "training_step", stopped)
 
-    for at, told in ((1, "no checkpoint was written"), (3, "checkpoint-2 is whole: go on from there with resume=True")):
+    for at, told in (
+        (1, "no checkpoint was written"),
+        (3, "checkpoint-2 is complete: continue from it with resume=True"),
+    ):
         stop_at(at)
         assert main([*words, "--steps", "4"]) == 130
         err = capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import copied
 from transplant_hf import AutoModelWithTransplant, Donor
-from transplant_hf.training.making import note_in_donors
+from transplant_hf.training.records import note_in_donors
 
 
 def metadata(model: Any) -> dict[str, Any]:

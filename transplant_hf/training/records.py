@@ -1,4 +1,4 @@
-"""What made a donor: recorded in its metadata, so that it can be made again."""
+"""The record of a donor's training: its metadata, with which it can be trained again."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 import transformers
 
 from .. import __version__
+from .data import rows_per_step
 
 if TYPE_CHECKING:
     from .donor_trainer import DonorTrainer
 
-__all__ = ["note_in_donors", "record_of_making", "versions"]
+__all__ = ["note_in_donors", "training_record", "versions"]
 
 _ARGUMENTS = (
     "method",
@@ -39,16 +40,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def record_of_making(trainer: DonorTrainer) -> dict[str, Any]:
-    """Return everything that made a trainer's donor.
-
-    Args:
-        trainer: The trainer; of a run that has not begun it says what would.
-    """
+def training_record(trainer: DonorTrainer) -> dict[str, Any]:
+    """Return the metadata of a trainer's donor; before the run, of the run as planned."""
     args, state = trainer.args, trainer.state
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    evaluated = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    made: dict[str, Any] = {
+    record: dict[str, Any] = {
         "made_by": "transplant_hf DonorTrainer",
         "position": trainer.position,
         "strength": trainer.recommended_strength,
@@ -56,29 +51,30 @@ def record_of_making(trainer: DonorTrainer) -> dict[str, Any]:
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "steps": state.global_step,
-        "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch": rows_per_step(args),
         **trainer.rows.described(),
         "trainable_parameters": trainer.trainable_parameters,
         "prefix_cache_seconds": round(trainer.cache_seconds, 3),
         "versions": versions(),
     }
-    seconds = next((entry["train_runtime"] for entry in reversed(state.log_history) if "train_runtime" in entry), None)
-    if seconds is not None:
-        made["train_seconds"] = round(seconds, 3)
-    if losses:
-        made["train_loss_last"] = round(losses[-1], 4)
+    logged = {name: value for entry in state.log_history for name, value in entry.items()}  # the last of each
+    for key, name, digits in (
+        ("train_seconds", "train_runtime", 3),
+        ("train_loss_last", "loss", 4),
+        ("eval_loss_last", "eval_loss", 4),
+    ):
+        if name in logged:
+            record[key] = round(logged[name], digits)
     if trainer.held_out_perplexity:
-        made["held_out_perplexity"] = trainer.held_out_perplexity
-    if evaluated:
-        made["eval_loss_last"] = round(evaluated[-1], 4)
-    return made
+        record["held_out_perplexity"] = trainer.held_out_perplexity
+    return record
 
 
 def note_in_donors(model: Any, notes: Mapping[str, Mapping[str, Any]]) -> None:
     """Add to the metadata that a transplanted model's donors are saved with.
 
     Args:
-        model: The model.
+        model: The model; copies of it are not changed.
         notes: What to add, by the donors' names.
     """
     state = model._transplant

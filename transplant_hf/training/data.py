@@ -1,0 +1,272 @@
+"""The data of a training run: the model, its tokenizer, texts as blocks, and the order of the rows."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset, Dataset
+from transformers import PreTrainedModel
+
+from ..architecture import choose_block_length
+from ..errors import ConfigurationError, DataError
+from ..evaluation.models_and_texts import LoadedModel, find_tokenizer
+from ..model.opening import load_model, pinned_commit
+from ..partial import PREFIX_STATES, PrefixCache
+from ..sources import HubOptions
+from ..texts import Blocks, TextSource, check_tokenizer, pack
+
+__all__ = ["REPLAYED", "Rows", "RunData", "as_blocks", "model_and_tokenizer", "read_run", "rows_per_step"]
+
+# The key that marks rows of general text, for losses that treat them differently.
+REPLAYED = "replayed"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run starts from.
+
+    Args:
+        model: The loaded model.
+        tokenizer: Its tokenizer.
+        commit: The commit, where the model came from the Hub.
+        domain: Blocks of the text to learn.
+        general: Blocks of general text.
+        held_out: The texts to measure on; one, or several by name.
+    """
+
+    model: Any
+    tokenizer: Any
+    commit: str | None
+    domain: Blocks
+    general: Blocks | None
+    held_out: Blocks | dict[str, Blocks] | None
+
+    def rows(self, args: Any, mark: bool = False) -> Rows:
+        """Return the rows of the run, in order.
+
+        Args:
+            args: Batch sizes, steps or epochs, the share of general text and the seed.
+            mark: Whether rows say if they are general text.
+        """
+        share = args.replay_share if self.general is not None else 0.0
+        steps = args.max_steps
+        if steps <= 0:
+            steps = max(1, math.ceil(len(self.domain) * args.num_train_epochs / (1.0 - share)) // rows_per_step(args))
+        return Rows(self.domain, steps * rows_per_step(args), self.general, share, args.seed, mark)
+
+
+def read_run(
+    model: Any,
+    args: Any,
+    domain: Any,
+    general: Any = None,
+    held_out: Any = None,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> RunData:
+    """Load the model of a run and pack its texts into blocks.
+
+    Args:
+        model: A model, or the Hub id or folder of a model, a transplant or a donor.
+        args: With `block_length`, `held_out_blocks`, steps and batch sizes.
+        domain: The text to learn, as in `as_blocks`.
+        general: General text, or `None`.
+        held_out: Text to measure on, several as `{name: text}`, or `None`.
+        tokenizer: The model's tokenizer; by default the one beside it.
+        revision: The revision of a model that is named.
+        model_kwargs: As in `from_pretrained`.
+
+    Raises:
+        DataError: There is no text to learn, or a text cannot be read.
+    """
+    loaded, tokenizer, commit = model_and_tokenizer(model, tokenizer, revision, model_kwargs)
+    if domain is None:
+        raise DataError("train_dataset is missing: name the text to learn.")
+    rows_read = args.max_steps * rows_per_step(args) if args.max_steps > 0 else None
+
+    def packed(data: Any, what: str, limit: int | None = None) -> Blocks:
+        limit = rows_read if limit is None and _is_stream(data) else limit
+        return as_blocks(data, loaded, tokenizer, args.block_length, what, limit)
+
+    held: Any = None
+    if isinstance(held_out, Mapping):
+        held = {name: packed(text, f"held-out text {name}", args.held_out_blocks) for name, text in held_out.items()}
+    elif held_out is not None:
+        held = packed(held_out, "held-out text", args.held_out_blocks)
+    blocks = packed(domain, "text")
+    return RunData(
+        loaded, tokenizer, commit, blocks, None if general is None else packed(general, "general text"), held
+    )
+
+
+def model_and_tokenizer(
+    model: Any, tokenizer: Any, revision: str | None, kwargs: Mapping[str, Any] | None
+) -> tuple[Any, Any, str | None]:
+    """Load a model that is named, at one commit; a loaded model is returned unchanged.
+
+    Args:
+        model: A model, or the Hub id or folder of a model, a transplant or a donor.
+        tokenizer: Its tokenizer; by default the one beside a model that is named.
+        revision: Its revision.
+        kwargs: As in `from_pretrained`.
+
+    Returns:
+        The model, the tokenizer, and the commit where the model came from the Hub.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model, tokenizer, None
+    reference, loading = os.fspath(model), dict(kwargs or {})
+    commit = pinned_commit(reference, revision, loading)
+    loaded = load_model(reference, revision=commit, keep_replaced=True, **loading)
+    if tokenizer is None:
+        hub, gguf_file = HubOptions.from_kwargs(loading), loading.get("gguf_file")
+        tokenizer = find_tokenizer(LoadedModel(loaded, reference, commit, hub, gguf_file))
+    return loaded, tokenizer, commit
+
+
+def as_blocks(
+    data: Any, model: Any, tokenizer: Any, block_length: int | None, what: str, max_blocks: int | None = None
+) -> Blocks:
+    """Pack text into blocks, unless it is packed already.
+
+    Args:
+        data: `Blocks`, a `TextSource`, a file or Hub id, or rows with a "text" column.
+        model: The model that reads it.
+        tokenizer: Its tokenizer.
+        block_length: Tokens in a block; by default what the model can read, at most 1024.
+        what: What the text is for, for messages.
+        max_blocks: The largest number of blocks; by default all.
+
+    Raises:
+        ConfigurationError: No tokenizer, or a stream without an end.
+        DataError: Text that is missing or too short, or a tokenizer of another model.
+    """
+    if isinstance(data, Blocks):
+        return data if max_blocks is None else data.part(0, max_blocks)
+    if tokenizer is None:
+        raise ConfigurationError(
+            f"the {what} {data!r} must be packed into blocks: pass processing_class=, a tokenizer."
+        )
+    text_config = model.config.get_text_config(decoder=True)
+    check_tokenizer(tokenizer, text_config.vocab_size, str(model.config.name_or_path or type(model).__name__))
+    if isinstance(data, str):
+        data = TextSource.parse(data)
+    if _is_stream(data) and max_blocks is None:
+        raise ConfigurationError(f"the {what} {data.data!r} is a stream, which has no end: set max_steps.")
+    return pack(data, tokenizer, choose_block_length(model.config, block_length), max_blocks)
+
+
+def _is_stream(data: Any) -> bool:
+    return isinstance(data, TextSource) and data.streaming
+
+
+def rows_per_step(args: Any) -> int:
+    """Return how many rows all processes read in one optimizer step."""
+    rows: int = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return rows
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """All rows of a training run, in the order in which they are read.
+
+    The order depends on the seed alone: a run that is resumed, or that has several processes, reads the same rows.
+    General text is spread evenly, so that every batch has its share.
+
+    Args:
+        domain: Blocks of the text to learn.
+        count: How many rows the run reads.
+        replay: Blocks of general text, against forgetting.
+        share: The share of rows that are general text, at least 0 and below 1.
+        seed: The seed of the order.
+        mark: Whether rows say if they are general text.
+
+    Raises:
+        ConfigurationError: A share out of range.
+        DataError: Blocks of two lengths.
+    """
+
+    def __init__(
+        self,
+        domain: Blocks,
+        count: int,
+        replay: Blocks | None = None,
+        share: float = 0.0,
+        seed: int = 42,
+        mark: bool = False,
+    ) -> None:
+        if not 0.0 <= share < 1.0:
+            raise ConfigurationError(f"the share of general text must be at least 0 and below 1, got {share}.")
+        if replay is not None and replay.block_length != domain.block_length:
+            raise DataError(
+                f"blocks of {domain.name!r} have {domain.block_length} tokens, those of {replay.name!r} "
+                f"{replay.block_length}. Pack both with one block_length."
+            )
+        self.domain, self.replay = domain, replay
+        self.share = share if replay is not None else 0.0
+        self.prefix: PrefixCache | None = None
+        # By number: blocks of the domain first, then those of the general text.
+        texts = [domain] if replay is None else [domain, replay]
+        self.blocks: ConcatDataset[dict[str, torch.Tensor]] = ConcatDataset(texts)
+        self._mark = mark
+        self._numbers = self._draw(count, seed)
+
+    def _draw(self, count: int, seed: int) -> list[int]:
+        # One generator for each text: the rows of a longer run begin with those of a shorter one.
+        of_domain, of_general = (torch.Generator().manual_seed(number) for number in (seed, seed + 1))
+        replayed = [math.floor((n + 1) * self.share + 1e-9) > math.floor(n * self.share + 1e-9) for n in range(count)]
+        general = _shuffled(len(self.replay) if self.replay is not None else 1, sum(replayed), of_general)
+        domain = _shuffled(len(self.domain), count - sum(replayed), of_domain)
+        sources = {True: iter(general), False: iter(domain)}
+        return [next(sources[is_general]) + (len(self.domain) if is_general else 0) for is_general in replayed]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        number = self._numbers[row]
+        item: dict[str, Any] = dict(self.blocks[number])
+        if self._mark:
+            item[REPLAYED] = torch.tensor(number >= len(self.domain))
+        if self.prefix is not None:
+            item[PREFIX_STATES] = self.prefix[number]
+        return item
+
+    @property
+    def used(self) -> list[int]:
+        """The numbers of the blocks that the run reads, ascending."""
+        return sorted(set(self._numbers))
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """The fingerprints of the texts."""
+        return [blocks.fingerprint for blocks in (self.domain, self.replay) if blocks is not None]
+
+    def described(self) -> dict[str, Any]:
+        """Return names and fingerprints of the texts, and the number of rows, as JSON."""
+        described: dict[str, Any] = {
+            "text": self.domain.name,
+            "text_sha256": self.domain.fingerprint,
+            "rows": len(self),
+            "block_length": self.domain.block_length,
+        }
+        if self.replay is not None and self.share:
+            described |= {
+                "replay_text": self.replay.name,
+                "replay_sha256": self.replay.fingerprint,
+                "replay_share": self.share,
+            }
+        return described
+
+
+def _shuffled(size: int, count: int, generator: torch.Generator) -> Sequence[int]:
+    """Numbers below `size`, shuffled again for each pass."""
+    numbers: list[int] = []
+    while len(numbers) < count:
+        numbers += torch.randperm(size, generator=generator).tolist()
+    return numbers[:count]

@@ -1,0 +1,300 @@
+"""From names to a saved donor or transplant: the commands `train` and `recover`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..donor.saved_files import check_artifact_folder
+from ..errors import ConfigurationError
+from ..evaluation import perplexity
+from ..hub import check_can_push
+from ..layer_map import RECIPIENT
+from ..outputs import check_output_folder
+from ..sources import points_to_folder
+from ..texts import Blocks
+from .arguments import DonorTrainingArguments, RecoveryArguments
+from .checkpoints import checkpoints, last_checkpoint, remove_checkpoints
+from .donor_trainer import DonorTrainer
+from .recovery import RecoveryTrainer
+
+__all__ = ["TrainingReport", "recover", "train"]
+
+_CHECKPOINTS = ".training"  # added to the output's name
+_HeldOut = dict[str, dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingReport:
+    """The result of a training; prints as a table.
+
+    Args:
+        output: Where it was saved: a folder or a repository.
+        layer_map: The layers that run, as text.
+        steps: Optimizer steps.
+        train_loss: The mean loss over them.
+        seconds: The time of training.
+        cache_seconds: The time of computing hidden states before the trained part.
+        trainable_parameters: How many numbers were trained.
+        learning_rate: The peak.
+        strength: The saved strength of each donor.
+        held_out: `{text: {"recipient": ..., "before": ..., "after": ...}}`, perplexities on held-out texts; "after"
+            at the saved strengths.
+    """
+
+    output: str
+    layer_map: str
+    steps: int
+    train_loss: float
+    seconds: float
+    cache_seconds: float
+    trainable_parameters: int
+    learning_rate: float
+    strength: Mapping[str, float]
+    held_out: Mapping[str, Mapping[str, float]]
+
+    @property
+    def perplexity(self) -> Mapping[str, float]:
+        """The perplexities on the first held-out text."""
+        return next(iter(self.held_out.values()), {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return {**dataclasses.asdict(self), "perplexity": dict(self.perplexity)}
+
+    def __str__(self) -> str:
+        strengths = ", ".join(f"{name} {value:g}" for name, value in self.strength.items())
+        lines = [
+            self.layer_map,
+            "",
+            f"saved to            {self.output}",
+            f"trained             {self.trainable_parameters:,} parameters in {self.steps} steps",
+            f"mean loss           {self.train_loss:.3f}",
+            f"seconds             {self.seconds:.1f} of training, {self.cache_seconds:.1f} for hidden states before it",
+            f"learning rate       {self.learning_rate:g}",
+            f"strength            {strengths}",
+        ]
+        for text, numbers in self.held_out.items():
+            lines += [f"perplexity on {text}"] if len(self.held_out) > 1 else []
+            lines += [f"{f'perplexity {name}':<19} {value:.2f}" for name, value in numbers.items()]
+        return "\n".join(lines)
+
+
+def train(
+    recipient: str | os.PathLike[str],
+    text: Any,
+    output: str | os.PathLike[str] | None,
+    *,
+    general: Any = None,
+    held_out: Any = None,
+    push_to: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_checkpoints: bool = False,
+    revision: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    push_kwargs: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> TrainingReport:
+    """Train a donor on a text and save it as a donor repo.
+
+    Args:
+        recipient: Hub id or folder of a model, or of a transplant, which gets one more donor.
+        text: The text to learn.
+        output: The folder to write; may be omitted with `push_to`.
+        general: General text to replay.
+        held_out: Text to measure on before and after; several as `{name: text}`. The results are recorded.
+        push_to: The repository to upload to.
+        resume: Continue from the last checkpoint beside the output; the run may be longer than before.
+        overwrite: Replace what transplant_hf wrote to the output before. Without it, an output that is not empty, or
+            checkpoints of an earlier run that `resume` does not continue, are refused before any work is done.
+        keep_checkpoints: Keep them beside the output after the run, to continue later with `resume`.
+        revision: The recipient's revision.
+        model_kwargs: Further arguments for loading it.
+        push_kwargs: Further arguments for the upload.
+        **arguments: Those of `DonorTrainingArguments`; `donor_name` is by default the name of the output.
+
+    Returns:
+        The report.
+
+    Raises:
+        TransplantError: The reason; checkpoints of the training so far are kept.
+    """
+    if arguments.get("donor_name") is None:
+        last = Path(output).absolute().name if output is not None else str(push_to or "").rpartition("/")[2]
+        arguments["donor_name"] = last if last not in ("", RECIPIENT) else None
+    with _checkpoint_folder(output, push_to, resume, overwrite) as folder:
+        args = DonorTrainingArguments(folder, **arguments)
+        trainer = DonorTrainer(recipient, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs)
+        return _run(trainer, output, push_to, push_kwargs, resume, keep_checkpoints)
+
+
+def recover(
+    transplant: str | os.PathLike[str],
+    text: Any,
+    output: str | os.PathLike[str] | None,
+    *,
+    general: Any = None,
+    held_out: Any = None,
+    push_to: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_checkpoints: bool = False,
+    revision: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    push_kwargs: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> TrainingReport:
+    """Train chosen parts of a transplant and save it thin.
+
+    Args:
+        transplant: Hub id or folder of a transplant or donor.
+        text: As in `train`.
+        output: As in `train`.
+        general: As in `train`.
+        held_out: As in `train`.
+        push_to: As in `train`.
+        resume: As in `train`.
+        overwrite: As in `train`.
+        keep_checkpoints: As in `train`.
+        revision: The transplant's revision.
+        model_kwargs: Further arguments for loading it.
+        push_kwargs: Further arguments for the upload.
+        **arguments: Those of `RecoveryArguments`.
+
+    Returns:
+        The report.
+
+    Raises:
+        TransplantError: The reason; checkpoints of the training so far are kept.
+    """
+    with _checkpoint_folder(output, push_to, resume, overwrite) as folder:
+        args = RecoveryArguments(folder, **arguments)
+        trainer = RecoveryTrainer(
+            transplant, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs
+        )
+        return _run(trainer, output, push_to, push_kwargs, resume, keep_checkpoints)
+
+
+def _run(
+    trainer: DonorTrainer | RecoveryTrainer,
+    output: str | os.PathLike[str] | None,
+    push_to: str | None,
+    push_kwargs: Mapping[str, Any] | None,
+    resume: bool,
+    keep_checkpoints: bool,
+) -> TrainingReport:
+    """Measure, train, measure, save, and remove the checkpoints of what is saved."""
+    push_kwargs = dict(push_kwargs or {})
+    if push_to is not None:
+        _check_push(trainer.transplant.transplant_config, push_to, push_kwargs.get("token"))
+    trainer.checkpoint_to_resume(resume)
+    held_out: _HeldOut = {}
+    for label, state in trainer.states_before():
+        with state:
+            held_out = _measure(trainer, label, held_out)
+    folder = Path(str(trainer.args.output_dir))
+    if not resume:
+        remove_checkpoints(folder)
+    result = trainer.train(resume_from_checkpoint=resume)
+    trainer.finish()
+    try:
+        held_out = _measure(trainer, trainer.label_after, held_out)
+        trainer.note_measured(_for_record(held_out))
+    finally:  # a measurement that fails loses no training
+        if isinstance(trainer, DonorTrainer):
+            save, push = trainer.save_donor, trainer.push_donor
+        else:
+            save, push = trainer.save_transplant, trainer.push_transplant
+        if output is not None:
+            save(output)
+        if push_to is not None:
+            push(push_to, **push_kwargs)
+    if not keep_checkpoints:
+        remove_checkpoints(folder)
+    return TrainingReport(
+        output=str(output or push_to),
+        layer_map=str(trainer.transplant.layer_map),
+        steps=trainer.state.global_step,
+        train_loss=result.training_loss,
+        seconds=result.metrics["train_runtime"],
+        cache_seconds=trainer.cache_seconds,
+        trainable_parameters=trainer.trainable_parameters,
+        learning_rate=trainer.args.learning_rate,
+        strength=dict(trainer.transplant.strengths),
+        held_out=held_out,
+    )
+
+
+# -- Before the run --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _checkpoint_folder(
+    output: str | os.PathLike[str] | None, push_to: str | None, resume: bool, overwrite: bool
+) -> Iterator[str]:
+    """Yield a folder for checkpoints beside the output; it is removed again if it is empty."""
+    if output is None and push_to is None:
+        raise ConfigurationError("there is no place for the result: pass an output folder, or a repository to push to.")
+    folder = Path(f"{os.fspath(output) if output is not None else str(push_to).replace('/', '--')}{_CHECKPOINTS}")
+    if not resume and not overwrite and checkpoints(folder):
+        raise ConfigurationError(
+            f"{folder} has checkpoints of an earlier run. Continue it with resume=True (--resume), or start again "
+            "with overwrite=True (--overwrite), which removes them."
+        )
+    if resume and not checkpoints(folder):
+        raise ConfigurationError(
+            f"there is no complete checkpoint in {folder} to resume from. A run that ends removes its checkpoints, "
+            "unless it is given keep_checkpoints=True (--keep-checkpoints). Start without resume."
+        )
+    check_output_folder(folder, resume or overwrite)
+    if output is not None:
+        # A finished run that continues replaces its own result.
+        check_artifact_folder(output, overwrite or resume)
+    try:
+        yield str(folder)
+    except KeyboardInterrupt as stopped:
+        last = last_checkpoint(folder)
+        message = "no checkpoint was written, as the first one comes after save_steps (--save-steps) steps"
+        if last:
+            message = f"{last} is complete: continue from it with resume=True (--resume)"
+        raise KeyboardInterrupt(f"training was stopped; {message}.") from stopped
+    finally:
+        with suppress(OSError):  # not empty: there are checkpoints to resume from
+            folder.rmdir()
+
+
+def _check_push(config: Any, repo_id: str, token: str | bool | None) -> None:
+    if points_to_folder(config.recipient, revision=config.recipient_revision) is not None:
+        raise ConfigurationError(
+            f"a pushed donor must name a recipient on the Hub, and {config.recipient} is a folder. Push the recipient "
+            "first and train from there, or write to a folder only."
+        )
+    check_can_push(repo_id, token)
+
+
+# -- Perplexity on held-out texts ------------------------------------------------------------------------------------
+
+
+def _measure(trainer: Any, label: str, before: _HeldOut) -> _HeldOut:
+    """Return the perplexities so far, and those of the model as it is now."""
+    held = trainer.eval_dataset
+    texts = held if isinstance(held, Mapping) else {held.name: held} if isinstance(held, Blocks) else {}
+    quiet = bool(trainer.args.disable_tqdm)
+    return {
+        name: {**before.get(name, {}), label: perplexity(trainer.model, blocks, name=name, quiet=quiet).value}
+        for name, blocks in texts.items()
+    }
+
+
+def _for_record(held_out: _HeldOut) -> dict[str, dict[str, float | None]]:
+    """Round, and replace infinity, which JSON does not have."""
+    return {
+        text: {state: round(value, 4) if math.isfinite(value) else None for state, value in numbers.items()}
+        for text, numbers in held_out.items()
+    }
