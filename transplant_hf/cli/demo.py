@@ -21,12 +21,9 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..demo import print_report, run_demo
+    from ..demo import run_demo
 
     report = run_demo(options.folder, fresh=options.fresh, overwrite=options.overwrite)
     with printing(options):
-        if options.json:
-            print(json.dumps(report.to_dict(), indent=2))
-        else:
-            print_report(report)
+        print(json.dumps(report.to_dict(), indent=2) if options.json else report)
     return 0

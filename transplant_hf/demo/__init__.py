@@ -1,15 +1,11 @@
-"""The demo: a recipient and a donor trained in minutes, on texts that every Python installation carries.
+"""The demo: train a recipient and a donor in minutes, on texts that come with Python.
 
 Example:
     >>> from pathlib import Path
-    >>> from transplant_hf.demo import print_report, run_demo  # doctest: +SKIP
-    >>> print_report(run_demo(Path("transplant-demo")))  # doctest: +SKIP
+    >>> from transplant_hf.demo import run_demo  # doctest: +SKIP
+    >>> print(run_demo(Path("transplant-demo")))  # doctest: +SKIP
 """
 
-from __future__ import annotations
+from .run import DemoReport, DemoSettings, run_demo
 
-from .budget import DemoBudget
-from .report import DemoReport, print_report
-from .run import run_demo
-
-__all__ = ["DemoBudget", "DemoReport", "print_report", "run_demo"]
+__all__ = ["DemoReport", "DemoSettings", "run_demo"]

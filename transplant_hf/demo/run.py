@@ -1,32 +1,122 @@
-"""The demo from start to end: recipient, donor, and what the donor changes."""
+"""The demo from start to end: train a recipient, train a donor inside it, and show what the donor changes."""
 
 from __future__ import annotations
 
-import time
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, Pipeline, PreTrainedModel, pipeline
-
+from ..display import align_table
+from ..errors import CheckpointError
+from ..evaluation import perplexity
 from ..outputs import check_output_folder
-from .budget import DemoBudget
-from .donor import DONOR_NAME, build_donor
-from .evaluate import perplexity
-from .recipient import build_recipient
-from .report import DemoReport, PerplexityRow, Sample
-from .stages import check_stage, clear_stage, is_stage, run_stage
-from .texts import load_texts
-from .threads import quickest_threads
-from .tokenizer import encode_stream
+from ..storage import read_json, write_json
+from ..texts import Blocks, pack
+from ..training import train_donor
+from .texts import write_texts
 
-__all__ = ["PROMPTS", "run_demo"]
+__all__ = ["DemoReport", "DemoSettings", "run_demo"]
 
-_REPETITION_PENALTY = 1.15
+_RECORD = "demo.json"
+_PROMPTS = {"English": "If the value of the expression is", "Python source": "class Message:\n    def __init__(self,"}
+_NAMES = {"English": "english", "Python source": "source"}
 
-PROMPTS = (
-    ("English", "If the value of the expression is"),
-    ("Python source", "class Message:\n    def __init__(self,"),
-)
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Sizes and numbers of steps; the defaults take about four minutes on two CPU cores.
+
+    Args:
+        train_characters: Characters of each training text.
+        test_characters: Characters of each test text.
+        vocab_size: Tokens of the vocabulary, at least 258.
+        hidden_size: The width of the recipient.
+        num_layers: Layers of the recipient.
+        block_length: Tokens in a block.
+        batch_size: Blocks in a step.
+        recipient_steps: Training steps of the recipient.
+        donor_layers: Layers of the donor.
+        donor_steps: Training steps of the donor.
+        new_tokens: Tokens to generate for each prompt.
+    """
+
+    train_characters: int = 1_500_000
+    test_characters: int = 40_000
+    vocab_size: int = 2048
+    hidden_size: int = 128
+    num_layers: int = 6
+    block_length: int = 128
+    batch_size: int = 8
+    recipient_steps: int = 800
+    donor_layers: int = 2
+    donor_steps: int = 400
+    new_tokens: int = 60
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demo made and measured; prints as a report.
+
+    Args:
+        recipient: The recipient's folder.
+        donor: The donor's folder.
+        recipient_parameters: Parameters of the recipient.
+        donor_parameters: Parameters of the donor.
+        layer_map: The layers that run, as a picture.
+        perplexities: `{model: {text: perplexity}}` on the test texts.
+        samples: `{text: (prompt, continuation by the recipient, continuation with the donor)}`.
+        seconds: Training times of recipient and donor, in seconds; also of earlier runs that were reused.
+    """
+
+    recipient: str
+    donor: str
+    recipient_parameters: int
+    donor_parameters: int
+    layer_map: str
+    perplexities: Mapping[str, Mapping[str, float]]
+    samples: Mapping[str, tuple[str, str, str]]
+    seconds: Mapping[str, float]
+
+    @property
+    def recipient_unchanged(self) -> bool:
+        """Whether the model with its donor switched off gives exactly the recipient's perplexities."""
+        return self.perplexities["recipient, untouched"] == self.perplexities["donor switched off"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON."""
+        return {**dataclasses.asdict(self), "recipient_unchanged": self.recipient_unchanged}
+
+    def __str__(self) -> str:
+        lines = []
+        for text, (prompt, before, after) in self.samples.items():
+            lines += _heading(f"{text}, prompt: {prompt!r}")
+            lines += ["Recipient alone:", indent(prompt + before, "    ", lambda line: True), ""]
+            lines += ["With the donor:", indent(prompt + after, "    ", lambda line: True)]
+        lines += _heading("Perplexity on held-out text (lower is better)")
+        rows = [[model, *(f"{value:.2f}" for value in row.values())] for model, row in self.perplexities.items()]
+        lines += [align_table([["", *_PROMPTS], *rows]), ""]
+        verdict = "equals" if self.recipient_unchanged else "DIFFERS FROM"
+        lines += [f"With its donor switched off, the model {verdict} the recipient."]
+        lines += [*_heading("Layers, in running order"), self.layer_map, ""]
+        lines += [f"recipient  {self.recipient_parameters:,} parameters, trained in {self.seconds['recipient']:.0f} s"]
+        lines += [f"donor      {self.donor_parameters:,} parameters, trained in {self.seconds['donor']:.0f} s"]
+        lines += [*_heading("Files"), f"recipient  {self.recipient}", f"donor      {self.donor}"]
+        lines += [
+            "",
+            "Use the donor from Python:",
+            "",
+            "    import transplant_hf",
+            "    from transformers import pipeline",
+        ]
+        lines += [f'    generate = pipeline("text-generation", model={self.donor!r})']
+        return "\n".join(lines)
 
 
 def run_demo(
@@ -35,106 +125,200 @@ def run_demo(
     fresh: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-    budget: DemoBudget | None = None,
+    settings: DemoSettings | None = None,
 ) -> DemoReport:
     """Train a recipient and a donor on this machine and measure what the donor changes.
 
-    What an earlier run with the same budget and the same Python installation finished is reused.
+    What an earlier run with the same settings and texts finished is reused.
 
     Args:
-        folder: Where `recipient` and `donor` are written.
-        fresh: Make both anew.
-        overwrite: Write into a folder that holds other files; these stay.
-        quiet: Show no progress of the training on standard error.
-        budget: Sizes and steps; the default takes about three minutes on two CPU cores.
+        folder: The folder to write; gets `texts`, `recipient` and `donor`.
+        fresh: Train both again.
+        overwrite: Write into a folder with other files, which stay.
+        quiet: Show no progress bars.
+        settings: Sizes and numbers of steps.
 
     Returns:
-        The report; `print_report` prints it.
+        The report; print it.
 
     Raises:
-        TransplantError: Texts are missing in this Python installation, or a folder is in the way.
+        TransplantError: This Python installation has no texts, or the folder cannot be used.
     """
-    start = time.perf_counter()
-    budget = budget or DemoBudget()
-    # Resolved, so that what the donor notes of its recipient does not depend on the working directory.
+    settings = settings or DemoSettings()
     folder = Path(folder).expanduser().resolve()
-    earlier = folder.is_dir() and any(map(is_stage, folder.iterdir()))
-    check_output_folder(folder, overwrite or earlier)
-    for name in ("donor", "recipient"):
-        # Both are checked before any time is spent.
-        check_stage(folder, name)
-    if fresh:
-        clear_stage(folder, "donor")
-        clear_stage(folder, "recipient")
-    texts = load_texts(budget)
-    fingerprint = budget.fingerprint(texts.digest())
-    recipient_folder, donor_folder = folder / "recipient", folder / "donor"
-    recipient_stage = run_stage(
-        folder,
-        "recipient",
-        fingerprint,
-        lambda place: build_recipient(texts, budget, place, quiet),
-        in_place=False,
-    )
-    if not recipient_stage.reused:
-        # A donor belongs to the weights it was trained in.
-        clear_stage(folder, "donor")
-    donor_stage = run_stage(
-        folder,
-        "donor",
-        fingerprint,
-        lambda place: build_donor(texts, budget, recipient_folder, place, quiet),
-        # `Donor.save_pretrained` writes whole or not at all, and names the recipient relative to its folder.
-        in_place=True,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(recipient_folder)
-    english = encode_stream(tokenizer, texts.english.held_out_texts())
-    source = encode_stream(tokenizer, texts.source.held_out_texts())
+    record_file = folder / _RECORD
+    check_output_folder(folder, overwrite or record_file.is_file())
+    texts = write_texts(folder / "texts", settings.train_characters, settings.test_characters)
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in texts.values():
+        digest.update(path.read_bytes())
+    # `made` names the finished parts and their training times; it is written after each, so that a killed run resumes.
+    made = {} if fresh else _finished(record_file, digest.hexdigest())
+    recipient, donor = folder / "recipient", folder / "donor"
+    if "recipient" not in made:
+        record_file.unlink(missing_ok=True)
+        made = {"recipient": _train_recipient(texts, settings, recipient, quiet)}
+        write_json(record_file, {"fingerprint": digest.hexdigest(), "seconds": made})
+    if "donor" not in made:
+        made["donor"] = _train_donor(texts, settings, recipient, donor, quiet)
+        write_json(record_file, {"fingerprint": digest.hexdigest(), "seconds": made})
+    return _measure(texts, settings, recipient, donor, made)
 
-    def row(name: str, model: PreTrainedModel) -> PerplexityRow:
-        return PerplexityRow(
-            name, perplexity(model, english, budget.context), perplexity(model, source, budget.context)
+
+def _finished(record_file: Path, fingerprint: str) -> dict[str, float]:
+    """The parts that an earlier run with the same settings and texts finished, with their training times."""
+    if not record_file.is_file():
+        return {}
+    try:
+        record = read_json(record_file, "the demo's record")
+    except CheckpointError:  # of another version, or damaged: train again
+        return {}
+    return dict(record.get("seconds", {})) if record.get("fingerprint") == fingerprint else {}
+
+
+def _train_recipient(texts: Mapping[str, Path], settings: DemoSettings, target: Path, quiet: bool) -> float:
+    """Pretrain a small Llama on English with Transformers' own `Trainer`; return the seconds it took."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
+
+    from ..training.progress import StderrProgress
+
+    tokenizer = _train_tokenizer(texts, settings)
+    config = LlamaConfig(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.hidden_size * 11 // 4,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=max(settings.hidden_size // 32, 1),
+        num_key_value_heads=max(settings.hidden_size // 32, 1),
+        max_position_embeddings=settings.block_length,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    blocks = pack(texts["english-train"], tokenizer, settings.block_length, quiet=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".recipient-", dir=target.parent) as temporary:
+        args = TrainingArguments(
+            temporary,
+            max_steps=settings.recipient_steps,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=3e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=settings.recipient_steps // 20,
+            weight_decay=0.1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
         )
+        trainer = Trainer(
+            args=args,
+            model_init=lambda: LlamaForCausalLM(config),  # called after the Trainer has set its seed
+            train_dataset=blocks,
+            callbacks=[StderrProgress(quiet)],
+        )
+        trainer.remove_callback(PrinterCallback)  # standard output is for the report
+        seconds: float = trainer.train().metrics["train_runtime"]
+        trainer.model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.copytree(temporary, target, dirs_exist_ok=True)  # other files in the folder stay
+    return seconds
 
-    untouched = AutoModelForCausalLM.from_pretrained(recipient_folder)
-    generate = pipeline("text-generation", model=str(donor_folder))
-    # Any: Transformers types a model's own methods too loosely.
-    model: Any = generate.model
-    with quickest_threads(lambda: perplexity(untouched, english[: 8 * budget.context], budget.context)):
-        rows = [row("recipient, untouched", untouched), row("recipient with donor", model)]
-        with model.disable_transplants():
-            rows.append(row("donor switched off", model))
-            before = [_continue(generate, prompt, budget.new_tokens) for _, prompt in PROMPTS]
-        after = [_continue(generate, prompt, budget.new_tokens) for _, prompt in PROMPTS]
-    recipient_parameters = untouched.num_parameters()
+
+def _train_tokenizer(texts: Mapping[str, Path], settings: DemoSettings) -> Any:
+    """Train a byte-level BPE tokenizer on English, and on some source so that indentation has tokens of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    end, padding = "<|endoftext|>", "<|pad|>"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=[end, padding],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # so that no text needs an unknown token
+        show_progress=False,
+    )
+    english, source = ([json.loads(line)["text"] for line in texts[name].open()] for name in _TRAIN_TEXTS)
+    tokenizer.train_from_iterator([*english, "\n".join(source)[: sum(map(len, english)) // 3]], trainer=trainer)
+    # clean_up_tokenization_spaces would join " ." and "(" to the words before, which is wrong for source code.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=end,
+        pad_token=padding,
+        model_max_length=settings.block_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+_TRAIN_TEXTS = ("english-train", "source-train")
+
+
+def _train_donor(
+    texts: Mapping[str, Path], settings: DemoSettings, recipient: Path, target: Path, quiet: bool
+) -> float:
+    """Train a donor on Python source, with a quarter of English replayed; return the seconds it took."""
+    report = train_donor(
+        recipient,
+        texts["source-train"],
+        target,
+        general=texts["english-train"],
+        overwrite=True,
+        donor_name="python-source",
+        donor_layers=settings.donor_layers,
+        block_length=settings.block_length,
+        max_steps=settings.donor_steps,
+        per_device_train_batch_size=settings.batch_size,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=quiet,
+    )
+    return report.seconds + report.cache_seconds
+
+
+def _measure(
+    texts: Mapping[str, Path], settings: DemoSettings, recipient: Path, donor: Path, seconds: Mapping[str, float]
+) -> DemoReport:
+    """Load the donor as a user would, and compare it with its recipient."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    untouched = AutoModelForCausalLM.from_pretrained(recipient)
+    tokenizer = AutoTokenizer.from_pretrained(recipient)
+    generate: Any = pipeline("text-generation", model=str(donor))
+    model = generate.model
+    tests = {
+        text: pack(texts[f"{name}-test"], tokenizer, settings.block_length, quiet=True) for text, name in _NAMES.items()
+    }
+
+    def measured(of: Any) -> dict[str, float]:
+        return {text: _perplexity(of, blocks) for text, blocks in tests.items()}
+
+    def continued(prompt: str) -> str:
+        # Small models repeat themselves in greedy decoding, hence the penalty.
+        options = {"do_sample": False, "repetition_penalty": 1.15, "return_full_text": False}
+        return str(generate(prompt, max_new_tokens=settings.new_tokens, **options)[0]["generated_text"])
+
+    perplexities = {"recipient, untouched": measured(untouched), "recipient with donor": measured(model)}
+    after = {text: continued(prompt) for text, prompt in _PROMPTS.items()}
+    with model.disable_transplants():
+        perplexities["donor switched off"] = measured(model)
+        before = {text: continued(prompt) for text, prompt in _PROMPTS.items()}
     return DemoReport(
-        folder=str(folder),
-        recipient=str(recipient_folder),
-        donor=str(donor_folder),
-        recipient_parameters=recipient_parameters,
-        donor_parameters=model.num_parameters() - recipient_parameters,
-        position=min(model.layer_map.layers_of(DONOR_NAME)),
+        recipient=str(recipient),
+        donor=str(donor),
+        recipient_parameters=untouched.num_parameters(),
+        donor_parameters=model.num_parameters() - untouched.num_parameters(),
         layer_map=str(model.layer_map),
-        layers=tuple((str(name), int(index)) for name, index in model.layer_map),
-        held_out_tokens={texts.english.name: len(english) - 1, texts.source.name: len(source) - 1},
-        perplexities=tuple(rows),
-        samples=tuple(
-            Sample(domain, prompt, *pair)
-            for (domain, prompt), pair in zip(PROMPTS, zip(before, after, strict=True), strict=True)
-        ),
-        stages=(recipient_stage, donor_stage),
-        seconds=time.perf_counter() - start,
+        perplexities=perplexities,
+        samples={text: (prompt, before[text], after[text]) for text, prompt in _PROMPTS.items()},
+        seconds=dict(seconds),
     )
 
 
-def _continue(generate: Pipeline, prompt: str, new_tokens: int) -> str:
-    """Continue a prompt greedily, and return what was added."""
-    [answer] = generate(
-        prompt,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        # Greedy continuations of small models go round in circles otherwise.
-        repetition_penalty=_REPETITION_PENALTY,
-        return_full_text=False,
-    )
-    return str(answer["generated_text"])
+def _perplexity(model: Any, blocks: Blocks) -> float:
+    return perplexity(model, blocks, quiet=True).value
+
+
+def _heading(text: str) -> list[str]:
+    return ["", text, "-" * len(text)]

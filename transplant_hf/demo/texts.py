@@ -1,160 +1,162 @@
-"""The demo's two domains, each split into training documents and held-out ones."""
+"""The demo's texts, from the running Python installation: English documentation and Python source code."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import importlib
+import json
+import os
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
 
-from ..errors import TransplantError
-from .budget import DemoBudget
-from .library import PARAGRAPH, Document, english_documents, source_documents
+from ..errors import DataError
 
-__all__ = ["DemoTexts", "Domain", "load_texts", "paragraph_keys", "split_documents"]
+__all__ = ["write_texts"]
 
-# Shorter paragraphs ("return self", "Examples:") recur everywhere and give nothing away.
-_SHORTEST_COMPARED = 40
-
-
-@dataclass(frozen=True)
-class Domain:
-    """Texts of one kind, split by document.
-
-    Args:
-        name: Name for tables, for example `English`.
-        train: Documents to train upon.
-        held_out: Documents that only evaluation reads.
-    """
-
-    name: str
-    train: tuple[Document, ...]
-    held_out: tuple[Document, ...]
-
-    def train_texts(self) -> list[str]:
-        """Training texts, one string per document."""
-        return [document.text for document in self.train]
-
-    def held_out_texts(self) -> list[str]:
-        """Held-out texts, one string per document."""
-        return [document.text for document in self.held_out]
+# These folders hold tests, installed packages, generated tables, or what newer versions of Python have removed.
+_SKIPPED_FOLDERS = frozenset(
+    "__pycache__ distutils encodings ensurepip idlelib lib-dynload lib2to3 msilib pydoc_data site-packages "  # noqa: SIM905
+    "dist-packages test tests tkinter turtledemo".split()
+)
+_PARAGRAPH = re.compile(r"\n[ \t]*\n")
+_MIN_DOCSTRING = 80  # characters
+_MIN_COMPARED = 40  # characters: shorter paragraphs ("return self", "Examples:") recur everywhere
 
 
-@dataclass(frozen=True)
-class DemoTexts:
-    """Both domains of the demo.
+def write_texts(folder: Path, train_size: int, test_size: int) -> dict[str, Path]:
+    """Write English and Python source code as .jsonl files, for training and for testing.
+
+    English is the language reference and the docstrings of three quarters of the standard library; source is the code
+    of the last quarter. No paragraph of a test text occurs in a training text.
 
     Args:
-        english: What the recipient learns.
-        source: What the donor learns.
-    """
-
-    english: Domain
-    source: Domain
-
-    def digest(self) -> str:
-        """Digest of all texts and of their split, 64 hexadecimal digits."""
-        digest = hashlib.sha256()
-        for part in (self.english.train, self.english.held_out, self.source.train, self.source.held_out):
-            for document in part:
-                digest.update(hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest())
-            digest.update(b"|")
-        return digest.hexdigest()
-
-
-def load_texts(budget: DemoBudget) -> DemoTexts:
-    """Read both domains from the running Python installation.
-
-    Args:
-        budget: Gives the sizes.
+        folder: The folder to write.
+        train_size: Characters of each training text.
+        test_size: Characters of each test text; the last document is kept whole.
 
     Returns:
-        English text and Python source. No held-out paragraph of either is in the training text of the other.
+        The files, by name: "english-train", "english-test", "source-train" and "source-test".
 
     Raises:
-        TransplantError: The installation has no language reference or no standard library source.
+        DataError: The installation has no language reference or no standard library source.
     """
-    english = split_documents("English", english_documents(), budget.held_out_characters, budget.english_characters)
-    source = split_documents("Python source", source_documents(), budget.held_out_characters, budget.source_characters)
-    held_out = {key for d in (*english.held_out, *source.held_out) for key in paragraph_keys(d.text)}
-    return DemoTexts(_free_of(english, held_out), _free_of(source, held_out))
+    texts = {"english": {**_reference_topics(), **_library(source=False)}, "source": _library(source=True)}
+    test: dict[str, list[str]] = {}
+    train: dict[str, list[str]] = {}
+    remaining = {}
+    for name, documents in texts.items():
+        test[name], remaining[name] = _hold_out(documents, test_size)
+    seen = {key for documents in test.values() for text in documents for key in _paragraph_keys(text)}
+    for name, documents in remaining.items():
+        train[name] = _without_repeats(documents, seen, train_size)
+        if not train[name] or not test[name]:
+            raise DataError(f"this Python installation has too little {name} text for the demo.")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for part, by_name in (("train", train), ("test", test)):
+        for name, documents in by_name.items():
+            files[f"{name}-{part}"] = path = folder / f"{name}-{part}.jsonl"
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return files
 
 
-def split_documents(name: str, documents: Iterable[Document], held_out_size: int, train_size: int) -> Domain:
-    """Split documents into held-out and training ones that share no paragraph.
+def _reference_topics() -> dict[str, str]:
+    """The language reference that `help()` shows, one document for each topic."""
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except (ImportError, AttributeError) as error:
+        raise DataError(
+            "the demo needs Python's language reference (module pydoc_data.topics), which this installation lacks. "
+            "Install the complete standard library, or use another Python."
+        ) from error
+    return {f"topics/{name}": text for name, text in topics.items()}
 
-    Several reference topics quote others whole, so paragraphs of held-out documents are taken out of the
-    training documents; so are repeated paragraphs.
 
-    Args:
-        name: Name of the domain.
-        documents: Documents in the order in which they are chosen.
-        held_out_size: Least size of the held-out part, in characters; its last document is kept whole.
-        train_size: Largest size of the training part, in characters; its last document is cut.
+def _library(source: bool) -> dict[str, str]:
+    """Source code, or docstrings, of the standard library; each file gives only one of the two."""
+    library = Path(os.path.dirname(os.__file__))
+    files = {}
+    for root, folders, names in os.walk(library):
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith("config-")]
+        for name in names:
+            if name.endswith(".py") and not name.startswith(("_sysconfigdata", "__phello__", "antigravity", "this")):
+                files[Path(root, name).relative_to(library).as_posix()] = Path(root, name)
+    if not files:
+        raise DataError(
+            f"the demo needs the source of the standard library, but {library} has no Python files. Use a Python "
+            "installation that includes them."
+        )
+    chosen = {name: path for name, path in files.items() if (_digest(f"role:{name}")[0] % 4 == 0) == source}
+    return {f"library/{name}": _read(path) if source else _docstrings(path) for name, path in chosen.items()}
 
-    Returns:
-        The domain.
 
-    Raises:
-        TransplantError: The documents do not suffice for a held-out and a training part.
-    """
-    # Neither one long document nor a crowd of near-empty files may make up the held-out part.
-    shortest, longest = min(500, held_out_size), max(held_out_size // 4, 4000)
-    held_out: list[Document] = []
-    others: list[Document] = []
-    missing = held_out_size
-    for document in documents:
-        if missing > 0 and shortest <= len(document.text) <= longest:
-            held_out.append(document)
-            missing -= len(document.text)
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _read(path: Path) -> str:
+    """The text of a Python file in its declared encoding; empty if it cannot be decoded."""
+    try:
+        with tokenize.open(path) as file:
+            return file.read()
+    except (SyntaxError, UnicodeDecodeError):
+        return ""
+
+
+def _docstrings(path: Path) -> str:
+    """The longer docstrings of a file, without interactive examples."""
+    try:
+        nodes = list(ast.walk(ast.parse(_read(path))))
+    except (SyntaxError, ValueError):
+        return ""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)]
+    paragraphs = [part for text in docstrings if len(text) >= _MIN_DOCSTRING for part in _PARAGRAPH.split(text)]
+    return "\n\n".join(part for part in paragraphs if ">>>" not in part)
+
+
+def _hold_out(documents: dict[str, str], size: int) -> tuple[list[str], list[str]]:
+    """Split documents into held-out and remaining ones, in an order that depends on their names alone."""
+    # Neither one long document nor many nearly empty ones should make up the held-out text.
+    shortest, longest = min(500, size), max(size // 4, 4000)
+    held_out: list[str] = []
+    remaining = []
+    for name in sorted(documents, key=_digest):
+        text = documents[name]
+        if sum(map(len, held_out)) < size and shortest <= len(text) <= longest:
+            held_out.append(text)
         else:
-            others.append(document)
-    seen = {key for document in held_out for key in paragraph_keys(document.text)}
-    train: list[Document] = []
-    left = train_size
-    for document in others:
-        if left <= 0:
-            break
-        text = _without(document.text, seen)[:left]
-        if text.strip():
-            train.append(Document(document.name, text))
-            left -= len(text)
-    if not train or not held_out:
-        raise TransplantError(f"Too little text for the demo's domain {name!r} in this Python installation.")
-    return Domain(name, tuple(train), tuple(held_out))
+            remaining.append(text)
+    return held_out, remaining
 
 
-def paragraph_keys(text: str) -> Iterator[str]:
-    """Paragraphs of a text as they are compared: white space joined, short ones left out.
-
-    Args:
-        text: Any text.
-
-    Yields:
-        One string per paragraph of at least 40 characters.
-    """
-    for paragraph in PARAGRAPH.split(text):
+def _paragraph_keys(text: str) -> Iterator[str]:
+    """The longer paragraphs of a text, with white space joined, for comparison."""
+    for paragraph in _PARAGRAPH.split(text):
         key = " ".join(paragraph.split())
-        if len(key) >= _SHORTEST_COMPARED:
+        if len(key) >= _MIN_COMPARED:
             yield key
 
 
-def _without(text: str, seen: set[str]) -> str:
-    """Leave out the paragraphs already seen, and note the others as seen."""
-    kept = []
-    for paragraph in PARAGRAPH.split(text):
-        keys = list(paragraph_keys(paragraph))
-        if not seen.isdisjoint(keys):
-            continue
-        seen.update(keys)
-        kept.append(paragraph)
-    return "\n\n".join(kept)
-
-
-def _free_of(domain: Domain, held_out: set[str]) -> Domain:
-    """Leave out of the training documents what the other domain holds out."""
-    train = []
-    for document in domain.train:
-        if not held_out.isdisjoint(paragraph_keys(document.text)):
-            document = Document(document.name, _without(document.text, set(held_out)))
-        train.append(document)
-    return Domain(domain.name, tuple(train), domain.held_out)
+def _without_repeats(documents: list[str], held_out: set[str], size: int) -> list[str]:
+    """Drop paragraphs that are held out or occurred before, up to a number of characters."""
+    seen = set(held_out)
+    kept_documents: list[str] = []
+    remaining = size
+    for text in documents:
+        kept = []
+        for paragraph in _PARAGRAPH.split(text):
+            keys = set(_paragraph_keys(paragraph))
+            if seen.isdisjoint(keys):
+                seen |= keys
+                kept.append(paragraph)
+        document = "\n\n".join(kept)[:remaining]
+        if document.strip():
+            kept_documents.append(document)
+            remaining -= len(document)
+        if remaining <= 0:
+            break
+    return kept_documents
