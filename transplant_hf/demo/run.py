@@ -211,7 +211,7 @@ def _train_recipient(texts: Mapping[str, Path], settings: DemoSettings, target: 
             report_to="none",
             disable_tqdm=True,
         )
-        trainer = Trainer(
+        trainer: Any = Trainer(
             args=args,
             model_init=lambda: LlamaForCausalLM(config),  # called after the Trainer has set its seed
             train_dataset=blocks,

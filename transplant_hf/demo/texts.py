@@ -50,16 +50,16 @@ def write_texts(folder: Path, train_size: int, test_size: int) -> dict[str, Path
     for name, documents in texts.items():
         test[name], remaining[name] = _hold_out(documents, test_size)
     seen = {key for documents in test.values() for text in documents for key in _paragraph_keys(text)}
-    for name, documents in remaining.items():
-        train[name] = _without_repeats(documents, seen, train_size)
+    for name, others in remaining.items():
+        train[name] = _without_repeats(others, seen, train_size)
         if not train[name] or not test[name]:
             raise DataError(f"this Python installation has too little {name} text for the demo.")
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for part, by_name in (("train", train), ("test", test)):
-        for name, documents in by_name.items():
+        for name, written in by_name.items():
             files[f"{name}-{part}"] = path = folder / f"{name}-{part}.jsonl"
-            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in written), encoding="utf-8")
     return files
 
 
