@@ -1,4 +1,4 @@
-"""What a transplant is made of, as it stands in `config.json`: `TransplantConfig` and `DonorSpec`."""
+"""The content of a transplant's `config.json`: `TransplantConfig` and `DonorSpec`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-# Of a `config.json` with `recipient_overrides`: releases that do not know the field must not ignore it.
+# The format of a `config.json` with `recipient_overrides`: releases that do not know the field must not ignore it.
 OVERRIDES_FORMAT = 2
-# Which release of transplant_hf first reads which format: what an older release must be upgraded to.
+# The first release of transplant_hf that reads each format.
 _RELEASE_OF_FORMAT = {1: "0.1.0"}
 _MODES = ("insert", "replace")
 STACKED, SIDE_BY_SIDE = "stacked", "side_by_side"
@@ -40,18 +40,18 @@ _PLAIN_NAME = re.compile(r"(?!\.+$)[^/\\\x00-\x1f\x7f]+")
 
 
 def check_format_version(found: Any, where: str, newest: int = FORMAT_VERSION) -> int:
-    """Accept a `format_version` this release can read.
+    """Return a `format_version`, or refuse one that this release cannot read.
 
     Args:
-        found: The value in the file; a missing one counts as 1.
+        found: The value in the file; `None` counts as 1.
         where: The file, for the message.
-        newest: The newest that this release reads, of that kind of file.
+        newest: The newest version that this release reads.
 
     Returns:
-        The version as an integer.
+        The version.
 
     Raises:
-        ConfigurationError: Not a positive integer, or newer than this release knows.
+        ConfigurationError: Not a positive integer, or newer than this release can read.
     """
     if found is None:
         return FORMAT_VERSION
@@ -61,24 +61,21 @@ def check_format_version(found: Any, where: str, newest: int = FORMAT_VERSION) -
         release = _RELEASE_OF_FORMAT.get(found)
         needed = f"transplant_hf >= {release}" if release else "a newer transplant_hf"
         raise ConfigurationError(
-            f"{where} has format_version {found}, this release reads up to {newest}: it needs {needed} "
-            "that knows this format. Install that release."
+            f"{where} has format_version {found}, and this release reads versions up to {newest}. Install {needed} to "
+            "read it."
         )
     return found
 
 
 def check_composition(found: Any, where: str) -> str:
-    """Accept a way in which donors at one position go together.
+    """Return a composition, "stacked" or "side_by_side", or refuse another value.
 
     Args:
         found: The value.
-        where: What it was given to, for the message.
-
-    Returns:
-        "stacked" or "side_by_side".
+        where: What has it, for the message.
 
     Raises:
-        ConfigurationError: Anything else.
+        ConfigurationError: Another value.
     """
     if not isinstance(found, str) or found not in (STACKED, SIDE_BY_SIDE):
         raise ConfigurationError(
@@ -90,24 +87,24 @@ def check_composition(found: Any, where: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class DonorSpec:
-    """One donor and the place it takes in the recipient.
+    """A donor and its place in the recipient.
 
     Args:
         donor: Hub id, folder, or "." for the repo that holds this configuration.
         position: How many recipient layers run before the donor, 0..L, in the untouched recipient's numbering; `None`
-            for the position that the donor recommends, which is known once it is opened.
+            is the position that the donor recommends.
         mode: "insert" adds the donor's k layers; "replace" removes recipient layers position .. position+k-1. By
-            default "insert"; at the recommended position what the donor recommends.
+            default "insert", at the recommended position what the donor recommends.
         revision: Branch, tag or commit of the donor's repo; a commit once saved.
         subfolder: Folder inside the donor's repo.
         name: What the donor is called in the layer map; defaults to the last part of `donor`, and for "." to the name
             in the donor's record.
         layers: A contiguous part of the donor, by its own order 0..k-1; all of it by default.
-        strength: Scales what the donor's layers add to the hidden state; 0 is exactly the recipient. By default 1; at
+        strength: Scales what the donor's layers add to the hidden state; 0 is exactly the recipient. By default 1, at
             the recommended position what the donor recommends.
 
     Raises:
-        ConfigurationError: A value of the wrong kind.
+        ConfigurationError: A value of the wrong type.
 
     Example:
         >>> DonorSpec("user/gpt2-wikitext", position=1).name
@@ -115,7 +112,7 @@ class DonorSpec:
     """
 
     donor: str
-    # `None` only where the donor's recommendation is meant and the donor is not opened yet.
+    # Position, mode and strength are `None` only for a donor's recommendation that has not been read yet.
     position: int = None  # type: ignore[assignment]
     mode: str = None  # type: ignore[assignment]
     revision: str | None = None
@@ -144,27 +141,27 @@ class DonorSpec:
             if layers[0] < 0:
                 raise ConfigurationError(f"{what} must be consecutive, such as [0, 1], got {layers}.")
             object.__setattr__(self, "layers", tuple(layers))
-        # "donor" is what the repo itself was called where its own name was not known yet.
+        # "donor" is the name of "." before the name of its repository is known.
         object.__setattr__(self, "_named", self.name is not None and (self.donor, self.name) != (".", "donor"))
         if self.name is None:
             object.__setattr__(self, "name", _default_name(self.donor, self.subfolder))
         elif not _PLAIN_NAME.fullmatch(self.name):
             raise ConfigurationError(
-                f"name of donor {self.donor!r} must be a plain name, which can also name a folder, got '{self.name}'."
+                f"name of donor {self.donor!r} must also be a valid name of a folder, got '{self.name}'."
             )
 
     @property
     def is_named(self) -> bool:
-        """Whether its name was given, and is not just the last part of `donor`."""
+        """Whether its name was given; by default it is the last part of `donor`."""
         return bool(vars(self)["_named"])
 
-    def replaced(self, **changed: Any) -> DonorSpec:
-        """Return the spec with some fields changed; unlike `dataclasses.replace`, a name that was not given stays so.
+    def replaced(self, **changes: Any) -> DonorSpec:
+        """Return a copy with other values for some fields. A default name follows the new values.
 
         Args:
-            **changed: The fields.
+            **changes: The fields, such as `position=2`.
         """
-        return dataclasses.replace(self, **{"name": self.name if self.is_named else None, **changed})
+        return dataclasses.replace(self, **{"name": self.name if self.is_named else None, **changes})
 
     def _check_position(self) -> None:
         object.__setattr__(self, "position", whole_number(self.position, f"position of donor {self.donor!r}"))
@@ -178,13 +175,13 @@ class DonorSpec:
         object.__setattr__(self, "strength", finite_number(self.strength, f"strength of donor {self.donor!r}"))
         if self.mode == "replace" and self.strength != 1.0:
             raise ConfigurationError(
-                f"donor {self.donor!r} replaces recipient layers and has strength {self.strength}: a strength below "
-                'one fades to the recipient, whose layers are gone. Use mode="insert" or strength=1.'
+                f"donor {self.donor!r} replaces recipient layers and has strength {self.strength}: a strength "
+                'blends a donor with the hidden state it got, which needs mode="insert". Use that, or strength=1.'
             )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> DonorSpec:
-        """Build a spec from JSON fields; unknown ones are an error.
+        """Create a spec from JSON fields; an unknown field is an error.
 
         Args:
             fields: The JSON object.
@@ -193,7 +190,7 @@ class DonorSpec:
             The spec.
 
         Raises:
-            ConfigurationError: Unknown or missing fields, or values of the wrong kind.
+            ConfigurationError: Unknown or missing fields, or values of the wrong type.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(fields) - set(known))
@@ -208,7 +205,7 @@ class DonorSpec:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON fields; those at their default are left out, except position, mode and name."""
+        """Return the JSON fields, without those at their default, except position, mode and name."""
         kept: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -219,38 +216,29 @@ class DonorSpec:
 
 
 def _text(value: Any, what: str, kind: str = "text") -> str:
-    """Return a name or path as plain text, which JSON has too.
-
-    Raises:
-        ConfigurationError: Of another type, or empty.
-    """
-    found = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(found, str) or not found:
-        got = "an empty string, ''" if found == "" else repr(value)
-        raise ConfigurationError(f"{what} must be {kind}, got {got}.")
-    if "\0" in found:
-        raise ConfigurationError(f"{what} must be {kind}, got {found!r}, which has a null byte.")
-    return str(found)
+    """Return a name or path as text."""
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not text or "\0" in text:
+        note = " (an empty string)" if text == "" else " (it has a null byte)" if isinstance(text, str) else ""
+        raise ConfigurationError(f"{what} must be {kind}, got {text!r}{note}.")
+    return str(text)
 
 
 def _default_name(donor: str, subfolder: str | None) -> str:
     last = PurePath(subfolder or donor).name
-    # "." has no last part of its own: the name of the repo is filled in when the repo is known.
+    # "." has no last part: the name of the repository is used once it is known.
     return last if last not in ("", "..") else "donor"
 
 
 def donor_specs(donors: Any) -> list[DonorSpec]:
-    """Read any accepted way of naming donors.
+    """Return the specs of donors that are named in any accepted way.
 
     Args:
-        donors: `{donor: position}`, a donor's name, a spec, a JSON object, or a list of those. The position `None`, or
-            a bare name, means the position that the donor recommends.
-
-    Returns:
-        The specs in their order, names checked to be unique.
+        donors: `{donor: position}`, a donor's name, a spec, a JSON object, or a list of these. A position of `None`, or
+            a name alone, is the position that the donor recommends.
 
     Raises:
-        ConfigurationError: Anything else, unknown fields or two donors of one name.
+        ConfigurationError: Another value, unknown fields, or two donors of one name.
 
     Example:
         >>> [spec.position for spec in donor_specs({"user/law": 2, "user/code": None})]
@@ -280,9 +268,7 @@ def donor_specs(donors: Any) -> list[DonorSpec]:
 
 def _reference(donor: Any) -> str:
     if not isinstance(donor, str | os.PathLike):
-        raise ConfigurationError(
-            f"a donor must be named by its Hub id or folder, or be a DonorSpec or a JSON object, got {donor!r}."
-        )
+        raise ConfigurationError(f"a donor must be a Hub id, a folder, a DonorSpec or a JSON object, got {donor!r}.")
     return os.fspath(donor)
 
 
@@ -291,7 +277,7 @@ def _check_unique_names(specs: list[DonorSpec]) -> None:
     for spec in specs:
         name = str(spec.name)
         if name == "recipient":
-            raise ConfigurationError(f"donor {spec.donor!r} may not be named 'recipient'; give it another name=.")
+            raise ConfigurationError(f"donor {spec.donor!r} cannot be named 'recipient'; choose another name=.")
         if name in seen:
             raise ConfigurationError(
                 f"two donors are named {name!r}: {seen[name].donor!r} at position {seen[name].position} and "
@@ -301,19 +287,19 @@ def _check_unique_names(specs: list[DonorSpec]) -> None:
 
 
 class TransplantConfig(RecipientFields, PreTrainedConfig):
-    """A recipient and the donors that go into it.
+    """A recipient and its donors.
 
     Args:
         recipient: Hub id or folder; a relative folder is relative to this `config.json`.
         recipient_revision: Branch, tag or commit of the recipient; a commit once saved.
         donors: `DonorSpec` objects or their JSON, applied together, in this order.
         format_version: The version of this file format.
-        composition: How donors that are inserted at one position go together: "stacked", one after another, or
-            "side_by_side", where each gets the same hidden state h and h + sum_i s_i (d_i(h) - h) goes on.
-        recipient_overrides: Fields of the recipient's configuration that the transplant runs with, instead of what
-            the recipient's own `config.json` says. Every other field that is set on this object becomes one.
-        vocab_size: The recipient's, for tools that read it without loading anything.
-        **kwargs: What every `PreTrainedConfig` takes, and fields of the recipient's configuration.
+        composition: How donors that are inserted at one position run: "stacked", one after another, or
+            "side_by_side", where each gets the same hidden state h and the output is h + sum_i s_i (d_i(h) - h).
+        recipient_overrides: Fields of the recipient's configuration that replace those of the recipient's own
+            `config.json`. Every field that is set on this object, and is not its own, becomes one.
+        vocab_size: The recipient's, for tools that read it without loading the recipient.
+        **kwargs: The arguments of `PreTrainedConfig`, and fields of the recipient's configuration.
 
     Raises:
         ConfigurationError: Unknown donor fields, two donors of one name, an unknown composition, or a newer format.
@@ -328,7 +314,7 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
     """
 
     model_type = "transplant"
-    # Empty, for libraries that read it of every architecture they do not find in Transformers itself (TRL does).
+    # Empty, for libraries that read it of every architecture that is not in Transformers itself, as TRL does.
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(
@@ -342,7 +328,7 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
         vocab_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        # Checked first: a newer format may hold fields that the lines below would misread.
+        # Checked first: the lines below might misread the fields of a newer format.
         where = kwargs.get("name_or_path") or "config.json"
         self.format_version = check_format_version(format_version, where, OVERRIDES_FORMAT)
         self.composition = check_composition(composition, kwargs.get("name_or_path") or "the transplant")
@@ -351,9 +337,9 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
             _text(recipient_revision, f"recipient_revision in {where}") if recipient_revision is not None else None
         )
         self.donors: list[DonorSpec] = donor_specs(donors)
-        # Without it `pipeline` falls back to native classes named after the task.
+        # Without it, `pipeline` uses native classes of the task.
         kwargs.setdefault("architectures", ["TransplantForCausalLM"])
-        # It names code that stands in for this class until the class is there; whoever writes a repo writes it anew.
+        # It names code for programs that did not import this class; it is written again with each repository.
         kwargs.pop("auto_map", None)
         overrides = checked_overrides(recipient_overrides or {}, where)
         super().__init__(**{name: value for name, value in kwargs.items() if name in OWN_FIELDS})
@@ -368,7 +354,7 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
 
     @property
     def crowds(self) -> tuple[tuple[str, ...], ...]:
-        """The inserted donors that run side by side, by name: at one position, no replacing one between them."""
+        """The names of inserted donors that run side by side: at one position, without a replacing donor between."""
         if self.composition != SIDE_BY_SIDE:
             return ()
         runs: dict[int, list[list[str]]] = {}
@@ -393,15 +379,13 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Do nothing: a class found through `auto_map` is this installed one, and saving must not copy its code."""
+        """Do nothing: saving must not copy the code of this installed class."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build the configuration and hand on, untouched, what is meant for the recipient's configuration.
+        """Create the configuration; with `return_unused_kwargs=True`, all keyword arguments come back unused.
 
-        Transformers lets a configuration take any keyword argument that it has an attribute for. Here they belong
-        to the recipient (`attn_implementation`, `num_labels`, ...), so when the caller asks for the unused ones
-        back, all of them are.
+        They belong to the recipient's configuration (`attn_implementation`, `num_labels`, ...).
         """
         unused = kwargs.pop("return_unused_kwargs", False)
         named = {"name_or_path": kwargs.pop("name_or_path")} if "name_or_path" in kwargs else {}
@@ -416,7 +400,7 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `config.json` holds, donors as JSON objects; what is at its default is left out."""
+        """Return the content of `config.json`, with donors as JSON objects, without fields at their default."""
         donors, self.donors = self.donors, []
         try:
             fields = super().to_dict()

@@ -1,7 +1,7 @@
-"""The errors of transplant_hf: one root, seven kinds.
+"""The errors of transplant_hf, all derived from `TransplantError`.
 
-They do not derive from `ValueError` or `OSError` on purpose: `transformers.pipeline` catches those while it tries
-several classes and would bury the sentence that tells the user what to do.
+They do not derive from `ValueError` or `OSError`: `transformers.pipeline` catches these while it tries several classes,
+and the user would not see the message.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ __all__ = [
 ]
 
 
-# What model and configuration classes raise for a configuration they cannot build. Their own code decides, so the
-# list is wide; a failure is never swallowed, it becomes the reason why a candidate was rejected.
+# What model and configuration classes raise for a configuration they cannot build: any of these, as their code differs.
+# The error is never dropped; it becomes the reason why a configuration was rejected.
 BUILD_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -39,7 +39,7 @@ BUILD_ERRORS = (
 
 
 class TransplantError(Exception):
-    """Root of all errors that transplant_hf raises on purpose."""
+    """Base class of the errors of transplant_hf."""
 
 
 class ConfigurationError(TransplantError):
@@ -50,8 +50,8 @@ class CompatibilityError(TransplantError):
     """Donor and recipient do not fit together.
 
     Args:
-        message: What the user reads.
-        mismatches: Every mismatch that was found, one line each.
+        message: The message.
+        mismatches: All mismatches, one line each.
     """
 
     def __init__(self, message: str, mismatches: Iterable[str] = ()) -> None:
@@ -60,7 +60,7 @@ class CompatibilityError(TransplantError):
 
 
 class CheckpointError(TransplantError):
-    """Weights that are malformed, cut short, missing, mis-shaped, unsafe or not finite, or could not be written."""
+    """Weights that are malformed, truncated, missing, unsafe or not finite, have other shapes, or cannot be written."""
 
 
 class IntegrityError(CheckpointError):
@@ -68,12 +68,12 @@ class IntegrityError(CheckpointError):
 
 
 class HubError(TransplantError):
-    """A repository is missing, gated, private or out of reach; the client's exception is the `__cause__`."""
+    """A repository is missing, gated or private, or the Hub is out of reach; the client's error is the `__cause__`."""
 
 
 class DataError(TransplantError):
-    """Text that cannot be trained or measured on."""
+    """Text that cannot be used for training or evaluation."""
 
 
 class TrainingError(TransplantError):
-    """Training that cannot go on; checkpoints that were written before are as they were."""
+    """Training that cannot continue; earlier checkpoints are unchanged."""

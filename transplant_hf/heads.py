@@ -1,4 +1,4 @@
-"""The heads a model can have: which Auto class puts each on, what loads it in a transplant, and its pipeline."""
+"""The heads of models: the Auto class of each, the class that loads it in a transplant, and its pipeline."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["BASE", "CAUSAL_LM", "HEADS", "Head", "auto_classes", "auto_classes_f
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A head, or none.
+    """A head, or no head.
 
     Args:
-        auto_class: The name of the Auto class that finds models with it.
-        task: The pipeline that runs such a model, for model cards.
+        auto_class: The name of the Auto class of models with this head.
+        task: The pipeline for such a model, for model cards.
 
     Example:
         >>> Head("AutoModelForCausalLM").loader
@@ -30,17 +30,17 @@ class Head:
 
     @property
     def loader(self) -> str:
-        """What the class is called that the Auto class finds for a transplant; repositories name it in `auto_map`."""
+        """The name of the class that the Auto class finds for a transplant; repositories name it in `auto_map`."""
         return f"Transplant{self.auto_class.removeprefix('AutoModel') or 'Model'}"
 
     def find(self) -> Any:
-        """The Auto class; `None` where this release of Transformers has none of that name."""
+        """The Auto class; `None` if this release of Transformers does not have it."""
         return getattr(transformers, self.auto_class, None)
 
 
 CAUSAL_LM = Head("AutoModelForCausalLM", "text-generation")
 BASE = Head("AutoModel")
-# The heads that Transformers has for decoder-only models. A class that several Auto classes find belongs to the first.
+# The heads that Transformers has for decoder-only models. A class that several Auto classes have counts for the first.
 HEADS = (
     CAUSAL_LM,
     Head("AutoModelForSequenceClassification", "text-classification"),
@@ -56,8 +56,7 @@ HEADS = (
 def auto_classes() -> list[Any]:
     """Return every Auto class of Transformers that loads models, those of `HEADS` first.
 
-    `AutoModelForDecision` is left out: the pipeline "decision" asks it for models that were trained for that, and where
-    it has none tries the other classes.
+    Without `AutoModelForDecision`: the pipeline "decision" tries the other classes only if this one has no model.
     """
     names = [name for name in dir(transformers) if name.startswith("AutoModelFor") and not name.endswith("Decision")]
     others = [Head(name) for name in names]
@@ -66,15 +65,15 @@ def auto_classes() -> list[Any]:
 
 
 def auto_classes_for(config: PreTrainedConfig) -> list[str]:
-    """Name the Auto classes that have a class for a model of this type; no model code is loaded."""
+    """Return the names of the Auto classes that have a class for a model of this type; loads no model code."""
     return [one.__name__ for one in auto_classes() if type(config) in one._model_mapping]
 
 
 def head_of(class_names: Collection[str], config: PreTrainedConfig) -> Head | None:
-    """Return the head of a model: that of the first Auto class which finds its class, or that its class is named after.
+    """Return the head of a model: that of the first Auto class that has its class, else the one in its class's name.
 
     Args:
-        class_names: What its class is called; for files, what `architectures` holds.
+        class_names: The names of its class; for files, the content of `architectures`.
         config: Its configuration.
     """
     for head in HEADS:

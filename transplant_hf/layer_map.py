@@ -20,10 +20,10 @@ RECIPIENT = "recipient"
 
 
 class Slot(NamedTuple):
-    """Where one running layer came from: the source's name and the layer's index in its source model."""
+    """Where a running layer came from: the source's name and the layer's index in its source model."""
 
     source: str
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody misses here
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not needed here
 
 
 class LayerMap(tuple[Slot, ...]):
@@ -45,7 +45,7 @@ class LayerMap(tuple[Slot, ...]):
     legend: tuple[tuple[str, str], ...]
 
     def __new__(cls, slots: Iterable[tuple[str, int]] = (), legend: Iterable[tuple[str, str]] = ()) -> LayerMap:
-        """Make a map of (source, index) pairs."""
+        """Create a map from (source, index) pairs."""
         made = super().__new__(cls, (Slot(*slot) for slot in slots))
         made.legend = tuple(legend)
         return made
@@ -63,14 +63,14 @@ class LayerMap(tuple[Slot, ...]):
         return "\n".join([*lines, self._counts(), *(f"{name}: {phrase}" for name, phrase in self.legend)])
 
     def _repr_html_(self) -> str:
-        """The same as a table, for notebooks."""
+        """The map as a table, for notebooks."""
         rows = [
             "<tr><td>&#8942;</td><td>&#8942;</td></tr>"
             if slot is None
             else f"<tr><td>{number}</td><td>{html.escape(f'{slot.source} {slot.index}')}</td></tr>"
             for number, slot in self._rows()
         ]
-        below = [html.escape(line) for line in (self._counts(), *(f"{name}: {told}" for name, told in self.legend))]
+        below = [html.escape(line) for line in (self._counts(), *(f"{name}: {phrase}" for name, phrase in self.legend))]
         return (
             f"<table><thead><tr><th>layer</th><th>from</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
             f"<p>{'<br>'.join(below)}</p>"
@@ -78,12 +78,12 @@ class LayerMap(tuple[Slot, ...]):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Every source's name, the recipient first, then in running order."""
+        """The names of the sources, the recipient first, then in running order."""
         named = dict.fromkeys(slot.source for slot in self)
         return tuple(sorted(named, key=lambda source: source != RECIPIENT))
 
     def layers_of(self, source: str) -> list[int]:
-        """Running numbers of the layers that came from `source`.
+        """Return the running numbers of the layers that came from `source`.
 
         Args:
             source: "recipient", or a donor's name.
@@ -101,9 +101,9 @@ class LayerMap(tuple[Slot, ...]):
         return runs
 
     def _rows(self) -> Iterator[tuple[int, Slot | None]]:
-        """The layers that are shown; `None` for those that are left out."""
+        """The layers that are printed; `None` for layers that are left out."""
         for run in self._runs():
-            # A deep recipient is mostly "and so on": only the ends of a long run tell something.
+            # Only the ends of a long run of recipient layers are printed.
             long = self[run[0]].source == RECIPIENT and len(run) > 6
             for number in [*run[:2], *run[-2:]] if long else run:
                 if long and number == run[-2]:
@@ -117,13 +117,13 @@ class LayerMap(tuple[Slot, ...]):
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """One donor in its place.
+    """A donor and its position.
 
     Args:
         name: The donor's name in this transplant.
         position: Recipient layers that run before it, 0..L.
         layer_indices: The donor layers' indices in the donor's source model, k of them.
-        replaces: Whether recipient layers position .. position+k-1 make room for it.
+        replaces: Whether it replaces recipient layers position .. position+k-1.
     """
 
     name: str
@@ -133,7 +133,7 @@ class Placement:
 
     @property
     def replaced(self) -> range:
-        """The recipient layers it removes; empty when it is inserted."""
+        """The recipient layers that it replaces; empty for an inserted donor."""
         return range(self.position, self.position + len(self.layer_indices) if self.replaces else self.position)
 
 
@@ -144,7 +144,7 @@ class Stage:
     Args:
         slot: Where it came from.
         donor_layer: Its number inside the donor, 0..k-1; `None` for a recipient layer.
-        replaced_by: The donor that keeps this recipient layer from running, if any.
+        replaced_by: The donor that replaces this recipient layer, if any.
     """
 
     slot: Slot
@@ -152,7 +152,7 @@ class Stage:
     replaced_by: str | None = None
 
     def runs(self, disabled: Collection[str]) -> bool:
-        """Whether it runs while the donors in `disabled` are switched off."""
+        """Whether it runs while the donors in `disabled` are off."""
         if self.slot.source != RECIPIENT:
             return self.slot.source not in disabled
         return self.replaced_by is None or self.replaced_by in disabled
@@ -215,15 +215,15 @@ class Splice:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The donors' names in the order they were given."""
+        """The donors' names in the given order."""
         return tuple(placement.name for placement in self.placements)
 
     def running(self, disabled: Collection[str] = ()) -> tuple[Stage, ...]:
-        """The stages that run, in order, while the donors in `disabled` are switched off."""
+        """Return the stages that run, in order, while the donors in `disabled` are off."""
         return tuple(stage for stage in self.stages if stage.runs(disabled))
 
     def layer_map(self, disabled: Collection[str] = ()) -> LayerMap:
-        """The layer map while the donors in `disabled` are switched off."""
+        """Return the layer map while the donors in `disabled` are off."""
         return LayerMap(stage.slot for stage in self.running(disabled))
 
 
@@ -265,14 +265,14 @@ def check_position(
 
 
 def paper_layers(num_layers: int, count: int = 3) -> range:
-    """Return the layers that the paper takes for a donor: `count` of them, from a third of the way up.
+    """Return the layers that the paper uses for a donor: `count` layers, starting at a third of the model.
 
     Args:
         num_layers: L, the source model's layers.
-        count: K; moved down where the model ends before them.
+        count: K, the donor's layers.
 
     Raises:
-        ConfigurationError: The model has not so many layers.
+        ConfigurationError: The model has fewer layers.
 
     Example:
         >>> list(paper_layers(12)), list(paper_layers(22, count=4))

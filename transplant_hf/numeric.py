@@ -1,4 +1,4 @@
-"""Numbers as users write them: those of Python, numpy and torch; what comes back is Python's own, as JSON has it."""
+"""Numbers of users and files: those of Python, numpy and torch are accepted, Python's are returned."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ __all__ = [
     "whole_number",
 ]
 
-# Beyond it a number counts nothing here, and Python refuses to print one of a few thousand digits.
-_MOST = 1 << 63
-_MOST_SHOWN = 200
+_MAX = 1 << 63  # a larger number is never a count, and Python does not print one of thousands of digits
+_MAX_SHOWN = 200
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a value is a whole number of Python, in a range where numbers count something; `True` is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and -_MOST < value < _MOST
+    """Whether a value is an `int` of at most 63 bits; `True` is not."""
+    return isinstance(value, int) and not isinstance(value, bool) and -_MAX < value < _MAX
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a value is a finite number of Python; `True` is none."""
+    """Whether a value is a finite `int` or `float`; `True` is not."""
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
@@ -54,21 +53,21 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def plain_number(value: Any) -> Any:
-    """Return the Python number that an array or tensor without dimensions holds, and anything else as it is."""
+    """Return the Python number in an array or tensor without dimensions; other values as they are."""
     if getattr(value, "ndim", None) != 0 or not hasattr(value, "item") or getattr(value, "is_meta", False):
         return value
     return value.item()
 
 
 def whole_number(value: Any, what: str) -> int:
-    """Accept a whole number of any library.
+    """Return a whole number of any library as an `int`.
 
     Args:
-        value: What the user gave.
+        value: The value.
         what: What it is, for the message.
 
     Raises:
-        ConfigurationError: Anything else; neither `True` nor 1.0 is one.
+        ConfigurationError: Another value; also `True` and 1.0.
 
     Example:
         >>> import torch
@@ -82,14 +81,14 @@ def whole_number(value: Any, what: str) -> int:
 
 
 def finite_number(value: Any, what: str) -> float:
-    """Accept a finite number of any library.
+    """Return a finite number of any library as a `float`.
 
     Args:
-        value: What the user gave.
+        value: The value.
         what: What it is, for the message.
 
     Raises:
-        ConfigurationError: Anything else; `True` is none.
+        ConfigurationError: Another value; also `True`.
 
     Example:
         >>> finite_number(2, "strength")
@@ -102,38 +101,36 @@ def finite_number(value: Any, what: str) -> float:
 
 
 def consecutive_layers(values: Any, what: str, example: str = "[4, 5, 6]") -> list[int]:
-    """Accept consecutive layer numbers: a list, range, set, array or tensor of them.
+    """Return consecutive layer numbers as a list.
 
     Args:
-        values: What the user gave.
+        values: A list, range, set, array or tensor.
         what: What they are, for the message.
-        example: What they may look like.
+        example: A valid value, for the message.
 
     Raises:
-        ConfigurationError: None, other things than whole numbers, or gaps between them.
+        ConfigurationError: No numbers, other values than whole numbers, or gaps between them.
 
     Example:
         >>> consecutive_layers(range(4, 6), "layers")
         [4, 5]
     """
-    found: list[int] = []
-    listed: list[Any] | None = None
     several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
-    if several and getattr(values, "ndim", None) != 0:
-        listed = list(values)
-        found = [int(number) for number in map(plain_number, listed) if is_whole(number)]
-        found = sorted(found) if isinstance(values, Set) else found
-        found = found if len(found) == len(listed) else []
-    if not found or found != list(range(found[0], found[0] + len(found))):
-        must = "consecutive" if found or listed == [] else "whole numbers, and consecutive"
-        raise ConfigurationError(f"{what} must be {must}, such as {example}, got {shown(values)}.")
-    return found
+    numbers = [plain_number(value) for value in values] if several and getattr(values, "ndim", None) != 0 else [None]
+    if not all(map(is_whole, numbers)):
+        raise ConfigurationError(
+            f"{what} must be whole numbers, and consecutive, such as {example}, got {shown(values)}."
+        )
+    numbers = sorted(numbers) if isinstance(values, Set) else numbers
+    if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        raise ConfigurationError(f"{what} must be consecutive, such as {example}, got {shown(values)}.")
+    return [int(number) for number in numbers]
 
 
 def shown(value: Any) -> str:
-    """Return a value for a message: short, and where Python refuses to print it, its type."""
+    """Return a value as short text for a message."""
     try:
         text = repr(value)
     except ValueError:  # a number of thousands of digits
         return f"a value of type {type(value).__name__} that is too long to print"
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

@@ -1,4 +1,4 @@
-"""Fields of the recipient's configuration in a transplant's: those that are set, and those that others read."""
+"""Fields of the recipient's configuration, set and read on a transplant's configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import BUILD_ERRORS, ConfigurationError
 
 __all__ = ["OWN_FIELDS", "RecipientFields", "checked_overrides", "is_settable"]
 
-# What a transplant's configuration says of itself. Every other field is one of the recipient's configuration.
+# The fields of a transplant's own configuration. Every other field is one of the recipient's configuration.
 OWN_FIELDS = {
     *("recipient", "recipient_revision", "recipient_overrides", "donors", "format_version", "composition"),
     *("architectures", "tokenizer_class", "transformers_version", "model_type", "auto_map", "name_or_path"),
@@ -28,10 +28,10 @@ _MISSING = object()
 
 
 def checked_overrides(found: Any, where: str) -> dict[str, Any]:
-    """Accept fields of a recipient's configuration.
+    """Return fields of a recipient's configuration, after a check.
 
     Args:
-        found: What stands in the file, or was passed.
+        found: The content of the file, or the argument.
         where: The file, for the message.
 
     Raises:
@@ -51,7 +51,7 @@ def checked_overrides(found: Any, where: str) -> dict[str, Any]:
 
 
 def is_settable(kind: type, name: str) -> bool:
-    """Whether a name is a field in configurations of a class, or may become one, and is no method or class variable."""
+    """Whether a name can be a field in configurations of a class, and is not a method or class variable."""
     member = inspect.getattr_static(kind, name, _MISSING)
     if isinstance(member, property):
         return member.fset is not None
@@ -67,15 +67,15 @@ def _as_field(name: str, value: Any) -> Any:
 
 
 class RecipientFields:
-    """Makes every field that is set on a transplant's configuration, and is not its own, one of the recipient's."""
+    """Stores each field that is set on a transplant's configuration, and is not its own, as one of the recipient's."""
 
-    # Set by `registration`: this room reads no files.
+    # Set by `registration`, because this module reads no files.
     _read_field: ClassVar[Callable[[Any, str], Any]] = staticmethod(lambda config, name: _MISSING)
     missing: ClassVar[object] = _MISSING
     recipient_overrides: dict[str, Any]
 
     def _take_fields(self, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
-        """Begin to take fields for the recipient's: those that were passed and say something, and the overrides."""
+        """Store the fields that were passed and are not at their default, and the overrides."""
         defaults = {name: getattr(self, _SPELLINGS.get(name, name), _MISSING) for name in fields}
         self.recipient_overrides = {}
         for name, value in {**fields, **overrides}.items():
@@ -83,12 +83,12 @@ class RecipientFields:
             if name not in OWN_FIELDS and not name.startswith("_") and _as_field(name, value) != known:
                 try:
                     if not is_settable(type(self), name):
-                        raise AttributeError("it is no field of a configuration")
+                        raise AttributeError("it is not a field of a configuration")
                     setattr(self, name, value)
                 except BUILD_ERRORS as error:
                     raise ConfigurationError(
-                        f"{name}={reprlib.repr(value)} cannot be set in a configuration: {error}. Correct it, or take "
-                        "it out of config.json or its recipient_overrides."
+                        f"{name}={reprlib.repr(value)} cannot be set in a configuration: {error}. Correct it, or "
+                        "remove it from config.json or its recipient_overrides."
                     ) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -105,30 +105,30 @@ class RecipientFields:
         return None
 
     def __delattr__(self, name: str) -> None:
-        """Take a field that was set away again, so that the recipient's is the one that counts."""
+        """Remove a field that was set, so that the recipient's own value counts again."""
         key = _SPELLINGS.get(name, name)
         overridden = self.__dict__.get("recipient_overrides", {}).pop(key, _MISSING) is not _MISSING
         names = {name, key, f"_{key}"} if key in _SPELLINGS.values() else {name}
-        held = names & self.__dict__.keys()
-        for each in held:
+        stored = names & self.__dict__.keys()
+        for each in stored:
             super().__delattr__(each)
-        if not overridden and not held:
+        if not overridden and not stored:
             super().__delattr__(name)
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the recipient what other tools read of a configuration, from files that are at hand."""
+        """Read a field of the recipient's configuration, which other tools expect, from files on this machine."""
         if not name.startswith("_") and "recipient_overrides" in self.__dict__:
             found = self.recipient_overrides.get(name, _MISSING)
             found = type(self)._read_field(self, name) if found is _MISSING else found
             if found is not _MISSING:
                 return found
         raise AttributeError(
-            f"{type(self).__name__} has no attribute {name!r}, and no configuration of the recipient "
-            "that has it is at hand without asking the Hub."
+            f"{type(self).__name__} has no attribute {name!r}, and no configuration of the recipient on this machine "
+            "has it."
         )
 
     def _with_overrides(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of a file, every override in one place."""
+        """Return the fields of a `config.json`, with all overrides under `recipient_overrides`."""
         overrides = self.recipient_overrides
         kept = {name: value for name, value in fields.items() if name not in overrides or name == "vocab_size"}
         written = kept.pop("recipient_overrides", {})

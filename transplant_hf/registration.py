@@ -1,4 +1,4 @@
-"""Registers transplants with the Auto classes. Idempotent, quiet, and touches no model code."""
+"""Registers transplants with the Auto classes; idempotent, quiet, and loads no model code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["LOADERS", "register"]
 
 
 class _Loader:
-    """What an Auto class finds for a `TransplantConfig`: it loads the recipient's own class with donors in place."""
+    """The class that an Auto class finds for a `TransplantConfig`; it loads the recipient's own class with donors."""
 
     config_class = TransplantConfig
     auto_class: Any = None
@@ -37,7 +37,7 @@ def _loader(auto_class: Any) -> type[_Loader]:
     return type(Head(auto_class.__name__).loader, (_Loader,), fields)
 
 
-# For every Auto class, also those that no decoder-only model has a class for: the error then says which ones it has.
+# For every Auto class, even those without decoder-only models: the error then names the classes that a model has.
 LOADERS = {loader.__name__: loader for loader in map(_loader, auto_classes())}
 
 
@@ -56,7 +56,7 @@ def _read_field(config: TransplantConfig, name: str) -> Any:
 
 
 def register() -> None:
-    """Make the Auto classes and `pipeline` know transplants."""
+    """Let the Auto classes and `pipeline` load transplants."""
     TransplantConfig._read_field = staticmethod(_read_field)
     AutoConfig.register(TransplantConfig.model_type, TransplantConfig, exist_ok=True)
     for loader in LOADERS.values():

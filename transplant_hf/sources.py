@@ -1,4 +1,4 @@
-"""What a name refers to: a folder, or a repository at a commit. Downloads the few files that are asked for."""
+"""What a name refers to: a folder, or a repository at a commit. Downloads only the files that are needed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from huggingface_hub.utils.tqdm import tqdm
 from .errors import CheckpointError, ConfigurationError, HubError
 from .storage import writing
 
-# What the client's HTTP library raises without an answer: no connection, or one that broke. Which library it is
-# depends on the client's version.
+# What the client's HTTP library raises without a response: no connection, or a broken one. Which library it is depends
+# on the client's version.
 _HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 
 __all__ = [
@@ -44,7 +44,7 @@ __all__ = [
 
 
 class _Bar(tqdm):
-    """The client's progress bar, for downloads that take a while: it also shows one where nothing was to be done."""
+    """The client's progress bar, shown after one second: the client also shows one if nothing is downloaded."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._shown_from = time.monotonic() + (delay := kwargs.pop("delay", 1.0))
@@ -101,7 +101,7 @@ class Source:
         return self.revision is not None
 
     def __str__(self) -> str:
-        return f"{self.reference}@{self.revision}" if self.revision else str(self.reference)
+        return _at(self.reference, self.revision)
 
 
 def locate(
@@ -113,19 +113,19 @@ def locate(
     relative_to: Source | None = None,
     hub: HubOptions | None = None,
 ) -> Source:
-    """Find what a reference names and have the given files at hand.
+    """Find the folder or repository of a name, and download the given files of a repository.
 
     Args:
         reference: Hub id, folder, or "." for `relative_to` itself.
         files: Names or patterns of the files that are needed; only these are downloaded. The first one, if a name,
             must be in the cache when the Hub cannot be asked.
-        revision: Branch, tag or commit. With one, a name is never that of a folder in the working directory.
+        revision: Branch, tag or commit. With one, the name is never that of a folder in the working directory.
         subfolder: A folder inside it.
-        relative_to: What holds the `config.json` in which the reference stands.
+        relative_to: The source of the `config.json` that contains the reference.
         hub: How to reach the Hub.
 
     Returns:
-        The folder with the files, and the commit it shows.
+        The folder with the files, and its commit.
 
     Raises:
         ConfigurationError: Not a Hub id, no such folder, a folder with a revision, or a repository that points out of
@@ -139,11 +139,11 @@ def locate(
         if folder.is_file() and not remote:
             hint = " Make a donor of it first: transplant-hf convert FILE OUTPUT --recipient RECIPIENT."
             hint = hint if folder.suffix in (".pt", ".pth", ".bin") else ""
-            raise ConfigurationError(f"{reference!r} is a file, and a folder or a Hub id is needed.{hint}")
+            raise ConfigurationError(f"{reference!r} is a file; name a folder or a Hub id.{hint}")
         if not folder.is_dir() and not remote:
             raise ConfigurationError(f"{reference!r} is neither a folder (looked for {folder}) nor a Hub id.")
         if relative_to is not None and remote:
-            # A part of the repository that refers to it: these files may not have been asked for yet.
+            # A folder of the same repository, whose files may not have been downloaded yet.
             parts = [relative_to.subfolder, os.path.relpath(folder, relative_to.folder.resolve()), subfolder]
             inner = os.path.normpath(os.path.join(*filter(None, parts)))
             return locate(
@@ -155,25 +155,39 @@ def locate(
             )
         return Source(str(folder) if reference == "." else reference, _inside(folder, subfolder), subfolder=subfolder)
     patterns = [f"{subfolder}/{name}" for name in files] if subfolder else list(files)
-    with _downloading(reference, revision, hub):
-        snapshot = snapshot_download(
-            reference, revision=revision, allow_patterns=patterns, tqdm_class=_Bar, **hub.as_kwargs()
-        )
-    source = Source(reference, _inside(Path(snapshot), subfolder), Path(snapshot).name, subfolder)
+    snapshot = _download(reference, revision, hub, patterns)
+    source = Source(reference, _inside(snapshot, subfolder), snapshot.name, subfolder)
     offline = hub.local_files_only or constants.HF_HUB_OFFLINE
     if offline and "*" not in files[0] and not (source.folder / files[0]).exists():
-        # Without the repository's listing the client takes what is there for all.
+        # Offline, the client takes the files in the cache for the whole repository.
         raise HubError(
-            f"{files[0]} of {source} is not in the local cache and the Hub cannot be asked: offline mode or "
+            f"{files[0]} of {source} is not in the local cache, and the Hub cannot be asked: offline mode or "
             "local_files_only. Load it once with a connection."
         )
     return source
 
 
+def _download(
+    reference: str, revision: str | None, hub: HubOptions, patterns: Sequence[str], ignore: list[str] | None = None
+) -> Path:
+    """Download the files of a repository that match, and return the folder of its commit in the cache."""
+    with _cache_errors(reference, revision, hub), hub_errors(reference, revision, or_folder=revision is None):
+        return Path(
+            snapshot_download(
+                reference,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=ignore,
+                tqdm_class=_Bar,
+                **hub.as_kwargs(),
+            )
+        )
+
+
 def commit_of(reference: str, revision: str | None, hub: HubOptions, file: str | None = None) -> str:
-    """Return the commit that a branch, tag or commit of a repository stands for, by a file that it has."""
+    """Return the commit of a branch or tag of a repository, by downloading a file that the repository has."""
     file = file or "config.json"
-    with _downloading(reference, revision, hub):
+    with _cache_errors(reference, revision, hub), hub_errors(reference, revision, or_folder=revision is None):
         path = hf_hub_download(reference, file, revision=revision, **hub.as_kwargs())
     return Path(path).parents[file.count("/")].name
 
@@ -181,10 +195,10 @@ def commit_of(reference: str, revision: str | None, hub: HubOptions, file: str |
 def for_transformers(
     reference: str, revision: str | None, hub: HubOptions, *, weights: bool, file: str | None = None
 ) -> str:
-    """Return what Transformers must be given, so that it loads what this package means.
+    """Return the name or folder that Transformers must load, so that it reads the repository that is meant.
 
-    Transformers takes a folder in the working directory before the repository of that name, whatever the revision.
-    Where there is one, the repository's files are downloaded first, and their folder is returned instead of the name.
+    Transformers prefers a folder in the working directory to the repository of that name, even if a revision is given.
+    If there is such a folder, the repository is downloaded first, and its folder in the cache is returned.
 
     Args:
         reference: Hub id or folder, as `locate` found it.
@@ -194,46 +208,33 @@ def for_transformers(
         file: A file that is also needed, such as the `gguf_file` of `from_pretrained`.
 
     Raises:
-        HubError: Out of reach.
+        HubError: The Hub cannot be reached.
     """
     if revision is None or not os.path.exists(reference):
         return reference
-    wanted = ["*.json", "*.py", *(["*.safetensors"] if weights and file is None else []), *([file] if file else [])]
-    with _downloading(reference, revision, hub):
-
-        def snapshot(patterns: Sequence[str]) -> Path:
-            beside = None if file else ["*/*"]  # folders of other formats, which can be large
-            found = snapshot_download(
-                reference,
-                revision=revision,
-                allow_patterns=list(patterns),
-                ignore_patterns=beside,
-                tqdm_class=_Bar,
-                **hub.as_kwargs(),
-            )
-            return Path(found)
-
-        folder = snapshot(wanted)
-        if weights and file is None and not any(folder.glob("*.safetensors")):
-            snapshot(["*.bin"])
+    whole = weights and file is None
+    needed = ["*.json", "*.py", *(["*.safetensors"] if whole else []), *([file] if file else [])]
+    ignore = None if file else ["*/*"]  # folders of other formats, which can be large
+    folder = _download(reference, revision, hub, needed, ignore)
+    if whole and not any(folder.glob("*.safetensors")):
+        _download(reference, revision, hub, ["*.bin"], ignore)
     return str(folder)
 
 
 def revision_for(reference: str, revision: str | None) -> str | None:
-    """Return what `revision` says in a call like `from_pretrained`, for a name that a user typed.
+    """Return the `revision` of a call like `from_pretrained`; `None` if it is "main" and the name is that of a folder.
 
-    "main" is what Transformers assumes where nothing is said, and what tools pass on by default. So it says nothing of
-    a folder, while any other revision cannot mean one.
+    "main" is the default of Transformers, which tools pass on. Any other revision means a repository.
     """
     return None if revision == "main" and points_to_folder(reference) is not None else revision
 
 
 def points_to_folder(reference: str, relative_to: Source | None = None, revision: str | None = None) -> Path | None:
-    """Return the folder a reference means, or `None` when it is a Hub id.
+    """Return the folder of a reference, or `None` for a Hub id.
 
-    Relative references mean folders beside the `config.json` in which they stand, then in the working directory. A
-    repository from the Hub may only point into itself. A name with a revision is a Hub id: what was pinned must not
-    be replaced by a folder that happens to have that name.
+    A relative reference is looked up beside the `config.json` that contains it, then in the working directory. A
+    repository on the Hub may only refer to its own folders. A name with a revision is a Hub id: a folder of the same
+    name must not replace what was pinned.
 
     Raises:
         ConfigurationError: A path with a revision, or a repository that points out of itself.
@@ -243,8 +244,8 @@ def points_to_folder(reference: str, relative_to: Source | None = None, revision
     if revision is not None and looks_local:
         where = f", in the config.json of {relative_to}" if relative_to is not None else ""
         raise ConfigurationError(
-            f"{reference!r} is a folder, which has no revisions, but revision {revision!r} is asked for{where}. Leave "
-            "the revision out, or name the repository on the Hub."
+            f"{reference!r} is a folder and has no revisions, but revision {revision!r} is given{where}. Leave it out, "
+            "or name the repository on the Hub."
         )
     if relative_to is not None:
         base = relative_to.folder.resolve()
@@ -274,16 +275,19 @@ def _inside(folder: Path, subfolder: str | None) -> Path:
 
 @contextmanager
 def reading(what: str, reference: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what Transformers raises for files it cannot find or read into one sentence.
+    """Turn the errors of Transformers about files that it cannot find or read into errors of this package.
 
     Args:
         what: What is being read, for the message.
         reference: The Hub id or folder.
         revision: Its revision.
+
+    Raises:
+        HubError: The client's error is among the causes.
+        CheckpointError: The files cannot be read.
     """
-    where = f"{reference}@{revision}" if revision else reference
     try:
-        with writing(constants.HF_HUB_CACHE, _kept(where)):
+        with _cache_errors(reference, revision, HubOptions()):
             yield
     except (OSError, _HTTP_ERROR) as error:
         cause: BaseException | None = error
@@ -292,88 +296,74 @@ def reading(what: str, reference: str, revision: str | None = None) -> Iterator[
                 with hub_errors(reference, revision):
                     raise cause from error
             cause = cause.__cause__ or cause.__context__
-        raise CheckpointError(f"{what} of {where} could not be read: {error}") from error
-    except ValueError as error:
-        _refuse_if_hostile(where, error)
-        raise
+        raise CheckpointError(f"cannot read {what} of {_at(reference, revision)}: {error}") from error
 
 
 @contextmanager
-def _downloading(reference: str, revision: str | None, hub: HubOptions) -> Iterator[None]:
-    """Like `hub_errors`, for what is written into the local cache."""
-    where = f"{reference}@{revision}" if revision else reference
+def _cache_errors(reference: str, revision: str | None, hub: HubOptions) -> Iterator[None]:
+    """Turn the errors of writing into the local cache into errors of this package."""
+    where = _at(reference, revision)
     try:
-        cache = hub.cache_dir or constants.HF_HUB_CACHE
-        with hub_errors(reference, revision, or_folder=revision is None), writing(cache, _kept(where)):
+        with writing(hub.cache_dir or constants.HF_HUB_CACHE, f"Only complete files of {where} were kept."):
             yield
     except ValueError as error:
-        _refuse_if_hostile(where, error)
+        if "Invalid filename" in str(error):  # the client's words for a name that leads out of the cache
+            raise CheckpointError(f"{where} is refused, that file was not written: {error}") from error
         raise
-
-
-def _kept(where: str) -> str:
-    return f"Of {where} nothing is kept but files that arrived whole."
-
-
-def _refuse_if_hostile(where: str, error: ValueError) -> None:
-    if "Invalid filename" in str(error):  # the client's words for a name that leads out of the cache
-        raise CheckpointError(f"{where} is refused, nothing of that file was written: {error}") from error
 
 
 @contextmanager
 def hub_errors(reference: str, revision: str | None = None, or_folder: bool = False) -> Iterator[None]:
-    """Turn what the Hub client raises into one sentence that says what to do; the original is the `__cause__`.
+    """Turn an error of the Hub client into one that says what to do; the client's error is the `__cause__`.
 
     Args:
         reference: The repository.
         revision: Its revision.
-        or_folder: Whether a folder could have been meant, which was looked for first.
+        or_folder: Whether the name could also be that of a folder, which does not exist.
+
+    Raises:
+        HubError: Missing, gated, private or out of reach.
+        ConfigurationError: The name cannot be that of a repository.
     """
-    where = f"{reference}@{revision}" if revision else reference
-    no_folder = f"there is no folder {reference!r} here, and on the Hub " if or_folder else ""
     try:
         yield
     except HFValidationError as error:
         raise ConfigurationError(f"{reference!r} is neither a folder nor a Hub id: {error}") from error
-    except GatedRepoError as error:
-        raise HubError(
-            f"{where} is gated: ask for access on its page, then log in with `hf auth login` or pass token=."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            f"{no_folder}{where} was not found, or is private. Check the name; for a private one log in or pass token=."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise HubError(f"{reference} has no revision {revision!r}.") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, _HTTP_ERROR, ConnectionError) as error:
+        missing = isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError))
+        no_folder = or_folder and missing and not isinstance(error, GatedRepoError)
+        start = f"there is no folder {reference!r} here, and " if no_folder else ""
+        raise HubError(f"{start}{_hub_message(reference, revision, error)}") from error
+
+
+def _hub_message(reference: str, revision: str | None, error: Exception) -> str:
+    where = _at(reference, revision)
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         if isinstance(error.__cause__, HfHubHTTPError):
-            raise HubError(f"{_refusal(where, error.__cause__)} It is not in the local cache either.") from error
-        # Of its kinds, the one that says more: some files are there.
+            return f"{_hub_message(reference, revision, error.__cause__)} It is not in the local cache either."
+        # A subclass means that some files are there, and its message says which are missing.
         partly = isinstance(error, LocalEntryNotFoundError) and type(error) is not LocalEntryNotFoundError
-        found = f"{where} is only partly" if partly else f"{no_folder.removesuffix('on the Hub ')}{where} is not"
-        raise HubError(
-            f"{found} in the local cache and the Hub cannot be asked: offline mode, local_files_only or no connection."
-            f"{f' Load it once with a connection. {error}' if partly else ''}"
-        ) from error
-    except HfHubHTTPError as error:
-        raise HubError(_refusal(where, error)) from error
-    except (_HTTP_ERROR, ConnectionError) as error:
-        raise HubError(
-            f"the Hub cannot be reached for {where}, or the connection broke: {error!r}. Check the connection, and try "
-            "again."
-        ) from error
-
-
-def _refusal(where: str, error: HfHubHTTPError) -> str:
-    status = error.response.status_code
-    if status == HTTPStatus.TOO_MANY_REQUESTS:
-        wait = error.response.headers.get("Retry-After")
-        return f"the Hub refused {where}: too many requests (429). Try again in {wait or 'some'} seconds."
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return f"the Hub is in trouble and did not serve {where} ({status}). Try again later. {error}"
-    if status == HTTPStatus.UNAUTHORIZED:
         return (
-            f"the Hub refused {where} (401): the token is not valid, or has expired. Log in anew with `hf auth login`, "
-            f"or pass another token=. {error}"
+            f"{where} is {'only partly' if partly else 'not'} in the local cache, and the Hub cannot be asked: offline "
+            "mode, local_files_only or no connection. Load it once with a connection." + (f" {error}" if partly else "")
         )
-    return f"the Hub refused {where}: {error}"
+    if isinstance(error, GatedRepoError):
+        return f"{where} is gated. Ask for access on its page, then log in with `hf auth login` or pass token=."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{where} was not found, or is private. Check the name; for a private one log in or pass token=."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{reference} has no revision {revision!r}."
+    if not isinstance(error, HfHubHTTPError):
+        return f"the Hub cannot be reached for {where}: {error!r}. Check the connection, and try again."
+    status, advice = error.response.status_code, ""
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        advice = f" Try again in {error.response.headers.get('Retry-After') or 'some'} seconds."
+    elif status == HTTPStatus.UNAUTHORIZED:
+        advice = " The token is not valid or has expired: log in with `hf auth login`, or pass another token=."
+    elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        advice = " Try again later."
+    return f"the Hub returned an error ({status}) for {where}.{advice} {error}"
+
+
+def _at(reference: str, revision: str | None) -> str:
+    return f"{reference}@{revision}" if revision else reference

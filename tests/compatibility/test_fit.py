@@ -40,7 +40,7 @@ def test_a_donor_that_fits(tiny: Path) -> None:
 
 def test_the_recommended_position_is_the_default(tiny_gpt2: Path) -> None:
     assert check_compatibility(tiny_gpt2 / "recipient", tiny_gpt2 / "donor").position == 1
-    with refused(ConfigurationError, "no position", "say where it goes"):
+    with refused(ConfigurationError, "no position", "Pass one"):
         check_compatibility(tiny_gpt2 / "recipient", Donor.from_model(tiny_gpt2_model(0), [0]))
 
 
@@ -191,7 +191,7 @@ def test_tensors_that_do_not_fit_their_own_configuration(tiny_gpt2: Path, tmp_pa
     text = str(report)
     for fact in (
         "layers.0.ln_1.bias: missing",
-        "layers.1.mlp.c_fc.weight: donor [32, 100], its layer wants [32, 128]",
+        "layers.1.mlp.c_fc.weight: donor [32, 100], its layer needs [32, 128]",
         "layers.1.gate: unexpected",
     ):
         assert fact in text

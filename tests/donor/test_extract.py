@@ -122,7 +122,9 @@ def test_computed_weights_are_refused(change: Any) -> None:
     """Their parameters have names that no checkpoint of the architecture has, so that nobody could load the donor."""
     model = tiny_gpt2_model(0)
     change(model.transformer.h[1].mlp.c_fc)
-    with refused(CheckpointError, "transformer.h.1.mlp.c_fc.weight", "computed from others", "remove_parametrizations"):
+    with refused(
+        CheckpointError, "transformer.h.1.mlp.c_fc.weight", "computed from other parameters", "remove_parametrizations"
+    ):
         Donor.from_model(model, [1, 2])
     assert Donor.from_model(model, [2, 3]).num_layers == 2
 

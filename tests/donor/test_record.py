@@ -95,7 +95,7 @@ def test_files_have_plain_names(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), [1.0, float("inf")], {"deep": {"er": float("-inf")}}])
 def test_metadata_json_cannot_say(tmp_path: Path, value: Any) -> None:
     record = DonorRecord("gpt2", {}, (0,), metadata={"perplexity": value})
-    with refused(CheckpointError, "metadata", "JSON cannot say"):
+    with refused(CheckpointError, "metadata", "JSON cannot hold"):
         record.write(tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_metadata_of_numpy_torch_and_paths_is_written_as_json(tmp_path: Path) ->
 
 @pytest.mark.parametrize("value", [object(), {("a",): 1}, {1, 2}, b"bytes"])
 def test_metadata_that_is_no_json(tmp_path: Path, value: Any) -> None:
-    with refused(CheckpointError, "metadata", "'entry'", "JSON cannot say"):
+    with refused(CheckpointError, "metadata", "'entry'", "JSON cannot hold"):
         DonorRecord("gpt2", {}, (0,), metadata={"entry": value}).write(tmp_path)
 
 

@@ -151,7 +151,7 @@ def test_tensors_that_do_not_fit_are_seen_in_the_headers(family: Path) -> None:
     edit_weights(family / "donor", change)
     facts = [
         "layers.0.ln_1.bias: missing",
-        "layers.1.mlp.c_fc.weight: donor [32, 100], its layer wants [32, 128]",
+        "layers.1.mlp.c_fc.weight: donor [32, 100], its layer needs [32, 128]",
         "layers.1.gate: unexpected",
     ]
     with refused(CompatibilityError, *facts) as caught:

@@ -1,4 +1,4 @@
-"""Does a donor fit a recipient: every mismatch listed, from headers and configurations only."""
+"""Whether a donor fits a recipient: all mismatches, from headers and configurations only."""
 
 from .fit import donor_anatomy, mismatches, refuse_unsupported
 from .report import CompatibilityReport

@@ -1,4 +1,4 @@
-"""Configuration fields that reach a decoder layer, compared between a donor's source model and a recipient."""
+"""Compare the configuration fields that decoder layers use, between a donor's source model and a recipient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..numeric import is_whole
 
 __all__ = ["field_mismatches", "take_recipient_fields"]
 
-# Fields that do not reach the arithmetic of a decoder layer: what stands around the layers, training, bookkeeping.
+# Fields that do not change what a decoder layer computes: embeddings and heads, training, bookkeeping.
 _OUTSIDE_LAYERS = re.compile(
     r"vocab|_token_id|^_|dropout|pdrop|^drop|initializer|init_std|^tie_|use_cache|dtype|name_or_path|architectures|"
     r"transformers_version|^output_|return_dict|label|problem_type|aux_loss|z_loss|pretraining_tp|^is_|summary_|"
@@ -26,22 +26,18 @@ _OUTSIDE_LAYERS = re.compile(
     r"logit_scale|logits_scaling|final_logit|embedding_multiplier|use_kernels|format_version"
 )
 
-
-# Of these, what layers hold but only use in training: here the recipient decides.
+# Those of them that layers use in training only: the recipient's are used.
 _TRAINING = re.compile(
     r"dropout|pdrop|^drop|layerdrop|jitter|initializer|init_std|aux_loss|z_loss|^output_|^use_cache$"
 )
-
-
 _FLOAT32 = 2.0**-23
-
-# Parts of a configuration that describe what feeds the decoder. Where a layer reads one, as GIT's layers read the
-# number of image tokens, it must be the recipient's: its encoder is the one that runs.
+# Configurations of encoders. If a layer reads one, as GIT's layers read the number of image tokens, it must be the
+# recipient's, whose encoder runs.
 _ENCODERS = re.compile(r"^(vision|image|video|audio|speech)_")
 
 
 def take_recipient_fields(donor: PreTrainedConfig, recipient: PreTrainedConfig) -> None:
-    """Give a donor's source configuration what the recipient decides: settings for training, and its encoders.
+    """Set in a donor's source configuration what the recipient determines: settings for training, and its encoders.
 
     Args:
         donor: The donor's source configuration; changed in place, and in its parts.
@@ -62,7 +58,7 @@ def take_recipient_fields(donor: PreTrainedConfig, recipient: PreTrainedConfig) 
 
 
 def field_mismatches(donor: PreTrainedConfig, recipient: PreTrainedConfig) -> Iterator[str]:
-    """Yield a line for each field that differs and would change what a layer computes.
+    """Yield a line for each field that differs and changes what a layer computes.
 
     Args:
         donor: The decoder's part of the donor's source configuration.
@@ -78,14 +74,14 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str
         if _OUTSIDE_LAYERS.search(name) or (is_rule(name) and _is_count(old) and _is_count(new)):
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping) and "model_type" in new:
-            # A configuration of its own; other mappings, such as RoPE's, hold nothing but arithmetic.
+            # A nested configuration; all fields of other mappings, such as RoPE's, are compared.
             yield from _differences(old, new, f"{prefix}{name}.")
         elif not _same(old, new) and not (_per_layer(old) or _per_layer(new)):
             yield f"{prefix}{name}: donor {_short(old)}, recipient {_short(new)}"
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Whether two values are equal, or numbers that differ by rounding to float32, as GGUF files have them."""
+    """Whether two values are equal, or differ only by rounding to float32, as in GGUF files."""
     if isinstance(old, float) and isinstance(new, float):
         return old == new or math.isclose(old, new, rel_tol=_FLOAT32)
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -94,7 +90,7 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def _class_fields(config: PreTrainedConfig, fields: dict[str, Any]) -> list[str]:
-    """Fields the model's code knows; a `config.json` may hold others, which nothing reads."""
+    """The fields that the configuration's class has; a `config.json` may have others, which are never read."""
     try:
         known = type(config)().to_dict()
     except BUILD_ERRORS:
@@ -103,12 +99,12 @@ def _class_fields(config: PreTrainedConfig, fields: dict[str, Any]) -> list[str]
 
 
 def _is_count(value: Any) -> bool:
-    # A rule about layers counts layers; "freq" also ends the names of rotary bases.
+    # A rule about layers is a small number; names of rotary bases also end in "freq".
     return value is None or (is_whole(value) and value < 1000)
 
 
 def _per_layer(value: Any) -> bool:
-    # Lists follow the layers; whether they can is seen when the layers are built.
+    # Whether a list with an entry for each layer fits is checked when the layers are built.
     by_number = isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
     return by_number or (isinstance(value, Sequence) and not isinstance(value, str))
 

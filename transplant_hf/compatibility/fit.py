@@ -16,12 +16,11 @@ from .fields import field_mismatches, take_recipient_fields
 
 __all__ = ["donor_anatomy", "mismatches", "refuse_unsupported"]
 
-# A long list hides what matters; the rest is counted.
-_MOST_TENSORS = 8
+_MAX_TENSORS = 8  # further tensors are counted
 
 
 def refuse_unsupported(recipient: Anatomy) -> None:
-    """Refuse a recipient whose layers cannot be moved at all.
+    """Refuse a recipient whose layers cannot be used in another model.
 
     Raises:
         CompatibilityError: With the reason.
@@ -30,20 +29,20 @@ def refuse_unsupported(recipient: Anatomy) -> None:
     model_type = fields.get("model_type")
     for applies, reason in REFUSALS:
         if applies(fields):
-            raise CompatibilityError(f"{recipient.what}: layers of this {model_type} cannot be moved: {reason}.")
-    _ = recipient.stack_path  # raises where there is no one stack of layers
+            raise CompatibilityError(f"{recipient.what}: {model_type} is not supported: {reason}.")
+    _ = recipient.stack_path  # raises if there is not exactly one stack of layers
 
 
 def donor_anatomy(donor: Donor, recipient: Anatomy) -> Anatomy:
-    """Look at the donor's source model, built as the recipient's class.
+    """Build the donor's source model without memory, as the recipient's class.
 
     Raises:
-        CompatibilityError: The donor's model_type is another, or its configuration cannot be built.
+        CompatibilityError: Another model_type, or a configuration that cannot be built.
     """
     ours = text_config(recipient.config).config
     fields = dict(donor.record.source_config)
     if recipient.config.model_type != donor.model_type:
-        # A composite model's text part and the same text model on its own have the same layers.
+        # The text part of a composite model has the same layers as the text model alone.
         fields = next((part for part in fields.values() if _is_config_of(part, recipient.config)), fields)
     if fields.get("model_type", donor.model_type) != recipient.config.model_type:
         raise CompatibilityError(
@@ -74,15 +73,12 @@ def _builds_the_same(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
 
 
 def mismatches(donor: Donor, theirs: Anatomy, recipient: Anatomy) -> list[str]:
-    """List everything about a donor that does not fit a recipient.
+    """Return all mismatches of a donor with a recipient, one line each.
 
     Args:
         donor: The donor.
-        theirs: Its source model, looked at.
-        recipient: The recipient, looked at.
-
-    Returns:
-        One line for each mismatch.
+        theirs: The donor's source model.
+        recipient: The recipient.
     """
     lines: list[str] = []
     if theirs is not recipient:
@@ -93,7 +89,7 @@ def mismatches(donor: Donor, theirs: Anatomy, recipient: Anatomy) -> list[str]:
         shared = sorted(theirs.sharing_layers & set(donor.layer_indices))
         if shared:
             lines.append(
-                f"layer_indices: layers {shared} share weights with other layers of their model, and cannot leave"
+                f"layer_indices: layers {shared} share weights with other layers, so they cannot be used alone"
             )
         lines += _tensor_mismatches(donor, theirs)
     return lines
@@ -114,12 +110,12 @@ def _tensor_mismatches(donor: Donor, theirs: Anatomy) -> Iterator[str]:
         found[number].add(inside)
         if inside not in shapes[number]:
             if not names.is_ignored(f"{prefix}.{number}.{rest}"):
-                wrong.append(f"{name}: unexpected; such a layer has no {inside}")
+                wrong.append(f"{name}: unexpected, such a layer has no {inside}")
         elif names.is_one_to_one(f"{prefix}.{number}.{rest}") and info.shape != shapes[number][inside]:
-            wrong.append(f"{name}: donor {list(info.shape)}, its layer wants {list(shapes[number][inside])}")
+            wrong.append(f"{name}: donor {list(info.shape)}, its layer needs {list(shapes[number][inside])}")
     for number, wanted in enumerate(shapes):
         missing = sorted(name for name in set(wanted) - found[number] if not names.may_be_converted(name))
         wrong += [f"layers.{number}.{name}: missing" for name in missing]
-    yield from wrong[:_MOST_TENSORS]
-    if len(wrong) > _MOST_TENSORS:
-        yield f"... and {len(wrong) - _MOST_TENSORS} more tensors"
+    yield from wrong[:_MAX_TENSORS]
+    if len(wrong) > _MAX_TENSORS:
+        yield f"... and {len(wrong) - _MAX_TENSORS} more tensors"

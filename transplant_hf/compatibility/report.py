@@ -1,4 +1,4 @@
-"""What `check_compatibility` returns."""
+"""The result of `check`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class CompatibilityReport:
 
     Args:
         recipient: The recipient, with its commit if it has one.
-        donor: The donor, likewise.
-        position: Where it would go.
+        donor: The donor, with its commit if it has one.
+        position: The position.
         mismatches: Every mismatch, both values in each line; empty when it fits.
         native: Whether the recipient's own class can be configured for these layers; `None` when it does not fit.
-        notes: Why not, when it fits but only transplant_hf can load it.
-        layer_map: What would run.
+        notes: If only transplant_hf can load the result, the reasons.
+        layer_map: The layers that would run.
     """
 
     recipient: str

@@ -39,112 +39,80 @@ NAMED_TEMPLATES = "additional_chat_templates"
 _TEMPLATE = "chat_template.jinja"
 _CUSTOM_GENERATE = "custom_generate"
 COMPANION_FOLDERS = (NAMED_TEMPLATES, _CUSTOM_GENERATE)
-# Any of them is a tokenizer; its configuration alone is none. Whole names, not endings, which other files have too;
-# only the few that Transformers numbers are patterns.
+# Any of these files is a tokenizer; a tokenizer's configuration alone is not. Whole names, because other files have the
+# same endings; only those that Transformers numbers are patterns.
 _TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.[0-9]*.json",
-    "tokenizer.model",
-    "tokenizer.model.v[0-9]",
-    "tokenizer.model.v[0-9]m[0-9]",
-    "byte_maps.json",
-    "entity_vocab.json",
-    "ice_text.model",
-    "prophetnet.tokenizer",
-    "qwen.tiktoken",
-    "sentencepiece.bpe.model",
-    "sentencepiece.model",
-    "source.spm",
-    "spiece.model",
-    "spm.model",
-    "spm_char.model",
-    "target.spm",
-    "target_vocab.json",
-    "tekken.json",
-    "tiktoken.model",
-    "vocab-src.json",
-    "vocab-tgt.json",
-    "vocab.bpe",
-    "vocab.json",
-    "vocab.txt",
+    *("tokenizer.json", "tokenizer.[0-9]*.json", "tokenizer.model", "tokenizer.model.v[0-9]"),
+    *("tokenizer.model.v[0-9]m[0-9]", "byte_maps.json", "entity_vocab.json", "ice_text.model", "prophetnet.tokenizer"),
+    *("qwen.tiktoken", "sentencepiece.bpe.model", "sentencepiece.model", "source.spm", "spiece.model", "spm.model"),
+    *("spm_char.model", "target.spm", "target_vocab.json", "tekken.json", "tiktoken.model", "vocab-src.json"),
+    *("vocab-tgt.json", "vocab.bpe", "vocab.json", "vocab.txt"),
 )
-# What is known to belong to a tokenizer or a processor, and nothing else: a folder may hold anything besides, which
-# must not be published with a donor. Files of one group belong together and come from one place.
+# A closed list: a folder may hold any other file, which must not be published with a donor. The files of one group
+# belong together and are taken from one place.
 _GROUPS = {
     "tokenizer": (
         *_TOKENIZERS,
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "merges.txt",
-        "bpe.codes",
-        "dict.txt",
-        "emoji.json",
-        "normalizer.json",
-        "word_pronunciation.json",
-        "word_shape.json",
-        _TEMPLATE,
-        "chat_template.json",
-        f"{NAMED_TEMPLATES}/*.jinja",
+        *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "bpe.codes"),
+        *("dict.txt", "emoji.json", "normalizer.json", "word_pronunciation.json", "word_shape.json"),
+        *(_TEMPLATE, "chat_template.json", f"{NAMED_TEMPLATES}/*.jinja"),
     ),
     "processor": (
-        "preprocessor_config.json",
-        "processor_config.json",
-        "video_preprocessor_config.json",
+        *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
         "audio_tokenizer_config.json",
     ),
     _CUSTOM_GENERATE: (f"{_CUSTOM_GENERATE}/*.py", f"{_CUSTOM_GENERATE}/requirements.txt"),
     "generation": ("generation_config.json",),
 }
 _PATTERNS = tuple(pattern for patterns in _GROUPS.values() for pattern in patterns)
-# In these, `auto_map` names the code of a tokenizer or processor that Transformers has no class for.
+# `auto_map` in these files names the code of a tokenizer or processor that Transformers has no class for.
 _CODE_NAMED_IN = ("tokenizer_config.json", "*processor_config.json")
 _MODULE = re.compile(r"\w+")
 _IMPORTED = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
-_LARGEST = 1 << 28  # the largest tokenizers have some 40 MB; more is something else under a tokenizer's name
-# One of them is in the cache when anything of a model is.
-_ALWAYS_THERE = ("config.json", "tokenizer_config.json", "tokenizer.json", "README.md")
+_MAX_BYTES = 1 << 28  # the largest tokenizers have about 40 MB
+# At least one of these is in the cache if any file of a model is.
+_COMMON_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json", "README.md")
 
 _Groups = dict[str, dict[str, Path]]
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file of a model's folder, by its path there, belongs to its tokenizer, processor or generation.
+    """Whether a file belongs to a model's tokenizer, processor or generation, by its path in the model's folder.
 
-    Code that a tokenizer's or processor's configuration names is not told by its name: see `companions_in`.
+    The code of a tokenizer or processor is not known by its name: see `code_named_in`.
     """
     return _group_of(name) is not None
 
 
 def companions_in(folder: Path) -> set[str]:
-    """Return the paths, in a folder, of everything that belongs to the tokenizer, the processor or generation."""
-    return {name for files in _read(folder).values() for name in files}
+    """Return the paths, in a folder, of all files of the tokenizer, the processor and generation, code included."""
+    return {name for files in _groups_in(folder).values() for name in files}
 
 
 def copy_companions(
     sources: Sequence[tuple[str, str | None]], staging: Path, target: Path, cache_dir: str | None = None
 ) -> None:
-    """Copy tokenizer, processor and generation files, when they are at hand; nothing is downloaded.
+    """Copy tokenizer, processor and generation files that are on this machine; nothing is downloaded.
 
-    What lies in the target already is kept, then comes what the first source has. A tokenizer or a processor is taken
-    whole, from one place.
+    Files that the user put into the target are kept, then those of the first source, and so on. The files of a
+    tokenizer or processor are all taken from one place.
 
     Args:
-        sources: Names and revisions of the models whose files are wanted, the recipient last.
-        staging: The folder to write into; what is there already stays.
+        sources: Names and revisions of the models to copy from, the recipient last.
+        staging: The folder to write into; files in it stay.
         target: The folder that it is going to replace.
         cache_dir: As in `from_pretrained`.
     """
-    found = [folder for name, revision in sources if name and (folder := at_hand(name, revision, cache_dir))]
-    groups = [_of_the_user(target, cache_dir), *map(_read, found)]
+    folders = [folder for name, revision in sources if name and (folder := at_hand(name, revision, cache_dir))]
+    places = [_users_groups(target, cache_dir), *map(_groups_in, folders)]
     for group in _GROUPS:
-        taken: dict[str, Path] = {}
-        for source in groups:
-            if not _is_whole(group, taken):
-                taken = {**source.get(group, {}), **taken}
-        if group == "tokenizer" and found:
-            taken = _without_stale_templates(taken, groups[-1].get(group, {}), target)
-        for name, path in taken.items():
+        files: dict[str, Path] = {}
+        for place in places:
+            if not _is_whole(group, files):
+                files = {**place.get(group, {}), **files}
+        if group == "tokenizer" and folders:
+            files = _without_stale_templates(files, places[-1].get(group, {}), target)
+        for name, path in files.items():
             copy = staging / name
             if not copy.exists():
                 copy.parent.mkdir(exist_ok=True, parents=True)
@@ -152,10 +120,10 @@ def copy_companions(
 
 
 def kept_in_repository(folder: Path, names: Sequence[str], fetch: Callable[[str], Path]) -> set[str]:
-    """Return the files of a folder that a push must not send: the repository has a tokenizer or processor of its own.
+    """Return the files of a folder that a push must not send, because the repository has its own tokenizer.
 
     Args:
-        folder: What is pushed, with the recipient's.
+        folder: The folder to push, with the recipient's files.
         names: The repository's files.
         fetch: Downloads one of them.
     """
@@ -163,11 +131,11 @@ def kept_in_repository(folder: Path, names: Sequence[str], fetch: Callable[[str]
     if not any(theirs.values()):
         return set()
     before = _recipient_named_in(fetch("config.json"), None, None) if "config.json" in names else None
-    own, kept = _read(folder), set[str]()
-    for group, found in theirs.items():
-        # Copies of the recipient's came with an earlier push.
-        if found and (before is None or not _are_copies({name: fetch(name) for name in found}, before)):
-            kept |= set(own.get(group, {})) if _is_whole(group, found) else set(found)
+    ours, kept = _groups_in(folder), set[str]()
+    for group, files in theirs.items():
+        # Copies of the recipient's files came with an earlier push.
+        if files and (before is None or not _are_copies({name: fetch(name) for name in files}, before)):
+            kept |= set(ours.get(group, {})) if _is_whole(group, files) else set(files)
     return kept
 
 
@@ -179,33 +147,33 @@ def locate_with_companions(
     subfolder: str | None = None,
     hub: HubOptions | None = None,
 ) -> Source:
-    """Find a model as `locate` does, and have its tokenizer, processor and generation files at hand too."""
+    """Find a model as `locate` does, and download its tokenizer, processor and generation files too."""
     source = locate(reference, files=(*files, *_PATTERNS), revision=revision, subfolder=subfolder, hub=hub)
     asked: set[str] = set()
+    # What the code imports is known once the code is downloaded.
     while source.from_hub and (
-        lacking := code_named_in(source.folder) - asked - {path.name for path in source.folder.iterdir()}
+        missing := code_named_in(source.folder) - asked - {path.name for path in source.folder.iterdir()}
     ):
-        # What code imports is known once it is there.
-        asked |= lacking
-        wanted = (*files[:1], *sorted(lacking))
-        locate(reference, files=wanted, revision=source.revision, subfolder=subfolder, hub=hub)
+        asked |= missing
+        needed = (*files[:1], *sorted(missing))
+        locate(reference, files=needed, revision=source.revision, subfolder=subfolder, hub=hub)
     return source
 
 
 def at_hand(recipient: str, revision: str | None, cache_dir: str | None = None) -> Path | None:
-    """Return the folder in which a recipient's files are, as far as they are on this machine."""
-    source = Path(recipient).expanduser()
-    # With a revision a name is a Hub id, and only a path can be a folder: one that the repository's files are in.
-    if source.is_dir() and (revision is None or source.is_absolute()):
-        return source
-    # Not a snapshot as a whole: the client refuses one of which it knows that files are missing.
-    for name in _ALWAYS_THERE:
+    """Return the folder that holds a recipient's files on this machine, maybe not all of them."""
+    folder = Path(recipient).expanduser()
+    # With a revision, a name is a Hub id; only an absolute path is a folder, that of a snapshot.
+    if folder.is_dir() and (revision is None or folder.is_absolute()):
+        return folder
+    # Not `snapshot_download`: it refuses a snapshot that it knows to be incomplete.
+    for name in _COMMON_FILES:
         try:
-            found = try_to_load_from_cache(recipient, name, cache_dir=cache_dir, revision=revision)
+            path = try_to_load_from_cache(recipient, name, cache_dir=cache_dir, revision=revision)
         except HFValidationError:
             return None
-        if isinstance(found, str):
-            return Path(found).parent
+        if isinstance(path, str):
+            return Path(path).parent
     return None
 
 
@@ -215,9 +183,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def tokenizer_class(model_type: str, folder: Path) -> str | None:
-    """Return the tokenizer's class where only the recipient's model type tells it, as for the original GPT-2.
+    """Return the tokenizer's class if only the recipient's model type tells it, as for the original GPT-2.
 
-    A transplant has a model type of its own, so its `config.json` must say it.
+    A transplant has another model type, so its `config.json` must name the class.
     """
     path = folder / "tokenizer_config.json"
     if path.exists() and read_json(path, "the tokenizer's configuration").get("tokenizer_class"):
@@ -236,11 +204,11 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _is_whole(group: str, names: Any) -> bool:
-    """Whether nothing is to be added to a group's files from another place."""
+    """Whether no file of a group is needed from another place."""
     return any(_matches(name, _TOKENIZERS) for name in names) if group == "tokenizer" else bool(names)
 
 
-def _read(folder: Path) -> _Groups:
+def _groups_in(folder: Path) -> _Groups:
     groups: _Groups = {}
     inner = (path for name in COMPANION_FOLDERS for path in (folder / name).rglob("*"))
     for path in sorted([*folder.iterdir(), *inner]) if folder.is_dir() else ():
@@ -248,8 +216,8 @@ def _read(folder: Path) -> _Groups:
         group = _group_of(name)
         if group is None or not path.is_file():
             continue
-        if path.stat().st_size > _LARGEST:
-            logger.warning(f"{path} is left out: {path.stat().st_size:,} bytes are too many for a part of a tokenizer.")
+        if path.stat().st_size > _MAX_BYTES:
+            logger.warning(f"{path} is not copied: {path.stat().st_size:,} bytes are too many for a tokenizer's file.")
             continue
         groups.setdefault(group, {})[name] = path
     for group, files in groups.items():
@@ -260,16 +228,16 @@ def _read(folder: Path) -> _Groups:
 
 
 def code_named_in(folder: Path, configs: Sequence[Path] | None = None) -> set[str]:
-    """Return the code files that configurations of tokenizers and processors name, and what these import beside them.
+    """Return the code files that configurations of tokenizers and processors name, and the files that these import.
 
-    They run nowhere but under `trust_remote_code=True`, as in the recipient.
+    The code runs only with `trust_remote_code=True`, as in the recipient.
     """
     if configs is None:
         configs = [path for path in folder.iterdir() if _matches(path.name, _CODE_NAMED_IN)]
     named: set[str] = set()
     for path in configs:
         for entry in _entries(read_json(path, "the configuration of a tokenizer or processor").get("auto_map")):
-            named.add(entry.rpartition(".")[0])  # of another repository, "user/model--module.Class", it is no name
+            named.add(entry.rpartition(".")[0])  # a class of another repository, "user/model--module.Class"
     found: set[str] = set()
     while named:
         files = {f"{name}.py" for name in named if _MODULE.fullmatch(name)} - found - {CODE_FILE}
@@ -280,7 +248,7 @@ def code_named_in(folder: Path, configs: Sequence[Path] | None = None) -> set[st
 
 
 def _entries(value: Any) -> list[str]:
-    """The class references of an `auto_map`, one or several for a class."""
+    """The class references in an `auto_map`, which has one or several for each class."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list):
@@ -288,15 +256,15 @@ def _entries(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def _of_the_user(target: Path, cache_dir: str | None) -> _Groups:
-    """What lies in a folder, without what an earlier save copied there from the recipient it had then."""
-    found, path = _read(target), target / "config.json"
+def _users_groups(target: Path, cache_dir: str | None) -> _Groups:
+    """The files in a folder that are not copies of the earlier recipient's, made by an earlier save."""
+    found, path = _groups_in(target), target / "config.json"
     before = _recipient_named_in(path, target, cache_dir) if found and path.exists() else None
     return {group: files for group, files in found.items() if before is None or not _are_copies(files, before)}
 
 
 def _recipient_named_in(config: Path, folder: Path | None, cache_dir: str | None) -> Path | None:
-    """Where the files of an old artefact's recipient are; in a repository, which has no folder, only on the Hub."""
+    """The folder of the recipient that an old `config.json` names; one in a repository can only name a Hub id."""
     fields = read_json(config, "the old config.json")
     name, revision = fields.get("recipient"), fields.get("recipient_revision")
     if fields.get("model_type") != TransplantConfig.model_type or not isinstance(name, str) or not name or "\0" in name:
@@ -315,22 +283,22 @@ def _equal(one: Path, other: Path) -> bool:
     return other.is_file() and one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
 
 
-def _without_stale_templates(taken: dict[str, Path], recipients: Mapping[str, Path], target: Path) -> dict[str, Path]:
-    """Leave out the recipient's named chat templates beside a template that is not the recipient's.
+def _without_stale_templates(files: dict[str, Path], recipients: Mapping[str, Path], target: Path) -> dict[str, Path]:
+    """Leave out the recipient's named chat templates if the main template is not the recipient's.
 
-    They are what an earlier save put there: a tokenizer that is saved over them leaves them where they are.
+    An earlier save put them there, and a tokenizer that is saved to the folder does not remove them.
     """
-    own, theirs = taken.get(_TEMPLATE), recipients.get(_TEMPLATE)
+    own, theirs = files.get(_TEMPLATE), recipients.get(_TEMPLATE)
     if own is None or theirs is None or _equal(own, theirs):
-        return taken
+        return files
     stale = [
         name
-        for name, path in taken.items()
+        for name, path in files.items()
         if name.startswith(f"{NAMED_TEMPLATES}/") and name in recipients and _equal(path, recipients[name])
     ]
     if stale:
         logger.warning(
-            f"{target} gets a chat template of its own, so that the recipient's others are left out: "
-            f"{', '.join(stale)}. Copy them there if they are wanted."
+            f"{target} has its own chat template, so the recipient's named templates are not copied: "
+            f"{', '.join(stale)}. Copy them there if you need them."
         )
-    return {name: path for name, path in taken.items() if name not in stale}
+    return {name: path for name, path in files.items() if name not in stale}

@@ -1,4 +1,4 @@
-"""What a thin transplant is entered by: `config.json`, and code for those who did not import transplant_hf."""
+"""`config.json` of a thin transplant, and code that loads it where transplant_hf was not imported."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["AUTO_MAP", "CODE_FILE", "transplant_fields", "write_entry"]
 
 CODE_FILE = "modeling_transplant.py"
 
-# With `trust_remote_code=True` Transformers runs this file where it does not know transplants yet. Of imports outside a
-# `try` that are missing it says `pip install`, which would ask a package index for a name that may be anybody's there.
+# With `trust_remote_code=True` Transformers runs this file if transplant_hf was not imported. For missing imports
+# outside a `try` it advises `pip install`, which would fetch whatever has that name on a package index.
 _CODE = '''"""Lets `trust_remote_code=True` load this repository, with the Python package transplant_hf."""
 
 try:
@@ -44,7 +44,7 @@ def write_entry(folder: Path, config: TransplantConfig) -> None:
 
 
 def transplant_fields(config: TransplantConfig) -> dict[str, Any]:
-    """Return what `config.json` of a transplant holds, the fields a person looks for first."""
+    """Return the content of a transplant's `config.json`, with the fields that matter most to a person first."""
     fields = config.to_diff_dict() | {"auto_map": AUTO_MAP}
     order = ["architectures", "model_type", "format_version", "recipient", "recipient_revision", "donors"]
     full = {**config.to_dict(), **fields}

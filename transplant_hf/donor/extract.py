@@ -1,4 +1,4 @@
-"""Take layers out of a loaded model, named as its checkpoint would name them."""
+"""Make a donor from layers of a loaded model, with the tensor names of the model's checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .tensors import MemoryTensors
 
 __all__ = ["GATE", "checkpoint_tensors", "layers_of_model"]
 
-# A strength that is being trained lies on the donor's first layer under this name, and is no weight of the layer.
+# The parameter on a donor's first layer that trains its strength; it is not a weight of the layer.
 GATE = "transplant_gate"
 
 
@@ -33,7 +33,7 @@ def layers_of_model(
     init: str = "copy",
     revision: str | None = None,
 ) -> tuple[DonorRecord, MemoryTensors, DonorSpec | None]:
-    """Return a donor's record, its tensors and, for a transplanted donor, the place it has."""
+    """Return a donor's record, its tensors and, for layers of a transplanted donor, its place."""
     if init not in ("copy", "identity"):
         raise ConfigurationError(f'init must be "copy" or "identity", got {init!r}.')
     model = unwrapped(model)
@@ -42,14 +42,14 @@ def layers_of_model(
     numbers = consecutive_layers(layers, "layers")
     if numbers[0] < 0 or numbers[-1] >= count:
         raise ConfigurationError(f"layers {numbers} are outside 0..{count - 1}: the model runs {count} layers.")
-    # A transplant knows better than its spliced configuration what its layers were built from.
-    of_transplant = getattr(model, "_record_of_layers", None)
-    known = of_transplant(numbers, name) if of_transplant is not None else None
+    # A transplant's layers come from several models, which its configuration does not tell.
+    record_in_transplant = getattr(model, "_record_of_layers", None)
+    known = record_in_transplant(numbers, name) if record_in_transplant is not None else None
     record, place = known or (_record(model, numbers, name, revision), None)
     zeroed: Mapping[int, Collection[str]] = {}
     if init == "identity":
         zeroed = projections_of_layers(model, path, numbers)
-        # What was recorded of trained layers, such as their perplexity, is not true of these.
+        # Metadata of the trained layers, such as their perplexity, does not hold for these.
         record = dataclasses.replace(record, metadata={"init": init})
         place = dataclasses.replace(place, mode="insert", strength=1.0) if place is not None else None
     return record, MemoryTensors(checkpoint_tensors(model, path, numbers, zeroed)), place
@@ -82,14 +82,14 @@ def checkpoint_tensors(
         path: Path of its list of layers.
         numbers: Running numbers; the first becomes layer 0.
         zeroed: For each running number, parameters that are zero in the donor.
-        state_dict: The whole model's weights by their names in it, if others are meant than it holds.
+        state_dict: The weights of the whole model to use instead of its own.
 
     Returns:
-        `{"layers.{i}.{name inside the layer}": tensor}`, sharing the model's memory where no fused tensor is split;
-        tensors that are zero in the donor are new ones.
+        `{"layers.{i}.{name inside the layer}": tensor}`, sharing the model's memory unless a fused tensor is split;
+        tensors that are zero in the donor are new.
 
     Raises:
-        CheckpointError: Weights that are not in memory, quantised or computed from others, or an adapter that was not
+        CheckpointError: Weights that are offloaded, quantized or computed from others, or an adapter that was not
             merged.
     """
     stack = decoder_stack(model, path)
@@ -97,24 +97,24 @@ def checkpoint_tensors(
     for number in numbers:
         for place, how in _reparametrized(stack[number]):
             raise CheckpointError(
-                f"{path}.{number}.{place} is not a weight of its own but computed from others ({how}), which no "
-                "checkpoint of this architecture has. Make it one first: torch.nn.utils.parametrize."
+                f"{path}.{number}.{place} is computed from other parameters ({how}), and no checkpoint of this "
+                "architecture has these. Remove the parametrization first: torch.nn.utils.parametrize."
                 "remove_parametrizations(module, name), or remove_weight_norm, remove_spectral_norm, prune.remove."
             )
-        for key, held in stack[number].state_dict().items():
+        for key, own in stack[number].state_dict().items():
             if key == GATE:
                 continue
-            tensor = held if state_dict is None else state_dict[f"{path}.{number}.{key}"]
+            tensor = own if state_dict is None else state_dict[f"{path}.{number}.{key}"]
             if is_adapted(key):
                 raise CheckpointError(
-                    f"{path}.{number} holds an adapter ({key}), which is no part of a donor. Merge it into the layers "
-                    "(merge_and_unload) or take it off (unload) first."
+                    f"{path}.{number} has an adapter ({key}), which a donor cannot hold. Merge it into the layers "
+                    "(merge_and_unload) or remove it (unload) first."
                 )
             if tensor.is_meta:
                 raise CheckpointError(f"{path}.{number}.{key} is offloaded; load the model without offload first.")
             if not tensor.is_floating_point() and key.endswith("weight"):
                 raise CheckpointError(
-                    f"{path}.{number}.{key} is quantised ({tensor.dtype}); a donor needs full precision."
+                    f"{path}.{number}.{key} is quantized ({tensor.dtype}); a donor needs full precision."
                 )
             zero = key in (zeroed or {}).get(number, ())
             state[f"{path}.{number}.{key}"] = torch.zeros_like(tensor) if zero else tensor.detach()
@@ -129,7 +129,7 @@ def checkpoint_tensors(
 
 
 def _reparametrized(layer: nn.Module) -> Iterator[tuple[str, str]]:
-    """Find weights that are computed from other parameters, by `parametrizations` or by older hooks."""
+    """Yield weights that are computed from other parameters, by `parametrizations` or by older hooks."""
     for path, module in layer.named_modules():
         dot = f"{path}." if path else ""
         if parametrize.is_parametrized(module):

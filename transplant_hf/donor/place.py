@@ -1,9 +1,9 @@
-"""What a donor is called in a transplant and where it goes: one rule, for every call and command.
+"""The name and the place of a donor in a transplant: one rule for every call and command.
 
-Its name is the one that is given. Without one, a donor that a call names by its folder or repository is called by the
-last part of that, and an opened donor, or one loaded from its own repository, by the name in its record. Saving gives
-a donor without a name that of its folder, so that these agree unless somebody renames one of them. Its position is the
-one that is given, else the one that it recommends, and then its mode and strength too.
+A name that is given is used. Without one, a donor that is named by its folder or repository is called by the last part
+of that, and a `Donor` object, or a donor loaded from its own repository, by the name in its record. (Saving gives a
+donor without a name that of its folder, so the two agree unless somebody renames one.) A position that is given is
+used. Without one, the donor's recommended position is used, and its recommended mode and strength too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["named", "placed", "recommendation", "recommended_in", "spec_of"]
 
 
 def recommended_in(folder: Path) -> dict[str, Any]:
-    """Return position, mode and strength that the `config.json` of a donor's folder recommends; empty without one."""
+    """Return the position, mode and strength that the `config.json` of a donor's folder recommends; empty if none."""
     path = folder / "config.json"
     content = read_json(path, "the donor's config.json") if path.exists() else {}
     if content.get("model_type") != TransplantConfig.model_type:
@@ -33,17 +33,17 @@ def recommended_in(folder: Path) -> dict[str, Any]:
 
 
 def recommendation(place: DonorSpec | None) -> dict[str, Any]:
-    """Return what a donor that has this place recommends."""
+    """Return the arguments of `Donor` that recommend this place."""
     return {} if place is None else {name: getattr(place, name) for name in ("position", "mode", "strength")}
 
 
 def spec_of(donor: Donor, position: int | None = None, **given: Any) -> DonorSpec:
-    """Return the spec of an opened donor: what is not given is what it recommends, its name included.
+    """Return the spec of a donor; everything that is not given is what the donor recommends.
 
     Args:
         donor: The donor.
         position: How many recipient layers run before it.
-        **given: `mode`, `name` and `strength`; `None` where they are not given.
+        **given: `mode`, `name` and `strength`; `None` if they are not given.
 
     Raises:
         ConfigurationError: No position is given and none recommended.
@@ -60,7 +60,7 @@ def spec_of(donor: Donor, position: int | None = None, **given: Any) -> DonorSpe
 
 
 def placed(spec: DonorSpec, donor: Donor) -> DonorSpec:
-    """Return the spec with the position, mode and strength that the donor recommends, where it says none.
+    """Return the spec with the donor's recommended position, mode and strength if it has no position.
 
     Raises:
         ConfigurationError: The donor recommends no position.
@@ -69,15 +69,15 @@ def placed(spec: DonorSpec, donor: Donor) -> DonorSpec:
         return spec
     if donor.position is None:
         raise ConfigurationError(
-            f"donor {donor} recommends no position; say where it goes: position=0..L, {{donor: position}} or "
+            f"donor {donor} recommends no position. Pass one: position=0..L, {{donor: position}} or "
             "DonorSpec(donor, position), on the command line DONOR@POSITION."
         )
-    chosen = {"position": donor.position, "mode": spec.mode or donor.mode}
-    return spec.replaced(strength=donor.strength if spec.strength is None else spec.strength, **chosen)
+    strength = donor.strength if spec.strength is None else spec.strength
+    return spec.replaced(position=donor.position, mode=spec.mode or donor.mode, strength=strength)
 
 
 def named(donors: Sequence[tuple[DonorSpec, Donor]], asked: str) -> list[tuple[DonorSpec, Donor]]:
-    """Name the donors that lie in the repository itself (".") and were given no name: as recorded, or like it.
+    """Name the donors in the repository itself (".") that have no name: as recorded, else after the repository.
 
     Args:
         donors: The donors of one transplant.

@@ -1,4 +1,4 @@
-"""`donor_config.json`: what is known of a donor's making."""
+"""`donor_config.json`: where a donor's layers came from, what its author recorded, and the sha256 of its files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["DONOR_CONFIG", "DonorRecord", "FileStamp"]
 
 DONOR_CONFIG = "donor_config.json"
 
-_MOST_BITS = 4096  # of a number in metadata; Python prints none of over 4,300 digits
+_MAX_BITS = 4096  # of an integer in metadata; Python does not print one of more than 4,300 digits
 
-# What was hashed in this process: a file is read once, however often it is loaded.
+# Files that were hashed in this process, so that each is hashed once: size, time of change, sha256.
 _VERIFIED: dict[Path, tuple[int, int, str]] = {}
 
 
@@ -37,20 +37,20 @@ class FileStamp:
     size: int
 
     def check_size(self, path: Path, where: str = "") -> None:
-        """Compare sizes, which costs nothing.
+        """Compare the file's size.
 
         Args:
             path: The file.
-            where: The folder or repository it is of, for the message.
+            where: The folder or repository it belongs to, for the message.
 
         Raises:
             IntegrityError: Missing, or of another size.
         """
-        found = path.stat().st_size if path.exists() else None
-        if found != self.size:
-            seen = "is missing" if found is None else f"has {found} bytes"
+        size = path.stat().st_size if path.exists() else None
+        if size != self.size:
+            problem = "is missing" if size is None else f"has {size} bytes"
             raise IntegrityError(
-                f"{_named(path, where)} {seen}, {DONOR_CONFIG} records {self.size}. Download it again "
+                f"{_describe(path, where)} {problem}, {DONOR_CONFIG} records {self.size}. Download it again "
                 "(force_download=True)."
             )
 
@@ -59,7 +59,7 @@ class FileStamp:
 
         Args:
             path: The file.
-            where: The folder or repository it is of, for the message.
+            where: The folder or repository it belongs to, for the message.
 
         Raises:
             IntegrityError: The bytes differ.
@@ -69,10 +69,10 @@ class FileStamp:
         state = (stat.st_size, stat.st_mtime_ns, self.sha256)
         if _VERIFIED.get(path) == state:
             return
-        found = sha256_of(path)
-        if found != self.sha256:
+        sha256 = sha256_of(path)
+        if sha256 != self.sha256:
             raise IntegrityError(
-                f"{_named(path, where)} has sha256 {found}, {DONOR_CONFIG} records {self.sha256}: its bytes were "
+                f"{_describe(path, where)} has sha256 {sha256}, {DONOR_CONFIG} records {self.sha256}: its bytes were "
                 "changed. Download it again (force_download=True), or ask its author."
             )
         _VERIFIED[path] = state
@@ -80,7 +80,7 @@ class FileStamp:
 
 @dataclasses.dataclass(frozen=True)
 class DonorRecord:
-    """What is known of a donor.
+    """The content of `donor_config.json`.
 
     Args:
         model_type: The source model's type, such as "gpt2".
@@ -88,7 +88,7 @@ class DonorRecord:
         layer_indices: The donor layers' numbers in the source model, consecutive.
         source_id: Hub id or folder of the source model, if known.
         source_revision: Its commit, if known.
-        name: What the donor is called.
+        name: The donor's name.
         metadata: What the author recorded, unchanged.
         files: sha256 and size of every weight file.
     """
@@ -118,8 +118,8 @@ class DonorRecord:
         kind = read_json(config, "config.json").get("model_type") if config.exists() and not path.exists() else None
         if kind not in (None, "transplant"):
             raise CheckpointError(
-                f"{folder} holds a {kind} model and no donor: there is no {DONOR_CONFIG}. Name a donor, or make one of "
-                "this model's layers: transplant-hf extract."
+                f"{folder} is a {kind} model, not a donor: it has no {DONOR_CONFIG}. Name a donor, or make one from "
+                "this model's layers with transplant-hf extract."
             )
         content = read_json(path, "the donor's record")
         check_format_version(content.get("format_version"), str(path))
@@ -139,7 +139,7 @@ class DonorRecord:
                 },
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not a donor's record: {error}") from error
+            raise CheckpointError(f"{path} is malformed: {error}") from error
 
     def without_sha256(self, names: Collection[str], from_hub: bool) -> list[str]:
         """Return the weight files that should have a recorded sha256 and have none.
@@ -173,20 +173,20 @@ class DonorRecord:
         )
 
 
-def _named(path: Path, where: str) -> str:
-    """Name a file by its repository where it has one, and by its place on this disk."""
+def _describe(path: Path, where: str) -> str:
+    """Name a file, with its repository if it has one."""
     return f"{path.name} of {where} ({path})" if where and where != str(path.parent) else str(path)
 
 
 def plain_json(value: Any, what: str) -> Any:
-    """Return a value as JSON has it: numbers, arrays and tensors of numpy and torch as Python's own, paths as text.
+    """Return a value that JSON can hold: numbers, arrays and tensors of numpy and torch as Python's, paths as text.
 
     Args:
-        value: What is going to be written.
+        value: The value to write.
         what: What it is, for the message.
 
     Raises:
-        CheckpointError: A NaN, an infinity, or an object that JSON has no word for.
+        CheckpointError: A NaN, an infinity, or an object that JSON cannot hold.
     """
     if hasattr(value, "tolist"):
         value = value.tolist()
@@ -196,16 +196,16 @@ def plain_json(value: Any, what: str) -> Any:
         return {_key(key, what): plain_json(item, f"{what}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain_json(item, what) for item in value]
-    printed = not isinstance(value, int) or value.bit_length() <= _MOST_BITS
+    printed = not isinstance(value, int) or value.bit_length() <= _MAX_BITS
     if value is not None and not (isinstance(value, str | bool | int) and printed) and not is_number(value):
-        raise CheckpointError(f"{what} holds {shown(value)}, which JSON cannot say; leave that entry out.")
+        raise CheckpointError(f"{what} holds {shown(value)}, which JSON cannot hold; remove that entry.")
     return value
 
 
 def _key(key: Any, what: str) -> Any:
     if isinstance(plain_number(key), str | int | float | None):
         return plain_number(key)
-    raise CheckpointError(f"{what} holds an entry under {key!r}, which JSON cannot say; leave that entry out.")
+    raise CheckpointError(f"{what} has the key {key!r}, which JSON cannot hold; remove that entry.")
 
 
 def _typed(content: Mapping[str, Any], key: str, kind: type) -> Any:
