@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -156,7 +157,7 @@ def test_a_path_has_no_revision(shadowed: Shelf, tmp_path: Path) -> None:
         ),
         lambda: inspect(path, revision="v1"),
     ):
-        with refused(ConfigurationError, "is a folder, which has no revisions", "'v1'"):
+        with refused(ConfigurationError, "is a folder and has no revisions", "'v1'"):
             attempt()
 
 
@@ -185,7 +186,7 @@ def test_saves_compare_with_the_hubs_recipient_and_name_it(beside: Shelf, wanted
 def test_a_copy_of_a_donor_takes_its_recipient_from_its_own_repository(beside: Shelf) -> None:
     """A donor's record names it without a commit, and the folder of that name has another tokenizer."""
     donor = Donor.from_pretrained(beside.law)
-    donor.record = type(donor.record)(**{**vars(donor.record), "source_id": beside.base, "source_revision": None})
+    donor = donor.replaced(record=dataclasses.replace(donor.record, source_id=beside.base, source_revision=None))
     donor.save_pretrained("again")
     assert json.loads(Path("again/config.json").read_text())["recipient"] == beside.base
     assert not Path("again/tokenizer.json").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,7 @@ from transplant_hf import (
     DonorTrainingArguments,
     transplant,
 )
-from transplant_hf.evaluation import evaluate
 from transplant_hf.exporting import export
-from transplant_hf.inspection import inspect
-from transplant_hf.model.extracting import extract
-from transplant_hf.plots.canvas import canvas
 from transplant_hf.pushing import push
 
 __all__ = ["PROVOKED", "Desk", "make_desk"]
@@ -89,10 +84,6 @@ def position_outside(desk: Desk) -> None:
     load("recipient", donors={"law": 9})
 
 
-def position_negative(desk: Desk) -> None:
-    DonorSpec("law", position=-1)
-
-
 def replacements_overlap(desk: Desk) -> None:
     copied(desk.folder / "law", desk.folder / "code")
     load("recipient", donors=[DonorSpec("law", 0, "replace"), DonorSpec("code", 1, "replace")])
@@ -108,11 +99,6 @@ def does_not_fit(desk: Desk) -> None:
 
 def other_architecture(desk: Desk) -> None:
     load("gpt2", donors={"law": 1})
-
-
-def newer_format(desk: Desk) -> None:
-    desk.config(format_version=3)
-    load("law")
 
 
 def unknown_field(desk: Desk) -> None:
@@ -170,10 +156,6 @@ def other_source(desk: Desk) -> None:
 
 
 # -- A loaded model ------------------------------------------------------------------------------------------------
-
-
-def no_such_donor(desk: Desk) -> None:
-    desk.model().set_strength("code", 0.5)
 
 
 def replaced_not_kept(desk: Desk) -> None:
@@ -235,16 +217,6 @@ def pushed_with_a_local_recipient(desk: Desk) -> None:
     push("law", "alice/faq-local")
 
 
-def recipient_in_a_folder(desk: Desk) -> None:
-    extract("recipient", layers=[1, 2], push_to="alice/faq-taken")
-
-
-def public_already(desk: Desk) -> None:
-    desk.log_in(ALICE)
-    desk.hub.add_repo("alice/faq-public", desk.folder / "law")
-    Donor.from_pretrained("law").push_to_hub("alice/faq-public", position=1, recipient="alice/base", private=True)
-
-
 # -- Text ----------------------------------------------------------------------------------------------------------
 
 
@@ -255,40 +227,14 @@ def _train(resume: bool = False, **kwargs: Any) -> None:
     DonorTrainer("recipient", args, "law.txt").train(resume_from_checkpoint=resume)
 
 
-def text_too_short(desk: Desk) -> None:
-    Path("law.txt").write_text("The court.")
-    _train()
-
-
-def text_missing(desk: Desk) -> None:
-    desk.log_in(ALICE)
-    _train()
-
-
 def loss_not_finite(desk: Desk) -> None:
     Path("law.txt").write_text("The court holds that the contract is void. " * 40)
     _train(learning_rate=1e38)
 
 
-def no_tokenizer(desk: Desk) -> None:
-    Path("law.txt").write_text("The court holds that the contract is void. " * 40)
-    evaluate("gpt2", {"law": "law.txt"}, quiet=True)
-
-
 def nothing_to_resume(desk: Desk) -> None:
     Path("law.txt").write_text("The court holds that the contract is void. " * 40)
     _train(resume=True)
-
-
-def no_matplotlib(desk: Desk) -> None:
-    desk.patch.setitem(sys.modules, "matplotlib", None)
-    with canvas(Path("sweep.png"), "perplexity", "position", "perplexity"):
-        pass
-
-
-def nothing_to_inspect(desk: Desk) -> None:
-    Path("empty").mkdir()
-    inspect("empty")
 
 
 PROVOKED: dict[str, Callable[[Desk], None]] = {

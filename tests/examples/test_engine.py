@@ -131,5 +131,5 @@ def test_what_cannot_be_started(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_donor_that_is_meant_to_replace_layers_is_inserted(engine: Engine) -> None:
-    engine.donors["law"].mode = "replace"
+    engine.donors["law"] = engine.donors["law"].replaced(mode="replace")
     assert len(last(engine, Choice("law", 3), Sampling(2)).layer_map) == 8

@@ -26,8 +26,7 @@ def test_pick(page: Page) -> None:
     assert (position, strength) == (3, 1.0)
     assert known == "Layers 2 to 3 of its source model. Recommended position: 3."
     assert "law 2" in picture
-    page.engine.donors["law"].position = None
-    page.engine.donors["law"].mode = "replace"
+    page.engine.donors["law"] = page.engine.donors["law"].replaced(position=None, mode="replace")
     position, strength, known, _ = page.pick("law")
     assert (position, strength) == (6, 1.0)
     assert "No position is recommended." in known
