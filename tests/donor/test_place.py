@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import copied, edit_json, logits_of, plain, refused
+from tests.helpers import copied, edit_json, logits_of, plain, refused, some_ids
 from transplant_hf import (
     AutoModelWithTransplant,
     ConfigurationError,
     Donor,
     DonorSpec,
+    check,
     check_compatibility,
+    sweep,
     transplant,
 )
 from transplant_hf.exporting import export
@@ -124,3 +126,12 @@ def test_a_donor_without_a_recorded_name_is_called_after_its_folder(family: Path
     assert Donor.from_pretrained(folder).name == "nameless"
     model = AutoModelWithTransplant.from_pretrained(family / "recipient", donors={folder: 1})
     assert places(model)[0][0] == "nameless"
+
+
+def test_a_bare_donor_is_enough_to_check_and_to_sweep(family: Path) -> None:
+    folder = str(family / "llama-law")
+    for donor in (folder, Path(folder), Donor.from_pretrained(folder)):
+        assert check(family / "recipient", donor).position == 2
+    for donors in (folder, [folder], {folder: None}, Donor.from_pretrained(folder)):
+        report = sweep(plain(family / "recipient"), donors, some_ids(1, 40)[0], [2], block_length=16, quiet=True)
+        assert [(row.donor, row.position, row.reason) for row in report.rows] == [("law", 2, None)]

@@ -136,7 +136,7 @@ def test_a_truncated_file(tmp_path: Path, keep: int) -> None:
     save_file(TENSORS, tmp_path / DONOR_FILE)
     data = (tmp_path / DONOR_FILE).read_bytes()
     (tmp_path / DONOR_FILE).write_bytes(data[:keep])
-    with refused(CheckpointError, str(tmp_path / DONOR_FILE), "not a whole safetensors file", "cut short"):
+    with refused(CheckpointError, str(tmp_path / DONOR_FILE), "not a whole safetensors file", "truncated"):
         open_donor_files(tmp_path)
 
 

@@ -35,18 +35,19 @@ DONOR_FILES = (DONOR_CONFIG, "donor*.safetensors", "donor.safetensors.index.json
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Donor:
-    """Contiguous decoder layers, and what is known of their making.
+    """Contiguous decoder layers, with a record of where they came from.
 
-    Made by `from_pretrained`, `from_model` or `from_pt`; tensors of a donor in files stay there until asked for.
+    Created by `from_pretrained`, `from_model` or `from_pt`. Tensors in files are read when they are needed. A donor
+    does not change; `replaced` returns a changed copy.
 
     Args:
-        record: What is known of it.
+        record: Its record.
         store: Its tensors.
         position: The recommended position, if any.
         mode: The recommended mode, "insert" or "replace".
         strength: The recommended strength.
         source: Where it was read from, if anywhere.
-        companions: The recipient whose tokenizer goes along when the donor is saved, if it is at hand.
+        companions: The recipient whose tokenizer is saved with the donor, if it is on this machine.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -75,7 +76,7 @@ class Donor:
             )
 
     def replaced(self, **changes: Any) -> Donor:
-        """Return this donor with other values for some arguments of `Donor`; all others stay.
+        """Return a copy with other values for some arguments of `Donor`.
 
         Args:
             **changes: Arguments of `Donor`, such as `position=2`.
@@ -108,9 +109,9 @@ class Donor:
             The donor.
 
         Raises:
-            HubError: The repo is missing, gated, private or out of reach.
+            HubError: The repository is missing, gated or private, or the Hub cannot be reached.
             CheckpointError: Files are missing or malformed.
-            IntegrityError: A weight file has another size than was recorded.
+            IntegrityError: A weight file has another size than recorded.
         """
         hub = HubOptions(token, cache_dir, local_files_only, force_download)
         name = os.fspath(repo_or_folder)
@@ -154,26 +155,25 @@ class Donor:
         init: str = "copy",
         revision: str | None = None,
     ) -> Donor:
-        """Take contiguous layers out of a loaded model, sharing its memory.
+        """Make a donor from contiguous layers of a loaded model, sharing its memory.
 
         Args:
-            model: Any decoder-only model, a transplant included; what torch.compile, DataParallel or PEFT put around
-                it is taken off.
+            model: Any decoder-only model, also a transplant; wrappers of torch.compile, DataParallel or PEFT are
+                removed.
             layers: Consecutive running numbers, such as `[4, 5, 6]` or `range(4, 7)`.
-            name: What to call the donor.
-            init: "copy" takes the layers as they are. "identity" makes their output projections zero in the donor,
-                so that it changes nothing wherever it is inserted, until it is trained; the projections are found by
-                running the model on a few tokens.
-            revision: The commit the model was loaded from, to be recorded. A transplant knows it; a plain model of
-                Transformers does not.
+            name: The donor's name.
+            init: "copy" copies the layers. "identity" sets their output projections to zero in the donor, so that it
+                changes nothing until it is trained; the projections are found by running the model on a few tokens.
+            revision: The commit that the model was loaded from, for the record. A transplant knows its own; a plain
+                model of Transformers does not.
 
         Returns:
-            The donor, named and typed as the model's checkpoint would be.
+            The donor, with the tensor names and types of the model's checkpoint.
 
         Raises:
             ConfigurationError: Not a loaded model, or layers that are not consecutive or do not exist.
-            CheckpointError: Their weights are offloaded, quantised or computed from others.
-            CompatibilityError: Layers that cannot be the identity, with the reason.
+            CheckpointError: Weights that are offloaded, quantized or computed from others.
+            CompatibilityError: Layers that cannot start as the identity, with the reason.
 
         Example:
             >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -232,13 +232,13 @@ class Donor:
 
     @property
     def name(self) -> str | None:
-        """What the donor is called: the name in its record, else the last part of the folder or repo it came from."""
+        """The donor's name: the one in its record, else the last part of its folder or repository."""
         known = (self.source.subfolder or self.source.reference) if self.source else ""
         return self.record.name or PurePath(known).name or None
 
     @property
     def num_layers(self) -> int:
-        """K."""
+        """K, the number of layers."""
         return len(self.record.layer_indices)
 
     @property
@@ -257,7 +257,7 @@ class Donor:
         return self.record.model_type
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Describe every tensor by its header."""
+        """Return shape and type of every tensor, from headers."""
         return self.store.infos()
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -267,7 +267,7 @@ class Donor:
             `{"layers.{i}.{name inside the layer}": tensor}`, i = 0..k-1.
 
         Raises:
-            IntegrityError: A weight file's bytes are not the recorded ones.
+            IntegrityError: The bytes of a weight file differ from its recorded sha256.
         """
         self.verify()
         return {name: part[...] for name, part in self.store.slices().items()}
@@ -284,7 +284,7 @@ class Donor:
         layers = consecutive_layers(layers, f"layers of donor {self}, counted from 0 in the donor,", "[0, 1]")
         if layers[0] < 0 or layers[-1] >= self.num_layers:
             raise ConfigurationError(
-                f"donor {self} has layers 0..{self.num_layers - 1} by its own order, asked for {layers}."
+                f"donor {self} has layers 0..{self.num_layers - 1}, counted from 0 in the donor, not {layers}."
             )
         record = dataclasses.replace(
             self.record, layer_indices=tuple(self.record.layer_indices[number] for number in layers)
@@ -292,11 +292,11 @@ class Donor:
         return self.replaced(record=record, store=_PartOf(self.store, layers[0], len(layers)))
 
     def weight_files(self) -> list[Path]:
-        """The files of a donor on disk that have a recorded sha256."""
+        """The weight files of a donor on disk that have a recorded sha256."""
         return [self.source.folder / name for name in self.record.files] if self.source else []
 
     def companions_in(self, recipient: str) -> str:
-        """Where the tokenizer of a recipient is at hand: the folder it was read from, else what names it.
+        """Return the folder or name to take a recipient's tokenizer from.
 
         Args:
             recipient: Hub id or folder.
@@ -340,7 +340,7 @@ class Donor:
 
         Raises:
             ConfigurationError: No position or no recipient is known, or a strength that is not 1 with "replace".
-            IntegrityError: A weight file that the donor is read from has not the recorded bytes.
+            IntegrityError: The bytes of a weight file of the donor differ from its recorded sha256.
         """
         self.verify()
         target = Path(save_directory)
@@ -379,7 +379,7 @@ class Donor:
 
         Raises:
             HubError: Missing, gated, private or out of reach.
-            IntegrityError: A weight file that the donor is read from has not the recorded bytes.
+            IntegrityError: The bytes of a weight file of the donor differ from its recorded sha256.
         """
         self.verify()
         with tempfile.TemporaryDirectory() as folder:
@@ -402,7 +402,7 @@ class Donor:
 
 
 class _PartOf:
-    """Some consecutive layers of a donor, renumbered from 0."""
+    """Consecutive layers of a donor, numbered from 0."""
 
     def __init__(self, whole: TensorStore, start: int, count: int) -> None:
         self._whole, self._start, self._count = whole, start, count

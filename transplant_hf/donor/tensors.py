@@ -1,4 +1,4 @@
-"""A donor's tensors: described from headers, read only when asked for."""
+"""A donor's tensors: described by headers, read when they are needed."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor.
+    """The header of a tensor.
 
     Args:
         shape: Its dimensions.
-        dtype: Its type as safetensors writes it, such as "F32" or "BF16".
-        file: The file that holds it; `None` for one in memory.
-        name_in_file: Its name there.
+        dtype: Its type in safetensors, such as "F32" or "BF16".
+        file: The file that holds it; `None` for a tensor in memory.
+        name_in_file: Its name in the file.
     """
 
     shape: tuple[int, ...]
@@ -54,19 +54,19 @@ class TensorInfo:
 
     @property
     def num_elements(self) -> int:
-        """How many numbers it holds."""
+        """The number of elements."""
         return torch.Size(self.shape).numel()
 
 
 class TensorStore(Protocol):
-    """Named tensors that are described at once and read on demand."""
+    """Named tensors that are read on demand."""
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Describe every tensor, without reading any."""
+        """Return the header of every tensor, without reading any."""
         ...
 
     def slices(self) -> Mapping[str, Any]:
-        """Return something for each tensor that `[...]` turns into it, from freshly opened files."""
+        """Return a lazy tensor for each name, read by `[...]`, from newly opened files."""
         ...
 
 
@@ -93,7 +93,7 @@ class MemoryTensors:
         self._tensors = dict(tensors)
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Describe every tensor."""
+        """Return the header of every tensor."""
         return {
             name: TensorInfo(tuple(tensor.shape), stored_dtype(tensor.dtype, name))
             for name, tensor in self._tensors.items()
@@ -114,7 +114,7 @@ class FileTensors:
     def _read_headers(self) -> Iterator[tuple[str, TensorInfo]]:
         seen: dict[str, Path] = {}
         for path in self.files:
-            with _opened(path) as file:
+            with _open(path) as file:
                 for name in file.keys():  # noqa: SIM118 - a safetensors file, not a dict
                     if name in seen:
                         raise CheckpointError(f"tensor {name!r} is in both {seen[name]} and {path}.")
@@ -123,26 +123,26 @@ class FileTensors:
                     yield name, TensorInfo(tuple(part.get_shape()), part.get_dtype(), path, name)
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Describe every tensor."""
+        """Return the header of every tensor."""
         return self._infos
 
     def slices(self) -> Mapping[str, Any]:
-        """Map the files anew: a donor used twice must not share memory with itself."""
+        """Map the files again: a donor that is used twice must not share memory with itself."""
         slices: dict[str, Any] = {}
         for path in self.files:
-            file = _opened(path)
+            file = _open(path)
             slices.update({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
         return slices
 
 
-def _opened(path: Path) -> Any:
+def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except FileNotFoundError as error:
         raise CheckpointError(f"donor weights are missing: {path}") from error
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}). Was it cut short, or is it a Git LFS pointer?"
+            f"{path} is not a whole safetensors file ({error}). Is it truncated, or a Git LFS pointer?"
         ) from error
 
 
@@ -213,7 +213,7 @@ def check_shards(weight_map: Mapping[str, str], shards: Mapping[str, Iterable[st
 
 
 def safe_name(name: str, suffix: str = ".safetensors") -> str:
-    """Accept a weight file's name that cannot lead out of its folder.
+    """Return a weight file's name if it cannot lead out of its folder.
 
     Raises:
         CheckpointError: It could.
