@@ -140,7 +140,7 @@ def test_quantised_layers_are_refused() -> None:
     model = tiny_gpt2_model(0)
     weight = model.transformer.h[1].mlp.c_fc.weight
     model.transformer.h[1].mlp.c_fc.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
-    with refused(CheckpointError, "transformer.h.1.mlp.c_fc.weight", "quantised", "int8"):
+    with refused(CheckpointError, "transformer.h.1.mlp.c_fc.weight", "quantized", "int8"):
         Donor.from_model(model, [1])
 
 

@@ -192,7 +192,7 @@ def test_strangers_words_do_not_steer_the_terminal(family: Path) -> None:
 def test_a_name_draws_no_layers(family: Path) -> None:
     donors = [{"donor": ".", "position": 1, "name": "law 1\n   99  recipient"}]
     edit_json(family / "donor" / "config.json", donors=donors)
-    with refused(ConfigurationError, "plain name"):
+    with refused(ConfigurationError, "valid name of a folder"):
         inspect(family / "donor")
 
 
