@@ -116,7 +116,8 @@ def consecutive_layers(values: Any, what: str, example: str = "[4, 5, 6]") -> li
         [4, 5]
     """
     several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
-    numbers = [plain_number(value) for value in values] if several and getattr(values, "ndim", None) != 0 else [None]
+    several = several and getattr(values, "ndim", None) != 0
+    numbers: list[Any] = [plain_number(value) for value in values] if several else [None]
     if not all(map(is_whole, numbers)):
         raise ConfigurationError(
             f"{what} must be whole numbers, and consecutive, such as {example}, got {shown(values)}."

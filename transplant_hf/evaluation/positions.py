@@ -132,9 +132,9 @@ def _donors_in_memory(loaded: LoadedModel, donors: Any) -> dict[str, Donor]:
         raise ConfigurationError(f"{loaded.name} has no donors, and none are named. Name a donor to sweep.")
     if isinstance(donors, Donor | str | os.PathLike):
         donors = [donors]
-    pairs = donors.items() if isinstance(donors, Mapping) else [(donor, None) for donor in donors]
+    named = donors.items() if isinstance(donors, Mapping) else [(donor, None) for donor in donors]
     # As in `from_pretrained`, `{donor: None}` means the same as the donor alone.
-    pairs = [(None, key) if value is None else (key, value) for key, value in pairs]
+    pairs: list[tuple[Any, Any]] = [(None, key) if value is None else (key, value) for key, value in named]
     found: dict[str, Donor] = {}
     for name, reference in pairs:
         is_donor = isinstance(reference, Donor)
