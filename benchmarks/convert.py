@@ -1,7 +1,7 @@
-"""How long a `.pt` donor takes to convert, and how much memory, beside copying the file and hashing the copy.
+"""Time and memory that converting a `.pt` donor takes, compared with copying the file and hashing the copy.
 
-Every run is a fresh process; rounds hold every way once, in random order. Layers have random weights in real shapes
-and are written once into the work folder (up to 7 GB, and as much again while it runs).
+Every run is a new process; a round runs every way once, in random order. Layers have random weights in real shapes and
+are written once into the work folder (up to 7 GB, and as much again during a run).
 
 example: python benchmarks/convert.py --folder bench-convert --runs 5
 """
@@ -120,14 +120,14 @@ def _prepare(name: str, folder: Path) -> tuple[Path, Path, str]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from transplant_hf.architecture import decoder_stack, find_stack
+    from transplant_hf.architecture import decoder_stack, find_stack, native_class
     from transplant_hf.architecture.build import build_on_meta
 
     title, config, count = _configs()[name]
     recipient, path = folder / f"{name}-recipient", folder / f"{name}.pt"
     config.save_pretrained(recipient)
     if not path.exists():
-        model = build_on_meta(AutoModelForCausalLM._model_mapping[type(config)], config)
+        model = build_on_meta(native_class(AutoModelForCausalLM, config, name)[0], config)
         layers = list(decoder_stack(model, find_stack(model)))[4 : 4 + count]
         generator = torch.Generator().manual_seed(0)
         states = []
@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--files", nargs="+", choices=["llama", "gpt-oss"], default=["llama", "gpt-oss"], help="default: both")
     add("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="default: all")
     add("--runs", type=int, default=5, help="rounds (default: 5)")
-    add("--folder", type=Path, help="work folder, used again when present (default: a temporary one)")
+    add("--folder", type=Path, help="work folder, reused if present (default: a temporary one)")
     add("--threads", type=int, default=1, help="threads of torch; 0: its own choice (default: 1)")
     add("--json", action="store_true", help="print everything measured as JSON instead of tables")
     for hidden in ("--one", "--source", "--recipient", "--target"):

@@ -1,7 +1,7 @@
 """Convert the three donors of the author of Neural Organ Transplantation (arXiv 2601.13580) into donor repos.
 
 The author's repository is gated: ask for access on its page and log in with `hf auth login`, or name a folder with
-the same files. Of the recipients only the configuration and the tokenizer are fetched.
+the same files. Only the configuration and the tokenizer of the recipients are downloaded.
 
 example: python conversion_scripts/convert_not_checkpoints.py donors --only gpt2 --verify
 """
@@ -19,29 +19,21 @@ from transplant_hf.conversion import CHECKPOINTS, SEEDS, convert_seeds
 
 
 def main() -> int:
-    """Convert what the command line names."""
-    options = _parser().parse_args()
-    recipients = dict(pair.split("=", 1) for pair in options.recipient)
+    """Convert the donors that the command line names."""
+    options = vars(_parser().parse_args())
+    recipients = dict(pair.split("=", 1) for pair in options.pop("recipient"))
+    only, as_json = options.pop("only"), options.pop("json")
     seeds = [
         dataclasses.replace(seed, recipient=recipients.get(seed.folder, seed.recipient))
         for seed in SEEDS
-        if seed.folder in options.only
+        if seed.folder in only
     ]
     try:
-        done = convert_seeds(
-            options.output,
-            source=options.source,
-            seeds=seeds,
-            push_to=options.push_to_hub,
-            private=options.private or None,
-            verify=options.verify,
-            max_shard_size=options.max_shard_size,
-            overwrite=options.overwrite,
-        )
+        conversions = convert_seeds(options.pop("output"), seeds=seeds, **options)
     except TransplantError as error:
         print(f"convert_not_checkpoints: {error}", file=sys.stderr)
         return 1
-    print(json.dumps([one.to_dict() for one in done], indent=2) if options.json else "\n".join(map(str, done)))
+    print(json.dumps([one.to_dict() for one in conversions], indent=2) if as_json else "\n".join(map(str, conversions)))
     return 0
 
 
@@ -52,12 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     add("output", type=Path, help="folder that receives a donor repo for each donor")
     add("--overwrite", action="store_true", help="replace donors that transplant_hf wrote there before")
     add("--source", default=CHECKPOINTS, help="the author's repository, or a folder (default: %(default)s)")
-    add("--only", nargs="+", choices=folders, default=folders, help="default: all three")
+    add("--only", nargs="+", choices=folders, default=folders, help="which donors (default: all three)")
     add("--recipient", action="append", default=[], metavar="FOLDER=MODEL", help="another recipient for a donor")
     add("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
     add("--verify", action="store_true", help="also run one layer with the weights of both files")
-    add("--push-to-hub", metavar="NAMESPACE", help="upload each donor to a repository of its own there")
-    add("--private", action="store_true", help="make those repositories private if they are new")
+    add("--push-to-hub", dest="push_to", metavar="NAMESPACE", help="upload each donor to a repository of its own there")
+    add("--private", action="store_true", default=None, help="make those repositories private if they are new")
     add("--json", action="store_true", help="print the result as JSON")
     return parser
 

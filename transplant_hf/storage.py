@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers.utils import logging
@@ -27,7 +27,7 @@ from .errors import CheckpointError, ConfigurationError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["files_in", "fill", "publish", "read_json", "sha256_of", "write_json", "writing"]
+__all__ = ["files_in", "publish", "read_json", "sha256_of", "write_json", "writing"]
 
 logger = logging.get_logger(__name__)
 
@@ -58,17 +58,6 @@ def sha256_of(path: Path) -> str:
             for start in range(0, len(view), _HASH_STEP):
                 digest.update(view[start : start + _HASH_STEP])
     return digest.hexdigest()
-
-
-def fill(file: BinaryIO, view: memoryview) -> bool:
-    """Read from an unbuffered file until a piece of memory is full; `False` when the file ends before."""
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not count:
-            return False
-        done += count
-    return True
 
 
 def files_in(folder: Path) -> set[str]:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.archive.crafted import saved
 from tests.helpers import (
     BUILDERS,
     Graft,
@@ -22,8 +21,9 @@ from tests.helpers import (
     refused,
     write_tokenizer,
 )
-from tests.layouts.test_layouts import packable, packed
-from tests.layouts.trees import CHOSEN, TREES, states_of
+from tests.pt_files.crafted import saved
+from tests.pt_files.test_layouts import packable, packed
+from tests.pt_files.trees import CHOSEN, TREES, states_of
 from transplant_hf import (
     AutoModelWithTransplant,
     CheckpointError,
@@ -151,7 +151,7 @@ def test_the_position_is_the_best_known_else_the_first_quarter(
 
 
 @pytest.mark.parametrize("position", [9, -1, 1.5, "2", True])
-def test_a_position_that_the_recipient_has_not_is_refused(position: Any, author: Path) -> None:
+def test_a_position_that_does_not_exist_is_refused(position: Any, author: Path) -> None:
     with refused(ConfigurationError, "donor_layers.pt", repr(position)):
         opened(author, metadata={**RECORDED, "position": position})
     if isinstance(position, int) and position is not True:
@@ -202,7 +202,7 @@ WRONG_CHOICES: list[tuple[str, dict[str, Any], type[Any], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("file", "options", "kind", "facts"), WRONG_CHOICES)
-def test_a_choice_that_cannot_be_is_refused(
+def test_an_impossible_choice_of_layers_is_refused(
     file: str, options: dict[str, Any], kind: Any, facts: tuple[str, ...], author: Path
 ) -> None:
     with refused(kind, str(author / file), *facts):
@@ -266,16 +266,15 @@ def test_an_old_donor_is_replaced_by_a_new_one(author: Path) -> None:
 def test_bytes_that_change_on_the_way_are_found(author: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transplant_hf.donor import save
 
-    def spoiled(path: Path, *args: Any) -> str:
-        digest = write(path, *args)
+    def spoiled(tensors: Any, path: Path, **options: Any) -> None:
+        save_file(tensors, path, **options)
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-        return digest
 
-    write = save.write_safetensors
-    monkeypatch.setattr(save, "write_safetensors", spoiled)
-    with refused(CheckpointError, "was read back with other bits than", "donor_layers.pt"):
+    save_file = save.save_file
+    monkeypatch.setattr(save, "save_file", spoiled)
+    with refused(CheckpointError, "has other bits than", "donor_layers.pt"):
         convert(author / "donor_layers.pt", author / "source", author / "donor", metadata=RECORDED)
     assert not (author / "donor").exists()
 

@@ -1,4 +1,4 @@
-"""Files whose layers are not the recipient's: refused, with what was seen and what was wanted."""
+"""Files whose layers are not the recipient's: refused, with what the file holds and what was expected."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.archive.crafted import saved
 from tests.helpers import BUILDERS, layers_of, refused, tiny_gpt2_model, tiny_gpt_oss_model, tiny_llama_model
-from tests.layouts.test_layouts import packable, packed
-from tests.layouts.trees import CHOSEN, named, states_of
+from tests.pt_files.crafted import saved
+from tests.pt_files.test_layouts import packable, packed
+from tests.pt_files.trees import CHOSEN, named, states_of
 from transplant_hf import CheckpointError, ConfigurationError, Donor
 from transplant_hf.conversion import convert
 
@@ -108,11 +108,11 @@ def test_a_wrong_shape_is_named_with_both(model: Any, folder: Path) -> None:
     refuse(
         folder,
         changed(model, lambda tensors: tensors.update({Q: torch.ones(32, 31)})),
-        f"{Q}: seen [32, 31], wanted [32, 32]",
+        f"{Q}: found [32, 31], expected [32, 32]",
     )
 
 
-def test_every_misfit_is_told_at_once(model: Any, folder: Path) -> None:
+def test_every_misfit_is_listed_at_once(model: Any, folder: Path) -> None:
     def spoil(tensors: Tensors) -> None:
         tensors[Q] = torch.ones(3)
         tensors["model.layers.2.mlp.up_proj.weight"] = torch.ones(48, 32, dtype=torch.int8)
@@ -121,8 +121,8 @@ def test_every_misfit_is_told_at_once(model: Any, folder: Path) -> None:
     refuse(
         folder,
         changed(model, spoil),
-        "seen [3], wanted [32, 32]",
-        "seen int8, wanted floating point numbers",
+        "found [3], expected [32, 32]",
+        "found int8, expected floating-point numbers",
         "layer 2: input_layernorm.weight [32] is missing",
     )
 
@@ -132,7 +132,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(dtype: torch.dty
     refuse(
         folder,
         changed(model, lambda tensors: tensors.update({Q: torch.ones(32, 32).to(dtype)})),
-        f"{Q}: seen {str(dtype).removeprefix('torch.')}, wanted floating point numbers",
+        f"{Q}: found {str(dtype).removeprefix('torch.')}, expected floating-point numbers",
     )
 
 
@@ -154,20 +154,20 @@ def test_another_architecture_is_refused(kind: str, seen: str, folder: Path) -> 
         Donor.from_pt(path, folder / "source", layers=CHOSEN)
 
 
-def test_the_lists_of_seen_and_wanted_tensors_stay_short(folder: Path) -> None:
+def test_the_lists_of_tensors_stay_short(folder: Path) -> None:
     refuse(
         folder,
         tiny_gpt2_model(seed=2, n_layer=12).state_dict(),
         "holds no layers of a llama model",
-        "Seen (149 tensors): transformer.wte.weight [260, 32], transformer.wpe.weight [64, 32]",
+        "In the file (149 tensors): transformer.wte.weight [260, 32], transformer.wpe.weight [64, 32]",
         "... and 137 more",
-        "Wanted, for each layer: self_attn.q_proj.weight [32, 32]",
+        "Expected for each layer: self_attn.q_proj.weight [32, 32]",
     )
 
 
 def test_the_same_architecture_of_another_width_is_refused(folder: Path) -> None:
     other = tiny_llama_model(seed=2, hidden_size=64)
-    refuse(folder, named(other), f"{Q}: seen [64, 64], wanted [32, 32]")
+    refuse(folder, named(other), f"{Q}: found [64, 64], expected [32, 32]")
 
 
 @pytest.mark.parametrize(
@@ -211,10 +211,13 @@ DOWN = "model.layers.1.mlp.experts.down_proj"
         (lambda t: t.pop(f"{DOWN}_scales"), "layer 1: mlp.experts.down_proj has only its blocks"),
         (lambda t: t.pop(f"{DOWN}_blocks"), "layer 1: mlp.experts.down_proj has only its scales"),
         (lambda t: t.update({DOWN: torch.ones(4, 64, 32)}), "mlp.experts.down_proj is there 3 times"),
-        (lambda t: t.update({f"{DOWN}_scales": torch.ones(4, 32, 2)}), "down_proj_scales: seen float32, wanted uint8"),
+        (
+            lambda t: t.update({f"{DOWN}_scales": torch.ones(4, 32, 2)}),
+            "down_proj_scales: found float32, expected uint8",
+        ),
         (
             lambda t: t.update({f"{DOWN}_blocks": torch.ones(4, 32, 2, 8, dtype=torch.uint8)}),
-            "down_proj_blocks: seen [4, 32, 2, 8], wanted [4, 32, 2, 16]",
+            "down_proj_blocks: found [4, 32, 2, 8], expected [4, 32, 2, 16]",
         ),
     ],
 )
@@ -227,7 +230,7 @@ def test_packed_experts_that_do_not_fit_are_refused(change: Callable[[Tensors], 
 def test_experts_too_narrow_to_be_packed_are_refused(folder: Path) -> None:
     content, _ = packed(packable(folder / "source"))
     tiny_gpt_oss_model(seed=2).config.save_pretrained(folder / "source")
-    refuse(folder, content, f"{DOWN}_blocks: seen a part of a tensor packed as MXFP4, wanted all of [4, 24, 32]")
+    refuse(folder, content, f"{DOWN}_blocks: found a part of a tensor packed as MXFP4, expected all of [4, 24, 32]")
 
 
 def test_packed_weights_of_other_layers_are_refused(model: Any, folder: Path) -> None:
@@ -236,7 +239,7 @@ def test_packed_weights_of_other_layers_are_refused(model: Any, folder: Path) ->
         tensors[f"{Q}_blocks"] = torch.ones(32, 1, 16, dtype=torch.uint8)
         tensors[f"{Q}_scales"] = torch.ones(32, 1, dtype=torch.uint8)
 
-    refuse(folder, changed(model, pack), f"{Q}_blocks: seen a part of a tensor packed as MXFP4", "[32, 32]")
+    refuse(folder, changed(model, pack), f"{Q}_blocks: found a part of a tensor packed as MXFP4", "[32, 32]")
 
 
 # -- Damaged files -----------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GptOssConfig, LlamaConfig, PreTrainedConfig
 
-from tests.archive.crafted import bits, saved
 from tests.helpers import BUILDERS, layers_of, logits_of, plain, refused, write_tokenizer
+from tests.pt_files.crafted import bits, saved
 from transplant_hf import AutoModelWithTransplant, CheckpointError, Donor
 from transplant_hf.architecture import Anatomy, native_class
 from transplant_hf.conversion import SEEDS, convert, convert_seeds

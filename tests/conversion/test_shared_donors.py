@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.archive.crafted import bits, everything, tree_tensors
 from tests.helpers import layers_of, logits_of, plain
+from tests.pt_files.crafted import bits, everything, tree_tensors
 from transplant_hf import AutoModelWithTransplant, Donor, transplant
 from transplant_hf.conversion import convert
 

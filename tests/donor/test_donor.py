@@ -235,7 +235,7 @@ def test_a_failed_save_leaves_the_old_donor(tiny_gpt2: Path, tmp_path: Path, mon
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("transplant_hf.donor.save.write_safetensors", full)
+    monkeypatch.setattr("transplant_hf.donor.save.save_file", full)
     with refused(CheckpointError, str(target), "disk is full", "unchanged"):
         donor.save_pretrained(target, recipient=str(tiny_gpt2 / "recipient"))
     assert digest_of(tmp_path) == before

@@ -60,7 +60,7 @@ def test_a_save_that_fails_leaves_the_old_one(
     tiny_gpt2: Path, target: Path, monkeypatch: pytest.MonkeyPatch, thin: bool
 ) -> None:
     model, before = loaded(tiny_gpt2, 1), digest_of(target.parent)
-    fail_in(monkeypatch, "transplant_hf.donor.save.write_safetensors", "transformers.modeling_utils.safe_save_file")
+    fail_in(monkeypatch, "transplant_hf.donor.save.save_file", "transformers.modeling_utils.safe_save_file")
     with refused(CheckpointError, str(target), "disk is full", "unchanged"):
         model.save_pretrained(target, thin=thin)
     assert digest_of(target.parent) == before

@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
         commands,
         "convert",
         _run,
-        "turn a .pt file of decoder layers into a donor repo, without unpickling it",
+        "turn a .pt file of decoder layers into a donor repo; nothing in the file runs",
         "convert gpt2/donor_layers.pt gpt2-law --recipient openai-community/gpt2 --layers 4 5 6 --position 1",
     )
     convert.add_argument("file", type=Path, help="the .pt file")

@@ -1,4 +1,4 @@
-"""The author's three donors: what they came from, and where they go."""
+"""The three donors of the paper's author: what they were made from, and their conversion."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..donor.from_pt import METADATA_FILE
 from ..donor.saved_files import check_artifact_folder
 from ..errors import CheckpointError
 from ..sources import HubOptions, locate
@@ -17,7 +18,6 @@ __all__ = ["CHECKPOINTS", "SEEDS", "Seed", "convert_seeds"]
 
 CHECKPOINTS = "zuraiqi/neural-organ-transplantation-checkpoints"
 _WEIGHTS = "donor_layers.pt"
-_METADATA = "donor_metadata.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Seed:
     Args:
         folder: Its folder in the author's repository.
         recipient: The model its layers came from.
-        layers: Their indices in it.
-        position: The best position the author found.
-        name: What the converted donor is called.
+        layers: Their indices in that model.
+        position: The best position that the author found.
+        name: The name of the converted donor.
     """
 
     folder: str
@@ -66,45 +66,41 @@ def convert_seeds(
         source: The author's repository, which is gated, or a folder with its files.
         seeds: Which donors.
         revision: The revision of the author's repository.
-        push_to: A user or organisation; each donor is pushed to a repository of its own there.
+        push_to: A user or organization; each donor is pushed to a repository of its own there.
         token: As in `from_pretrained`.
-        cache_dir: The same.
-        local_files_only: The same.
-        overwrite: Replace donors that transplant_hf wrote there before; as in `convert`, for each donor.
+        cache_dir: As in `from_pretrained`.
+        local_files_only: As in `from_pretrained`.
+        overwrite: As in `convert`, for each donor.
         **options: `max_shard_size`, `verify` and `private`, as in `convert`.
 
     Returns:
-        What was done, for each donor.
+        What was written, for each donor.
 
     Raises:
         HubError: No access to the repository, or out of reach.
         CheckpointError: A file is missing, or is not what it should be.
     """
-    chosen = list(seeds)
-    for seed in chosen:  # all of them before any work
+    seeds = list(seeds)
+    for seed in seeds:  # all of them before any work
         check_artifact_folder(Path(output) / seed.name, overwrite)
     hub = HubOptions(token, cache_dir, local_files_only)
-    done = []
-    for seed in chosen:
-        files = (f"{seed.folder}/{_WEIGHTS}", f"{seed.folder}/{_METADATA}")
+    options |= {"overwrite": overwrite, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    conversions = []
+    for seed in seeds:
+        files = (f"{seed.folder}/{_WEIGHTS}", f"{seed.folder}/{METADATA_FILE}")
         found = locate(os.fspath(source), files=files, revision=revision, hub=hub)
         path = found.folder / seed.folder / _WEIGHTS
         if not path.exists():
-            raise CheckpointError(f"{found} has no {files[0]}; a folder as in {CHECKPOINTS} is needed.")
-        done.append(
-            convert(
-                path,
-                seed.recipient,
-                Path(output) / seed.name,
-                overwrite=overwrite,
-                layers=seed.layers,
-                position=seed.position,
-                name=seed.name,
-                push_to=f"{push_to}/{seed.name}" if push_to else None,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                **options,
-            )
+            raise CheckpointError(f"{found} has no {files[0]}; the files must be as in {CHECKPOINTS}.")
+        conversion = convert(
+            path,
+            seed.recipient,
+            Path(output) / seed.name,
+            layers=seed.layers,
+            position=seed.position,
+            name=seed.name,
+            push_to=f"{push_to}/{seed.name}" if push_to else None,
+            **options,
         )
-    return done
+        conversions.append(conversion)
+    return conversions

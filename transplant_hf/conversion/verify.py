@@ -1,7 +1,8 @@
-"""Run one layer with the weights of two donors, and compare what comes out."""
+"""Run one layer with the weights of two donors, and compare the outputs."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -34,28 +35,28 @@ def compare_outputs(one: Donor, other: Donor) -> None:
 
 
 def first_layer_output(donor: Donor, seed: int = 0) -> torch.Tensor:
-    """Run a donor's first layer alone, in a model that has no other.
+    """Run a donor's first layer alone, in a model that has no other layer.
 
     Args:
         donor: The donor.
-        seed: Of the random hidden states.
+        seed: Seed of the random hidden states.
 
     Returns:
         `[1, 16, hidden]`.
 
     Raises:
-        CheckpointError: What comes out is not finite.
+        CheckpointError: The output is not finite.
         ConfigurationError: No configuration of this architecture builds that layer alone.
     """
     fields = {**donor.record.source_config, "model_type": donor.model_type}
     fields.pop("quantization_config", None)  # a donor's weights are in full precision
     model_class, config = native_class(AutoModelForCausalLM, AutoConfig.for_model(**fields), str(donor))
     anatomy = Anatomy(model_class, config, f"the source model of donor {donor}")
-    model = transplant(_shell(anatomy, donor), donor.part([0]), 0, mode="replace")
-    seen: list[torch.Tensor] = []
+    model = transplant(_empty_model(anatomy, donor), donor.part([0]), 0, mode="replace")
+    outputs: list[torch.Tensor] = []
 
     def keep(_module: Any, _inputs: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output[0] if isinstance(output, tuple) else output)
 
     handle = decoder_stack(model, anatomy.stack_path)[0].register_forward_hook(keep)
     size = config.get_text_config().hidden_size
@@ -63,13 +64,13 @@ def first_layer_output(donor: Donor, seed: int = 0) -> torch.Tensor:
     with torch.no_grad():
         model.base_model(inputs_embeds=hidden, use_cache=False)
     handle.remove()
-    if not torch.isfinite(seen[0]).all():
+    if not torch.isfinite(outputs[0]).all():
         raise CheckpointError(f"layer 0 of {donor} turns random hidden states into NaN or infinity.")
-    return seen[0]
+    return outputs[0]
 
 
-def _shell(anatomy: Anatomy, donor: Donor) -> PreTrainedModel:
-    """A model with the donor's first layer and no other; memory for embeddings is reserved but never touched."""
+def _empty_model(anatomy: Anatomy, donor: Donor) -> PreTrainedModel:
+    """A model with a layer like the donor's first and no other; memory for embeddings is reserved but not touched."""
     spliced = splice_config(anatomy, [LayerOrigin(anatomy, donor.layer_indices[0])])
     if not spliced.native:
         raise ConfigurationError(
@@ -77,27 +78,27 @@ def _shell(anatomy: Anatomy, donor: Donor) -> PreTrainedModel:
             "verifying outputs."
         )
     spliced.config.dtype = _main_dtype(donor.part([0]))
-    shell = build_on_meta(anatomy.model_class, spliced.config).to_empty(device="cpu")
+    model = build_on_meta(anatomy.model_class, spliced.config).to_empty(device="cpu")
     large = {
-        id(part.weight) for part in (shell.get_input_embeddings(), shell.get_output_embeddings()) if part is not None
+        id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None
     }
     with torch.no_grad():
         parameter: Any
-        for parameter in shell.parameters():
+        for parameter in model.parameters():
             parameter._is_hf_initialized = True
             if id(parameter) not in large:
                 parameter.zero_()
-    initialize(shell, anatomy.model_class)  # the buffers
-    shell.tie_weights()
-    return shell.eval()
+    initialize(model, anatomy.model_class)  # the buffers
+    model.tie_weights()
+    return model.eval()
 
 
 def _main_dtype(donor: Donor) -> torch.dtype:
     """The type of most numbers: some norms are kept in another, and the order of tensors says nothing."""
-    counts: dict[str, int] = {}
-    for info in donor.infos().values():
-        counts[info.dtype] = counts.get(info.dtype, 0) + info.num_elements
-    dtype = loaded_dtype(max(sorted(counts), key=lambda name: counts[name]))
+    counts: Counter[str] = Counter()
+    for _, info in sorted(donor.infos().items()):
+        counts[info.dtype] += info.num_elements
+    dtype = loaded_dtype(counts.most_common(1)[0][0])
     if dtype.itemsize == 1:
         raise ConfigurationError(f"donor {donor}: no layer runs in {dtype}; convert it without verifying outputs.")
     return dtype

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo
 
@@ -14,47 +16,30 @@ from ..hub import push_folder
 from .companions import kept_in_repository
 from .saved_files import replaced_among
 
-__all__ = ["deliver"]
+__all__ = ["output_folder", "push_donor"]
 
 
-def deliver(
-    write: Callable[[Path], Collection[str]],
-    output: str | os.PathLike[str] | None,
-    push_to: str | None,
-    name: str | None,
-    *,
-    token: str | bool | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-) -> tuple[str | None, str | None]:
-    """Write a donor repo, and upload what was written where that is asked for.
+@contextmanager
+def output_folder(output: str | os.PathLike[str] | None, push_to: str | None) -> Iterator[Path]:
+    """Yield the folder to write a donor repo into: `output`, else a temporary one named after the repository."""
+    if output is not None:
+        yield Path(output)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch) / (push_to or "donor").rpartition("/")[2]
+
+
+def push_donor(folder: Path, repo_id: str, files: Collection[str], message: str, **kwargs: Any) -> CommitInfo:
+    """Upload a donor repo as one commit.
 
     Args:
-        write: Writes it into a folder, and returns its files, by their paths there.
-        output: The folder; one that is gone afterwards by default.
-        push_to: The repository to upload to, as one commit.
-        name: What the donor is called, if it is known; else it is called after the folder.
-        token: As in huggingface_hub.
-        private: The same.
-        revision: The branch to push to.
-
-    Returns:
-        The folder, if it stays, and where the commit is.
+        folder: The folder.
+        repo_id: The repository.
+        files: The files of the donor repo, by their paths in the folder; other files in it are the user's.
+        message: The first line of the commit message.
+        **kwargs: `token`, `private`, `revision` and `create_pr`, as in huggingface_hub.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        target = Path(output) if output is not None else Path(scratch) / (push_to or "donor").rpartition("/")[2]
-        names = write(target)
-        if push_to is None:
-            return str(target), None
-        commit: CommitInfo = push_folder(
-            target,
-            push_to,
-            commit_message=f"Upload donor {name or target.name}",
-            token=token,
-            private=private,
-            revision=revision,
-            replaced=replaced_among,
-            kept=functools.partial(kept_in_repository, target),
-            only=set(names),  # the folder may hold other files of the user's
-        )
-        return str(target) if output is not None else None, str(commit.commit_url)
+    kept = functools.partial(kept_in_repository, folder)
+    return push_folder(
+        folder, repo_id, commit_message=message, replaced=replaced_among, kept=kept, only=set(files), **kwargs
+    )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -15,17 +13,14 @@ from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, ConfigurationError, IntegrityError
-from ..hub import push_folder
 from ..numeric import consecutive_layers
 from ..sources import HubOptions, Source, locate
-from .companions import kept_in_repository
+from .deliver import output_folder, push_donor
 from .extract import layers_of_model
-from .from_pt import open_pt
+from .from_pt import PtTensors, match_pt_file
 from .place import recommendation, recommended_in
-from .pt_tensors import PtTensors
 from .record import DONOR_CONFIG, DonorRecord
 from .save import save_donor
-from .saved_files import replaced_among
 from .tensors import FileTensors, TensorInfo, TensorStore, layer_of, open_donor_files
 
 __all__ = ["DONOR_FILES", "Donor"]
@@ -199,11 +194,11 @@ class Donor:
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> Donor:
-        """Open a `.pt` file of decoder layers, without unpickling it.
+        """Open a `.pt` file of decoder layers. Nothing in the file runs.
 
-        The layout is recognised by the tensors' names and shapes, held against the source model: lists of state
-        dicts, `{index: state_dict}`, whole models, wrappers and pickled modules are all read. Of the recipient only
-        the configuration and the tokenizer are fetched.
+        The layout is recognized by matching names and shapes of the tensors with the source model: lists of state
+        dicts, `{index: state_dict}`, whole models, wrappers and pickled modules can all be read. Only the recipient's
+        configuration and tokenizer are fetched.
 
         Args:
             path: The file.
@@ -227,7 +222,7 @@ class Donor:
             HubError: The recipient is out of reach.
         """
         hub = HubOptions(token, cache_dir, local_files_only, force_download)
-        found = open_pt(path, recipient, metadata, layers, name, recipient_revision, hub)
+        found = match_pt_file(path, recipient, metadata, layers, name, recipient_revision, hub)
         return cls(found.record, found.store, position=found.position, companions=found.recipient)
 
     @property
@@ -344,8 +339,17 @@ class Donor:
         """
         self.verify()
         target = Path(save_directory)
-        said: dict[str, Any] = {"license": license, "mode": mode, "strength": strength}
-        save_donor(self, target, position, recipient, recipient_revision, max_shard_size, **said)
+        save_donor(
+            self,
+            target,
+            position=position,
+            recipient=recipient,
+            recipient_revision=recipient_revision,
+            max_shard_size=max_shard_size,
+            license=license,
+            mode=mode,
+            strength=strength,
+        )
 
     def push_to_hub(
         self,
@@ -382,14 +386,11 @@ class Donor:
             IntegrityError: The bytes of a weight file of the donor differ from its recorded sha256.
         """
         self.verify()
-        with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / repo_id.rpartition("/")[2]
-            said: dict[str, Any] = {"license": license, "mode": mode, "strength": strength}
-            save_donor(self, target, position, recipient, recipient_revision, max_shard_size, repo_id, **said)
-            kept = functools.partial(kept_in_repository, target)
-            return push_folder(
-                target, repo_id, commit_message=commit_message, replaced=replaced_among, kept=kept, **kwargs
-            )
+        place = {"position": position, "recipient": recipient, "recipient_revision": recipient_revision}
+        options: dict[str, Any] = {"license": license, "mode": mode, "strength": strength, **place}
+        with output_folder(None, repo_id) as folder:
+            files = save_donor(self, folder, max_shard_size=max_shard_size, repo_id=repo_id, **options)
+            return push_donor(folder, repo_id, files, commit_message, **kwargs)
 
     def __str__(self) -> str:
         file = self.store.path if isinstance(self.store, PtTensors) else None

@@ -1,4 +1,4 @@
-"""Types of numbers under the names that safetensors gives them."""
+"""Data types, by the names that safetensors uses."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def stored_dtype(dtype: torch.dtype, name: str) -> str:
-    """Return the name of a tensor's type.
+    """Return safetensors' name of a data type.
 
     Raises:
-        CheckpointError: Safetensors files cannot hold it.
+        CheckpointError: Safetensors has no such type.
 
     Example:
         >>> stored_dtype(torch.bfloat16, "weight")
         'BF16'
     """
     if dtype not in _NAMES:
-        raise CheckpointError(f"donor tensor {name!r} is of type {dtype}, which safetensors files cannot hold.")
+        raise CheckpointError(f"donor tensor {name!r} has type {dtype}, which safetensors cannot store.")
     return _NAMES[dtype]
 
 
 def loaded_dtype(stored: str) -> torch.dtype:
-    """Return the type that a safetensors file's name of it means.
+    """Return the data type with this name in safetensors.
 
     Raises:
-        CheckpointError: Not a name that torch knows.
+        CheckpointError: torch has no such type.
     """
     if stored not in _DTYPES:
-        raise CheckpointError(f"{stored!r} is not a type of numbers that torch knows.")
+        raise CheckpointError(f"{stored!r} is not a data type of torch.")
     return _DTYPES[stored]

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..architecture import LayerNames, config_of_weights, decoder_stack, find_stack, projections_of_layers, unwrapped
+from ..architecture.adapters import is_adapted
 from ..config import DonorSpec
 from ..errors import CheckpointError, ConfigurationError
-from ..layouts.names import is_adapted
 from ..numeric import consecutive_layers
 from .record import DonorRecord
 from .tensors import MemoryTensors

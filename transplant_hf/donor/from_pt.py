@@ -9,39 +9,101 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+import torch
 
-from ..architecture import Anatomy, native_class
-from ..archive import PtFile
-from ..config import TransplantConfig
+from ..architecture import Anatomy, open_recipient
 from ..errors import CheckpointError, ConfigurationError
 from ..layer_map import check_position
-from ..layouts import Layout, match_layers
 from ..numeric import is_whole, shown
-from ..sources import HubOptions, Source, reading
+from ..pt_files import Layout, Packed, PtFile, match_layers
+from ..sources import HubOptions, Source
 from ..storage import read_json
 from .companions import locate_with_companions
-from .pt_tensors import PtTensors
+from .dtypes import stored_dtype
 from .record import DonorRecord, plain_json
+from .tensors import TensorInfo
 
-__all__ = ["METADATA_FILE", "OpenedPt", "open_pt"]
+__all__ = ["METADATA_FILE", "MatchedFile", "PtTensors", "match_pt_file"]
 
 METADATA_FILE = "donor_metadata.json"
-_UNPLAIN = re.compile(r"[^A-Za-z0-9._-]+")
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+class PtTensors:
+    """The tensors of a donor that is still a `.pt` file.
+
+    Args:
+        file: The file.
+        layout: Which of its tensors they are.
+    """
+
+    def __init__(self, file: PtFile, layout: Layout) -> None:
+        self.path: Path = file.path
+        self._file, self._names = file, layout.tensors
+        for name in self._file_names():
+            file.check_claims(name)
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Describe every tensor."""
+        infos = {}
+        for name, stored in self._names.items():
+            if isinstance(stored, Packed):
+                experts, outputs, groups, half = self._file.tensors[stored.blocks].shape
+                infos[name] = TensorInfo((experts, groups * half * 2, outputs), "BF16")
+            else:
+                tensor = self._file.tensors[stored]
+                infos[name] = TensorInfo(tensor.shape, stored_dtype(tensor.dtype, name))
+        return infos
+
+    def slices(self) -> Mapping[str, Any]:
+        """Return the tensors, mapped from the file; those in MXFP4 are unpacked as they are read."""
+        opened = self._file.open_tensors(self._file_names())
+        return {
+            name: _Unpacked(opened[stored.blocks], opened[stored.scales])
+            if isinstance(stored, Packed)
+            else opened[stored]
+            for name, stored in self._names.items()
+        }
+
+    def _file_names(self) -> list[str]:
+        pairs = [(n.blocks, n.scales) if isinstance(n, Packed) else (n,) for n in self._names.values()]
+        return [name for pair in pairs for name in pair]
+
+
+class _Unpacked:
+    """A tensor in MXFP4, which Transformers turns into bf16 when it is read."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, blocks: torch.Tensor, scales: torch.Tensor) -> None:
+        self._blocks, self._scales = blocks, scales
+
+    def get_shape(self) -> list[int]:
+        """Experts, inputs, outputs."""
+        experts, outputs, groups, half = self._blocks.shape
+        return [experts, groups * half * 2, outputs]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        # Late: Transformers' quantization code is slow to import, and few donors need it.
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        experts = index if isinstance(index, slice) else slice(None)
+        unpacked = convert_moe_packed_tensors(self._blocks[experts], self._scales[experts], dtype=self.dtype)
+        return unpacked.contiguous() if isinstance(index, slice) else unpacked[index].contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
-class OpenedPt:
-    """A `.pt` file understood.
+class MatchedFile:
+    """A `.pt` file whose tensors were matched with the layers of its source model.
 
     Args:
         record: What is known of the donor.
         store: Its tensors.
         position: The best known position, else the first quarter of the recipient.
-        num_layers: L, the recipient's layers.
-        layout: Where its tensors are in the file.
+        num_layers: L, the number of layers of the recipient.
+        layout: Where the donor's tensors are in the file.
         recipient: The source model's configuration and tokenizer.
-        classes: Pickled classes in the file, of which nothing was run.
+        classes: Classes and functions that the file names; none of them was imported or run.
     """
 
     record: DonorRecord
@@ -53,7 +115,7 @@ class OpenedPt:
     classes: tuple[str, ...]
 
 
-def open_pt(
+def match_pt_file(
     path: str | os.PathLike[str],
     recipient: str | os.PathLike[str],
     metadata: Mapping[str, Any] | str | os.PathLike[str] | None,
@@ -61,84 +123,73 @@ def open_pt(
     name: str | None,
     revision: str | None,
     hub: HubOptions,
-) -> OpenedPt:
-    """Open a `.pt` file; see `Donor.from_pt`."""
+) -> MatchedFile:
+    """Open a `.pt` file and find the donor in it; see `Donor.from_pt`."""
     file = PtFile(path)
-    known = _metadata(metadata, file)
-    source, fields, config = _source_model(recipient, revision, hub)
-    with reading("the model class", str(source)):
-        anatomy = Anatomy(*native_class(AutoModelForCausalLM, config, str(source)), f"recipient {source}")
-    layout = match_layers(file.tensors, anatomy, _indices(known, file), layers, str(file.path))
+    recorded = _metadata(metadata, file.path)
+    source, fields, anatomy = _source_model(recipient, revision, hub)
+    layout = match_layers(file.tensors, anatomy, _recorded_layers(recorded, file), layers, str(file.path))
     record = DonorRecord(
-        model_type=config.model_type,
+        model_type=anatomy.config.model_type,
         source_config=fields,
         layer_indices=layout.layers,
         source_id=source.reference,
         source_revision=source.revision,
-        name=name or _name(known),
-        metadata=known,
+        name=name or _recorded_name(recorded),
+        metadata=recorded,
     )
-    position = _position(known, anatomy.num_layers, str(file.path))
-    return OpenedPt(
-        record, PtTensors(file, layout), position, anatomy.num_layers, layout, source, tuple(sorted(file.classes))
+    position = _recorded_position(recorded, anatomy.num_layers, file.path)
+    return MatchedFile(
+        record, PtTensors(file, layout), position, anatomy.num_layers, layout, source, tuple(file.classes)
     )
 
 
 def _source_model(
     recipient: str | os.PathLike[str], revision: str | None, hub: HubOptions
-) -> tuple[Source, dict[str, Any], PreTrainedConfig]:
+) -> tuple[Source, dict[str, Any], Anatomy]:
     reference = os.fspath(recipient)
     if Path(reference).expanduser().is_file():
         reference = str(Path(reference).expanduser().absolute().parent)
     source = locate_with_companions(reference, revision=revision, hub=hub)
-    fields = read_json(source.folder / "config.json", "the recipient's config.json")
-    if fields.get("model_type") == TransplantConfig.model_type:
-        raise ConfigurationError(
-            f"recipient {source} is itself a transplant; name the model that the layers came from."
-        )
-    with reading("the configuration", str(source)):
-        try:
-            config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-        except ValueError as error:
-            raise ConfigurationError(f"recipient {source} is no model that can be loaded: {error}") from error
-    return source, fields, config
+    model = open_recipient(source.reference, source.revision, hub)
+    return source, dict(model.fields), model.anatomy()
 
 
-def _metadata(given: Mapping[str, Any] | str | os.PathLike[str] | None, file: PtFile) -> dict[str, Any]:
-    if isinstance(given, Mapping):
-        return plain_json(given, "the donor's metadata")
-    if given is not None:
-        return read_json(Path(given).expanduser(), "the donor's metadata")
-    beside = file.path.parent / METADATA_FILE
+def _metadata(metadata: Mapping[str, Any] | str | os.PathLike[str] | None, file: Path) -> dict[str, Any]:
+    if isinstance(metadata, Mapping):
+        return plain_json(metadata, "the donor's metadata")
+    if metadata is not None:
+        return read_json(Path(metadata).expanduser(), "the donor's metadata")
+    beside = file.parent / METADATA_FILE
     return read_json(beside, "the donor's metadata") if beside.exists() else {}
 
 
-def _indices(known: Mapping[str, Any], file: PtFile) -> list[int] | None:
+def _recorded_layers(recorded: Mapping[str, Any], file: PtFile) -> list[int] | None:
     """The layer indices that the author recorded, beside the file or in it."""
     inside = (value for name, value in file.values.items() if name.rpartition(".")[2] == "layer_indices")
-    found = known.get("layer_indices", next(inside, None))
-    if found is None:
+    layers = recorded.get("layer_indices", next(inside, None))
+    if layers is None:
         return None
-    if not isinstance(found, list) or not all(map(is_whole, found)):
-        raise CheckpointError(f"{file.path}: layer_indices must be a list of whole numbers, found {shown(found)}.")
-    return sorted(found)
+    if not isinstance(layers, list) or not all(map(is_whole, layers)):
+        raise CheckpointError(f"{file.path}: layer_indices must be a list of whole numbers, got {shown(layers)}.")
+    return sorted(layers)
 
 
-def _position(known: Mapping[str, Any], num_layers: int, what: str) -> int:
+def _recorded_position(recorded: Mapping[str, Any], num_layers: int, file: Path) -> int:
     """The author's rule: the best known position, else the first quarter."""
-    best = next((known[key] for key in ("best_position", "position") if known.get(key) is not None), None)
+    best = next((recorded[key] for key in ("best_position", "position") if recorded.get(key) is not None), None)
     if best is None:
         return max(1, num_layers // 4)
     try:
         return check_position(best, num_layers)
     except ConfigurationError as error:
         raise ConfigurationError(
-            f"{what}: its metadata records a position that cannot be used: {error} Pass metadata= without it, and give "
+            f"{file}: its metadata records a position that cannot be used: {error} Pass metadata= without it, and pass "
             "the position when saving."
         ) from error
 
 
-def _name(known: Mapping[str, Any]) -> str | None:
-    """What the author calls the donor; one without a name is called after the folder it is saved to."""
-    named = known.get("name")
-    return _UNPLAIN.sub("-", named).strip("-.") or None if isinstance(named, str) else None
+def _recorded_name(recorded: Mapping[str, Any]) -> str | None:
+    """The author's name of the donor; a donor without a name is called after the folder it is saved to."""
+    name = recorded.get("name")
+    return _NOT_IN_NAMES.sub("-", name).strip("-.") or None if isinstance(name, str) else None

@@ -5,26 +5,26 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from tqdm import tqdm
+from safetensors.torch import save_file
 
 from ..config import DonorSpec, TransplantConfig
-from ..display import parse_size
-from ..errors import ConfigurationError
+from ..display import parse_size, progress_bar
+from ..errors import CheckpointError, ConfigurationError
+from ..numeric import is_finite
 from ..sources import points_to_folder
-from ..storage import publish, write_json
+from ..storage import files_in, publish, sha256_of, write_json
 from .card import write_donor_card
 from .companions import COMPANION_FOLDERS, at_hand, copy_companions, is_companion, tokenizer_class
 from .dtypes import loaded_dtype
 from .entry import write_entry
 from .record import DonorRecord, FileStamp
 from .saved_files import RECIPIENT_FOLDER, replaced_in
-from .stream import size_of, write_safetensors
 from .tensors import DONOR_INDEX, TensorStore
 
 if TYPE_CHECKING:
@@ -36,24 +36,24 @@ __all__ = [
     "save_donor",
     "vocabulary_of",
     "write_donor",
+    "write_donor_repo",
     "written_reference",
 ]
 
-_PROGRESS_FROM = 1 << 28
 _LONGEST_FOLDER = 100
-# Words, dots and spaces as every file system has them, without a file's ending; and the devices of Windows.
+# Names that every file system accepts, without a file's suffix; and the devices of Windows.
 _FOLDER = re.compile(r"(?!.*\.[a-z]+$)\w([\w .-]*[\w-])?", re.IGNORECASE)
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 
 
 def donor_folders(names: Sequence[str], foreign: Collection[str] = ()) -> list[str | None]:
-    """Return the folders that donors of these names get: one donor lies at the root, several have a folder each.
+    """Return the folders of donors with these names: one donor is at the root, several have a folder each.
 
-    A folder is called as its donor where every file system takes that name and nothing else beside it can have it.
+    A folder has the name of its donor if every file system accepts that name and nothing else there can have it.
 
     Args:
         names: The donors' names.
-        foreign: Names in the folder they are saved into that are not theirs to take; see `foreign_names`.
+        foreign: Names in the target folder that belong to other files; see `foreign_names`.
 
     Example:
         >>> donor_folders(["law", "README.md", "LAW"]), donor_folders(["law"])
@@ -62,24 +62,24 @@ def donor_folders(names: Sequence[str], foreign: Collection[str] = ()) -> list[s
     if len(names) == 1:
         return [None]
     found: list[str | None] = []
-    taken = {RECIPIENT_FOLDER, *foreign}
+    used = {RECIPIENT_FOLDER, *foreign}
     for number, name in enumerate(names, start=1):
         plain = _FOLDER.fullmatch(name) and len(name.encode()) <= _LONGEST_FOLDER
-        of_recipient = is_companion(name.casefold()) or name.casefold() in COMPANION_FOLDERS
-        if not plain or of_recipient or name.casefold() in taken or name.partition(".")[0].casefold() in _DEVICES:
+        is_recipients = is_companion(name.casefold()) or name.casefold() in COMPANION_FOLDERS
+        if not plain or is_recipients or name.casefold() in used or name.partition(".")[0].casefold() in _DEVICES:
             name = f"donor-{number}"
-            while name in taken or name in {other.casefold() for other in names}:
+            while name in used or name in {other.casefold() for other in names}:
                 name = f"{name}-{number}"
-        taken.add(name.casefold())
+        used.add(name.casefold())
         found.append(name)
     return found
 
 
 def refuse_recipients_place(recipient: str, folder: Path, revision: str | None) -> None:
-    """Refuse to replace a recipient by what refers to it, now or with the next save.
+    """Refuse a folder in which this save, or the next one, would replace the recipient itself.
 
     Raises:
-        ConfigurationError: The folder is the recipient's own, or the recipient lies where full saves write theirs.
+        ConfigurationError: The folder is the recipient's own, or the recipient is where full saves write theirs.
     """
     path = points_to_folder(recipient, revision=revision)
     if path is None or not path.is_dir():
@@ -98,36 +98,53 @@ def refuse_recipients_place(recipient: str, folder: Path, revision: str | None) 
 
 
 def vocabulary_of(fields: Mapping[str, Any]) -> int | None:
-    """Return the vocabulary's size, by which adapters trained on a transplant see whether it was changed."""
+    """Return the size of the vocabulary, from which adapters tell whether it was changed."""
     nested = [part for part in fields.values() if isinstance(part, Mapping)]
     return next((part["vocab_size"] for part in [fields, *nested] if isinstance(part.get("vocab_size"), int)), None)
 
 
-def save_donor(
-    donor: Donor,
-    folder: Path,
-    position: int | None,
-    recipient: str | None,
-    recipient_revision: str | None,
-    max_shard_size: int | str,
-    repo_id: str | None = None,
-    check: Callable[[Path], None] = lambda folder: None,
-    license: str | None = None,
-    mode: str | None = None,
-    strength: float | None = None,
-) -> None:
-    """Write a donor repo; see `Donor.save_pretrained`.
+def save_donor(donor: Donor, folder: Path, **options: Any) -> set[str]:
+    """Write a donor repo into a folder, whole or not at all; see `Donor.save_pretrained`.
 
     Args:
         donor: The donor.
         folder: The folder.
-        position: The recommended position.
-        recipient: The recipient it is meant for.
+        **options: As in `write_donor_repo`.
+
+    Returns:
+        The files that were written, by their paths in the folder.
+    """
+    with publish(folder, replaced_in) as staging:
+        write_donor_repo(donor, staging, folder, **options)
+        return files_in(staging)
+
+
+def write_donor_repo(
+    donor: Donor,
+    staging: Path,
+    folder: Path,
+    *,
+    position: int | None = None,
+    recipient: str | None = None,
+    recipient_revision: str | None = None,
+    max_shard_size: int | str = "5GB",
+    repo_id: str | None = None,
+    license: str | None = None,
+    mode: str | None = None,
+    strength: float | None = None,
+) -> None:
+    """Write the files of a donor repo.
+
+    Args:
+        donor: The donor.
+        staging: The folder to write them into.
+        folder: The folder where they will be in the end.
+        position: The recommended position; by default the donor's.
+        recipient: The recipient it is meant for; by default the model its layers came from.
         recipient_revision: Its revision.
         max_shard_size: Largest weight file.
-        repo_id: Where it is going to be loaded from.
-        check: Looks at the written folder before it takes its place, and raises if anything is wrong.
-        license: What the card names as the licence; by default what the author or the recipient's card says.
+        repo_id: The repository that it will be loaded from.
+        license: The license that the card names; by default what the author or the recipient's card says.
         mode: The recommended mode; by default the donor's.
         strength: The recommended strength; by default the donor's.
     """
@@ -137,7 +154,7 @@ def save_donor(
             f"donor {donor} has no recommended position; say where it belongs: save_pretrained(..., position=p)."
         )
     # What a repository records is on the Hub, whatever folders there are here.
-    recorded_there = not recipient and donor.source is not None and donor.source.from_hub
+    recorded_on_hub = not recipient and donor.source is not None and donor.source.from_hub
     recipient = recipient or donor.record.source_id
     if not recipient:
         raise ConfigurationError(
@@ -147,57 +164,83 @@ def save_donor(
     name = donor.name or folder.name
     revision = recipient_revision or (donor.record.source_revision if recipient == donor.record.source_id else None)
     refuse_recipients_place(recipient, folder, revision)
-    place = DonorSpec(
+    spec = DonorSpec(
         ".",
         position=position,
         mode=mode or donor.mode,
         name=name,
         strength=donor.strength if strength is None else strength,
     )
-    written = recipient if recorded_there else written_reference(recipient, folder, revision)
     config = TransplantConfig(
-        recipient=written,
+        recipient=recipient if recorded_on_hub else written_reference(recipient, folder, revision),
         recipient_revision=revision,
-        donors=[place],
+        donors=[spec],
         vocab_size=vocabulary_of(donor.record.source_config),
     )
-    files = at_hand(donor.companions_in(recipient), revision or ("main" if recorded_there else None))
-    with publish(folder, replaced_in) as staging:
-        record = write_donor(staging, dataclasses.replace(donor.record, name=name), donor.store, max_shard_size)
-        copy_companions([(str(files), None)] if files is not None else [], staging, folder)
-        config.tokenizer_class = tokenizer_class(record.model_type, staging)
-        write_entry(staging, config)
-        write_donor_card(staging, folder, config, [record], repo_id, recipient_files=files, license=license)
-        check(staging)
+    files = at_hand(donor.companions_in(recipient), revision or ("main" if recorded_on_hub else None))
+    record = write_donor(staging, dataclasses.replace(donor.record, name=name), donor.store, max_shard_size)
+    copy_companions([(str(files), None)] if files is not None else [], staging, folder)
+    config.tokenizer_class = tokenizer_class(record.model_type, staging)
+    write_entry(staging, config)
+    write_donor_card(staging, folder, config, [record], repo_id, recipient_files=files, license=license)
 
 
 def write_donor(folder: Path, record: DonorRecord, store: TensorStore, max_shard_size: int | str) -> DonorRecord:
-    """Write a donor's weights and record into a folder, and return the record with the files' sha256."""
+    """Write a donor's weights and record into a folder, and return the record with the files' sha256.
+
+    Raises:
+        CheckpointError: A tensor holds NaN or infinity.
+    """
     infos, parts = store.infos(), store.slices()
+    shapes = {
+        name: torch.empty(info.shape, dtype=loaded_dtype(info.dtype), device="meta") for name, info in infos.items()
+    }
     split = split_torch_state_dict_into_shards(
-        {name: torch.empty(info.shape, dtype=loaded_dtype(info.dtype), device="meta") for name, info in infos.items()},
+        shapes,
         filename_pattern="donor{suffix}.safetensors",
         max_shard_size=parse_size(max_shard_size, "max_shard_size"),
     )
     stamps: dict[str, FileStamp] = {}
-    total = sum(map(size_of, infos.values()))
-    with tqdm(total=total, desc="Writing donor", unit="B", unit_scale=True, disable=total < _PROGRESS_FROM) as progress:
+    with progress_bar(sum(tensor.nbytes for tensor in shapes.values()), "Writing donor") as progress:
         for filename, names in sorted(split.filename_to_tensors.items()):
-            digest = write_safetensors(folder / filename, {name: infos[name] for name in names}, parts, progress)
-            stamps[filename] = FileStamp(digest, (folder / filename).stat().st_size)
+            path = folder / filename
+            tensors = {name: _finite_tensor(name, parts[name], store) for name in names}
+            save_file(_without_overlaps(tensors), path, metadata={"format": "pt"})
+            stamps[filename] = FileStamp(sha256_of(path), path.stat().st_size)
+            progress.update(sum(tensor.nbytes for tensor in tensors.values()))
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / DONOR_INDEX, index)
+        write_json(folder / DONOR_INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     record = dataclasses.replace(record, files=stamps)
     record.write(folder)
     return record
 
 
+def _finite_tensor(name: str, part: Any, store: TensorStore) -> torch.Tensor:
+    tensor: torch.Tensor = part[...].detach().to("cpu").contiguous()
+    if not is_finite(tensor):
+        file = getattr(store, "path", None)
+        raise CheckpointError(
+            f"donor tensor {name!r}{f' in {file}' if file else ''} holds NaN or infinity; it is not saved. Use a "
+            "checkpoint from before the training diverged."
+        )
+    return tensor
+
+
+def _without_overlaps(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy tensors that share memory with another: safetensors files do not hold shared memory."""
+    separate, end = {}, 0
+    for name in sorted(tensors, key=lambda name: tensors[name].data_ptr()):
+        tensor = tensors[name]
+        separate[name] = tensor.clone() if tensor.data_ptr() < end else tensor
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
+    return separate
+
+
 def written_reference(recipient: str, folder: Path, revision: str | None) -> str:
     """Return how a `config.json` in `folder` refers to a recipient.
 
-    A Hub id stays; a folder next to `folder` becomes relative, so that the two can be moved together; any other
-    folder becomes absolute.
+    A Hub id stays. A folder beside `folder` becomes relative, so that both can be moved together; any other folder
+    becomes absolute.
     """
     path = points_to_folder(recipient, revision=revision)
     if path is None or not path.is_dir():

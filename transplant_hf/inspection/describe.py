@@ -187,7 +187,7 @@ def _pt(found: PtInspection) -> tuple[str, Iterator[Row]]:
             counted = _counted(group.tensors, "tensor")
             yield ("" if number else "numbered"), f"{numbers_text(group.numbers)} {place}, {counted}"
         if found.classes:
-            yield "classes", f"{_listed(found.classes, _FEW)}; pickled, nothing of them was run"
+            yield "classes", f"{_listed(found.classes, _FEW)}; named in the file, not run"
         yield from _values("values", found.values)
         yield from _values("metadata", found.metadata)
         if found.layer_indices:
@@ -197,7 +197,7 @@ def _pt(found: PtInspection) -> tuple[str, Iterator[Row]]:
             if found.dropped:
                 yield "left out", f"{_counted(len(found.dropped), 'tensor')}: {_listed(found.dropped, 4)}"
 
-    return "a .pt file, read without unpickling", rows()
+    return "a .pt file; nothing in it was run", rows()
 
 
 _TELLERS: Mapping[str, Any] = {"donor": _donor, "transplant": _transplant, "model": _model, "pt": _pt}

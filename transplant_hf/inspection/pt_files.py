@@ -1,4 +1,4 @@
-"""`.pt` files, described without unpickling, and held against a source model where one is named."""
+"""`.pt` files, read without running anything in them, and matched with a source model where one is named."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..archive import PtFile
-from ..donor.from_pt import METADATA_FILE, open_pt
+from ..donor.from_pt import METADATA_FILE, match_pt_file
 from ..errors import CheckpointError, CompatibilityError, ConfigurationError
 from ..layer_map import Placement, Splice
+from ..pt_files import PtFile
 from ..storage import read_json
 from .donors import Asked
 from .findings import Numbering, PtInspection, PtTensorFinding
@@ -20,7 +20,7 @@ from .findings import Numbering, PtInspection, PtTensorFinding
 __all__ = ["inspect_pt"]
 
 _NUMBERED = re.compile(r"(.*?)(\d{1,9})")
-_MOST_PROBLEMS = 8
+_MAX_PROBLEMS = 8
 
 
 def inspect_pt(path: Path, asked: Asked) -> PtInspection:
@@ -28,66 +28,65 @@ def inspect_pt(path: Path, asked: Asked) -> PtInspection:
 
     Args:
         path: The file.
-        asked: What is wanted.
+        asked: What the user wants to know.
 
     Raises:
         CheckpointError: Not a file that torch.save wrote, or damaged.
         HubError: The recipient is out of reach.
     """
     file = PtFile(path)
-    problems = _false_claims(file)
     dtypes: Counter[str] = Counter()
-    # By their texts: hashes of numbers, which a file can choose, could all be equal.
-    for ref in {repr(ref): ref for ref in file.tensors.values()}.values():
-        dtypes[_plain(ref.dtype)] += ref.num_elements
+    # Tied tensors count once. By their texts: a file can choose numbers whose hashes are all equal.
+    for tensor in {repr(tensor): tensor for tensor in file.tensors.values()}.values():
+        dtypes[_dtype_name(tensor.dtype)] += tensor.num_elements
     beside = path.parent / METADATA_FILE
     found = PtInspection(
         what=asked.what,
         notes=() if asked.recipient else ("name the source model to see which of its layers these are.",),
-        problems=tuple(problems),
+        problems=tuple(_false_claims(file)),
         size=path.stat().st_size,
-        tensors={name: PtTensorFinding(ref.shape, _plain(ref.dtype)) for name, ref in file.tensors.items()},
+        tensors={name: PtTensorFinding(t.shape, _dtype_name(t.dtype)) for name, t in file.tensors.items()},
         parameters=sum(dtypes.values()),
         dtypes=dict(dtypes.most_common()),
         numbering=_numbering(file.tensors),
-        classes=tuple(sorted(file.classes)),
+        classes=file.classes,
         values=dict(file.values),
         metadata=read_json(beside, "the donor's metadata") if beside.exists() else {},
     )
     if asked.recipient is None:
         return found
     try:
-        return _held_against(asked.recipient, found, path, asked)
+        return _with_source_model(asked.recipient, found, path, asked)
     except (CheckpointError, CompatibilityError, ConfigurationError) as error:
         return dataclasses.replace(found, problems=(*found.problems, str(error)))
 
 
-def _held_against(recipient: str, found: PtInspection, path: Path, asked: Asked) -> PtInspection:
-    opened = open_pt(path, recipient, None, None, None, None, asked.hub)
-    place = opened.position if asked.position is None else asked.position
-    placement = Placement(opened.record.name or path.stem, place, opened.layout.layers)
+def _with_source_model(recipient: str, found: PtInspection, path: Path, asked: Asked) -> PtInspection:
+    matched = match_pt_file(path, recipient, None, None, None, None, asked.hub)
+    position = matched.position if asked.position is None else asked.position
+    placement = Placement(matched.record.name or path.stem, position, matched.layout.layers)
     return dataclasses.replace(
         found,
-        recipient=str(opened.recipient),
-        model_type=opened.record.model_type,
-        layer_indices=opened.layout.layers,
-        prefix=opened.layout.prefix,
-        dropped=opened.layout.dropped,
-        placed_at=place,
-        layer_map=Splice(opened.num_layers, [placement]).layer_map(),
+        recipient=str(matched.recipient),
+        model_type=matched.record.model_type,
+        layer_indices=matched.layout.layers,
+        prefix=matched.layout.prefix,
+        dropped=matched.layout.dropped,
+        placed_at=position,
+        layer_map=Splice(matched.num_layers, [placement]).layer_map(),
     )
 
 
 def _false_claims(file: PtFile) -> list[str]:
-    """Tensors that claim more than the file holds."""
+    """The tensors that claim more than the file holds."""
     problems = []
     for name in file.tensors:
         try:
-            file.region(name)
+            file.check_claims(name)
         except CheckpointError as error:
             problems.append(str(error))
-    more = len(problems) - _MOST_PROBLEMS
-    return [*problems[:_MOST_PROBLEMS], *([f"... and {more:,} more tensors"] if more > 0 else [])]
+    more = len(problems) - _MAX_PROBLEMS
+    return [*problems[:_MAX_PROBLEMS], *([f"... and {more:,} more tensors"] if more > 0 else [])]
 
 
 def _numbering(names: Iterable[str]) -> tuple[Numbering, ...]:
@@ -105,5 +104,5 @@ def _numbering(names: Iterable[str]) -> tuple[Numbering, ...]:
     return tuple(sorted(found, key=lambda group: (-group.tensors, group.prefix)))
 
 
-def _plain(dtype: Any) -> str:
+def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")

@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..architecture import decoder_stack, find_stack
 from ..config import TransplantConfig
 from ..donor import Donor
 from ..donor.companions import locate_with_companions
-from ..donor.deliver import deliver
+from ..donor.deliver import output_folder, push_donor
 from ..donor.save import save_donor
 from ..donor.saved_files import check_artifact_folder
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, check_position, paper_layers
 from ..numeric import whole_number
 from ..sources import HubOptions, Source
-from ..storage import files_in
 from .opening import load_model
 
 __all__ = ["Extraction", "extract"]
@@ -151,19 +149,22 @@ def extract(
             "recipient first and extract from it there, or write to a folder only."
         )
 
-    names: set[str] = set()
-    done: list[Extraction] = []
-
-    def write(target: Path) -> set[str]:
-        save_donor(
-            donor, target, place, recipient.source.reference, recipient.source.revision, max_shard_size, push_to,
-            check=lambda folder: names.update(files_in(folder)),
-        )  # fmt: skip
-        done.append(_report(source, recipient, Donor.from_pretrained(target), init))
-        return names
-
-    folder, commit = deliver(write, output, push_to, donor.name, token=token, private=private)
-    return dataclasses.replace(done[0], folder=folder, commit=commit)
+    with output_folder(output, push_to) as target:
+        files = save_donor(
+            donor,
+            target,
+            position=place,
+            recipient=recipient.source.reference,
+            recipient_revision=recipient.source.revision,
+            max_shard_size=max_shard_size,
+            repo_id=push_to,
+        )
+        done = _report(source, recipient, Donor.from_pretrained(target), init)
+        commit = None
+        if push_to is not None:
+            message = f"Upload donor {donor.name or target.name}"
+            commit = str(push_donor(target, push_to, files, message, token=token, private=private).commit_url)
+    return dataclasses.replace(done, folder=None if output is None else str(output), commit=commit)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architecture import Anatomy, config_of_weights, decoder_stack, forget_gguf, is_quantized
+from ..architecture.adapters import is_adapted
 from ..architecture.follow import stale_lists
 from ..compatibility import refuse_unsupported
 from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor import Donor
 from ..errors import ConfigurationError, TransplantError
 from ..layer_map import RECIPIENT
-from ..layouts.names import is_adapted
 from ..splice import Blueprint, draw_blueprint
 from .fresh import own_tensors
 from .gates import gates_of

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..architecture import is_quantized, was_gguf
+from ..architecture.adapters import is_adapted
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
-from ..layouts.names import is_adapted
 from ..sources import HubOptions, for_transformers, hub_errors
 from ..splice import Blueprint
 

@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.archive.crafted import bits, saved
 from tests.helpers import BUILDERS, layers_of, tiny_gpt_oss_model
-from tests.layouts.trees import ALONE, CHOSEN, EXTRAS, TREES, stack_of, states_of
+from tests.pt_files.crafted import bits, saved
+from tests.pt_files.trees import ALONE, CHOSEN, EXTRAS, TREES, stack_of, states_of
 from transplant_hf import Donor
 from transplant_hf.conversion import convert
 
 KINDS = pytest.mark.parametrize("kind", sorted(BUILDERS))
 FORMATS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+KINDS_AND_FORMATS = pytest.mark.parametrize(
+    ("kind", "legacy"), [*((kind, False) for kind in sorted(BUILDERS)), ("llama", True)]
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +47,7 @@ def found(donor: Donor) -> dict[str, Any]:
     return {name: bits(tensor) for name, tensor in donor.tensors().items()}
 
 
-@FORMATS
-@KINDS
+@KINDS_AND_FORMATS
 @pytest.mark.parametrize("tree", sorted(TREES))
 def test_every_layout_gives_the_models_own_tensors(
     tree: str, kind: str, legacy: bool, sources: Mapping[str, tuple[Any, Path]], tmp_path: Path
@@ -61,8 +63,7 @@ def test_every_layout_gives_the_models_own_tensors(
     }
 
 
-@FORMATS
-@KINDS
+@KINDS_AND_FORMATS
 @pytest.mark.parametrize("tree", sorted(ALONE))
 def test_one_layer_needs_no_number(
     tree: str, kind: str, legacy: bool, sources: Mapping[str, tuple[Any, Path]], tmp_path: Path
@@ -90,7 +91,7 @@ def test_the_type_of_the_weights_stays(
 
 @KINDS
 @pytest.mark.parametrize("numbered", [True, False], ids=["numbered", "from 0"])
-def test_what_is_no_part_of_the_layers_is_left_out_and_told(
+def test_what_is_not_part_of_the_layers_is_left_out_and_listed(
     kind: str, numbered: bool, sources: Mapping[str, tuple[Any, Path]], tmp_path: Path
 ) -> None:
     model, folder = sources[kind]
@@ -106,7 +107,7 @@ def test_what_is_no_part_of_the_layers_is_left_out_and_told(
     done = convert(path, folder, tmp_path / "donor", layers=CHOSEN)
     assert set(done.dropped) == set(content) - kept
     assert done.prefix == (stack_of(model) if numbered else "model_0.layers")
-    assert f"left out, no part of these layers: {len(done.dropped)} tensors" in str(done)
+    assert f"left out, not part of these layers: {len(done.dropped)} tensors" in str(done)
 
 
 def test_two_layers_of_several_are_taken_by_their_numbers(

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import pickle
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from transplant_hf.archive import PtFile
+from transplant_hf.pt_files import PtFile
 
 __all__ = [
-    "LISTING",
     "MAGIC",
-    "Member",
     "bits",
     "everything",
     "legacy_file",
     "long_of",
     "members_of",
     "pickled_file",
-    "raw_zip",
     "repacked",
     "saved",
     "tensor_code",
@@ -44,7 +39,7 @@ MAGIC = 0x1950A86A20F9469CFC6C
 def everything(path: Path) -> dict[str, torch.Tensor]:
     """Read every tensor of a file."""
     file = PtFile(path)
-    return {name: file[name][...] for name in file.tensors}
+    return file.open_tensors(file.tensors)
 
 
 def bits(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
@@ -102,14 +97,14 @@ def pickled_file(path: Path, code: bytes, storages: Mapping[str, bytes] | None =
     return zip_of(path, {"made/data.pkl": code, "made/byteorder": b"little", **data, "made/version": b"3\n"})
 
 
-def legacy_file(path: Path, code: bytes, keys: Any = (), tail: bytes = b"") -> Path:
+def legacy_file(path: Path, code: bytes, keys: tuple[Any, ...] = (), tail: bytes = b"") -> Path:
     """Write a file of the format from before torch 1.6 around a pickle."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
     out = io.BytesIO()
     for content in (MAGIC, 1001, system):
         pickle.dump(content, out, protocol=2)
     out.write(code)
-    pickle.dump(keys if not isinstance(keys, tuple) else list(keys), out, protocol=2)
+    pickle.dump(list(keys), out, protocol=2)
     out.write(tail)
     path.write_bytes(out.getvalue())
     return path
@@ -157,48 +152,3 @@ def tensor_code(
         + b"}"
     )
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
-
-
-# -- Zip archives by the byte ------------------------------------------------------------------------------------------
-
-LISTING = struct.Struct("<4s6H3L5H2L")
-
-
-@dataclasses.dataclass
-class Member:
-    """A member of a zip archive, and what the list of members says of it."""
-
-    name: str
-    data: bytes
-    listed_as: str | None = None
-    offset: int | None = None
-    size: int | None = None
-    crc: int | None = None
-    flags: int = 0
-    attributes: int = 0
-
-    def local(self) -> bytes:
-        """Its header and bytes."""
-        name = self.name.encode()
-        crc, size = zlib.crc32(self.data), len(self.data)
-        return struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 0, 0, 0, crc, size, size, len(name), 0) + name + self.data
-
-    def listing(self, offset: int) -> bytes:
-        """Its line in the list of members."""
-        name = (self.name if self.listed_as is None else self.listed_as).encode()
-        size = len(self.data) if self.size is None else self.size
-        crc = zlib.crc32(self.data) if self.crc is None else self.crc
-        place = offset if self.offset is None else self.offset
-        fields = (20, 20, self.flags, 0, 0, 0, crc, size, size, len(name), 0, 0, 0, 0, self.attributes, place)
-        return LISTING.pack(b"PK\1\2", *fields) + name
-
-
-def raw_zip(path: Path, members: list[Member]) -> Path:
-    """Write an archive whose list of members may lie."""
-    body, listing = b"", b""
-    for member in members:
-        listing += member.listing(len(body))
-        body += member.local()
-    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, len(members), len(members), len(listing), len(body), 0)
-    path.write_bytes(body + listing + end)
-    return path

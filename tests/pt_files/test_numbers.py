@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.archive.crafted import saved
 from tests.helpers import DONOR_LAYERS, copied, layers_of, plain, refused
+from tests.pt_files.crafted import saved
 from transplant_hf import CheckpointError, ConfigurationError, Donor, DonorSpec, TransplantError
-from transplant_hf.archive import PtFile
 from transplant_hf.donor.tensors import layer_of
+from transplant_hf.pt_files import PtFile
 
 HUGE = 10**5000
 

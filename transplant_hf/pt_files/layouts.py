@@ -1,0 +1,321 @@
+"""Find a donor's layers among the tensors of a file, or say what the file holds and what was expected."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from ..architecture import Anatomy
+from ..architecture.adapters import is_adapter
+from ..errors import CheckpointError, ConfigurationError
+from ..numeric import consecutive_layers
+from .layer_names import LayerTensor, NameReader
+from .pt_file import PtTensor
+
+__all__ = ["Layout", "Packed", "choose_layers", "match_layers"]
+
+_MAX_LISTED = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """The two tensors of a file that hold one in MXFP4.
+
+    Args:
+        blocks: The name of the packed values, two in a byte.
+        scales: The name of their exponents.
+    """
+
+    blocks: str
+    scales: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A donor found in a file.
+
+    Args:
+        layers: The layers' numbers in the source model.
+        tensors: The file's names of the donor's tensors, by `layers.{i}.{name inside the layer}`.
+        prefix: The part of the file's names before the numbers of the layers.
+        dropped: Names in the file that belong to no layer of the donor.
+    """
+
+    layers: tuple[int, ...]
+    tensors: Mapping[str, str | Packed]
+    prefix: str
+    dropped: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """Layers with one prefix: for each number, what is known of its tensors, by their names in the file."""
+
+    prefix: str
+    layers: Mapping[int, Mapping[str, LayerTensor]]
+
+    def weights(self, number: int) -> dict[str, LayerTensor]:
+        return {name: found for name, found in self.layers.get(number, {}).items() if found.inside is not None}
+
+
+def match_layers(
+    tensors: Mapping[str, PtTensor],
+    anatomy: Anatomy,
+    recorded: Sequence[int] | None,
+    wanted: Sequence[int] | None,
+    file: str,
+) -> Layout:
+    """Recognize the layout of a file.
+
+    Args:
+        tensors: The file's tensors, by dotted name.
+        anatomy: The source model.
+        recorded: The layer numbers that the author recorded, if any.
+        wanted: The layer numbers that the user asks for; by default all that the file is for.
+        file: The file, for messages.
+
+    Returns:
+        Which tensors make up which layers.
+
+    Raises:
+        CheckpointError: No layers of this architecture, other layers than recorded, or shapes that do not fit; the
+            message lists what the file holds and what was expected.
+    """
+    reader = NameReader(anatomy)
+    stack = _find_stack(tensors, reader, anatomy, file)
+    chosen = choose_layers(sorted(stack.layers), anatomy.num_layers, recorded, wanted, file)
+    found = {source: stack.weights(number) for number, source in sorted(chosen.items(), key=lambda item: item[1])}
+    problems = [line for source, layer in found.items() for line in _misfits(source, layer, tensors, anatomy, reader)]
+    if problems:
+        raise CheckpointError(
+            f"{file} does not hold layers {sorted(found)} of this {anatomy.config.model_type} model:\n  - "
+            + _listed(problems, "\n  - ")
+            + "\nIs this the model that they came from, and are these the layers?"
+        )
+    _refuse_adapters(tensors, file)
+    _refuse_unknown(stack, chosen, tensors, anatomy, file)
+    names: dict[str, str | Packed] = {}
+    for place, layer in enumerate(found.values()):
+        names |= {f"layers.{place}.{rest}": name for rest, name in _by_rest(layer).items()}
+    used = {name for layer in found.values() for name in layer}
+    return Layout(tuple(found), names, stack.prefix, tuple(name for name in tensors if name not in used))
+
+
+# -- Which layers ------------------------------------------------------------------------------------------------
+
+
+def choose_layers(
+    numbers: Sequence[int], num_layers: int, recorded: Sequence[int] | None, wanted: Sequence[int] | None, file: str
+) -> dict[int, int]:
+    """Choose layers of a file, and say which layers of the source model they are.
+
+    Args:
+        numbers: The layers' numbers in the file, in order.
+        num_layers: How many layers the source model has.
+        recorded: The layer numbers that the author recorded, if any.
+        wanted: The layer numbers that the user asks for, if any.
+        file: The file, for messages.
+
+    Returns:
+        The source model's numbers by the file's.
+
+    Raises:
+        CheckpointError: The file holds other layers than recorded or asked for.
+        ConfigurationError: Nothing says which layers they are, or they are not consecutive.
+
+    Example:
+        >>> choose_layers([0, 1, 2], 12, recorded=[4, 5, 6], wanted=None, file="donor.pt")
+        {0: 4, 1: 5, 2: 6}
+        >>> choose_layers(range(12), 12, recorded=None, wanted=[4, 5], file="model.pt")
+        {4: 4, 5: 5}
+    """
+    if recorded is not None:
+        recorded = _existing_layers(recorded, num_layers, "the metadata's layer_indices", file)
+    if wanted is not None:
+        wanted = _existing_layers(wanted, num_layers, "layers", file)
+    sources = _source_numbers(list(numbers), num_layers, recorded, wanted, file)
+    asked = wanted if wanted is not None else recorded
+    chosen = {number: source for number, source in sources.items() if asked is None or source in asked}
+    missing = sorted(set(asked or ()) - set(chosen.values()))
+    if missing:
+        raise CheckpointError(
+            f"{file} holds layers {sorted(sources.values())} of the source model, asked for {list(asked or ())}: "
+            f"{missing} are missing."
+        )
+    _existing_layers(sorted(chosen.values()), num_layers, "the file's layer numbers", file)
+    return chosen
+
+
+def _existing_layers(layers: Sequence[int], num_layers: int, origin: str, file: str) -> list[int]:
+    layers = consecutive_layers(layers, f"{file}: {origin}")
+    if layers[0] < 0 or layers[-1] >= num_layers:
+        raise ConfigurationError(
+            f"{file}: {origin} {layers} are outside 0..{num_layers - 1}: the source model has {num_layers} layers."
+        )
+    return layers
+
+
+def _source_numbers(
+    numbers: list[int], num_layers: int, recorded: Sequence[int] | None, wanted: Sequence[int] | None, file: str
+) -> dict[int, int]:
+    whole_model = numbers == list(range(num_layers))
+    from_zero = numbers == list(range(len(numbers)))
+    if recorded is not None:
+        if numbers == list(recorded) or (whole_model and len(recorded) < num_layers):
+            return {number: number for number in numbers}
+        if from_zero and len(numbers) == len(recorded):
+            return dict(zip(numbers, recorded, strict=True))
+        raise CheckpointError(
+            f"{file} holds {len(numbers)} layers numbered {numbers}, the metadata records {len(recorded)}: "
+            f"{list(recorded)}. Pass the right metadata, or a file with those layers alone."
+        )
+    if from_zero and not whole_model:
+        if wanted is not None and len(wanted) == len(numbers):
+            return dict(zip(numbers, wanted, strict=True))
+        raise ConfigurationError(
+            f"{file} numbers its {len(numbers)} layers from 0 and no metadata says which of the source model's "
+            f"{num_layers} they are; pass layers=, such as layers=[{', '.join(map(str, range(4, 4 + len(numbers))))}]."
+        )
+    if whole_model and wanted is None and num_layers > 1:
+        raise ConfigurationError(
+            f"{file} holds all {num_layers} layers of the model; say which make the donor, such as layers=[4, 5, 6]."
+        )
+    return {number: number for number in numbers}
+
+
+# -- Which tensors -----------------------------------------------------------------------------------------------
+
+
+def _find_stack(tensors: Mapping[str, PtTensor], reader: NameReader, anatomy: Anatomy, file: str) -> _Stack:
+    stacks = _stacks(tensors, reader, anatomy)
+    if not stacks:
+        seen = [f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()]
+        wanted = [f"{name} {list(tensor.shape)}" for name, tensor in anatomy.layers[0].state_dict().items()]
+        raise CheckpointError(
+            f"{file} holds no layers of a {anatomy.config.model_type} model.\nIn the file ({len(seen)} tensors): "
+            f"{_listed(seen)}\nExpected for each layer: {_listed(wanted)}"
+        )
+    first, *others = stacks
+    if any(_content(other, tensors) != _content(first, tensors) for other in others):
+        places = ", ".join(
+            f"{stack.prefix or 'the top'} (layers {', '.join(map(str, sorted(stack.layers)))})" for stack in stacks
+        )
+        raise CheckpointError(
+            f"{file} holds layers in several places: {places}. Save the donor's layers in a file of their own."
+        )
+    return first
+
+
+def _stacks(tensors: Mapping[str, PtTensor], reader: NameReader, anatomy: Anatomy) -> list[_Stack]:
+    """Group layers by their prefix, the stack with the most tensors first."""
+    for read_name in (reader.read_numbered, reader.read_unnumbered):
+        layers: dict[str, dict[int, dict[str, LayerTensor]]] = {}
+        for name in tensors:
+            found = read_name(name)
+            if found is not None:
+                layers.setdefault(found.prefix, {}).setdefault(found.number, {})[name] = found
+        groups = [_Stack(prefix, numbered) for prefix, numbered in layers.items()]
+        stacks = [_Stack(g.prefix, {n: layer for n, layer in g.layers.items() if g.weights(n)}) for g in groups]
+        stacks = [stack for stack in stacks if stack.layers]
+        # A norm or a bias alone can look like anything; half of a layer's tensors cannot.
+        half = min(len(layer.state_dict()) for layer in anatomy.layers) / 2
+        stacks = [s for s in stacks if max(len(s.weights(number)) for number in s.layers) >= half] or stacks
+        if stacks:
+            return sorted(stacks, key=lambda stack: -sum(map(len, stack.layers.values())))
+    return []
+
+
+def _content(stack: _Stack, tensors: Mapping[str, PtTensor]) -> dict[tuple[int, str, str], PtTensor]:
+    return {
+        (number, found.rest, found.packed): tensors[name]
+        for number, layer in stack.layers.items()
+        for name, found in layer.items()
+    }
+
+
+def _by_rest(layer: Mapping[str, LayerTensor]) -> dict[str, str | Packed]:
+    names: dict[str, str | Packed] = {found.rest: name for name, found in layer.items() if not found.packed}
+    parts = {(found.rest, found.packed): name for name, found in layer.items() if found.packed}
+    return names | {rest: Packed(parts[rest, "_blocks"], parts[rest, "_scales"]) for rest, _ in parts}
+
+
+# -- What does not fit ---------------------------------------------------------------------------------------------
+
+
+def _misfits(
+    source: int,
+    layer: Mapping[str, LayerTensor],
+    tensors: Mapping[str, PtTensor],
+    anatomy: Anatomy,
+    reader: NameReader,
+) -> Iterator[str]:
+    wanted = anatomy.layers[source].state_dict()
+    seen: dict[str, list[str]] = {}
+    for name, found in layer.items():
+        assert found.inside is not None
+        seen.setdefault(found.inside, []).append(found.packed)
+        if found.inside not in wanted:
+            yield f"{name}: unexpected; layer {source} of the source model has no {found.inside}"
+            continue
+        one_to_one = reader.names.is_one_to_one(f"{anatomy.stack_path}.0.{found.rest}")
+        yield from _wrong_shape(name, found, tensors[name], wanted[found.inside], one_to_one)
+    for inside, tensor in sorted(wanted.items()):
+        kinds = sorted(seen.get(inside, []))
+        one_to_one = reader.names.is_one_to_one(f"{anatomy.stack_path}.0.{inside}")
+        if not kinds and not reader.names.may_be_converted(inside):
+            yield f"layer {source}: {inside} {list(tensor.shape)} is missing"
+        elif kinds in (["_blocks"], ["_scales"]):
+            yield f"layer {source}: {inside} has only its{kinds[0].replace('_', ' ')}"
+        elif len(kinds) > 1 and kinds != ["_blocks", "_scales"] and one_to_one:
+            yield f"layer {source}: {inside} is there {len(kinds)} times"
+
+
+def _wrong_shape(
+    name: str, found: LayerTensor, tensor: PtTensor, wanted: torch.Tensor, one_to_one: bool
+) -> Iterator[str]:
+    shape = tuple(wanted.shape)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if found.packed:
+        if not one_to_one or len(shape) != 3 or shape[1] % 32:
+            yield f"{name}: found a part of a tensor packed as MXFP4, expected all of {list(shape)}"
+            return
+        if tensor.dtype != torch.uint8:
+            yield f"{name}: found {dtype}, expected uint8"
+            return
+        experts, inputs, outputs = shape  # 32 values share a scale, and two share a byte
+        shape = (experts, outputs, inputs // 32, *((16,) if found.packed == "_blocks" else ()))
+    elif wanted.is_floating_point() and not tensor.dtype.is_floating_point:
+        yield f"{name}: found {dtype}, expected floating-point numbers"
+        return
+    if one_to_one and tensor.shape != shape:
+        yield f"{name}: found {list(tensor.shape)}, expected {list(shape)}"
+
+
+def _refuse_adapters(tensors: Mapping[str, PtTensor], file: str) -> None:
+    adapters = [name for name in tensors if is_adapter(name)]
+    if adapters:
+        raise CheckpointError(
+            f"{file} holds an adapter that was not merged into its layers ({len(adapters)} tensors, first "
+            f"{adapters[0]!r}); without it the layers are not what was trained. Merge it (merge_and_unload) and save."
+        )
+
+
+def _refuse_unknown(
+    stack: _Stack, chosen: Mapping[int, int], tensors: Mapping[str, PtTensor], anatomy: Anatomy, file: str
+) -> None:
+    """Refuse tensors inside a chosen layer that its class does not have: it is then another layer."""
+    known = {name for layer in stack.layers.values() for name in layer}
+    starts = tuple({found.start for number in chosen for found in stack.weights(number).values()})
+    unknown = sorted(name for name in tensors if name not in known and name.startswith(starts) and not is_adapter(name))
+    if unknown:
+        raise CheckpointError(
+            f"{file}: layers of a {anatomy.config.model_type} model have no such tensors: {_listed(unknown)}. "
+            "Without them the layers are not what was trained; is this the model that they came from?"
+        )
+
+
+def _listed(lines: Sequence[str], between: str = ", ") -> str:
+    more = f"{between}... and {len(lines) - _MAX_LISTED} more" if len(lines) > _MAX_LISTED else ""
+    return between.join(lines[:_MAX_LISTED]) + more
