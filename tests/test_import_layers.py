@@ -43,6 +43,7 @@ ROOMS = (
     "texts",  # from words to blocks of tokens: knows no model
     "partial",  # some layers of a model, from a hidden state that was computed before
     "evaluation",
+    "generation",  # text with donors and without
     "training",
     "comparison",
     "plots",

@@ -25,13 +25,12 @@ VERBS = (
     "transplant",
 )
 
-# In a new process: the order of imports decides what a name of the package is bound to.
+# In a new process: importing a submodule binds its name in the package, whatever was bound to it before.
 EVERY_SUBMODULE = """
 import importlib, pkgutil, sys
 import transplant_hf
-verbs = sys.argv[2:]
-if sys.argv[1] == "verbs first":
-    [getattr(transplant_hf, verb) for verb in verbs]
+verbs = sys.argv[1:]
+[getattr(transplant_hf, verb) for verb in verbs]
 for module in pkgutil.walk_packages(transplant_hf.__path__, "transplant_hf."):
     if module.name != "transplant_hf.__main__":
         importlib.import_module(module.name)
@@ -51,11 +50,9 @@ def test_a_verb_is_a_function_with_a_docstring(verb: str) -> None:
     assert inspect.getdoc(getattr(transplant_hf, verb))
 
 
-@pytest.mark.parametrize("order", ["verbs first", "submodules first"])
-def test_no_submodule_hides_a_verb(order: str) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", EVERY_SUBMODULE, order, *VERBS], capture_output=True, text=True, timeout=300
-    )
+def test_no_submodule_hides_a_verb() -> None:
+    words = [sys.executable, "-c", EVERY_SUBMODULE, *VERBS]
+    run = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []
 

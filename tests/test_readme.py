@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from tests.helpers import tiny_gpt2_model, write_tokenizer
 from tests.hub_server import ALICE, HubServer
-from transplant_hf import cli
+from transplant_hf import Donor, cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +39,32 @@ def snippet(name: str) -> str:
     found = re.search(rf"<!-- snippet: {name} -->\n```python\n(.*?)```", README, re.DOTALL)
     assert found, f"README has no snippet {name}"
     return found[1]
+
+
+@pytest.mark.hub
+def test_the_first_screen(desk: Path, hub: HubServer, as_user: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first snippet prints the layer map that is shown below it, with the rows of the donor marked."""
+    as_user(ALICE)
+    hub.add_repo("openai-community/gpt2", desk / "recipient")
+    donor = Donor.from_model(tiny_gpt2_model(seed=5, n_layer=12, n_positions=512), layers=LAYERS, name="gpt2-law")
+    donor.save_pretrained(desk / "gpt2-law", position=10, recipient="openai-community/gpt2")
+    hub.add_repo("alice/gpt2-law", desk / "gpt2-law")
+    code = snippet("load").replace("user/", "alice/")
+    assert len([line for line in code.splitlines() if line.strip()]) == 4
+    exec(compile(code, "README", "exec"), {})  # noqa: S102 - our own README
+    shown = re.search(r"```text\n(.*?)```", README, re.DOTALL)
+    assert shown is not None and capsys.readouterr().out.startswith(shown[1])
+    assert sum("|" in line for line in shown[1].splitlines()) == len(LAYERS)
+
+
+def test_the_markers_of_the_two_commands_are_there() -> None:
+    """CI reads and runs what follows them."""
+    assert re.findall(r"<!-- command: (\w+) -->\n```bash\npython3 -m venv", README) == ["demo", "test"]
+
+
+def test_it_is_short() -> None:
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    assert len(prose.replace("|", " ").split()) < 900
 
 
 @pytest.mark.hub

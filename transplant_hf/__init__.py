@@ -41,8 +41,7 @@ if TYPE_CHECKING:
     from .model.memory import remove_transplants, transplant
     from .planning import plan
     from .pushing import push
-    from .training import DonorTrainer, DonorTrainingArguments
-    from .training import train_donor as train
+    from .training import DonorTrainer, DonorTrainingArguments, train
 
 __version__ = "0.1.0"
 
@@ -102,7 +101,7 @@ _LAZY = {
     "plan": "planning:plan",
     "push": "pushing:push",
     "sweep": "evaluation:sweep",
-    "train": "training:train_donor",
+    "train": "training:train",
     "transplant": "model.memory:transplant",
     # Old names, for one release.
     "check_compatibility": "model.auto:check_compatibility",

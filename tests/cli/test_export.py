@@ -10,63 +10,48 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.cli.conftest import Run
 from tests.helpers import Shelf, copied, edit_json, edit_weights, logits_of, plain, run_python
 from tests.hub_server import ALICE, BOB
 from transplant_hf import AutoModelWithTransplant, DonorSpec
-from transplant_hf.cli import main
 
 load = AutoModelWithTransplant.from_pretrained
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]:
-    status = main(list(map(str, words)))
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
-
-
-@pytest.fixture
-def family(tiny_llama: Path, tmp_path: Path) -> Path:
-    return copied(tiny_llama, tmp_path / "family")
 
 
 # -- export ---------------------------------------------------------------------------------------------------------
 
 
-def test_export(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run(capsys, "export", family / "donor", tmp_path / "full")
+def test_export(family: Path, tmp_path: Path, run: Run) -> None:
+    status, out, err = run("export", family / "donor", tmp_path / "full")
     assert status == 0 and "LlamaForCausalLM with 6 layers" in out and "bit for bit" in out
     assert "Traceback" not in err
     assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(family / "donor")))
 
 
-def test_export_of_named_donors(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_of_named_donors(family: Path, tmp_path: Path, run: Run) -> None:
     edit_json(family / "donor" / "donor_config.json", name="law")
-    words = ("export", family / "recipient", tmp_path / "full", "--donor", family / "donor", "--json")
-    options = ("--position", 2, "--mode", "replace", "--dtype", "bfloat16", "--max-shard-size", "40KB", "--no-verify")
-    status, out, _ = run(capsys, *words, *options)
+    words = ("export", family / "recipient", tmp_path / "full", "--json", "--donor")
+    options = ("--mode", "replace", "--dtype", "bfloat16", "--max-shard-size", "40KB", "--no-verify")
+    status, out, _ = run(*words, f"{family / 'donor'}@2", *options)
     found = json.loads(out)
     assert status == 0 and not found["verified"] and found["dtype"] == "bfloat16"
     assert [source for source, _ in found["layer_map"]] == ["recipient", "recipient", "donor", "donor"]
     assert len(found["files"]) > 1 and found["size"] == sum(stamp["size"] for stamp in found["files"].values())
-    status, out, _ = run(capsys, *words, "--overwrite")  # where the donor says itself
+    status, out, _ = run(*words, family / "donor", "--overwrite")  # where the donor recommends
     assert status == 0 and [source for source, _ in json.loads(out)["layer_map"]].index("donor") == 1
-    status, again, _ = run(capsys, *words[:-2], f"{family / 'donor'}@1", "--no-verify", "--json", "--overwrite")
+    status, again, _ = run(*words, f"{family / 'donor'}@1", "--no-verify", "--overwrite")
     assert status == 0 and json.loads(again)["layer_map"] == json.loads(out)["layer_map"]
 
 
-def test_wrong_usage(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage(family: Path, tmp_path: Path, run: Run) -> None:
     words = ("export", family / "recipient", tmp_path / "full", "--donor", family / "donor")
-    status, _, err = run(capsys, *words, "--position", 1, "--position", 2)
+    status, _, err = run(*words, "--position", 1, "--position", 2)
     assert status == 2 and "2 --position for 1 --donor" in err
-    status, _, err = run(capsys, *words, "--mode", "replace")
-    assert status == 2 and "--mode goes with --position" in err
-    for command in ("export", "push"):
-        with pytest.raises(SystemExit) as ended:
-            main([command, "--help"])
-        assert ended.value.code == 0 and f"transplant-hf {command} " in capsys.readouterr().out
+    status, _, err = run(*words, "--mode", "replace")
+    assert status == 2 and "--mode goes with --donor DONOR@POSITION" in err
 
 
-def test_what_is_refused_is_one_sentence(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused_is_one_sentence(family: Path, tmp_path: Path, run: Run) -> None:
     edit_json(family / "donor" / "config.json", donors=[{"donor": ".", "position": 1, "strength": 0.75}])
     for words, told in (
         (("export", family / "donor", tmp_path / "full"), "strength 0.75"),
@@ -74,18 +59,16 @@ def test_what_is_refused_is_one_sentence(family: Path, tmp_path: Path, capsys: p
         (("push", family, "alice/x"), "not a saved donor, transplant or model"),
         (("push", tmp_path / "nowhere", "alice/x"), "is not a folder"),
     ):
-        status, out, err = run(capsys, *words, "--json")
+        status, out, err = run(*words, "--json")
         assert status == 1 and told in err and told in json.loads(out)["message"]
         assert "Traceback" not in err
     assert not (tmp_path / "full").exists()
 
 
 @pytest.mark.hub
-def test_export_from_the_hub(
-    both: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_from_the_hub(both: Shelf, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every revision pinned, the card naming them; the recipient's tokenizer is fetched, once."""
-    status, out, _ = run(capsys, "export", both.law, tmp_path / "full", "--json")
+    status, out, _ = run("export", both.law, tmp_path / "full", "--json")
     found = json.loads(out)
     assert status == 0 and found["recipient"] == f"{both.base}@{both.base_commit}" and found["verified"]
     card = (tmp_path / "full" / "README.md").read_text()
@@ -93,7 +76,7 @@ def test_export_from_the_hub(
     assert {"tokenizer.json", "tokenizer_config.json"} <= {path.name for path in (tmp_path / "full").iterdir()}
     assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(both.law)))
     assert both.weights(both.base) == both.weights(both.law) == 1
-    status, _, _ = run(capsys, "export", both.base, tmp_path / "again", "--donor", both.law, "--position", 1)
+    status, _, _ = run("export", both.base, tmp_path / "again", "--donor", both.law, "--position", 1)
     assert status == 0
     assert torch.equal(logits_of(plain(tmp_path / "again")), logits_of(plain(tmp_path / "full")))
 
@@ -102,10 +85,10 @@ def test_export_from_the_hub(
 
 
 @pytest.mark.hub
-def test_push_a_donor(both: Shelf, as_user: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_a_donor(both: Shelf, as_user: Any, run: Run) -> None:
     as_user(ALICE)
     target, folder = f"{both.law}-pushed", both.family / "donor"
-    status, out, _ = run(capsys, "push", folder, target, "--private", "--message", "First", "--json")
+    status, out, _ = run("push", folder, target, "--private", "--message", "First", "--json")
     found = json.loads(out)
     assert status == 0 and found["kind"] == "donor" and found["commit"] == both.hub.head(target)
     assert found["url"].endswith(f"{target}/commit/{found['commit']}")
@@ -113,19 +96,19 @@ def test_push_a_donor(both: Shelf, as_user: Any, capsys: pytest.CaptureFixture[s
     assert set(both.hub.paths(target)) - {".gitattributes"} == {path.name for path in folder.iterdir()}
     assert f'model="{target}"' in both.hub.read(target, "README.md").decode()
     assert torch.equal(logits_of(load(target)), logits_of(load(both.law)))
-    status, out, _ = run(capsys, "push", folder, target)
+    status, out, _ = run("push", folder, target)
     assert status == 0 and both.hub.head(target) in out and len(both.hub.requests.commits()) == 1
 
 
 @pytest.mark.hub
-def test_push_an_export(both: Shelf, as_user: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_an_export(both: Shelf, as_user: Any, tmp_path: Path, run: Run) -> None:
     """It is loaded from the Hub by a process without this package; a pull request and a branch work too."""
     as_user(ALICE)
     target = f"{both.law}-full"
-    assert run(capsys, "export", both.law, tmp_path / "full")[0] == 0
+    assert run("export", both.law, tmp_path / "full")[0] == 0
     (tmp_path / "full" / ".cache").mkdir()
     (tmp_path / "full" / ".cache" / "secret").write_text("mine")
-    status, out, _ = run(capsys, "push", tmp_path / "full", target)
+    status, out, _ = run("push", tmp_path / "full", target)
     assert status == 0 and "a model," in out
     card = both.hub.read(target, "README.md").decode()
     assert f'AutoModelForCausalLM.from_pretrained("{target}")' in card
@@ -140,55 +123,53 @@ print(type(model).__name__, model.config.num_hidden_layers)
 """
     assert run_python(code, target).split() == ["LlamaForCausalLM", "6"]
     (tmp_path / "full" / "LICENSE").write_text("more")
-    assert run(capsys, "push", tmp_path / "full", target, "--revision", "next")[0] == 0
+    assert run("push", tmp_path / "full", target, "--to-revision", "next")[0] == 0
     assert "LICENSE" not in both.hub.paths(target)
-    status, out, _ = run(capsys, "push", tmp_path / "full", target, "--create-pr")
+    status, out, _ = run("push", tmp_path / "full", target, "--create-pr")
     assert status == 0 and "/discussions/" in out
 
 
 @pytest.mark.hub
-def test_push_a_thin_transplant(both: Shelf, as_user: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_a_thin_transplant(both: Shelf, as_user: Any, tmp_path: Path, run: Run) -> None:
     as_user(ALICE)
     specs = [DonorSpec(both.law, 1, name="a"), DonorSpec(both.law, 3, name="b", layers=[0])]
     model = load(both.base, donors=specs)
     model.save_pretrained(tmp_path / "thin", thin=True)
     target = f"{both.law}-thin"
-    status, out, _ = run(capsys, "push", tmp_path / "thin", target)
+    status, out, _ = run("push", tmp_path / "thin", target)
     assert status == 0 and "a transplant," in out
     assert torch.equal(logits_of(load(target)), logits_of(model))
 
 
 @pytest.mark.hub
-def test_push_what_needs_this_package(
-    shelf: Shelf, as_user: Any, inverse_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_push_what_needs_this_package(shelf: Shelf, as_user: Any, inverse_gpt2: Path, tmp_path: Path, run: Run) -> None:
     """A full save in the transplant format carries its recipient."""
     as_user(ALICE)
     model = load(inverse_gpt2 / "donor")
     model.save_pretrained(tmp_path / "full")
     target = f"{shelf.law}-format"
-    status, out, _ = run(capsys, "push", tmp_path / "full", target)
+    status, out, _ = run("push", tmp_path / "full", target)
     assert status == 0 and "a transplant," in out
     assert torch.equal(logits_of(load(target)), logits_of(model))
 
 
 @pytest.mark.hub
-def test_a_persons_card_is_pushed_as_it_is(both: Shelf, as_user: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_persons_card_is_pushed_as_it_is(both: Shelf, as_user: Any, run: Run) -> None:
     as_user(ALICE)
     text = 'mine: model="x"\n'
     (both.family / "donor" / "README.md").write_text(text)
-    assert run(capsys, "push", both.family / "donor", f"{both.law}-mine")[0] == 0
+    assert run("push", both.family / "donor", f"{both.law}-mine")[0] == 0
     assert both.hub.read(f"{both.law}-mine", "README.md").decode() == text
 
 
 @pytest.mark.hub
-def test_what_is_not_pushed(both: Shelf, as_user: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_pushed(both: Shelf, as_user: Any, tmp_path: Path, run: Run) -> None:
     as_user(ALICE)
     target, donor = f"{both.law}-bad", both.family / "donor"
     before = (donor / "README.md").read_bytes()
 
     def refusal(folder: Path) -> str:
-        status, _, err = run(capsys, "push", folder, target)
+        status, _, err = run("push", folder, target)
         assert status == 1 and "Traceback" not in err
         return err
 
@@ -228,7 +209,7 @@ def test_files_of_the_user_are_not_pushed(
     as_user: Any,
     inverse_gpt2: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    run: Run,
 ) -> None:
     """The list of what is sent is told before, and so is what stays."""
     as_user(ALICE)
@@ -239,7 +220,7 @@ def test_files_of_the_user_are_not_pushed(
     elif kind == "thin":
         load(both.base, donors=specs).save_pretrained(folder, thin=True)
     elif kind == "full":
-        assert run(capsys, "export", both.law, folder, "--max-shard-size", "40KB", "--no-verify")[0] == 0
+        assert run("export", both.law, folder, "--max-shard-size", "40KB", "--no-verify")[0] == 0
     else:
         load(inverse_gpt2 / "donor").save_pretrained(folder)
     (folder / "LICENSE.txt").write_text("terms")
@@ -251,7 +232,7 @@ def test_files_of_the_user_are_not_pushed(
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("secret")
     (folder / "linked").symlink_to("/etc")
-    status, out, err = run(capsys, "push", folder, target, "--json")
+    status, out, err = run("push", folder, target, "--json")
     assert status == 0, err
     assert set(both.hub.paths(target)) - {".gitattributes"} == saved
     found = json.loads(out)
@@ -263,4 +244,4 @@ def test_files_of_the_user_are_not_pushed(
     }
     for name in saved:
         assert f"{(folder / name).stat().st_size:>15,}  {name}\n" in err
-    assert "not sent" in err and all(name in err for name in stays)
+    assert "not uploaded" in err and all(name in err for name in stays)

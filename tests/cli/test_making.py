@@ -8,36 +8,18 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import Shelf, copied
+from tests.cli.conftest import Run
+from tests.helpers import Shelf
 from tests.hub_server import ALICE
 from transplant_hf import Donor
-from transplant_hf.cli import main
 from transplant_hf.comparison import RunResult
 
-_TRAINED = ("--steps", "4", "--batch-size", "2", "--block-length", "16", "--layers", "2", "--json")
+_TRAINED = ("--steps", "4", "--batch-size", "2", "--block-length", "16", "--count", "2", "--json")
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "hamlet.txt"
-    path.write_text("To be, or not to be, that is the question. " * 40)
-    return path
-
-
-@pytest.fixture
-def family(tiny_llama: Path, tmp_path: Path) -> Path:
-    return copied(tiny_llama, tmp_path / "family")
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]:
-    status = main(list(map(str, words)))
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
-
-
-def test_train_on_a_folder(family: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_on_a_folder(family: Path, text: Path, run: Run) -> None:
     words = ("train", family / "recipient", text, family / "new", "--held-out", text, *_TRAINED)
-    status, out, _ = run(capsys, *words, "--general", text, "--mode", "replace")
+    status, out, _ = run(*words, "--general", text, "--mode", "replace")
     found = json.loads(out)
     assert status == 0 and found["steps"] == 4
     assert set(found["perplexity"]) == {"recipient", "with donor"}
@@ -45,12 +27,12 @@ def test_train_on_a_folder(family: Path, text: Path, capsys: pytest.CaptureFixtu
     donor = Donor.from_pretrained(family / "new")
     assert (donor.num_layers, donor.position, donor.mode, donor.name) == (2, 2, "replace", "new")
     assert not (family / "new.training").exists()
-    status, out, _ = run(capsys, *words[:-1], "--overwrite", "--position", 1, "--cache-prefix", "disk")
+    status, out, _ = run(*words[:-1], "--overwrite", "--position", 1, "--cache-prefix", "disk")
     assert status == 0 and "perplexity with donor" in out and "strength            new 0.75" in out
 
 
-def test_train_on_a_thin_repo_adds_a_donor(family: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, "train", family / "donor", text, family / "both", *_TRAINED)
+def test_train_on_a_thin_repo_adds_a_donor(family: Path, text: Path, run: Run) -> None:
+    status, out, _ = run("train", family / "donor", text, family / "both", *_TRAINED)
     assert status == 0
     assert json.loads(out)["strength"] == {"donor": 1.0, "both": 0.75}
     assert {path.name for path in (family / "both").iterdir() if path.is_dir()} == {"donor", "both"}
@@ -61,7 +43,7 @@ def test_train_and_recover_on_the_hub(
     shelf: Shelf,
     as_user: Any,
     text: Path,
-    capsys: pytest.CaptureFixture[str],
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -69,10 +51,10 @@ def test_train_and_recover_on_the_hub(
     as_user(ALICE)
     shelf.put_base()
     new = f"{shelf.law}-trained"
-    status, _, _ = run(capsys, "train", shelf.base, text, "--push-to-hub", new, *_TRAINED)
+    status, _, _ = run("train", shelf.base, text, "--push-to-hub", new, *_TRAINED)
     assert status == 0 and Donor.from_pretrained(new).record.source_revision == shelf.base_commit
     words = ("--steps", 2, "--batch-size", 2, "--block-length", 16, "--held-out", text, "--json")
-    status, out, _ = run(capsys, "recover", new, text, tmp_path / "recovered", *words)
+    status, out, _ = run("recover", new, text, tmp_path / "recovered", *words)
     assert status == 0 and list(json.loads(out)["perplexity"]) == ["recipient", "before", "after"]
     config = json.loads((tmp_path / "recovered" / "config.json").read_text())
     assert config["recipient_revision"] == shelf.base_commit
@@ -81,29 +63,19 @@ def test_train_and_recover_on_the_hub(
     )
 
 
-def test_extract(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_extract(family: Path, run: Run) -> None:
     status, out, _ = run(
-        capsys, "extract", family / "recipient", family / "taken", "--count", 2, "--init", "identity", "--json"
+        "extract", family / "recipient", family / "taken", "--count", 2, "--init", "identity", "--json"
     )
     assert status == 0 and json.loads(out)
     assert Donor.from_pretrained(family / "taken").layer_indices == [1, 2]
 
 
 @pytest.mark.parametrize("asked", ["recipient", "donor"])
-def test_compare(asked: str, family: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare(asked: str, family: Path, text: Path, tmp_path: Path, run: Run) -> None:
     words = ("--general", text, "--methods", "donor", "--learning-rates", 1e-2, "--steps", 2, "--batch-size", 2)
-    words += (
-        "--block-length",
-        16,
-        "--layers",
-        2,
-        "--no-equal-time",
-        "--replay-shares",
-        0,
-        "--output",
-        tmp_path / "out",
-    )
-    status, out, _ = run(capsys, "compare", family / asked, text, *words)
+    words += ("--block-length", 16, "--count", 2, "--no-equal-time", "--replay-shares", 0, "--output", tmp_path / "out")
+    status, out, _ = run("compare", family / asked, text, *words)
     assert status == 0 and "donor, in place, at L-1" in out
     assert ("with donor, as it came" in out) == (asked == "donor")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -117,7 +89,7 @@ def test_compare(asked: str, family: Path, text: Path, tmp_path: Path, capsys: p
 
 
 def test_a_comparison_that_is_stopped_keeps_its_runs(
-    family: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    family: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trained(method: Any, setting: Any, rate: float, budget: Any, *texts: Any) -> list[RunResult]:
         if rate == 3.0:
@@ -126,21 +98,21 @@ def test_a_comparison_that_is_stopped_keeps_its_runs(
 
     monkeypatch.setattr("transplant_hf.comparison.study.run_method", trained)
     words = ("compare", family / "recipient", text, "--general", text, "--methods", "donor", "--no-equal-time")
-    words += ("--block-length", 16, "--layers", 2, "--learning-rates", 1, 2, 3)
-    status, out, err = run(capsys, *words, "--output", tmp_path / "out")
+    words += ("--block-length", 16, "--count", 2, "--learning-rates", 1, 2, 3)
+    status, out, err = run(*words, "--output", tmp_path / "out")
     assert (status, out) == (130, "") and "Traceback" not in err
     lines = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
     assert [json.loads(line)["learning_rate"] for line in lines] == [1.0, 2.0]
-    _, _, err = run(capsys, *words)
+    _, _, err = run(*words)
     assert err.count("domain 7.50, general 9.00") == 2
 
 
 def test_what_is_refused_is_one_sentence(
-    family: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    family: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = set(tmp_path.iterdir())
-    assert run(capsys, "train", family / "recipient", text)[0] == 2
+    assert run("train", family / "recipient", text)[0] == 2
     short = tmp_path / "short.txt"
     short.write_text("To be")
     for words, told in (
@@ -153,6 +125,6 @@ def test_what_is_refused_is_one_sentence(
         ),
         (("recover", family / "recipient", text, tmp_path / "out", "--block-length", 16), "has no donors"),
     ):
-        status, _, err = run(capsys, *words)
+        status, _, err = run(*words)
         assert status == 1 and told in err and "Traceback" not in err, err
     assert set(tmp_path.iterdir()) == before | {short}

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from transplant_hf.cli import main
+from tests.cli.conftest import Run
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "hamlet.txt"
-    path.write_text("To be, or not to be, that is the question. " * 5)
-    return path
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]:
-    status = main(list(map(str, words)))
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
-
-
-def test_evaluate(tiny_llama: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate(tiny_llama: Path, text: Path, run: Run) -> None:
     words = ("evaluate", tiny_llama / "donor", "--text", text, "--text", f"again={text}", "--block-length", 16)
-    status, out, _ = run(capsys, *words, "--stride", 8, "--dtype", "float32")
+    status, out, _ = run(*words, "--stride", 8, "--dtype", "float32")
     assert status == 0
     assert [line.split()[0] for line in out.splitlines()] == ["perplexity", "recipient", "with", "change", "tokens"]
-    status, out, _ = run(capsys, *words, "--max-tokens", 20, "--json")
+    status, out, _ = run(*words, "--max-tokens", 20, "--json")
     found = json.loads(out)
     assert status == 0
     assert {(row["model"], row["text"], row["tokens"]) for row in found["rows"]} == {
@@ -37,26 +21,26 @@ def test_evaluate(tiny_llama: Path, text: Path, capsys: pytest.CaptureFixture[st
     }
 
 
-def test_sweep(tiny_llama: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep(tiny_llama: Path, text: Path, run: Run) -> None:
     words = ("sweep", tiny_llama / "recipient", tiny_llama / "donor", "--text", text, "--block-length", 16)
-    status, out, _ = run(capsys, *words, "--strengths", 1, 0.5)
+    status, out, _ = run(*words, "--strengths", 1, 0.5)
     assert status == 0
     assert out.count("*") == 2
     assert [line.split()[0] for line in out.splitlines()[2:]] == ["0", "1", "2", "3", "4", "recipient"]
-    status, out, _ = run(capsys, *words, "--positions", 1, 3, "--mode", "replace", "--json")
+    status, out, _ = run(*words, "--positions", 1, 3, "--mode", "replace", "--json")
     found = json.loads(out)
     # Two layers at 3 of 4 cannot all be replaced.
     assert [(row["position"], row["perplexity"] is None) for row in found["rows"]] == [(1, False), (3, True)]
     assert found["mode"] == "replace"
     assert status == 0
-    status, _, _ = run(capsys, *words, "--positions", 9)
+    status, _, _ = run(*words, "--positions", 9)
     assert status == 1
 
 
-def test_what_is_refused_is_one_sentence(tiny_llama: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run(capsys, "evaluate", tiny_llama / "donor", "--text", text, "--text", text)
+def test_what_is_refused_is_one_sentence(tiny_llama: Path, text: Path, run: Run) -> None:
+    status, out, err = run("evaluate", tiny_llama / "donor", "--text", text, "--text", text)
     assert (status, out) == (1, "")
     assert "two texts are named 'hamlet'" in err
-    status, out, _ = run(capsys, "evaluate", tiny_llama / "donor", "--text", text.with_name("no.txt"), "--json")
+    status, out, _ = run("evaluate", tiny_llama / "donor", "--text", text.with_name("no.txt"), "--json")
     assert status == 1
     assert json.loads(out)["error"] == "DataError"

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import copied, digest_of, layers_of, plain
+from tests.cli.conftest import Run
+from tests.helpers import digest_of, layers_of, plain
 from transplant_hf import Donor
-from transplant_hf.cli import main
 
-TRAINED = ("--steps", "2", "--batch-size", "2", "--block-length", "16", "--layers", "1")
+TRAINED = ("--steps", "2", "--batch-size", "2", "--block-length", "16", "--count", "1")
 Words = Callable[[Path], list[Any]]
 
 
@@ -47,7 +47,7 @@ def recover(family: Path) -> list[Any]:
 
 def compare(family: Path) -> list[Any]:
     words = ("--methods", "donor", "--learning-rates", 1e-2, "--steps", 1, "--batch-size", 2, "--block-length", 16)
-    words = (*words, "--layers", 1, "--no-equal-time", "--replay-shares", 0, "--output", family / "out")
+    words = (*words, "--count", 1, "--no-equal-time", "--replay-shares", 0, "--output", family / "out")
     return ["compare", family / "recipient", text_in(family), "--general", text_in(family), *words]
 
 
@@ -60,89 +60,75 @@ def text_in(family: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def family(tiny_llama: Path, tmp_path: Path) -> Path:
-    return copied(tiny_llama, tmp_path / "family")
-
-
-def run(capsys: pytest.CaptureFixture[str], words: list[Any], *more: str) -> tuple[int, str]:
-    status = main([str(word) for word in (*words, *more)])
-    return status, capsys.readouterr().err
-
-
 @pytest.mark.parametrize("command", COMMANDS)
-def test_files_of_the_user_are_refused_and_kept(
-    family: Path, command: Words, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_of_the_user_are_refused_and_kept(family: Path, command: Words, run: Run) -> None:
     words = command(family)
     (family / "out").mkdir()
     (family / "out" / "mine.txt").write_text("precious")
     before = digest_of(family)
-    status, err = run(capsys, words)
+    status, _, err = run(*words)
     assert status == 1 and "is not empty" in err and "mine.txt" in err and "--overwrite" in err, err
     assert digest_of(family) == before
-    status, err = run(capsys, words, "--overwrite")
+    status, _, err = run(*words, "--overwrite")
     assert status == 0, err
     assert (family / "out" / "mine.txt").read_text() == "precious"
     # What was written by the command itself is refused, and replaced when that is asked for.
     before = digest_of(family)
-    status, err = run(capsys, words)
+    status, _, err = run(*words)
     assert status == 1 and "is not empty" in err and digest_of(family) == before
-    status, err = run(capsys, words, "--overwrite")
+    status, _, err = run(*words, "--overwrite")
     assert status == 0, err
     assert (family / "out" / "mine.txt").read_text() == "precious"
 
 
 @pytest.mark.parametrize("command", COMMANDS[:-1])
-def test_a_model_that_we_did_not_write_is_never_replaced(
-    family: Path, command: Words, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_that_we_did_not_write_is_never_replaced(family: Path, command: Words, run: Run) -> None:
     words = command(family)
     shutil.copytree(family / "source", family / "out")
     before = digest_of(family)
-    status, err = run(capsys, words, "--overwrite")
+    status, _, err = run(*words, "--overwrite")
     assert status == 1 and "config.json, model.safetensors" in err and "no record of writing" in err, err
     assert digest_of(family) == before
 
 
-def test_an_export_over_a_trained_donor(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, extract(family))[0] == 0
+def test_an_export_over_a_trained_donor(family: Path, run: Run) -> None:
+    assert run(*extract(family))[0] == 0
     (family / "out" / "mine.txt").write_text("precious")
     before = digest_of(family / "out")
-    assert run(capsys, export(family))[0] == 1
+    assert run(*export(family))[0] == 1
     assert digest_of(family / "out") == before
-    assert run(capsys, export(family), "--overwrite")[0] == 0
+    assert run(*export(family), "--overwrite")[0] == 0
     names = {path.name for path in (family / "out").iterdir()}
     assert {"mine.txt", "model.safetensors"} <= names and not {"donor.safetensors", "donor_config.json"} & names
 
 
-def test_no_work_is_done_before_the_refusal(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_work_is_done_before_the_refusal(family: Path, run: Run) -> None:
     (family / "out").mkdir()
     (family / "out" / "mine.txt").write_text("precious")
     for command in (convert, extract, export, train, recover):
         words = command(family)
         words[1] = family / "nowhere"  # would be an error of its own as soon as anything is opened
-        status, err = run(capsys, words)
+        status, _, err = run(*words)
         assert status == 1 and "is not empty" in err, err
-    status, err = run(capsys, ["compare", "no/where", "none.txt", "--general", "none.txt", "--output", family / "out"])
+    status, _, err = run("compare", "no/where", "none.txt", "--general", "none.txt", "--output", family / "out")
     assert status == 1 and "is not empty" in err, err
 
 
 @pytest.mark.parametrize("command", ["sweep", "evaluate"])
-def test_a_picture_that_exists(family: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_picture_that_exists(family: Path, command: str, run: Run) -> None:
     picture = family / "plot.png"
     words = [command, family / "donor", "--text", text_in(family), "--block-length", 16, "--plot", picture]
     words += ["--positions", 1] if command == "sweep" else ["--text", f"other={text_in(family)}", "--strengths", 0, 1]
     picture.write_text("mine")
-    status, err = run(capsys, ["sweep" if command == "sweep" else command, "no/where", *words[2:]])
+    status, _, err = run("sweep" if command == "sweep" else command, "no/where", *words[2:])
     assert status == 1 and "plot.png exists" in err and "--overwrite" in err, err
     assert picture.read_text() == "mine"
-    status, err = run(capsys, words, "--overwrite")
+    status, _, err = run(*words, "--overwrite")
     assert status == 0 and picture.read_bytes().startswith(b"\x89PNG"), err
 
 
 @pytest.mark.parametrize("command", [train, recover])
-def test_checkpoints_of_an_earlier_run(family: Path, command: Words, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_of_an_earlier_run(family: Path, command: Words, run: Run) -> None:
     words = command(family)
     work = family / "out.training"
     stopped = work / "checkpoint-1"
@@ -150,14 +136,14 @@ def test_checkpoints_of_an_earlier_run(family: Path, command: Words, capsys: pyt
     (stopped / "transplant_run.json").write_text("{}")
     (work / "mine.txt").write_text("precious")
     before = digest_of(family)
-    status, err = run(capsys, words)
+    status, _, err = run(*words)
     assert status == 1 and "checkpoints of an earlier run" in err and "--resume" in err and "--overwrite" in err, err
     assert digest_of(family) == before
-    assert run(capsys, words, "--overwrite")[0] == 0
+    assert run(*words, "--overwrite")[0] == 0
     assert [path.name for path in work.iterdir()] == ["mine.txt"]
 
 
-def test_resuming_is_no_overwriting(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_is_no_overwriting(family: Path, run: Run) -> None:
     words = [*train(family), "--save-steps", 1]
     script = (
         "import os, sys\nfrom transplant_hf.cli import main\nfrom transplant_hf.training import DonorTrainer\n"
@@ -165,12 +151,12 @@ def test_resuming_is_no_overwriting(family: Path, capsys: pytest.CaptureFixture[
     )
     assert subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True).returncode == 7
     assert (family / "out.training" / "checkpoint-2").is_dir() and not (family / "out").exists()
-    status, err = run(capsys, words, "--resume")
+    status, _, err = run(*words, "--resume")
     assert status == 0, err
     assert Donor.from_pretrained(family / "out").name == "taken" and not (family / "out.training").exists()
 
 
-def test_the_demo_keeps_to_its_own_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_keeps_to_its_own_files(tmp_path: Path, run: Run) -> None:
     (tmp_path / "mine.txt").write_text("precious")
-    status, err = run(capsys, ["demo", "--folder", tmp_path])
+    status, _, err = run("demo", "--folder", tmp_path)
     assert status == 1 and "is not empty" in err and "mine.txt" in err

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import pytest
-
+from tests.cli.conftest import Run
 from tests.helpers import loaded
-from transplant_hf.cli import main
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]:
-    status = main(["plan", *map(str, words)])
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
-
-
-def test_as_text(tiny_gpt_oss: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_text(tiny_gpt_oss: Path, run: Run) -> None:
     donor = f"{tiny_gpt_oss / 'donor'}@1"
     words = ("--donor", donor, "--devices", 2, "--memory", "1MiB", "--context", 20)
-    status, out, _ = run(capsys, tiny_gpt_oss / "recipient", *words)
+    status, out, _ = run("plan", tiny_gpt_oss / "recipient", *words)
     assert status == 0
     lines = out.splitlines()
     assert "GptOssForCausalLM) in float32, 2 devices of 1.0 MiB; batch size 1, context 20" in lines[0]
@@ -33,8 +24,8 @@ def test_as_text(tiny_gpt_oss: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [line for line in lines if line.startswith("  device ")]
 
 
-def test_as_json(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, tiny_llama / "donor", "--json")
+def test_as_json(tiny_llama: Path, run: Run) -> None:
+    status, out, _ = run("plan", tiny_llama / "donor", "--json")
     found = json.loads(out)
     assert status == 0
     model = loaded(tiny_llama)
@@ -42,25 +33,23 @@ def test_as_json(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["layer_map"] == [list(slot) for slot in model.layer_map]
 
 
-def test_a_donor_without_a_position_goes_where_it_recommends(
-    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, out, _ = run(capsys, tiny_llama / "recipient", "--donor", tiny_llama / "donor", "--json")
+def test_a_donor_without_a_position_goes_where_it_recommends(tiny_llama: Path, run: Run) -> None:
+    status, out, _ = run("plan", tiny_llama / "recipient", "--donor", tiny_llama / "donor", "--json")
     assert status == 0
-    _, alone, _ = run(capsys, tiny_llama / "donor", "--json")
+    _, alone, _ = run("plan", tiny_llama / "donor", "--json")
     assert json.loads(out)["layer_map"] == json.loads(alone)["layer_map"]
 
 
-def test_what_does_not_fit_fails(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, tiny_llama / "recipient", "--count", 1, "--memory", "4KiB")
+def test_what_does_not_fit_fails(tiny_llama: Path, run: Run) -> None:
+    status, out, _ = run("plan", tiny_llama / "recipient", "--count", 1, "--memory", "4KiB")
     assert status == 1
     assert "problem: " in out
 
 
-def test_what_is_refused_is_one_sentence(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run(capsys, tiny_llama / "recipient", "--donor", f"{tiny_llama / 'donor'}@x")
+def test_what_is_refused_is_one_sentence(tiny_llama: Path, run: Run) -> None:
+    status, out, err = run("plan", tiny_llama / "recipient", "--donor", f"{tiny_llama / 'donor'}@x")
     assert (status, out) == (1, "")
     assert "DONOR or DONOR@POSITION" in err and "donor@x" in err
-    status, out, _ = run(capsys, tiny_llama / "recipient", "--count", 2, "--memory", "much", "--json")
+    status, out, _ = run("plan", tiny_llama / "recipient", "--count", 2, "--memory", "much", "--json")
     assert status == 1
     assert json.loads(out)["error"] == "ConfigurationError"

@@ -71,7 +71,7 @@ def test_numbers_are_refused_before_a_model_is_loaded(
         (["--steps", "0"], "must be at least 1, got 0"),
         (["--learning-rate", "-1"], "must be a finite number above 0, got -1"),
         (["--private"], "--private goes with --push-to-hub"),
-        (["--replay-share", "0.5"], "--replay-share is the share of --general"),
+        (["--replay-share", "0.5"], "--replay-share goes with --general"),
         (["--held-out-blocks", "3"], "--held-out-blocks goes with --held-out"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The command line: arguments in, one call, a result out. No logic lives here: a file for each command."""
+"""The command line: arguments in, one call, a result out. A file for each command; the logic is in other rooms."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import TransplantError
-from . import check, compare, convert, demo, evaluate, export, extract, inspect, plan, push, sweep, train
-from .command import HOW_IT_ENDS
+from . import check, compare, convert, demo, evaluate, export, extract, generate, inspect, plan, push, sweep, train
+from .command import EXIT_STATUS
 
 __all__ = ["main"]
 
-_COMMANDS = (demo, convert, inspect, check, plan, extract, train, sweep, evaluate, compare, export, push)
+_COMMANDS = (demo, generate, train, sweep, evaluate, compare, check, inspect, plan, extract, convert, export, push)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `transplant-hf`; by default those of the process.
 
     Returns:
-        The exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 stopped by Ctrl-C.
+        The exit status: 0 success, 1 error, 2 usage error, 130 interrupted by Ctrl-C.
+
+    Raises:
+        SystemExit: By argparse, after `--help`, `--version` and usage errors.
 
     Example:
         >>> main(["--version"])
@@ -41,19 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Read when torch is loaded. Otherwise its threads spin while they wait for each other, which makes
         # training many times slower when other programs use the cores.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        # Here, not above: what is answered before needs neither Transformers nor torch, which take seconds to import.
+        # Imported here: `--help`, `--version` and most usage errors need neither Transformers nor torch.
         from ..registration import register
 
         register()
         return int(options.run(options))
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+    except BrokenPipeError:  # the reader closed the pipe, as in `| head`
         return 1
     except (TransplantError, OSError) as error:
         return _failed(options, error, str(error), 1)
     except KeyboardInterrupt as error:
-        return _failed(options, error, str(error) or "stopped.", 130)
+        return _failed(options, error, str(error) or "interrupted.", 130)
     finally:
-        _let_go_of_output()
+        _flush_output()
 
 
 def _failed(options: argparse.Namespace, error: BaseException, sentence: str, status: int) -> int:
@@ -63,8 +66,8 @@ def _failed(options: argparse.Namespace, error: BaseException, sentence: str, st
     return status
 
 
-def _let_go_of_output() -> None:
-    """Keep Python from writing again, when it ends, what could not be written."""
+def _flush_output() -> None:
+    """Flush standard output; after an error, keep Python from trying again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -74,8 +77,8 @@ def _let_go_of_output() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="transplant-hf",
-        description="Whole transformer layers as exchangeable parts of language models.",
-        epilog=HOW_IT_ENDS,
+        description="Add trained transformer layers to a language model, and remove them again exactly.",
+        epilog=EXIT_STATUS,
     )
     parser.add_argument("--version", action="version", version=f"transplant_hf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")

@@ -1,4 +1,4 @@
-"""What every command has: a summary, an example, `--json`, and how it ends."""
+"""What every command has: a summary, an example, `--json`, how it ends, and old spellings that still work."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-__all__ = ["HOW_IT_ENDS", "add_overwrite", "command", "printing", "show"]
-
-HOW_IT_ENDS = (
-    "exit status: 0 done, 1 refused or failed (one sentence on standard error), 2 wrong usage, 130 stopped by Ctrl-C"
-)
+EXIT_STATUS = "exit status: 0 success, 1 error, 2 usage error, 130 interrupted by Ctrl-C"
 
 
-class Shown(Protocol):
-    """A result that prints itself and has a form for machines."""
+class Result(Protocol):
+    """A result that prints itself and converts to JSON."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON."""
@@ -25,58 +21,75 @@ class Shown(Protocol):
 
 
 def command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, example: str
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, *examples: str
 ) -> argparse.ArgumentParser:
     """Add a command.
 
     Args:
-        commands: Where to.
-        name: Its name.
+        commands: The subparsers of the program.
+        name: The name of the command.
         run: What it does; returns the exit status.
-        summary: One phrase that says so.
-        example: The words of one good call, after `transplant-hf`.
+        summary: One phrase in the imperative.
+        *examples: Words after `transplant-hf` that make a good call.
     """
-    made: argparse.ArgumentParser = commands.add_parser(
+    lines = "\n".join(f"  transplant-hf {example}" for example in examples)
+    parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"example:\n  transplant-hf {example}\n\n{HOW_IT_ENDS}",
+        epilog=f"example:\n{lines}\n\n{EXIT_STATUS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--json", action="store_true", help="print the result as JSON")
-    made.set_defaults(run=run, printed=False)
-    return made
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(run=run, usage_error=parser.error, printed=False)
+    return parser
 
 
-def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    """Add the option that every command with an output has."""
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace what transplant_hf wrote to the output before; other files stay (default: refuse an output that "
-        "is there)",
-    )
+def old_spelling(parser: argparse.ArgumentParser, old: str, new: str, dest: str, **arguments: Any) -> None:
+    """Accept an old option for one release, with a warning on standard error.
+
+    Args:
+        parser: The command.
+        old: The old option, such as "--batch".
+        new: What to write instead, as the warning says it.
+        dest: Where the value goes.
+        **arguments: As in `add_argument`; `append=True` collects the values of a repeated option.
+    """
+    hidden: Any = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument(old, action=_OldSpelling, new=new, dest=dest, **hidden, **arguments)
 
 
-def show(result: Shown, options: argparse.Namespace) -> None:
-    """Print a result on standard output, for people or for machines."""
+class _OldSpelling(argparse.Action):
+    def __init__(self, option_strings: list[str], dest: str, new: str, append: bool = False, **arguments: Any) -> None:
+        super().__init__(option_strings, dest, **arguments)
+        self.new, self.append = new, append
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        print(f"{parser.prog}: {option} is deprecated; use {self.new}", file=sys.stderr)
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), values] if self.append else values)
+
+
+def show(result: Result, options: argparse.Namespace) -> None:
+    """Print a result on standard output, for people or as JSON."""
     with printing(options):
         print(json.dumps(result.to_dict(), indent=2) if options.json else result)
 
 
 @contextmanager
 def printing(options: argparse.Namespace) -> Iterator[None]:
-    """Print a result inside a `with` block; when the block ends, all of it is written.
+    """Print a result inside a `with` block and flush it at the end.
 
     Args:
-        options: Of the command; they remember that there is a result on standard output.
+        options: The options of the command; they remember that standard output has a result.
 
     Raises:
-        CheckpointError: It could not be written: the disk is full.
+        CheckpointError: It could not be written, for example because the disk is full.
     """
     from ..storage import writing
 
     options.printed = True
-    with writing("the result on standard output", "What the command wrote into files is there."):
+    with writing("the result on standard output", "Files that the command wrote are complete."):
         yield
         sys.stdout.flush()

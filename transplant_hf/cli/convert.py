@@ -3,70 +3,50 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from .command import add_overwrite, command, show
-
-__all__ = ["add"]
+from .command import command, old_spelling, show
+from .options import add_layers, add_number, add_output, add_shard_size, check_output, pick
+from .values import whole
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    convert = command(
+    parser = command(
         commands,
         "convert",
         _run,
-        "turn a .pt file of decoder layers into a donor repo; nothing in the file runs",
-        "convert gpt2/donor_layers.pt gpt2-law --recipient openai-community/gpt2 --layers 4 5 6 --position 1",
+        "convert a .pt file of decoder layers into a donor, without running code from the file",
+        "convert gpt2/donor_layers.pt gpt2-law --recipient openai-community/gpt2 --layers 4-6 --position 1",
     )
-    convert.add_argument("file", type=Path, help="the .pt file")
-    convert.add_argument("output", type=Path, nargs="?", help="folder to write; may be left out with --push-to-hub")
-    add_overwrite(convert)
-    convert.add_argument(
-        "--recipient", required=True, help="the model the layers came from: Hub id, folder or config.json"
+    parser.add_argument("path", metavar="FILE", type=Path, help="the .pt file")
+    add_output(parser)
+    parser.add_argument("--to-revision", metavar="BRANCH", help="branch to push to")
+    old_spelling(parser, "--revision", "--to-revision", "to_revision")
+    parser.add_argument("--recipient", required=True, help="model of the layers: Hub id, folder or config.json")
+    parser.add_argument("--recipient-revision", metavar="REVISION", help="branch, tag or commit of the recipient")
+    parser.add_argument(
+        "--metadata", type=Path, metavar="FILE", help="default: donor_metadata.json beside the .pt file, if it exists"
     )
-    convert.add_argument("--recipient-revision", help="its branch, tag or commit")
-    convert.add_argument("--metadata", type=Path, help="default: donor_metadata.json beside the file, if there is one")
-    convert.add_argument(
-        "--layers", type=int, nargs="+", metavar="N", help="layer indices in the source model (default: as recorded)"
-    )
-    convert.add_argument(
-        "--position", type=int, help="recommended position (default: the best one recorded, else the first quarter)"
-    )
-    convert.add_argument("--name", help="what to call the donor (default: after the output)")
-    convert.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
-    convert.add_argument("--verify", action="store_true", help="also run one layer with the weights of both files")
-    convert.add_argument("--push-to-hub", metavar="REPO", help="upload the donor to this repository, as one commit")
-    convert.add_argument("--private", action="store_true", help="make that repository private if it is new")
-    convert.add_argument("--revision", help="the branch to push to")
+    add_layers(parser, "--layers", "numbers of the layers in their model, such as 4 5 6 or 4-6 (default: as recorded)")
+    recommended = "position to recommend (default: the best one that is recorded, or a quarter of the way up)"
+    add_number(parser, "--position", recommended, None, whole(0), "P")
+    parser.add_argument("--name", help="name of the donor (default: the name of the output)")
+    add_shard_size(parser)
+    parser.add_argument("--verify", action="store_true", help="also compare the outputs of a layer with both weights")
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..conversion import convert
+    from .. import convert
 
-    if options.output is None and options.push_to_hub is None:
-        print("transplant-hf convert: name a folder to write, or --push-to-hub REPO", file=sys.stderr)
-        return 2
-    if options.private and options.push_to_hub is None:
-        print("transplant-hf convert: --private goes with --push-to-hub", file=sys.stderr)
-        return 2
+    check_output(options)
+    names = ("path", "recipient", "output", "overwrite", "metadata", "layers", "position", "name")
     done = convert(
-        options.file,
-        options.recipient,
-        options.output,
-        overwrite=options.overwrite,
-        metadata=options.metadata,
-        layers=options.layers,
-        position=options.position,
-        name=options.name,
-        recipient_revision=options.recipient_revision,
-        max_shard_size=options.max_shard_size,
-        verify=options.verify,
+        **pick(options, *names, "recipient_revision", "max_shard_size", "verify"),
         push_to=options.push_to_hub,
         private=options.private or None,
-        revision=options.revision,
+        revision=options.to_revision,
     )
     show(done, options)
     return 0

@@ -3,96 +3,61 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .command import add_overwrite, command, show
-from .donors import DONOR, DONOR_HELP, donor_spec
-from .values import dtype
+from .command import command, old_spelling, show
+from .options import add_donors, add_dtype, add_overwrite, add_shard_size, pick
+from .values import donor_spec
 
-__all__ = ["add"]
+if TYPE_CHECKING:
+    from ..config import DonorSpec
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    export = command(
+    parser = command(
         commands,
         "export",
         _run,
         "write a transplant as a plain checkpoint that loads without transplant_hf",
-        "export user/gpt2-law gpt2-law-full --dtype bfloat16\n"
-        "  transplant-hf export openai-community/gpt2 full --donor user/gpt2-law@4",
+        "export user/gpt2-law gpt2-law-full --dtype bfloat16",
+        "export openai-community/gpt2 full --donor user/gpt2-law@4",
     )
-    export.add_argument(
-        "source", metavar="SOURCE", help="Hub id or folder of a transplant or donor; with --donor, of the recipient"
+    parser.add_argument("source", metavar="MODEL", help="Hub id or folder of a transplant, a donor or a recipient")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write")
+    add_overwrite(parser)
+    add_donors(parser)
+    old_spelling(parser, "--position", "--donor DONOR@POSITION", "position", type=int, append=True)
+    parser.add_argument(
+        "--mode", choices=("insert", "replace"), help="for donors with a given position (default: insert)"
     )
-    export.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write")
-    add_overwrite(export)
-    export.add_argument("--donor", action="append", metavar=DONOR, help=f"{DONOR_HELP}; may be given several times")
-    export.add_argument(
-        "--position",
-        type=int,
-        action="append",
-        metavar="P",
-        help="the same as DONOR@P: one for each --donor, in order",
+    add_dtype(parser)
+    add_shard_size(parser)
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not load the result to compare logits (needed if it does not fit)"
     )
-    export.add_argument(
-        "--mode",
-        choices=["insert", "replace"],
-        help="for donors whose position is given (default: insert)",
-    )
-    export.add_argument(
-        "--dtype",
-        type=dtype,
-        choices=["auto", "bfloat16", "float16", "float32"],
-        default="auto",
-        help="default: as in the files",
-    )
-    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
-    export.add_argument(
-        "--no-verify", action="store_true", help="do not load the result and compare logits: for models that do not fit"
-    )
-    export.add_argument("--composition", choices=["stacked", "side_by_side"], help="default: as the source says")
-    export.add_argument("--license", help="licence for the card (default: what recipient and donors agree on)")
-    export.add_argument("--revision", help="the source's branch, tag or commit")
+    parser.add_argument("--composition", choices=("stacked", "side_by_side"), help="default: as in the source")
+    parser.add_argument("--license", help="license for the card (default: the one that recipient and donors share)")
+    parser.add_argument("--revision", help="branch, tag or commit of the source")
+    parser.set_defaults(position=None)
 
 
 def _run(options: argparse.Namespace) -> int:
-    wrong = _wrong_usage(options)
-    if wrong:
-        print(f"transplant-hf export: {wrong}", file=sys.stderr)
-        return 2
-    from ..exporting import export
+    from .. import export
 
-    done = export(
-        options.source,
-        options.output,
-        _donors(options),
-        overwrite=options.overwrite,
-        dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
-        verify=not options.no_verify,
-        composition=options.composition,
-        license=options.license,
-        revision=options.revision,
-    )
-    show(done, options)
+    names = ("source", "output", "overwrite", "dtype", "max_shard_size", "composition", "license", "revision")
+    show(export(donors=_donors(options), verify=not options.no_verify, **pick(options, *names)), options)
     return 0
 
 
-def _wrong_usage(options: argparse.Namespace) -> str | None:
-    donors, positions = options.donor or [], options.position or []
-    if positions and len(positions) != len(donors):
-        return f"{len(positions)} --position for {len(donors)} --donor; give one for each, or none"
-    if options.mode and not positions and not any("@" in donor for donor in donors):
-        return "--mode goes with --position or DONOR@P"
-    return None
-
-
-def _donors(options: argparse.Namespace) -> Any:
-    if options.donor is None:
-        return None
-    positions = options.position or [None] * len(options.donor)
-    words = [donor if at is None else f"{donor}@{at}" for donor, at in zip(options.donor, positions, strict=True)]
-    return [donor_spec(word, options.mode) for word in words]
+def _donors(options: argparse.Namespace) -> list[DonorSpec] | None:
+    words, positions = options.donor or [], options.position or []
+    if positions and len(positions) != len(words):
+        options.usage_error(f"{len(positions)} --position for {len(words)} --donor; use --donor DONOR@POSITION")
+    if positions:  # one for each donor, in order
+        words = [f"{word}@{position}" for word, position in zip(words, positions, strict=True)]
+    donors = [donor_spec(word, options.mode) for word in words]
+    if options.mode and not any(donor.position is not None for donor in donors):
+        options.usage_error("--mode goes with --donor DONOR@POSITION")
+    return donors or None

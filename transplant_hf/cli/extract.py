@@ -3,76 +3,49 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
-from .command import add_overwrite, command, show
-from .values import dtype, whole
-
-__all__ = ["add"]
+from .command import command, show
+from .options import add_choice, add_dtype, add_layers, add_number, add_output, add_trust, check_output, pick
+from .values import whole
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    extract = command(
+    parser = command(
         commands,
         "extract",
         _run,
-        "take layers out of a model and write them as a donor repo",
-        "extract openai-community/gpt2 gpt2-new --layers 4 5 6 --init identity",
+        "copy layers out of a model and write them as a donor",
+        "extract openai-community/gpt2 gpt2-new --layers 4-6 --init identity",
     )
-    extract.add_argument("model", metavar="MODEL", help="Hub id or folder of a model, a transplant or a donor")
-    extract.add_argument(
-        "output", metavar="OUTPUT", type=Path, nargs="?", help="folder to write; may be left out with --push-to-hub"
-    )
-    add_overwrite(extract)
-    chosen = extract.add_mutually_exclusive_group()
-    chosen.add_argument(
-        "--layers",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="consecutive layers, by their running numbers (default: from a third of the way up)",
-    )
-    chosen.add_argument("--count", type=whole(), default=3, help="how many layers, where none are named (default: 3)")
-    extract.add_argument(
+    parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a model, a transplant or a donor")
+    add_output(parser)
+    which = parser.add_mutually_exclusive_group()
+    add_layers(which, "--layers", "consecutive layers, such as 4 5 6 or 4-6 (default: from a third of the way up)")
+    add_number(which, "--count", "number of layers", 3, metavar="K")
+    add_choice(
+        parser,
         "--init",
-        choices=("copy", "identity"),
-        default="copy",
-        help="as they are, or with zero output projections, so that they change nothing until trained (default: copy)",
+        ("copy", "identity"),
+        "copy the weights, or set the output projections to zero, so that the layers change nothing until they are "
+        "trained",
     )
-    extract.add_argument(
-        "--position", type=int, help="recommended position (default: right after the layers, in their model)"
-    )
-    extract.add_argument("--name", help="what to call the donor (default: after the output)")
-    extract.add_argument("--revision", help="the model's branch, tag or commit")
-    extract.add_argument("--dtype", type=dtype, default="auto", help="such as bfloat16 (default: the checkpoint's)")
-    extract.add_argument("--push-to-hub", metavar="REPO", help="upload the donor to this repository, as one commit")
-    extract.add_argument("--private", action="store_true", help="make that repository private if it is new")
-    extract.add_argument("--trust-remote-code", action="store_true", help="run the model's own modelling code")
+    recommended = "position to recommend (default: right after the layers in their model)"
+    add_number(parser, "--position", recommended, None, whole(0), "P")
+    parser.add_argument("--name", help="name of the donor (default: the name of the output)")
+    parser.add_argument("--revision", help="branch, tag or commit of the model")
+    add_dtype(parser)
+    add_trust(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..model.extracting import extract
+    from .. import extract
 
-    if options.output is None and options.push_to_hub is None:
-        print("transplant-hf extract: name a folder to write, or --push-to-hub REPO", file=sys.stderr)
-        return 2
-    if options.private and options.push_to_hub is None:
-        print("transplant-hf extract: --private goes with --push-to-hub", file=sys.stderr)
-        return 2
+    check_output(options)
+    names = ("model", "output", "overwrite", "layers", "count", "init", "position", "name", "revision", "dtype")
     done = extract(
-        options.model,
-        options.output,
-        overwrite=options.overwrite,
-        layers=options.layers,
-        count=options.count,
-        init=options.init,
-        position=options.position,
-        name=options.name,
-        revision=options.revision,
-        dtype=options.dtype,
+        **pick(options, *names),
         push_to=options.push_to_hub,
         private=options.private or None,
         trust_remote_code=options.trust_remote_code or None,

@@ -5,34 +5,41 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .command import command, show
-
-__all__ = ["add"]
+from .command import command, old_spelling, show
+from .values import donor_spec
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    inspect = command(
+    parser = command(
         commands,
         "inspect",
         _run,
-        "say what a donor, transplant, model or .pt file is, from headers alone",
-        "inspect user/gpt2-law --recipient openai-community/gpt2",
+        "describe a donor, a transplant, a model or a .pt file, from headers only",
+        "inspect user/gpt2-law@4 --recipient openai-community/gpt2",
     )
-    inspect.add_argument("what", metavar="WHAT", help="Hub id, folder or .pt file")
-    inspect.add_argument("--recipient", help="also say whether it fits this model: Hub id or folder")
-    inspect.add_argument("--revision", help="branch, tag or commit of WHAT")
-    inspect.add_argument("--position", type=int, help="where it would go (default: where it is recommended or placed)")
-    inspect.add_argument("--verify", action="store_true", help="hash the weight files that are on this machine")
+    parser.add_argument(
+        "what",
+        metavar="WHAT[@POSITION]",
+        help="Hub id, folder or .pt file; the position is for --recipient (default: as recommended or placed)",
+    )
+    parser.add_argument("--recipient", help="also say whether it fits this model: Hub id or folder")
+    parser.add_argument("--revision", help="branch, tag or commit of the repository")
+    old_spelling(parser, "--position", "WHAT@POSITION", "position", type=int)
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the sha256 of local weight files with the record"
+    )
+    parser.set_defaults(position=None)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..inspection import inspect
+    from .. import inspect
 
+    spec = donor_spec(options.what)
     found = inspect(
-        options.what,
+        spec.donor,
         recipient=options.recipient,
-        position=options.position,
+        position=spec.position if options.position is None else options.position,
         verify=options.verify,
         revision=options.revision,
     )

@@ -5,47 +5,42 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .command import command, show
-from .donors import DONOR, DONOR_HELP, donor_spec
-from .values import torch_name
-
-__all__ = ["add"]
+from .command import command, old_spelling, show
+from .options import add_donors, add_number, donors_of, pick
+from .values import torch_name, whole
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    plan = command(
+    parser = command(
         commands,
         "plan",
         _run,
         "estimate the memory that a transplant needs, without downloading weights",
         "plan openai/gpt-oss-20b --count 3 --devices 2 --memory 24GiB --context 32768",
     )
-    plan.add_argument("what", metavar="MODEL", help="Hub id or folder of a recipient, a donor or a transplant")
-    plan.add_argument("--donor", action="append", metavar=DONOR, help=f"{DONOR_HELP}; may be repeated")
-    plan.add_argument("--count", type=int, metavar="K", help="a donor of K layers that does not exist yet")
-    plan.add_argument("--position", type=int, metavar="P", help="where these layers go (default: after a third)")
-    plan.add_argument("--devices", type=int, default=1, metavar="N", help="number of accelerators (default: 1)")
-    plan.add_argument("--memory", metavar="SIZE", help="memory of each, such as 80GiB (default: no limit)")
-    plan.add_argument("--cpu-memory", metavar="SIZE", help="CPU memory to offload to (default: none)")
-    plan.add_argument(
-        "--dtype", type=torch_name, default="auto", help="such as float32 or bfloat16 (default: as saved)"
+    parser.add_argument("what", metavar="MODEL", help="Hub id or folder of a recipient, a donor or a transplant")
+    add_donors(parser)
+    add_number(parser, "--count", "estimate for a donor of K layers that does not exist yet", metavar="K")
+    old_spelling(parser, "--layers", "--count", "count", type=whole())
+    add_number(parser, "--position", "its position (default: a third of the way up)", None, whole(0), "P")
+    add_number(parser, "--devices", "number of GPUs", 1)
+    parser.add_argument("--memory", metavar="SIZE", help="memory of each, such as 80GiB (default: no limit)")
+    parser.add_argument("--cpu-memory", metavar="SIZE", help="CPU memory to offload to (default: none)")
+    parser.add_argument(
+        "--dtype", type=torch_name, default="auto", help="such as float32 or bfloat16 (default: as in the checkpoint)"
     )
-    plan.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences at once (default: 1)")
-    plan.add_argument("--context", type=int, metavar="N", help="tokens of each (default: 4096, or all that it reads)")
-    plan.add_argument("--dequantize", action="store_true", help="plan a quantized recipient as if it were dequantized")
-    plan.add_argument("--revision", help="branch, tag or commit of MODEL")
+    add_number(parser, "--batch-size", "sequences in a batch", 1)
+    old_spelling(parser, "--batch", "--batch-size", "batch_size", type=whole())
+    add_number(parser, "--context", "tokens per sequence (default: 4096, or the model's context length)")
+    parser.add_argument("--dequantize", action="store_true", help="estimate a quantized recipient as dequantized")
+    parser.add_argument("--revision", help="branch, tag or commit of the model")
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..planning import plan
+    from .. import plan
 
     names = ("count", "position", "devices", "memory", "cpu_memory", "dtype", "batch_size", "context", "dequantize")
-    result = plan(
-        options.what,
-        [donor_spec(text) for text in options.donor or ()] or None,
-        revision=options.revision,
-        **{name: getattr(options, name) for name in names},
-    )
+    result = plan(options.what, donors=donors_of(options), **pick(options, *names, "revision"))
     show(result, options)
     return 0 if result else 1

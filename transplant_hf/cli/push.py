@@ -8,47 +8,46 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .command import command, show
-
-__all__ = ["add"]
+from .command import command, old_spelling, show
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    push = command(
+    parser = command(
         commands,
         "push",
         _run,
-        "check a saved donor, transplant or model and upload it as one commit",
+        "check a saved donor, transplant or model and upload it in one commit",
         'push gpt2-law user/gpt2-law --private --message "First donor"',
     )
-    push.add_argument("folder", metavar="FOLDER", type=Path, help="what was saved")
-    push.add_argument("repo_id", metavar="REPO", help="repository on the Hub; made if it does not exist")
-    push.add_argument("--private", action="store_true", help="make it private if it is new")
-    push.add_argument("--revision", help="the branch to push to; made if it does not exist")
-    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
-    push.add_argument("--message", help="first line of the commit (default: says what is uploaded)")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with the saved files")
+    parser.add_argument("repo_id", metavar="REPO", help="repository on the Hub; created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    parser.add_argument("--to-revision", metavar="BRANCH", help="branch to push to; created if it does not exist")
+    old_spelling(parser, "--revision", "--to-revision", "to_revision")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--message", help="first line of the commit message (default: names what is uploaded)")
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..pushing import push
+    from .. import push
 
     done = push(
         options.folder,
         options.repo_id,
         private=options.private or None,
-        to_revision=options.revision,
+        to_revision=options.to_revision,
         create_pr=options.create_pr,
         commit_message=options.message,
-        on_files=_list,
+        on_files=_list_files,
     )
     show(done, options)
     return 0
 
 
-def _list(files: Mapping[str, int], left_out: Sequence[str]) -> None:
-    """Say what is going to be uploaded, and what stays, on standard error."""
+def _list_files(files: Mapping[str, int], left_out: Sequence[str]) -> None:
+    """Print on standard error which files are uploaded and which are not."""
     lines = [f"{size:>15,}  {name}" for name, size in files.items()]
-    lines = [f"{len(files)} files, {sum(files.values()):,} bytes; what the repository has already is not sent:", *lines]
-    lines += [f"not sent, no part of what was saved: {', '.join(left_out)}"] if left_out else []
+    lines = [f"{len(files)} files, {sum(files.values()):,} bytes; unchanged files are not uploaded again:", *lines]
+    lines += [f"not uploaded, not part of the donor or model: {', '.join(left_out)}"] if left_out else []
     print("\n".join(lines), file=sys.stderr, flush=True)

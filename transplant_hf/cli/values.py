@@ -1,12 +1,18 @@
-"""Values of options, checked while arguments are read: a wrong one is wrong usage, before any work is done."""
+"""Values of options, checked while arguments are read: a wrong value is a usage error, before any work is done."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["dtype", "number", "share", "torch_name", "whole"]
+from ..errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from ..config import DonorSpec
 
 _DTYPES = {
     "bf16": "bfloat16",
@@ -22,12 +28,61 @@ _DTYPES = {
 _KNOWN = ("auto", *dict.fromkeys(_DTYPES.values()))
 
 
+def donor_spec(text: str, mode: str | None = None) -> DonorSpec:
+    """Read `DONOR@POSITION`, or `DONOR` for the position that the donor recommends.
+
+    A folder may have an @ in its name: text that names a folder is a donor without a position.
+
+    Args:
+        text: The word on the command line.
+        mode: "insert" or "replace"; by default "insert" at the given position, or what the donor recommends.
+
+    Raises:
+        ConfigurationError: The position is not a number.
+
+    Example:
+        >>> donor_spec("user/law@3").position, donor_spec("user/law").position
+        (3, None)
+    """
+    from ..config import DonorSpec
+
+    donor, at, position = text.rpartition("@")
+    if not at or Path(text).is_dir():
+        return DonorSpec(text, mode=mode)  # type: ignore[arg-type]
+    if not donor or not (position.isascii() and position.isdigit()):
+        raise ConfigurationError(f"a donor is DONOR or DONOR@POSITION, such as user/gpt2-law@10, got {text!r}.")
+    return DonorSpec(donor, int(position), mode)  # type: ignore[arg-type]
+
+
+def layer_range(text: str) -> range:
+    """Read the number of a layer, or the first and last number of several.
+
+    Example:
+        >>> layer_range("4"), layer_range("4-6")
+        (range(4, 5), range(4, 7))
+    """
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text, re.ASCII)
+    layers = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    if not layers:
+        raise argparse.ArgumentTypeError(f"must be layer numbers, such as 4 5 6 or 4-6, got {text!r}")
+    return layers
+
+
+class LayerNumbers(argparse.Action):
+    """Store the numbers of one or several ranges of layers as one list."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        """Store them."""
+        ranges: Sequence[range] = values
+        setattr(namespace, self.dest, [number for layers in ranges for number in layers])
+
+
 def whole(least: int = 1, most: float = math.inf) -> Callable[[str], int]:
     """Return a reader of whole numbers.
 
     Args:
-        least: The least that is allowed.
-        most: The most.
+        least: The smallest allowed number.
+        most: The largest allowed number.
 
     Example:
         >>> whole()("3")
@@ -35,9 +90,13 @@ def whole(least: int = 1, most: float = math.inf) -> Callable[[str], int]:
     """
 
     def read(text: str) -> int:
-        return int(_between(int(text), least, most))
+        value = int(text)
+        if not least <= value <= most:
+            limit = f"at least {least}" if most == math.inf else f"in {least}..{most:g}"
+            raise argparse.ArgumentTypeError(f"must be {limit}, got {value}")
+        return value
 
-    read.__name__ = "whole number"  # what argparse calls it
+    read.__name__ = "whole number"  # argparse puts it into its messages
     return read
 
 
@@ -45,7 +104,7 @@ def number(above: float = -math.inf) -> Callable[[str], float]:
     """Return a reader of finite numbers.
 
     Args:
-        above: They are larger than this.
+        above: They must be larger than this.
     """
 
     def read(text: str) -> float:
@@ -68,7 +127,7 @@ def share(text: str) -> float:
 
 
 def dtype(text: str) -> str:
-    """Read a type of numbers, under torch's name or a common short one.
+    """Read a dtype, by its name in torch or a common short name.
 
     Example:
         >>> dtype("bf16")
@@ -81,17 +140,10 @@ def dtype(text: str) -> str:
 
 
 def torch_name(text: str) -> str:
-    """Return torch's name of a type of numbers for a common short one.
+    """Return torch's name of a dtype for a common short one.
 
     Example:
         >>> torch_name("fp16"), torch_name("float8_e4m3fn")
         ('float16', 'float8_e4m3fn')
     """
     return _DTYPES.get(text.lower(), text.lower())
-
-
-def _between(value: int, least: int, most: float) -> int:
-    if not least <= value <= most:
-        limit = f"at least {least}" if most == math.inf else f"in {least}..{most:g}"
-        raise argparse.ArgumentTypeError(f"must be {limit}, got {value}")
-    return value

@@ -56,8 +56,8 @@ def sweep(
 
     Args:
         recipient: The untouched recipient: a loaded model, a Hub id or a folder.
-        donors: A `Donor`, its Hub id or folder, several of them, or `{name: donor}`; `None` for the donors of the
-            transplant or donor repo that `recipient` names.
+        donors: A `Donor`, its Hub id or folder, several of them, `{name: donor}`, or `{donor: position}` to measure a
+            donor at that position only; `None` for the donors of the transplant or donor repo that `recipient` names.
         text: `Blocks`, a stream of tokens, a `TextSource`, a file, a folder or the Hub id of a dataset.
         positions: By default all, 0..L.
         strengths: The strengths to measure at each position.
@@ -116,8 +116,8 @@ def sweep(
 # -- Donors and places ---------------------------------------------------------------------------------------------
 
 
-def _donors_in_memory(loaded: LoadedModel, donors: Any) -> dict[str, Donor]:
-    """Return the donors by name; those of a transplant that is named are taken out of it."""
+def _donors_in_memory(loaded: LoadedModel, donors: Any) -> dict[str, tuple[Donor, int | None]]:
+    """Return the donors by name, each with its only position, if any; take those of a transplant out of it."""
     model = loaded.model
     resident = getattr(model, "strengths", {})
     if donors is None and resident and loaded.reference is not None:
@@ -132,11 +132,14 @@ def _donors_in_memory(loaded: LoadedModel, donors: Any) -> dict[str, Donor]:
         raise ConfigurationError(f"{loaded.name} has no donors, and none are named. Name a donor to sweep.")
     if isinstance(donors, Donor | str | os.PathLike):
         donors = [donors]
-    named = donors.items() if isinstance(donors, Mapping) else [(donor, None) for donor in donors]
-    # As in `from_pretrained`, `{donor: None}` means the same as the donor alone.
-    pairs: list[tuple[Any, Any]] = [(None, key) if value is None else (key, value) for key, value in named]
-    found: dict[str, Donor] = {}
+    pairs: list[tuple[Any, Any]] = (
+        list(donors.items()) if isinstance(donors, Mapping) else [(None, donor) for donor in donors]
+    )
+    found: dict[str, tuple[Donor, int | None]] = {}
     for name, reference in pairs:
+        position = None
+        if reference is None or isinstance(reference, int):  # {donor: position}, or {donor: None}
+            name, reference, position = None, name, reference
         is_donor = isinstance(reference, Donor)
         donor = reference if is_donor else Donor.from_pretrained(reference, **loaded.hub.as_kwargs())
         name = name or donor.name or f"donor {len(found)}"
@@ -144,7 +147,8 @@ def _donors_in_memory(loaded: LoadedModel, donors: Any) -> dict[str, Donor]:
             raise ConfigurationError(f"two donors are named {name!r}. Name them: donors={{'name': donor}}.")
         # Read once, and checked against the recorded sha256.
         record = dataclasses.replace(donor.record, files={}, name=name)
-        found[name] = donor.replaced(record=record, store=MemoryTensors(donor.tensors()), source=None)
+        in_memory = donor.replaced(record=record, store=MemoryTensors(donor.tensors()), source=None)
+        found[name] = (in_memory, position)
     if not found:
         raise ConfigurationError("there is no donor to sweep.")
     return found
@@ -172,14 +176,15 @@ class _Place:
 
 
 def _places(
-    recipient: Any, donors: Mapping[str, Donor], positions: Sequence[int] | None, mode: str
+    recipient: Any, donors: Mapping[str, tuple[Donor, int | None]], positions: Sequence[int] | None, mode: str
 ) -> Iterator[_Place]:
     """Put each donor at each position, or find out why it does not fit."""
     num_layers = len(stack_of(recipient))
-    for name, donor in donors.items():
+    for name, (donor, only) in donors.items():
         last = num_layers - (donor.num_layers if mode == "replace" else 0)
         first: _Place | None = None
-        for position in dict.fromkeys(range(last + 1) if positions is None else positions):
+        wanted = [only] if only is not None else range(last + 1) if positions is None else positions
+        for position in dict.fromkeys(wanted):
             try:
                 model = transplant(recipient, donor, position, mode, name=name)
             except (CompatibilityError, ConfigurationError) as error:

@@ -25,12 +25,18 @@ _ALWAYS = ("cpu", "meta")
 
 
 def load_model(
-    reference: str | os.PathLike[str], *, revision: str | None = None, keep_replaced: bool = False, **kwargs: Any
+    reference: str | os.PathLike[str],
+    *,
+    donors: Any = None,
+    revision: str | None = None,
+    keep_replaced: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """Load a causal language model, whatever kind of repository it is in.
 
     Args:
         reference: Hub id or folder: of a model, a transplant or a donor.
+        donors: Donors to insert, as in `AutoModelWithTransplant.from_pretrained`.
         revision: Its branch, tag or commit.
         keep_replaced: Keep recipient layers that donors replace, where there are any.
         **kwargs: As in `AutoModelForCausalLM.from_pretrained`.
@@ -57,8 +63,9 @@ def load_model(
     place = for_transformers(name, revision, HubOptions.from_kwargs(kwargs), weights=False, file=gguf_file)
     with reading("the model", name, revision), _one_sentence(name, revision):
         config = AutoConfig.from_pretrained(place, revision=revision, **hub)
-        if isinstance(config, TransplantConfig):
-            return load_transplant(AutoModelForCausalLM, name, revision=revision, keep_replaced=keep_replaced, **kwargs)
+        if donors is not None or isinstance(config, TransplantConfig):
+            kwargs |= {"donors": donors, "revision": revision, "keep_replaced": keep_replaced}
+            return load_transplant(AutoModelForCausalLM, name, **kwargs)
         place = for_transformers(name, revision, HubOptions.from_kwargs(kwargs), weights=True, file=gguf_file)
         model = AutoModelForCausalLM.from_pretrained(place, revision=revision, **kwargs)
     model.config._name_or_path = model.name_or_path = name

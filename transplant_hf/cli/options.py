@@ -1,0 +1,215 @@
+"""Options that several commands share, and the arguments they become."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError
+from .values import LayerNumbers, donor_spec, dtype, layer_range, number, whole
+
+if TYPE_CHECKING:
+    from ..config import DonorSpec
+
+DONOR = "DONOR[@POSITION]"
+TEXT_HELP = (
+    "a .txt, .md, .json, .jsonl, .parquet or .csv file, a folder of such files, or a dataset on the Hub, as "
+    "[NAME=]DATA[:SPLIT]"
+)
+Parser = argparse.ArgumentParser
+
+
+def pick(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return some of the options as keyword arguments."""
+    return {name: getattr(options, name) for name in names}
+
+
+def add_number(
+    parser: Any,
+    flag: str,
+    description: str,
+    default: float | None = None,
+    kind: Callable[[str], Any] | None = None,
+    metavar: str = "N",
+    **more: Any,
+) -> None:
+    """Add an option for a number, by default a whole number from 1; its help names the default value."""
+    suffix = "" if default is None else f" (default: {default:g})"
+    parser.add_argument(
+        flag, type=kind or whole(), default=default, metavar=metavar, help=f"{description}{suffix}", **more
+    )
+
+
+def add_choice(parser: Parser, flag: str, choices: Sequence[str], description: str) -> None:
+    """Add an option with a few values; the first is the default."""
+    parser.add_argument(
+        flag, choices=choices, default=choices[0], help=f"{description} (default: {choices[0]})".lstrip()
+    )
+
+
+def add_seed(parser: Parser) -> None:
+    """Add the random seed."""
+    add_number(parser, "--seed", "random seed", 42, whole(0, 2**32 - 1))
+
+
+def add_layers(parser: Any, flag: str, description: str) -> None:
+    """Add an option that says which layers, such as 4 5 6 or 4-6."""
+    parser.add_argument(flag, type=layer_range, action=LayerNumbers, nargs="+", metavar="N", help=description)
+
+
+# -- Donors --------------------------------------------------------------------------------------------------------
+
+
+def add_donors(parser: Parser) -> None:
+    """Add `--donor`, which may be repeated."""
+    parser.add_argument(
+        "--donor",
+        action="append",
+        metavar=DONOR,
+        help="insert this donor (Hub id or folder) after POSITION recipient layers; without @POSITION, where the donor "
+        "recommends. May be repeated",
+    )
+
+
+def donors_of(options: argparse.Namespace) -> list[DonorSpec] | None:
+    """Return the donors of `--donor`; `None` where there are none."""
+    return [donor_spec(text) for text in getattr(options, "donor", None) or ()] or None
+
+
+# -- Output --------------------------------------------------------------------------------------------------------
+
+
+def add_overwrite(parser: Parser) -> None:
+    """Add the option of every command that writes files."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files that transplant_hf wrote to the output before; other files stay (default: refuse an output "
+        "that is not empty)",
+    )
+
+
+def add_output(parser: Parser) -> None:
+    """Add a folder to write and a repository to push to."""
+    parser.add_argument(
+        "output", metavar="OUTPUT", type=Path, nargs="?", help="folder to write; optional with --push-to-hub"
+    )
+    add_overwrite(parser)
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="also upload the result to this repository, in one commit"
+    )
+    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """Exit with a usage error where there is nowhere to write to."""
+    if options.output is None and options.push_to_hub is None:
+        options.usage_error("give a folder to write, or --push-to-hub REPO")
+    if options.private and options.push_to_hub is None:
+        options.usage_error("--private goes with --push-to-hub")
+
+
+def add_shard_size(parser: Parser) -> None:
+    """Add the size of weight files."""
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+
+
+# -- Texts ---------------------------------------------------------------------------------------------------------
+
+
+def add_text(parser: Parser) -> None:
+    """Add options on how text is read."""
+    parser.add_argument("--column", help='column with the text (default: "text", or the only column of strings)')
+    parser.add_argument("--config", help="configuration of a dataset on the Hub")
+    parser.add_argument("--text-revision", metavar="REVISION", help="branch, tag or commit of that dataset")
+    parser.add_argument("--streaming", action="store_true", help="stream the dataset instead of downloading all of it")
+    add_number(parser, "--block-length", "tokens in a block (default: the model's context length, at most 1024)")
+
+
+def text_source(specification: str | None, options: argparse.Namespace) -> Any:
+    """Return the text of a specification such as `law=user/cases:test`; `None` stays `None`."""
+    from ..texts import TextSource
+
+    if specification is None:
+        return None
+    how = pick(options, "column", "config", "streaming")
+    return TextSource.parse(specification, revision=options.text_revision, **how)
+
+
+def text_sources(specifications: Iterable[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Return texts by their names.
+
+    Raises:
+        DataError: Two texts have the same name.
+    """
+    texts: dict[str, Any] = {}
+    for specification in specifications:
+        source = text_source(specification, options)
+        if source.name in texts:
+            raise DataError(f"two texts are named {source.name!r}. Name them: NAME={source.data}.")
+        texts[str(source.name)] = source
+    return texts
+
+
+# -- Measuring -----------------------------------------------------------------------------------------------------
+
+
+def add_measuring(parser: Parser, strengths: str, plot: str, **text: Any) -> None:
+    """Add the options of commands that measure perplexity.
+
+    Args:
+        parser: The command.
+        strengths: Help of `--strengths`.
+        plot: Help of `--plot`.
+        **text: Further arguments for `--text`.
+    """
+    repeated = ". May be repeated" if text else ""
+    parser.add_argument(
+        "--text", required=True, metavar="TEXT", help=f"text to measure on: {TEXT_HELP}{repeated}", **text
+    )
+    add_number(parser, "--strengths", strengths, None, number(), "S", nargs="+")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=plot)
+    add_overwrite(parser)
+    add_text(parser)
+    add_number(parser, "--max-tokens", "stop after this many tokens of each text", None, whole(2))
+    add_number(parser, "--stride", "window stride in tokens (default: no overlap)")
+    add_number(parser, "--batch-size", "windows in a batch", 8)
+    add_loading(parser)
+
+
+def measuring_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `evaluate` and `sweep` on how text is read and the model is loaded."""
+    return {**pick(options, "max_tokens", "block_length", "stride", "batch_size"), **loading_arguments(options)}
+
+
+# -- Loading -------------------------------------------------------------------------------------------------------
+
+
+def add_dtype(parser: Parser) -> None:
+    """Add the dtype of the model."""
+    parser.add_argument(
+        "--dtype", type=dtype, default="auto", help="such as float32 or bfloat16 (default: as in the checkpoint)"
+    )
+
+
+def add_trust(parser: Parser) -> None:
+    """Add the option that lets code of a repository run."""
+    parser.add_argument("--trust-remote-code", action="store_true", help="run modeling code of the model's repository")
+
+
+def add_loading(parser: Parser) -> None:
+    """Add options on how the model is loaded."""
+    parser.add_argument("--revision", help="branch, tag or commit of the model")
+    add_dtype(parser)
+    parser.add_argument("--device-map", metavar="DEVICE", help='such as "cuda" or "auto" (default: the CPU)')
+    parser.add_argument("--gguf-file", metavar="NAME", help="load the model from this GGUF file of its folder or repo")
+    add_trust(parser)
+
+
+def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained`: those that are given, and the donors of `--donor`."""
+    given = {**pick(options, "revision", "dtype", "device_map", "gguf_file"), "donors": donors_of(options)}
+    given["trust_remote_code"] = options.trust_remote_code or None
+    return {name: value for name, value in given.items() if value is not None}
