@@ -231,8 +231,9 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 
 def hooks_at_work(model: Any) -> list[int]:
-    """The numbers of the layers whose hooks do something: those of other donors pass everything on as it is."""
-    return [number for number, layer in enumerate(layers_of(model)) if getattr(layer, "_transplant_active", False)]
+    """The numbers of the layers of donors whose hooks do something: those of other donors pass their input through."""
+    roles = [getattr(layer, "_transplant_role", None) for layer in layers_of(model)]
+    return [number for number, role in enumerate(roles) if role is not None and role.active]
 
 
 @torch.no_grad()

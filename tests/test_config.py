@@ -309,8 +309,10 @@ def test_which_donors_run_side_by_side() -> None:
     """Those inserted at one position; one that replaces layers between them parts them."""
     places = [("a", 1, "insert"), ("x", 2, "insert"), ("b", 1, "insert"), ("r", 1, "replace"), ("c", 1, "insert")]
     donors = [DonorSpec("user/law", position, mode, name=name) for name, position, mode in places]
-    assert TransplantConfig(recipient="user/base", donors=donors, composition="side_by_side").crowds == (("a", "b"),)
-    assert TransplantConfig(recipient="user/base", donors=donors).crowds == ()
+    assert TransplantConfig(recipient="user/base", donors=donors, composition="side_by_side").side_by_side_groups == (
+        ("a", "b"),
+    )
+    assert TransplantConfig(recipient="user/base", donors=donors).side_by_side_groups == ()
 
 
 def test_donors_that_are_set_later_are_read_in_the_same_way() -> None:

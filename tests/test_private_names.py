@@ -7,6 +7,7 @@ longer used.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -58,9 +59,9 @@ SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
     (
         PreTrainedModel._load_pretrained_model,
         "(model, state_dict, checkpoint_files, load_config, expected_keys)",
-        "model/mixin.py, model/loading.py",
+        "model/native_methods.py, model/loading.py",
     ),
-    (PreTrainedModel._finalize_model_loading, "(model, load_config, loading_info)", "model/mixin.py"),
+    (PreTrainedModel._finalize_model_loading, "(model, load_config, loading_info)", "model/native_methods.py"),
     (PreTrainedModel._from_config, "(config, **kwargs)", "model/auto.py"),
     (
         rename_source_key,
@@ -72,10 +73,10 @@ SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
     (
         PreTrainedModel.get_init_context.__func__,  # type: ignore[attr-defined]
         "(cls, dtype, is_quantized, _is_ds_init_called, allow_all_kernels)",
-        "architecture/build.py, model/mixin.py",
+        "architecture/build.py, model/native_methods.py",
     ),
-    (PreTrainedModel.initialize_weights, "(self)", "architecture/build.py, model/mixin.py"),
-    (maybe_install_capturing_hooks, "(model)", "model/switch.py"),
+    (PreTrainedModel.initialize_weights, "(self)", "architecture/build.py, model/native_methods.py"),
+    (maybe_install_capturing_hooks, "(model)", "model/active_donors.py"),
     (load_state_dict, "(checkpoint_file, map_location, weights_only, disable_mmap)", "splice/weights.py"),
     (
         get_class_from_dynamic_module,
@@ -133,7 +134,7 @@ def test_adapters_that_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_hooks_into_loading_are_static() -> None:
     for name in ("_load_pretrained_model", "_finalize_model_loading"):
         assert isinstance(inspect.getattr_static(PreTrainedModel, name), staticmethod), (
-            f"PreTrainedModel.{name} is no longer a static method: model/mixin.py overrides it as one."
+            f"PreTrainedModel.{name} is no longer a static method: model/native_methods.py overrides it as one."
         )
         assert name not in vars(GPT2LMHeadModel)
 
@@ -152,7 +153,7 @@ def test_from_pretrained_goes_through_the_hooks(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(PreTrainedModel, name, staticmethod(counted))
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert called == ["_load_pretrained_model", "_finalize_model_loading"], (
-        f"from_pretrained called {called}: model/mixin.py steps in at both."
+        f"from_pretrained called {called}: model/native_methods.py steps in at both."
     )
 
 
@@ -201,7 +202,7 @@ def test_the_capturing_hooks_leave_their_mark() -> None:
     model = tiny_llama_model(0)
     maybe_install_capturing_hooks(model.model)
     assert getattr(model.model, "_output_capturing_hooks_installed", False), (
-        "model/switch.py reads _output_capturing_hooks_installed to know which layers are recorded."
+        "model/active_donors.py reads _output_capturing_hooks_installed to know which layers are recorded."
     )
 
 
@@ -278,11 +279,12 @@ def test_tokenizers_by_type() -> None:
 
 
 def test_checkpointed_layers() -> None:
-    """model/fresh.py lets layers that come later be checkpointed as their neighbours are."""
+    """model/live.py copies these to the layers of a donor that is added later."""
     model = tiny_llama_model(0).train()
     model.gradient_checkpointing_enable()
-    layers = model.model.layers
-    assert all(layer.gradient_checkpointing and callable(layer._gradient_checkpointing_func) for layer in layers)
+    for layer in model.model.layers:
+        assert layer.gradient_checkpointing
+        assert any(isinstance(value, functools.partial) for value in vars(layer).values())
 
 
 def test_linear_layers_of_gpt2() -> None:

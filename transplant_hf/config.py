@@ -353,7 +353,7 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
         super().__setattr__(name, value)
 
     @property
-    def crowds(self) -> tuple[tuple[str, ...], ...]:
+    def side_by_side_groups(self) -> tuple[tuple[str, ...], ...]:
         """The names of inserted donors that run side by side: at one position, without a replacing donor between."""
         if self.composition != SIDE_BY_SIDE:
             return ()

@@ -24,8 +24,9 @@ from .layer_map import LayerMap
 from .model.adapters import ADAPTER_CONFIG
 from .model.auto import load_transplant
 from .model.card import write_full_card
-from .model.mixin import native_class, transplant_class
+from .model.native_methods import recipient_class
 from .model.resolve import Request, read_request, recipient_config
+from .model.surface import transplant_class
 from .numeric import is_finite
 from .sources import HubOptions, locate, points_to_folder, reading
 from .splice import Blueprint
@@ -285,11 +286,11 @@ def _refuse_beyond_native(blueprint: Blueprint) -> None:
                 f"Either {_LOAD}, which folds the strength into the weights where that is exact and otherwise writes "
                 "the transplant format; or export the donor at strength 1, by naming recipient, donor and position."
             )
-    if blueprint.crowds:
+    if blueprint.side_by_side_groups:
         raise ConfigurationError(
-            f"donors {', '.join(blueprint.crowds[0])} run side by side at one position, and a plain checkpoint runs "
-            f"one layer after another. Either {_LOAD}, which writes the transplant format; or export them stacked "
-            '(composition="stacked"), which is another model.'
+            f"donors {', '.join(blueprint.side_by_side_groups[0])} run side by side at one position, and a plain "
+            f"checkpoint runs one layer after another. Either {_LOAD}, which writes the transplant format; or export "
+            'them stacked (composition="stacked"), which is another model.'
         )
     state = blueprint.state(())
     if not state.native:
@@ -347,7 +348,7 @@ def _write_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str
     for name in ("auto_map", "transformers_weights"):
         if getattr(model.config, name, None) is not None:
             delattr(model.config, name)
-    native_class(type(model)).save_pretrained(model, folder, max_shard_size=max_shard_size)
+    recipient_class(type(model)).save_pretrained(model, folder, max_shard_size=max_shard_size)
 
 
 def _copy_companions(request: Request, recipient: Recipient, staging: Path, target: Path) -> None:
@@ -382,7 +383,7 @@ def _compare_logits(model: Any, folder: Path) -> float:
         )
     # The class as Transformers has it, loaded without its changes to the whole process.
     with reading("the weights", str(folder)):
-        plain = transplant_class(native_class(type(model))).from_pretrained(folder, dtype=model.dtype)
+        plain = transplant_class(recipient_class(type(model))).from_pretrained(folder, dtype=model.dtype)
     difference = float((_logits(plain) - expected).abs().max())
     largest = float(expected.abs().max())
     if not difference <= _MAX_ROUNDING * torch.finfo(model.dtype).eps * largest:

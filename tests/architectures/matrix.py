@@ -34,7 +34,7 @@ from tests.architectures.tiny_models import (
 )
 from tests.architectures.tiny_overrides import CACHE_DIFFERS
 from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec, TransplantError
-from transplant_hf.model.mixin import native_class
+from transplant_hf.model.native_methods import recipient_class
 
 __all__ = [
     "CHECKED_TYPES",
@@ -173,7 +173,7 @@ def _check_saved(model: Any, folder: Path, ids: torch.Tensor, seen: Checked) -> 
     logits = model(ids, use_cache=False).logits
     model.save_pretrained(folder / "full")
     # Text parts of some composite models are no type of their own for the Auto class; their class loads them.
-    plain = AutoModelForCausalLM if type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING else native_class(type(model))
+    plain = AutoModelForCausalLM if type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING else recipient_class(type(model))
     loader: Any = plain if seen.native else AutoModelForCausalLM
     again, info = loader.from_pretrained(folder / "full", dtype=torch.float32, output_loading_info=True)
     if seen.native and hasattr(again, "transplant_config"):

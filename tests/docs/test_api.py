@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from tests.docs.pages import DOCS
-from transplant_hf.model.mixin import TransplantMixin
+from transplant_hf.model.surface import TransplantMixin
 
 # Rooms whose public names users import; the package's own names come first.
 ROOMS = (
@@ -30,7 +30,7 @@ ROOMS = (
     "planning",
 )
 # Names of other rooms that the reference shows too.
-MORE = ("donor.DonorRecord", "model.mixin.TransplantMixin")
+MORE = ("donor.DonorRecord", "model.surface.TransplantMixin")
 
 ENTRIES = [
     entry

@@ -123,7 +123,7 @@ def test_the_site_builds_and_fetches_nothing(tree: Path, tmp_path: Path) -> None
         assert not (tmp_path / "site" / name).exists()
     reference = (tmp_path / "site" / "api" / "models.html").read_text(encoding="utf-8")
     assert 'id="transplant_hf.AutoModelWithTransplant.from_pretrained"' in reference
-    assert 'id="transplant_hf.model.mixin.TransplantMixin.disable_transplants"' in reference
+    assert 'id="transplant_hf.model.surface.TransplantMixin.disable_transplants"' in reference
 
 
 @pytest.mark.slow

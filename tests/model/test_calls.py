@@ -259,7 +259,7 @@ def test_changed_in_a_hook(tiny_llama: Path, change: str) -> None:
 
 def test_a_call_that_does_not_end(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "LONGEST_WAIT", 0.1)
-    monkeypatch.setattr(calls, "_LOOK_AGAIN", 0.05)
+    monkeypatch.setattr(calls, "_POLL_SECONDS", 0.05)
     model = loaded(tiny_llama, 1)
     wanted = logits_of(model)
     inside, go_on = threading.Event(), threading.Event()
@@ -284,7 +284,7 @@ def test_a_call_that_does_not_end(tiny_llama: Path, monkeypatch: pytest.MonkeyPa
 
 def test_calls_that_wait_for_each_other(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two calls, each of which switches donors in a hook: one is refused, so that the other can go on."""
-    monkeypatch.setattr(calls, "_LOOK_AGAIN", 0.05)
+    monkeypatch.setattr(calls, "_POLL_SECONDS", 0.05)
     model, together = loaded(tiny_llama, 1), threading.Barrier(2)
 
     def hook(*_: Any) -> None:
@@ -304,7 +304,7 @@ def test_calls_that_wait_for_each_other(tiny_llama: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_interrupted_call_is_over(tiny_llama: Path, error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_LOOK_AGAIN", 0.05)
+    monkeypatch.setattr(calls, "_POLL_SECONDS", 0.05)
     model = loaded(tiny_llama, 1)
 
     def stop(*_: Any) -> None:
@@ -371,7 +371,7 @@ def test_a_block_that_could_not_end(
 ) -> None:
     """The next call or change ends it."""
     monkeypatch.setattr(calls, "LONGEST_WAIT", 0.1)
-    monkeypatch.setattr(calls, "_LOOK_AGAIN", 0.05)
+    monkeypatch.setattr(calls, "_POLL_SECONDS", 0.05)
     model = loaded(tiny_llama, 1)
     wanted, off = logits_of(model), model.disable_transplants()
     off.__enter__()
@@ -399,13 +399,13 @@ def test_a_block_that_could_not_end(
 
 def test_an_error_in_a_block_that_could_not_end(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "LONGEST_WAIT", 0.1)
-    monkeypatch.setattr(calls, "_LOOK_AGAIN", 0.05)
+    monkeypatch.setattr(calls, "_POLL_SECONDS", 0.05)
     model, off = loaded(tiny_llama, 1), contextlib.ExitStack()
     with pytest.raises(ValueError, match="of the user"), model.disable_transplants():
         off.enter_context(call_under_way(model))
         raise ValueError("of the user")
     off.close()
-    assert not model._transplant.switch._asked
+    assert not model._transplant._blocks
     assert torch.equal(logits_of(model), logits_of(loaded(tiny_llama, 1)))
 
 

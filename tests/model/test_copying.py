@@ -56,7 +56,7 @@ def test_weights_beside_a_switch(tiny_llama: Path) -> None:
 
 def test_a_switch_waits_for_a_save(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "LONGEST_WAIT", 0.1)
-    monkeypatch.setattr(calls, "_LOOK_AGAIN", 0.05)
+    monkeypatch.setattr(calls, "_POLL_SECONDS", 0.05)
     model, errors = loaded(tiny_llama, 1), []
 
     def companions(*_: Any) -> None:
@@ -90,5 +90,5 @@ def test_a_switch_while_pickling(tiny_llama: Path) -> None:
             return int, ()
 
     model.config.switching = Switching()
-    with refused(ConfigurationError, "switched or changed donors while this model was pickled", "Do it again"):
+    with refused(ConfigurationError, "switched or changed donors while this model was pickled", "Try again"):
         pickle.dumps(model)

@@ -111,7 +111,7 @@ def test_donors_that_stand_alone_or_replace(tiny: Path) -> None:
     source = plain(tiny / "source")
     crowd = [Graft(source, [1], 2), Graft(source, [2], 2)]
     rest = [Graft(source, DONOR_LAYERS, 0), Graft(source, [1], 3, replace=True)]
-    assert model.transplant_config.crowds == (("a", "b"),)
+    assert model.transplant_config.side_by_side_groups == (("a", "b"),)
     assert [model.layer_map[number].source for number in hooks_at_work(model)] == ["a", "b"]
     with model.disable_transplants("behind"):
         torch.testing.assert_close(

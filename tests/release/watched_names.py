@@ -55,7 +55,6 @@ WATCHED: dict[str, Watched] = {
     "_experts_implementation_internal": Watched("how experts run is no difference between layers", _CONFIG),
     "_heterogeneity_spec": Watched("a private field that makes layers differ", "test_fields_by_layer"),
     "GradientCheckpointingLayer": Watched("tells decoder layers from other lists", _LAYERS),
-    "_gradient_checkpointing_func": Watched("layers that come later are checkpointed too", "test_checkpointed_layers"),
     "maybe_install_capturing_hooks": Watched("hidden states of layers that come later are recorded", SIGNED),
     "_output_capturing_hooks_installed": Watched("the same", "test_the_capturing_hooks_leave_their_mark"),
     "_adapter_model_path": Watched("an adapter that an Auto class was asked for", "test_adapters_that_are_found"),

@@ -67,7 +67,7 @@ def write_donor_card(
         recipient_revision=config.recipient_revision,
         license=named or chosen_license(records, recipient_files, of_all=False),
         with_tokenizer=has_tokenizer(staging),
-        side_by_side=bool(config.crowds),
+        side_by_side=bool(config.side_by_side_groups),
     )
     donor_card(facts).save(staging / CARD_FILE)
 

@@ -20,14 +20,14 @@ from ..errors import CheckpointError, ConfigurationError
 from ..sources import HubOptions, for_transformers, locate, reading
 from ..splice import Blueprint, draw_blueprint, follow_quantization, report_fit
 from ..storage import read_json
+from .active_donors import attach_state
 from .adapters import load_beside
 from .loading import FileChecks, Loading, loading
-from .mixin import transplant_class
 from .resolve import Request, open_donors, read_request, recipient_config
-from .state import finish
+from .surface import transplant_class
 
 if TYPE_CHECKING:
-    from .typed import TransplantedModel
+    from .surface import TransplantedModel
 
 __all__ = ["AutoModelWithTransplant", "check_compatibility", "config_to_model", "load_transplant"]
 
@@ -307,7 +307,7 @@ def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) ->
     spliced = blueprint.built_config
     with FileChecks(donor for _, donor in opened) as checks, loading(Loading(blueprint, checks)):
         model: Any = build_random(transplant_class(model_class), spliced.config if spliced.native else found, **kwargs)
-    model._transplant = finish(model, blueprint)
+    attach_state(model, blueprint)
     return model
 
 

@@ -1,8 +1,7 @@
-"""Refuse a cache that was filled while other donors ran, or the same ones differently."""
+"""Refuse a cache of keys and values that was filled with other donors or other strengths."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -13,72 +12,132 @@ from transformers import Cache
 
 from ..errors import ConfigurationError
 from .calls import Calls
-from .requests import Requests
+from .using import CallChoices
 
-__all__ = ["CacheGuard", "Here", "Side"]
+__all__ = ["CacheGuard", "Setting"]
 
 _GUARDED_METHODS = ("update", "get_mask_sizes", "update_conv_state", "update_recurrent_state")
-_MARK = "_transplant_side"
+_MARK = "_transplant_mark"
 
 
-class Side(NamedTuple):
-    """What a cache was filled with.
-
-    Args:
-        plan: Counts the changes of which layers the model holds.
-        disabled: The donors that were switched off.
-        settings: Strengths and composition, as they were set.
-        request: What the call asked for with `using`; `None` for nothing.
-    """
-
-    plan: int
-    disabled: frozenset[str]
-    settings: Hashable
-    request: Hashable
-
-
-@dataclasses.dataclass
-class Here:
-    """On what side the calls of a model run now.
+class Setting(NamedTuple):
+    """What applies to all calls of a model.
 
     Args:
-        requests: What calls ask for.
-        settings: Strengths and composition, as they are set.
-        plan: Counts the changes of which layers the model holds.
+        generation: Counts the changes of the layers that the model holds.
         disabled: The donors that are switched off.
-        inserted: The donors that the model holds beside the recipient's layers.
-        replacing: Those that it holds instead of some.
+        strengths: Strengths and composition.
+        inserted: The donors that the model holds in addition to the recipient's layers.
+        replacing: The donors that it holds in place of recipient layers.
     """
 
-    requests: Requests
-    settings: Hashable = None
-    plan: int = 0
+    generation: int = 0
     disabled: frozenset[str] = frozenset()
+    strengths: Hashable = None
     inserted: frozenset[str] = frozenset()
     replacing: frozenset[str] = frozenset()
 
-    @property
-    def set(self) -> tuple[int, frozenset[str], Hashable]:
-        """What holds for every call."""
-        return self.plan, self.disabled, self.settings
 
-    @property
-    def side(self) -> Side:
-        """What a cache would be filled with."""
-        wanted = self.requests.now()
-        return Side(*self.set, wanted and wanted.key)
+class _Origin(NamedTuple):
+    """What a cache was filled with: the setting of the model, and the key of the call's choice."""
 
-    def check_request(self) -> None:
-        """Refuse a call whose block began with other donors, where it cannot have what it names.
+    setting: Setting
+    choice: Hashable
+
+
+class _Mark:
+    """What a cache remembers. The copy of a cache belongs to the same model."""
+
+    def __init__(self, guard: CacheGuard, origin: _Origin) -> None:
+        self.guard, self.origin = guard, origin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Mark:
+        return self
+
+
+class CacheGuard:
+    """Hooks on a model's decoder that count its calls, find the choice of each, and refuse caches of another origin.
+
+    Caches are watched once the model runs with another setting than it was loaded with, or calls may choose donors. A
+    cache that is filled then gets a subclass of its own type, which checks the origin at each use.
+
+    Args:
+        decoder: The module that owns the layers.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self.calls = Calls()
+        self.choices = CallChoices()
+        self.setting = Setting()
+        # Watch caches also while the model runs as it was loaded.
+        self._always = False
+        # The origin of caches without a mark: the first setting.
+        self._unmarked: _Origin | None = None
+        self._handles = [
+            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+            decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    @staticmethod
+    def of(decoder: nn.Module) -> CacheGuard | None:
+        """Return the guard of a decoder; it stays when a model's donors are removed."""
+        owners = [getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values()]
+        return next((owner for owner in owners if isinstance(owner, CacheGuard)), None)
+
+    def use(self, setting: Setting, always: bool) -> None:
+        """Change the setting.
+
+        Args:
+            setting: What applies to all calls from now on.
+            always: Watch caches in any setting, because calls may choose donors.
+        """
+        self.setting, self._always = setting, always
+        if self._unmarked is None:
+            self._unmarked = _Origin(setting, None)
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _origin(self) -> _Origin:
+        """What a cache is filled with now."""
+        choice = self.choices.current()
+        return _Origin(self.setting, choice and choice.key)
+
+    def check(self, origin: _Origin) -> None:
+        """Refuse a cache of another origin.
 
         Raises:
-            ConfigurationError: Naming the donors.
+            ConfigurationError: With the difference.
         """
-        wanted = self.requests.now()
-        if wanted is None:
+        now = self._origin()
+        if origin == now:
             return
-        gone = wanted.named - (self.inserted - self.disabled)
-        changed = gone | (wanted.replacing ^ (self.replacing - self.disabled))
+        old, new = origin.setting, now.setting
+        if old.generation == new.generation and old.disabled != new.disabled:
+            raise ConfigurationError(
+                f"this cache was filled with {_off(old.disabled)}, and the model now runs with {_off(new.disabled)}. "
+                "Create a new cache inside the disable_transplants() block, and another one after it."
+            )
+        if old.generation != new.generation:
+            change = "before donors were added, removed or moved"
+        else:
+            change = "before other strengths were set" if old != new else "by a call that uses other donors"
+        raise ConfigurationError(f"this cache was filled {change}. Create a new cache.")
+
+    def _check_choice(self) -> None:
+        """Refuse a call whose block began with donors that the model does not have any more.
+
+        Raises:
+            ConfigurationError: With the donors.
+        """
+        choice = self.choices.current()
+        if choice is None:
+            return
+        now = self.setting
+        gone = choice.chosen - (now.inserted - now.disabled)
+        changed = gone | (choice.replacing ^ (now.replacing - now.disabled))
         if changed:
             raise ConfigurationError(
                 f"donors {', '.join(map(repr, sorted(changed)))} were removed, switched off, or put in place of "
@@ -86,149 +145,81 @@ class Here:
                 "that the model has now."
             )
 
-
-class CacheGuard:
-    """Stands at a model's decoder: counts its calls, settles what each wants, and refuses caches of another side.
-
-    Caches are watched once the model runs otherwise than it was loaded, or may in some calls. A cache that is filled
-    meanwhile gets a subclass of its own type, which refuses use on any other side.
-
-    Args:
-        decoder: The module that owns the layers.
-        here: Where calls run now.
-    """
-
-    def __init__(self, decoder: nn.Module, here: Here) -> None:
-        self.here = here
-        self.calls = Calls()
-        # Watch caches also where the model runs as it was loaded.
-        self.always = False
-        # Caches without a mark were filled on this side.
-        self.unmarked = here.side
-        self._hooks = [
-            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
-
-    @staticmethod
-    def of(decoder: nn.Module) -> CacheGuard | None:
-        """Find the guard that stands at a decoder; it stays when a model's donors are removed."""
-        owners = [getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values()]
-        return next((owner for owner in owners if isinstance(owner, CacheGuard)), None)
-
-    def leave(self) -> None:
-        """Stand there no longer."""
-        for hook in self._hooks:
-            hook.remove()
-
     @property
-    def _watches(self) -> bool:
-        return self.always or self.here.side != self.unmarked
-
-    def check(self, made_on: Side) -> None:
-        """Refuse a cache of another side.
-
-        Raises:
-            ConfigurationError: Saying what differs.
-        """
-        now = self.here.side
-        if made_on == now:
-            return
-        if made_on.plan == now.plan and made_on.disabled != now.disabled:
-            raise ConfigurationError(
-                f"this cache was filled with {_off(made_on.disabled)}, and the model now runs with "
-                f"{_off(now.disabled)}: its layers are not the layers that run. Start with a new cache on each side of "
-                "disable_transplants()."
-            )
-        changed = "donors were added, removed or moved"
-        if made_on.plan == now.plan:
-            changed = "other strengths were set" if made_on.settings != now.settings else "this call uses other donors"
-        raise ConfigurationError(
-            f"this cache was filled before {changed}: it holds what other hidden states became. Start with a new cache."
-        )
+    def _watching(self) -> bool:
+        return self._always or self._origin() != self._unmarked
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
         self.calls.begin_pass()
-        self.here.requests.begin_call(self.here.set)
-        self.here.check_request()
-        if not self._watches:
+        self.choices.begin_call(self.setting)
+        self._check_choice()
+        if not self._watching:
             return
         for cache in _caches(args, kwargs):
             mark = getattr(cache, _MARK, None)
             if mark is not None:
-                self.check(mark.side)
-            elif _filled(cache):
-                self.check(self.unmarked)
+                self.check(mark.origin)
+            elif self._unmarked is not None and _is_filled(cache):
+                self.check(self._unmarked)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         try:
-            # After an exception there is no output: a cache that was just refused is of its own side still.
-            for cache in _caches(args, kwargs, output) if output is not None and self._watches else ():
+            # After an exception there is no output: a cache that was refused keeps its origin.
+            for cache in _caches(args, kwargs, output) if output is not None and self._watching else ():
                 if getattr(cache, _MARK, None) is None:
-                    setattr(cache, _MARK, _Mark(self, self.here.side))
+                    setattr(cache, _MARK, _Mark(self, self._origin()))
                     kind: Any = type(cache)
                     cache.__class__ = _guarded(kind)
         finally:
-            began = self.here.requests.end_call()
+            began_with = self.choices.end_call()
             self.calls.end_pass()
-        if output is not None and began is not None and began != self.here.set:
+        if output is not None and began_with is not None and began_with != self.setting:
             raise ConfigurationError(
-                "donors were switched or changed within this call, by a hook: some of its layers ran before and some "
-                "after. Let a hook switch back before it returns, or switch between calls."
+                "donors were switched or changed within this call, by a hook: some of its layers ran before the change "
+                "and some after it. Switch back before the hook returns, or switch between calls."
             )
-
-
-class _Mark:
-    """What a cache remembers; a copied cache belongs to the same model."""
-
-    def __init__(self, guard: CacheGuard, side: Side) -> None:
-        self.guard, self.side = guard, side
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Mark:
-        return self
 
 
 def _off(disabled: frozenset[str]) -> str:
     return f"donors off: {', '.join(sorted(disabled))}" if disabled else "all donors on"
 
 
-def _caches(*where: Any) -> list[Cache]:
-    found = []
-    for place in where:
-        values = place.values() if isinstance(place, dict) else place if isinstance(place, tuple) else ()
-        found += [value for value in values if isinstance(value, Cache)]
-    return found
+def _caches(*places: Any) -> list[Cache]:
+    values: list[Any] = []
+    for place in places:
+        values += place.values() if isinstance(place, dict) else place if isinstance(place, tuple) else ()
+    return [value for value in values if isinstance(value, Cache)]
 
 
-def _filled(cache: Cache) -> bool:
+def _is_filled(cache: Cache) -> bool:
     parts = [cache, getattr(cache, "self_attention_cache", None)]
-    layers = [layer for part in parts for layer in getattr(part, "layers", ())]
-    return any(_layer_filled(layer) for layer in layers)
+    return any(_is_layer_filled(layer) for part in parts for layer in getattr(part, "layers", ()))
 
 
-def _layer_filled(layer: Any) -> bool:
-    if type(layer).__name__.startswith("Dummy"):  # no cache of its own: initialised from the start
+def _is_layer_filled(layer: Any) -> bool:
+    if type(layer).__name__.startswith("Dummy"):  # has no cache, and counts as initialized from the start
         return False
     states = [getattr(layer, name, {}) for name in ("is_conv_states_initialized", "is_recurrent_states_initialized")]
     linear = [filled for state in states for filled in (state.values() if isinstance(state, dict) else [state])]
     # A static layer may have its memory before it holds anything.
-    holds = getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0
-    return bool(holds) or any(linear)
+    return any(linear) or (getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0)
 
 
 @functools.cache
 def _guarded(kind: Any) -> Any:
+    """A subclass of a cache class that checks the origin at each use."""
+
     def checked(name: str) -> Any:
         original = getattr(kind, name)
 
         @functools.wraps(original)
         def method(self: Cache, *args: Any, **kwargs: Any) -> Any:
             mark = getattr(self, _MARK)
-            mark.guard.check(mark.side)
+            mark.guard.check(mark.origin)
             return original(self, *args, **kwargs)
 
         return method

@@ -1,8 +1,7 @@
-"""Which calls of a model are under way, so that donors change between calls and never within one.
+"""The calls of a model that are in progress, so that donors change between calls and never within one.
 
-A change waits for the calls of other threads to end, and calls that begin meanwhile wait for the change. What goes
-through the whole model, as saving and copying do, counts as a call. Compiled calls are not counted: torch.compile
-leaves the counting out.
+A change waits until the calls of other threads end, and calls that begin meanwhile wait for the change. Saving and
+copying count as calls. Compiled calls are not counted: torch.compile leaves the counting out.
 """
 
 from __future__ import annotations
@@ -20,28 +19,28 @@ from torch import nn
 
 from ..errors import ConfigurationError
 
-__all__ = ["BLOCK_END", "Calls", "copied", "counted"]
+__all__ = ["BLOCK_END", "Calls", "counted", "deep_copy"]
 
 BLOCK_END = "the end of disable_transplants()"
 LONGEST_WAIT = 60.0
-_LOOK_AGAIN = 0.2
+_POLL_SECONDS = 0.2
 
 
 class Calls:
-    """The calls of one model; a copied or pickled model has none under way."""
+    """The calls of one model; the copy of a model has none in progress."""
 
     def __init__(self) -> None:
-        # By thread, how many are inside each other: passes through the decoder, and calls of several passes.
+        # The depth of nested calls by thread: passes through the decoder, and calls of several passes.
         self._passes: dict[int, int] = {}
         self._generations: dict[int, int] = {}
         self._turn = threading.RLock()
         self._ended = threading.Condition()
         # The thread that changes the model or waits to, and whether it waits for calls of several passes too.
         self._closed: tuple[int, bool] | None = None
-        # A change that was asked for and could not be made yet.
+        # A change that was requested and could not be made yet.
         self.overdue: Callable[[], None] | None = None
         self._changes = 0
-        # How many changes there had been when each thread last began to copy or pickle the model.
+        # The number of changes when each thread last began to copy or pickle the model.
         self._copying = threading.local()
 
     def __reduce__(self) -> Any:
@@ -57,7 +56,7 @@ class Calls:
 
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """Run a call that needs the same layers from its begin to its end: several passes, or a walk over the model."""
+        """Run a call that needs the same layers from begin to end: several passes, or a walk over the model."""
         self._begin(self._generations)
         try:
             yield
@@ -66,7 +65,7 @@ class Calls:
 
     @contextmanager
     def turn(self, what: str) -> Iterator[None]:
-        """Be the only thread that decides on a change; calls go on.
+        """Be the only thread that prepares a change; calls go on.
 
         Args:
             what: The change, for messages.
@@ -75,18 +74,18 @@ class Calls:
             ConfigurationError: Another thread waits for this one, or takes too long.
         """
         end = time.monotonic() + LONGEST_WAIT
-        while not self._turn.acquire(timeout=_LOOK_AGAIN):
-            if self._holds_up_another():
+        while not self._turn.acquire(timeout=_POLL_SECONDS):
+            if self._blocks_another():
                 raise ConfigurationError(
-                    f"{what} was asked for within a call, while another thread waits for this very call to end before "
-                    "it changes the model. Choose donors by call, with using(...), which changes nothing that calls "
-                    "share."
+                    f"{what} was called within a call of the model, while another thread waits for this very call to "
+                    "end before it changes the model. Choose donors by call with using(...), which does not change the "
+                    "model."
                 )
             if time.monotonic() > end:
                 raise _too_long(what, "a change by another thread has")
         try:
-            if threading.get_ident() not in self._under_way(True):
-                self._settle()
+            if threading.get_ident() not in self._threads(True):
+                self._make_overdue_change()
             yield
         finally:
             self._turn.release()
@@ -113,8 +112,8 @@ class Calls:
                     self._closed = before
                     self._ended.notify_all()
 
-    def _settle(self) -> None:
-        """Make the change that is overdue, if one is; for the thread that has the turn."""
+    def _make_overdue_change(self) -> None:
+        """Make the change that is overdue, if any, in the thread that has the turn."""
         overdue, self.overdue = self.overdue, None
         if overdue is not None:
             try:
@@ -129,24 +128,24 @@ class Calls:
             self._copying.changes = self._changes
 
     def check_copy(self) -> None:
-        """Refuse a copy or a pickle during which donors changed: nothing tells the end of pickling, to wait for it.
+        """Refuse a copy during which donors changed. Pickling does not tell when it ends, so that no change can wait.
 
         Raises:
-            ConfigurationError: They did.
+            ConfigurationError: Donors changed.
         """
         if getattr(self._copying, "changes", self._changes) != self._changes:
             raise ConfigurationError(
-                "another thread switched or changed donors while this model was pickled or copied. Do it again, "
-                "between the changes; or use save_pretrained, which changes of other threads wait for."
+                "another thread switched or changed donors while this model was pickled or copied. Try again between "
+                "the changes, or use save_pretrained: changes by other threads wait until it ends."
             )
 
     def _begin(self, kind: dict[int, int]) -> None:
         me = threading.get_ident()
-        if self.overdue is not None and me not in self._under_way(True):
-            with self.turn(BLOCK_END):  # which settles it
+        if self.overdue is not None and me not in self._threads(True):
+            with self.turn(BLOCK_END):  # makes the overdue change
                 pass
         with self._ended:
-            while self._closed is not None and self._closed[0] != me and me not in self._under_way(self._closed[1]):
+            while self._closed is not None and self._closed[0] != me and me not in self._threads(self._closed[1]):
                 self._ended.wait()
             kind[me] = kind.get(me, 0) + 1
 
@@ -159,24 +158,24 @@ class Calls:
             else:
                 self._ended.notify_all()
 
-    def _under_way(self, generations: bool) -> set[int]:
+    def _threads(self, generations: bool) -> set[int]:
         return {*self._passes, *(self._generations if generations else ())}
 
-    def _holds_up_another(self) -> bool:
+    def _blocks_another(self) -> bool:
         closed = self._closed
-        return closed is not None and threading.get_ident() in self._under_way(closed[1])
+        return closed is not None and threading.get_ident() in self._threads(closed[1])
 
     def _wait(self, what: str, generations: bool) -> None:
         end = time.monotonic() + LONGEST_WAIT
         with self._ended:
-            while others := self._under_way(generations) - {threading.get_ident()}:
+            while others := self._threads(generations) - {threading.get_ident()}:
                 if time.monotonic() > end:
                     raise _too_long(what, f"calls of {len(others)} other threads have")
-                if not self._ended.wait(_LOOK_AGAIN):
+                if not self._ended.wait(_POLL_SECONDS):
                     self._forget_interrupted()
 
     def _forget_interrupted(self) -> None:
-        """Drop passes that ended by Ctrl-C, after which torch runs no hook, and threads that are gone."""
+        """Drop passes that Ctrl-C ended, after which torch runs no hook, and threads that have ended."""
         frames = sys._current_frames()
         for kind in (self._passes, self._generations):
             for thread in list(kind):
@@ -188,39 +187,32 @@ class Calls:
 
 
 def counted(method: Any) -> Any:
-    """Let donors stay as they are while a method runs, as text is generated or weights are collected.
-
-    Args:
-        method: A model class's own method.
-
-    Returns:
-        The method for a class with donors.
-    """
+    """Let a method of a model class count as a call, so that donors do not change while it runs."""
 
     @functools.wraps(method)
     def counted_method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._transplant is None:
             return method(self, *args, **kwargs)
-        with self._transplant.switch.calls.generation():
+        with self._transplant.calls.generation():
             return method(self, *args, **kwargs)
 
     return counted_method
 
 
 @counted
-def copied(model: Any, memo: dict[int, Any]) -> Any:
-    """Do the work of `copy.deepcopy(model)`."""
+def deep_copy(model: Any, memo: dict[int, Any]) -> Any:
+    """The `__deepcopy__` of a model with donors."""
     make, args, state = model.__reduce_ex__(4)[:3]
-    made = memo[id(model)] = make(*args)
-    made.__setstate__(copy.deepcopy(state, memo))
-    return made
+    new = memo[id(model)] = make(*args)
+    new.__setstate__(copy.deepcopy(state, memo))
+    return new
 
 
 def _too_long(what: str, who: str) -> ConfigurationError:
-    stay = "stay as they are. Try again when they have ended"
+    outcome = "stay as they are. Try again when they have ended"
     if what == BLOCK_END:
-        stay = "are switched back by the next call or change that begins when they have ended. Wait for that"
+        outcome = "are switched back by the next call or change that begins when they have ended. Wait for that"
     return ConfigurationError(
-        f"{what} changes the model, and {who} not ended for {LONGEST_WAIT:g} seconds; the donors {stay}, or choose "
-        "donors by call, with using(...), which changes nothing that calls share."
+        f"{what} changes the model, and {who} not ended for {LONGEST_WAIT:g} seconds; the donors {outcome}, or choose "
+        "donors by call with using(...), which does not change the model."
     )

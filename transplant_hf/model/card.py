@@ -48,7 +48,7 @@ def write_full_card(
     donors = []
     folders = donor_folders(blueprint.splice.names, foreign_names(target))
     for part, record, subfolder in zip(blueprint.parts, records, folders, strict=True):
-        if part.name in state.switch.disabled:
+        if part.name in state.disabled:
             continue
         known = donor_facts(record, dataclasses.replace(part.spec, subfolder=subfolder))
         from_hub = part.spec.revision is not None
@@ -72,7 +72,7 @@ def write_full_card(
         license=named or chosen_license(records, folder, of_all=True),
         with_tokenizer=has_tokenizer(staging),
         native=native,
-        side_by_side=bool(blueprint.crowds),
+        side_by_side=bool(blueprint.side_by_side_groups),
         auto_class=head.auto_class,
         task=head.task,
     )

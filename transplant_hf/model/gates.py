@@ -1,4 +1,4 @@
-"""A donor's strength as a parameter, while it is trained."""
+"""A donor's strength as a parameter of the model, while it is trained."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from torch import nn
 
 from ..donor.extract import GATE
 from ..errors import ConfigurationError
-from .state import TransplantState, state_of
+from .active_donors import TransplantState, state_of
 
-__all__ = ["attach_gate", "detach_gate", "gates_aside", "gates_of", "refuse_gate"]
+__all__ = ["attach_gate", "detach_gate", "gates_aside"]
 
 
 def attach_gate(model: Any, name: str) -> nn.Parameter:
-    """Make a donor's strength a parameter of the model, so that it can be trained.
+    """Make a donor's strength a parameter, which `named_parameters()` lists with the donor's first layer.
 
-    It lies on the donor's first layer, where `named_parameters()` and what wraps a model find it. What is saved
-    meanwhile has its value as the donor's strength.
+    A model that is saved meanwhile has the value as the donor's strength.
 
     Args:
         model: A transplanted model.
@@ -31,17 +30,17 @@ def attach_gate(model: Any, name: str) -> nn.Parameter:
         The parameter, `[1]` in float32; it starts at the donor's strength.
 
     Raises:
-        ConfigurationError: No such donor, one that replaces layers or is offloaded, or a gate that is there already.
+        ConfigurationError: No such donor, one that replaces layers or is offloaded, or one that has a gate.
     """
     state = state_of(model)
-    state.check_name(name)
-    refuse_gate(state, name)
+    state.blueprint.check_name(name)
+    state.hooks.refuse_gates([name])
     spec = state.blueprint.part(name).spec
     if spec.mode == "replace":
         raise ConfigurationError(
             f"donor {name!r} replaces recipient layers, so that its strength is 1 and cannot be trained. Insert it."
         )
-    first = state.dials.layers_of(name)[0]
+    first = state.hooks.layers_of(name)[0]
     device = next(first.parameters()).device
     if device.type == "meta":
         raise ConfigurationError(
@@ -49,64 +48,38 @@ def attach_gate(model: Any, name: str) -> nn.Parameter:
         )
     gate = nn.Parameter(torch.full((1,), spec.strength, dtype=torch.float32, device=device))
     first.register_parameter(GATE, gate)
-    state.dials.use(state.blueprint)
+    state.hooks.use(state.blueprint)
     return gate
 
 
 def detach_gate(model: Any, name: str) -> float:
-    """Take a donor's gate off and set the donor's strength to its value.
-
-    Args:
-        model: The model.
-        name: The donor's name.
-
-    Returns:
-        The strength.
+    """Remove a donor's gate, set the donor's strength to its value, and return it.
 
     Raises:
-        ConfigurationError: No gate there, or one that is not finite; it stays then.
+        ConfigurationError: No gate, or one that is not finite, which stays.
     """
     state = state_of(model)
-    state.check_name(name)
-    gates = gates_of(state)
-    if name not in gates:
-        raise ConfigurationError(f"donor {name!r} has no gate; attach_gate(model, {name!r}) gives it one.")
-    value = float(gates[name].detach())
+    state.blueprint.check_name(name)
+    gate = state.hooks.gates().get(name)
+    if gate is None:
+        raise ConfigurationError(f"donor {name!r} has no gate; attach_gate(model, {name!r}) adds one.")
+    value = float(gate.detach())
     if not math.isfinite(value):
         raise ConfigurationError(f"the gate of donor {name!r} is {value}; a strength must be finite. Set it first.")
-    _take_off(state, name)
-    state.turn({name: value})
+    delattr(state.hooks.layers_of(name)[0], GATE)
+    state.set_strengths({name: value})
     return value
-
-
-def gates_of(state: TransplantState) -> dict[str, nn.Parameter]:
-    """Return the gates that are attached, by their donors' names."""
-    first = {part.name: state.dials.layers_of(part.name)[0] for part in state.blueprint.parts}
-    found = {name: layer._parameters.get(GATE) for name, layer in first.items()}
-    return {name: gate for name, gate in found.items() if isinstance(gate, nn.Parameter)}
-
-
-def refuse_gate(state: TransplantState, name: str) -> None:
-    """Refuse to turn by hand what is being trained.
-
-    Raises:
-        ConfigurationError: The donor has a gate.
-    """
-    if name in gates_of(state):
-        raise ConfigurationError(
-            f"the strength of donor {name!r} is being trained; take its gate off first: detach_gate(model, {name!r})."
-        )
 
 
 @contextmanager
 def gates_aside(state: TransplantState, saved: dict[str, torch.Tensor] | None = None) -> Iterator[None]:
-    """Let every gate be a plain strength inside a `with` block, so that it can be written down.
+    """Make every gate a plain strength inside a `with` block, to save the model.
 
     Args:
         state: The model's transplant.
-        saved: The weights that are going to be written, if not the model's; gates are taken out of them.
+        saved: The weights to save, if not the model's own; gates are removed from them.
     """
-    gates = gates_of(state)
+    gates = state.hooks.gates()
     if not gates:
         yield
         return
@@ -115,16 +88,12 @@ def gates_aside(state: TransplantState, saved: dict[str, torch.Tensor] | None = 
     values = {
         name: (saved or {}).pop(f"{path}.{layer_map.layers_of(name)[0]}.{GATE}", gate) for name, gate in gates.items()
     }
-    state.blueprint = before.turned({name: float(value.detach()) for name, value in values.items()})
+    state.blueprint = before.with_strengths({name: float(value.detach()) for name, value in values.items()})
     for name in gates:
-        _take_off(state, name)
+        delattr(state.hooks.layers_of(name)[0], GATE)
     try:
         yield
     finally:
         for name, gate in gates.items():
-            state.dials.layers_of(name)[0].register_parameter(GATE, gate)
+            state.hooks.layers_of(name)[0].register_parameter(GATE, gate)
         state.blueprint = before
-
-
-def _take_off(state: TransplantState, name: str) -> None:
-    del state.dials.layers_of(name)[0]._parameters[GATE]

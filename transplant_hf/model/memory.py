@@ -17,17 +17,16 @@ from ..donor import Donor
 from ..errors import ConfigurationError, TransplantError
 from ..layer_map import RECIPIENT
 from ..splice import Blueprint, draw_blueprint
-from .fresh import own_tensors
-from .gates import gates_of
-from .hot import add_donor, open_donor
+from .active_donors import attach_state
+from .live import add_donor, open_donor, own_tensors
 from .loading import FileChecks, Loading, loading
-from .mixin import TransplantMixin, native_class, transplant_class
+from .native_methods import recipient_class
 from .overrides import live_recipient_config
 from .saving import recipient_state
-from .state import finish
+from .surface import TransplantMixin, transplant_class
 
 if TYPE_CHECKING:
-    from .typed import TransplantedModel
+    from .surface import TransplantedModel
 
 __all__ = ["remove_transplants", "transplant"]
 
@@ -123,24 +122,24 @@ def _transplant_into(
         add_donor(made, donor, position, mode, name, strength)
     except TransplantError:
         if was[1] is None:
-            made._transplant.switch.leave()
+            made._transplant.detach()
         made.__class__, made._transplant = was
         raise
     if composition is not None:
-        made._transplant.turn({}, check_composition(composition, "this model"))
+        made._transplant.set_strengths({}, check_composition(composition, "this model"))
     return made
 
 
 def _hold_none(model: Any) -> None:
     """Make a loaded recipient, where it stands, a model that holds donors, none of them yet."""
-    native: Any = native_class(type(model)) if isinstance(model, TransplantMixin) else type(model)
+    native: Any = recipient_class(type(model)) if isinstance(model, TransplantMixin) else type(model)
     name = model.config.name_or_path
     forget_gguf(model)
     recipient = Anatomy(native, copy.deepcopy(model.config), f"recipient {name or native.__name__}")
     refuse_unsupported(recipient)
     _refuse_edited(model, recipient)
     model.__class__ = transplant_class(native)
-    model._transplant = finish(model, Blueprint(recipient, (), TransplantConfig(recipient=name or "")))
+    attach_state(model, Blueprint(recipient, TransplantConfig(recipient=name or "")))
 
 
 def _refuse_edited(model: Any, recipient: Anatomy) -> None:
@@ -181,9 +180,9 @@ def _check_shareable(model: Any) -> None:
         reason = "its weights are on several devices"
     elif any(is_adapted(name) for name, _ in model.named_parameters()):
         reason = "it has adapters attached (merge_and_unload or unload ends that)"
-    elif isinstance(model, TransplantMixin) and model._transplant and model._transplant.switch.disabled:
+    elif isinstance(model, TransplantMixin) and model._transplant and model._transplant.disabled:
         reason = "some of its donors are switched off just now"
-    elif isinstance(model, TransplantMixin) and model._transplant and gates_of(model._transplant):
+    elif isinstance(model, TransplantMixin) and model._transplant and model._transplant.hooks.gates():
         reason = "the strength of some of its donors is being trained (detach_gate ends that)"
     if reason is not None:
         raise ConfigurationError(
@@ -197,7 +196,7 @@ def _taken_apart(model: Any) -> tuple[list[tuple[DonorSpec, Donor]], Any, Any, A
     state = getattr(model, "_transplant", None)
     if state is None:
         known = TransplantConfig(recipient=model.config.name_or_path or "")
-        native = native_class(type(model)) if isinstance(model, TransplantMixin) else type(model)
+        native = recipient_class(type(model)) if isinstance(model, TransplantMixin) else type(model)
         return [], native, config_of_weights(model), model.state_dict(), known
     blueprint = state.blueprint
     if len(recipient_layers := [s for s in state.layers if s.slot.source == RECIPIENT]) != blueprint.splice.num_layers:
@@ -247,10 +246,10 @@ def remove_transplants(model: Any) -> PreTrainedModel:
     state = getattr(model, "_transplant", None)
     transplanted = isinstance(model, TransplantMixin)
     if state is not None:
-        state.switch.check(state.blueprint.splice.names)
-        state.switch.remove()
+        state.check_removable(state.blueprint.splice.names)
+        state.remove()
         model.config._name_or_path = model.name_or_path = state.blueprint.config.recipient
     if transplanted:
         model._transplant = None
-        model.__class__ = native_class(type(model))
+        model.__class__ = recipient_class(type(model))
     return model

@@ -67,7 +67,7 @@ def _changed(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrained
 
 
 def _live_changes(model: Any, blueprint: Blueprint) -> dict[str, Any]:
-    recipient, running = blueprint.recipient.config, blueprint.state(model._transplant.switch.disabled).config
+    recipient, running = blueprint.recipient.config, blueprint.state(model._transplant.disabled).config
     changes = _differences(running, model.config)
     spliced = _shared(changes, _differences(recipient, running))
     if spliced:

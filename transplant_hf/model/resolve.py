@@ -17,7 +17,7 @@ from ..errors import ConfigurationError
 from ..sources import HubOptions, Source, locate, revision_for
 from ..storage import read_json
 from .adapters import ADAPTER_CONFIG, ADAPTER_FILES, base_of_adapter
-from .fresh import own_tensors
+from .live import own_tensors
 
 __all__ = ["Request", "open_donors", "read_request", "recipient_config"]
 

@@ -38,8 +38,8 @@ from ..layer_map import RECIPIENT
 from ..sources import HubOptions
 from ..splice import Blueprint
 from ..storage import publish
-from .baking import baked_strengths
 from .card import write_full_card
+from .folded_strength import folded_strengths
 from .gates import gates_aside
 from .overrides import kept_overrides, live_recipient_config
 from .resumable import Resumable
@@ -78,8 +78,8 @@ def save_transplant(
     given = kwargs.get("state_dict")
     if given is not None:
         given = kwargs["state_dict"] = dict(given)  # what is written is taken out of it
-    with state.switch.calls.generation():
-        state.switch.check_stack()
+    with state.calls.generation():
+        state.check_stack()
         resumable = None if thin else Resumable.of(model, save_directory, given)
         with gates_aside(state, given):
             return _write_model(model, native, Path(save_directory), thin, kwargs, repo_id, resumable)
@@ -104,24 +104,24 @@ def _write_model(
         )
     license = kwargs.pop("license", None)
     is_main = kwargs.get("is_main_process", True)
-    all_off = state.switch.disabled == set(blueprint.splice.names)
+    all_off = state.disabled == set(blueprint.splice.names)
     native_format = not thin and (blueprint.native or all_off)
     if not native_format:
-        _refuse_unless_all_on(blueprint, state.switch.disabled)
+        _refuse_unless_all_on(blueprint, state.disabled)
         if is_main:
             kwargs["state_dict"] = checked_state(model, kwargs.get("state_dict"))
-    baked = None
+    folded = None
     # The weights of a checkpoint go back into a model that has the strength itself.
     if not (thin or native_format or resumable):
-        baked = baked_strengths(model, blueprint, kwargs.get("state_dict") if is_main else None)
-    if baked is not None:
+        folded = folded_strengths(model, blueprint, kwargs.get("state_dict") if is_main else None)
+    if folded is not None:
         if kwargs.get("distributed_checkpoint"):
             raise ConfigurationError(
                 f"distributed_checkpoint=True writes the weights as they are, and the strength of "
                 f"{', '.join(blueprint.scaled)} would be lost. Leave it out, or set the strengths to 1."
             )
         own = model.state_dict() if kwargs.get("state_dict") is None else kwargs["state_dict"]
-        kwargs["state_dict"] = {**own, **baked}
+        kwargs["state_dict"] = {**own, **folded}
     elif not native_format:
         refuse_arguments("A thin transplant" if thin else "A model in the transplant format", kwargs)
         if not is_main:
@@ -129,7 +129,7 @@ def _write_model(
     if not is_main or kwargs.get("distributed_checkpoint"):
         return native(target, **kwargs)
     variant = kwargs.get("variant")
-    if native_format or baked is not None:
+    if native_format or folded is not None:
         _refuse_donors_place(blueprint, target)
     if thin:
         refuse_recipients_place(blueprint.config.recipient, target, blueprint.config.recipient_revision)
@@ -137,8 +137,8 @@ def _write_model(
         if thin:
             _write_thin(model, state, staging, target, kwargs, repo_id, license)
             return None
-        if native_format or baked is not None:
-            if baked is not None:
+        if native_format or folded is not None:
+            if folded is not None:
                 logger.info(f"The strength of {', '.join(blueprint.scaled)} is in the weights that are written.")
             native(staging, **kwargs)
             records = [part.donor.record for part in blueprint.parts]

@@ -92,7 +92,7 @@ def _equal(tensor: torch.Tensor, pinned: torch.Tensor) -> bool:
 
 
 def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
-    from .mixin import transplant_class  # which imports this module; its classes load for this thread alone
+    from .surface import transplant_class  # which imports this module; its classes load for this thread alone
 
     recipient, config = state.blueprint.recipient, state.blueprint.config
     if was_gguf(model):

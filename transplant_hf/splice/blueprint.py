@@ -1,8 +1,7 @@
-"""A transplant on paper: every layer's origin and the configuration of every state, before any weight is read."""
+"""The plan of a transplant, before any weight is read: the origin of every layer, and the configuration."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -15,8 +14,9 @@ from ..architecture.exceptions import SEVERAL_STREAMS
 from ..compatibility import CompatibilityReport, donor_anatomy, mismatches, refuse_unsupported
 from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..donor import Donor
+from ..donor.record import DonorRecord
 from ..errors import CompatibilityError, ConfigurationError
-from ..layer_map import RECIPIENT, LayerMap, Placement, Splice, Stage
+from ..layer_map import RECIPIENT, LayerMap, Placement, Slot, Splice, Stage
 from ..numeric import finite_number
 
 __all__ = ["Blueprint", "DonorPart", "draw_blueprint", "report_fit"]
@@ -27,9 +27,9 @@ class DonorPart:
     """A donor in a blueprint.
 
     Args:
-        spec: Where it goes.
+        spec: Its position, mode and strength.
         donor: Its layers.
-        anatomy: Its source model, looked at.
+        anatomy: Its source model, inspected.
     """
 
     spec: DonorSpec
@@ -44,45 +44,53 @@ class DonorPart:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Blueprint:
-    """What is going to run.
-
-    It never changes: a model gets another one, so that copies of a model can share what is costly in it.
+    """What runs. It never changes: a change gives another blueprint, so that copies of a model can share it.
 
     Args:
-        recipient: The recipient, looked at.
-        parts: The donors, in the order they were given.
-        config: The transplant's configuration, revisions resolved.
+        recipient: The recipient, inspected.
+        config: The transplant's configuration, with resolved revisions; the only home of the donors' specs.
+        donors: The donors, in the order of the configuration.
+        anatomies: Their source models, inspected.
         keep_replaced: Whether layers that a donor replaces are kept, so that it can be switched off.
     """
 
     recipient: Anatomy
-    parts: tuple[DonorPart, ...]
     config: TransplantConfig
+    donors: tuple[Donor, ...] = ()
+    anatomies: tuple[Anatomy, ...] = ()
     keep_replaced: bool = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> Blueprint:
-        # The configuration is the user's to change.
-        return self._with(self.parts, copy.deepcopy(self.config, memo))
+        return self
+
+    @cached_property
+    def parts(self) -> tuple[DonorPart, ...]:
+        """The donors with their specs."""
+        return tuple(map(DonorPart, self.config.donors, self.donors, self.anatomies))
 
     @cached_property
     def splice(self) -> Splice:
         """The algebra of positions."""
-        return Splice(self.recipient.num_layers, [_placement(part) for part in self.parts])
+        placements = [
+            Placement(part.name, part.spec.position, part.donor.record.layer_indices, part.spec.mode == "replace")
+            for part in self.parts
+        ]
+        return Splice(self.recipient.num_layers, placements)
 
     @cached_property
     def built(self) -> tuple[Stage, ...]:
-        """The layers the model is built with: those that run, and replaced ones that are kept."""
+        """The layers that the model is built with: those that run, and replaced ones that are kept."""
         return tuple(stage for stage in self.splice.stages if self.keep_replaced or stage.runs(()))
 
     @cached_property
     def built_config(self) -> SplicedConfig:
-        """The configuration the model is built from."""
+        """The configuration that the model is built from."""
         return splice_config(self.recipient, self.origins(self.built))
 
     @cached_property
     def native(self) -> bool:
-        """Whether the recipient's own class builds what runs."""
-        return self.state(()).native and not self.scaled and not self.crowds
+        """Whether a plain checkpoint of the recipient's class can describe the model."""
+        return self.state(()).native and not self.beyond_native
 
     @property
     def scaled(self) -> tuple[str, ...]:
@@ -90,19 +98,18 @@ class Blueprint:
         return tuple(part.name for part in self.parts if part.spec.strength != 1.0)
 
     @property
-    def crowds(self) -> tuple[tuple[str, ...], ...]:
+    def side_by_side_groups(self) -> tuple[tuple[str, ...], ...]:
         """The donors that run side by side, by name."""
-        return self.config.crowds
+        return self.config.side_by_side_groups
 
     @property
     def beyond_native(self) -> tuple[str, ...]:
-        """Why no native checkpoint can say what runs, beyond what layers they are."""
+        """Why a plain checkpoint cannot describe the model, apart from its layers."""
         scaled = (f"strength of {', '.join(self.scaled)} is not 1",) if self.scaled else ()
-        crowds = (f"{', '.join(names)} run side by side" for names in self.crowds)
-        return (*scaled, *crowds)
+        return (*scaled, *(f"{', '.join(names)} run side by side" for names in self.side_by_side_groups))
 
     def refuse_scaling(self) -> None:
-        """Refuse to keep a part of what donors add, where that is not one hidden state.
+        """Refuse to scale donors in a model whose layers pass on more than one hidden state.
 
         Raises:
             ConfigurationError: With the reason.
@@ -114,57 +121,50 @@ class Blueprint:
                 f"{SEVERAL_STREAMS[model_type]}. disable_transplants() switches them off."
             )
 
-    def turned(self, strengths: Mapping[str, float], composition: str | None = None) -> Blueprint:
-        """The same layers with other strengths, or composed in another way.
+    def with_strengths(self, strengths: Mapping[str, float], composition: str | None = None) -> Blueprint:
+        """The same layers with other strengths, or with another composition.
 
         Args:
-            strengths: By the donors' names; those that are not named stay.
-            composition: "stacked" or "side_by_side"; as it is by default.
+            strengths: By donor name; the others stay.
+            composition: "stacked" or "side_by_side"; by default as it is.
 
         Raises:
             ConfigurationError: A strength that is not finite, or not 1 for a donor that replaces layers.
         """
-        # Checked here too: to a spec, `None` is a strength that is not given.
+        # Checked here, too: in a spec, `None` means that no strength is given.
         numbers = {name: finite_number(value, f"strength of donor {name!r}") for name, value in strengths.items()}
-        parts = tuple(
-            dataclasses.replace(part, spec=dataclasses.replace(part.spec, strength=numbers[part.name]))
-            if part.name in numbers
-            else part
-            for part in self.parts
-        )
-        config = self.config.replaced(
-            donors=[part.spec for part in parts], composition=composition or self.config.composition
-        )
-        made = self._with(parts, config)
-        if made.beyond_native:
+        specs = [
+            dataclasses.replace(spec, strength=numbers.get(str(spec.name), spec.strength))
+            for spec in self.config.donors
+        ]
+        config = self.config.replaced(donors=specs, composition=composition or self.config.composition)
+        blueprint = self._with(config=config)
+        if blueprint.beyond_native:
             self.refuse_scaling()
-        return made
+        return blueprint
 
-    def noted(self, notes: Mapping[str, Mapping[str, Any]]) -> Blueprint:
-        """The same layers with more in the metadata that their donors are saved with.
+    def with_metadata(self, metadata: Mapping[str, Mapping[str, Any]]) -> Blueprint:
+        """The same layers with more metadata, which the donors are saved with.
 
         Args:
-            notes: What to add, by the donors' names.
+            metadata: What to add, by donor name.
         """
-        parts = tuple(
-            dataclasses.replace(part, donor=_noted(part.donor, notes[part.name])) if part.name in notes else part
-            for part in self.parts
-        )
-        return self._with(parts, self.config)
+        donors = tuple(_with_metadata(part.donor, metadata.get(part.name, {})) for part in self.parts)
+        return self._with(donors=donors)
 
-    def _with(self, parts: tuple[DonorPart, ...], config: TransplantConfig) -> Blueprint:
+    def _with(self, **changes: Any) -> Blueprint:
         """The same layers at the same positions."""
-        made = dataclasses.replace(self, parts=parts, config=config)
-        # None of these depends on what differs, and they are costly.
-        known = vars(self).keys() & {"splice", "built", "built_config"}
-        vars(made).update({name: vars(self)[name] for name in known})
-        return made
+        blueprint = dataclasses.replace(self, **changes)
+        # They are costly and do not depend on what differs.
+        same = vars(self).keys() & {"splice", "built", "built_config"}
+        vars(blueprint).update({name: vars(self)[name] for name in same})
+        return blueprint
 
-    def redrawn(self, donors: Sequence[DonorPart | tuple[DonorSpec, Donor]], keep_replaced: bool) -> Blueprint:
+    def with_donors(self, donors: Sequence[DonorPart | tuple[DonorSpec, Donor]], keep_replaced: bool) -> Blueprint:
         """The same recipient with other donors.
 
         Args:
-            donors: All donors in their order; those that are not drawn yet are checked.
+            donors: All donors in order; those that are not parts yet are checked.
             keep_replaced: Keep the layers that donors replace.
 
         Raises:
@@ -173,8 +173,8 @@ class Blueprint:
         """
         specs = donor_specs([one.spec if isinstance(one, DonorPart) else one[0] for one in donors])
         config = self.config.replaced(donors=specs)
-        parts = tuple(one if isinstance(one, DonorPart) else _fitted(self.recipient, *one) for one in donors)
-        return _checked(Blueprint(self.recipient, parts, config, keep_replaced))
+        parts = [one if isinstance(one, DonorPart) else _fit(self.recipient, *one) for one in donors]
+        return _blueprint_of(self.recipient, config, parts, keep_replaced)
 
     def check_name(self, name: str) -> None:
         """Refuse a name that no donor has.
@@ -204,7 +204,7 @@ class Blueprint:
         return splice_config(self.recipient, self.origins(stages))
 
     def layer_map(self, disabled: Collection[str] = ()) -> LayerMap:
-        """What runs while some donors are switched off."""
+        """The layers that run while some donors are switched off, by source."""
         return self.splice.layer_map(disabled)
 
     def origins(self, stages: Sequence[Stage]) -> list[LayerOrigin]:
@@ -212,14 +212,45 @@ class Blueprint:
         anatomies = {part.name: part.anatomy for part in self.parts}
         return [LayerOrigin(anatomies.get(s.slot.source, self.recipient), s.slot.index) for s in stages]
 
+    def record_of(
+        self, slots: Sequence[Slot], numbers: Sequence[int], name: str | None
+    ) -> tuple[DonorRecord, DonorSpec | None]:
+        """The record of a donor made of running layers, and its spec if the layers are a donor's.
 
-def _noted(donor: Donor, note: Mapping[str, Any]) -> Donor:
-    record = dataclasses.replace(donor.record, metadata={**donor.record.metadata, **note})
+        Args:
+            slots: Where the layers come from.
+            numbers: Their running numbers, for messages.
+            name: The donor's name; by default the name of the donor that the layers are from.
+
+        Raises:
+            ConfigurationError: The layers are not consecutive layers of one source.
+        """
+        source, indices = slots[0].source, tuple(slot.index for slot in slots)
+        consecutive = tuple(range(indices[0], indices[0] + len(indices)))
+        if {slot.source for slot in slots} != {source} or indices != consecutive:
+            raise ConfigurationError(
+                f"layers {list(numbers)} come from {', '.join(map(str, map(tuple, slots)))}; a donor is made of "
+                "consecutive layers of one source."
+            )
+        part = None if source == RECIPIENT else self.part(source)
+        anatomy, known = (part.anatomy, part.donor.record) if part else (self.recipient, None)
+        fields = anatomy.config.to_dict()
+        fields.pop("_name_or_path", None)
+        record = DonorRecord(
+            model_type=anatomy.config.model_type,
+            source_config=fields,
+            layer_indices=indices,
+            source_id=(known and known.source_id) or self.config.recipient or None,
+            source_revision=known.source_revision if known else self.config.recipient_revision,
+            name=name or (source if part else None),
+            metadata=dict(known.metadata) if known else {},
+        )
+        return record, part.spec if part else None
+
+
+def _with_metadata(donor: Donor, metadata: Mapping[str, Any]) -> Donor:
+    record = dataclasses.replace(donor.record, metadata={**donor.record.metadata, **metadata})
     return donor.replaced(record=record)
-
-
-def _placement(part: DonorPart) -> Placement:
-    return Placement(part.name, part.spec.position, part.donor.record.layer_indices, part.spec.mode == "replace")
 
 
 def draw_blueprint(
@@ -229,17 +260,14 @@ def draw_blueprint(
     config: TransplantConfig,
     keep_replaced: bool = False,
 ) -> Blueprint:
-    """Check that donors fit a recipient at their positions, and draw what is going to run.
+    """Check that donors fit a recipient at their positions, and return what is going to run.
 
     Args:
         model_class: The recipient's own class.
         recipient_config: Its configuration.
-        donors: The donors and their places.
-        config: The transplant's configuration, for the record.
+        donors: The donors and their specs.
+        config: The transplant's configuration, with the same specs.
         keep_replaced: Keep the layers that donors replace.
-
-    Returns:
-        The blueprint.
 
     Raises:
         ConfigurationError: A position out of range, overlapping replacements.
@@ -247,37 +275,33 @@ def draw_blueprint(
     """
     recipient = Anatomy(model_class, recipient_config, f"recipient {config.recipient or model_class.__name__}")
     refuse_unsupported(recipient)
-    parts = tuple(_fitted(recipient, spec, donor) for spec, donor in donors)
-    return _checked(Blueprint(recipient, parts, config, keep_replaced))
+    return _blueprint_of(recipient, config, [_fit(recipient, spec, donor) for spec, donor in donors], keep_replaced)
 
 
-def _checked(blueprint: Blueprint) -> Blueprint:
-    _refuse_removing_shared(blueprint.recipient, blueprint.splice)
-    if blueprint.beyond_native:
-        blueprint.refuse_scaling()
-    return blueprint
-
-
-def _fitted(recipient: Anatomy, spec: DonorSpec, donor: Donor) -> DonorPart:
-    chosen = donor.part(spec.layers) if spec.layers is not None else donor
-    anatomy = donor_anatomy(chosen, recipient)
-    found = tuple(mismatches(chosen, anatomy, recipient))
-    CompatibilityReport(_named(recipient), str(spec.name), spec.position, found).raise_for_mismatches()
-    return DonorPart(spec, chosen, anatomy)
-
-
-def _refuse_removing_shared(recipient: Anatomy, splice: Splice) -> None:
-    for placement in splice.placements:
+def _blueprint_of(
+    recipient: Anatomy, config: TransplantConfig, parts: Sequence[DonorPart], keep_replaced: bool
+) -> Blueprint:
+    donors, anatomies = tuple(part.donor for part in parts), tuple(part.anatomy for part in parts)
+    blueprint = Blueprint(recipient, config, donors, anatomies, keep_replaced)
+    for placement in blueprint.splice.placements:
         shared = sorted(recipient.sharing_layers & set(placement.replaced))
         if shared:
             raise CompatibilityError(
                 f"donor {placement.name!r} would replace layers {shared} of {recipient.what}, which share weights with "
                 'its other layers. Use mode="insert", or another position.'
             )
+    if blueprint.beyond_native:
+        blueprint.refuse_scaling()
+    return blueprint
 
 
-def _named(recipient: Anatomy) -> str:
-    return recipient.what.removeprefix("recipient ")
+def _fit(recipient: Anatomy, spec: DonorSpec, donor: Donor) -> DonorPart:
+    selected = donor.part(spec.layers) if spec.layers is not None else donor
+    anatomy = donor_anatomy(selected, recipient)
+    found = tuple(mismatches(selected, anatomy, recipient))
+    name = recipient.what.removeprefix("recipient ")
+    CompatibilityReport(name, str(spec.name), spec.position, found).raise_for_mismatches()
+    return DonorPart(spec, selected, anatomy)
 
 
 def report_fit(
@@ -293,9 +317,8 @@ def report_fit(
         lines += mismatches(donor, theirs, recipient)
     except CompatibilityError as error:
         lines += error.mismatches or [str(error)]
-    blueprint = Blueprint(
-        recipient, (DonorPart(spec, donor, theirs or recipient),), TransplantConfig(recipient=name, donors=[spec])
-    )
+    config = TransplantConfig(recipient=name, donors=[spec])
+    blueprint = Blueprint(recipient, config, (donor,), (theirs or recipient,))
     try:
         layer_map = blueprint.layer_map()
     except (ConfigurationError, CompatibilityError) as error:

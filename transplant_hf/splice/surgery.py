@@ -37,7 +37,7 @@ def insert_layers(model: PreTrainedModel, blueprint: Blueprint, stages: Sequence
     for stage in stages:
         number = stage.slot.index - first.get(stage.slot.source, 0)
         layers.append(sources[stage.slot.source][number])
-    stack._modules.clear()
+    del stack[:]
     stack.extend(layers)
 
 

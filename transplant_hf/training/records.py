@@ -78,4 +78,4 @@ def note_in_donors(model: Any, notes: Mapping[str, Mapping[str, Any]]) -> None:
         notes: What to add, by the donors' names.
     """
     state = model._transplant
-    state.blueprint = state.blueprint.noted(notes)
+    state.blueprint = state.blueprint.with_metadata(notes)

@@ -1,8 +1,8 @@
-"""A strength as weights, for a plain checkpoint.
+"""The strength of a donor as weights, for a plain checkpoint.
 
-Where a donor's layer adds all its parts to one and the same hidden state, scaling the weights that feed the hidden
-state scales what the layer adds. So it is where attention and MLP run in parallel on the same input (GPT-NeoX, Falcon,
-Cohere, Phi), and nowhere where one reads what the other added. Which it is, is tried out.
+If a donor's layer adds all its parts to the same hidden state, scaled output projections scale what the layer adds.
+This holds where attention and MLP run in parallel on the same input (GPT-NeoX, Falcon, Cohere, Phi), and not where one
+reads what the other added. Both are run on a few tokens and compared.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from ..architecture.replay import Call, record_calls
 from ..errors import CheckpointError, CompatibilityError
 from ..splice import Blueprint
 
-__all__ = ["baked_strengths"]
+__all__ = ["folded_strengths"]
 
 _TOLERANCE = 1e-5  # of what the layer adds, in float32
 _SEED = 0
 
 
-def baked_strengths(
+def folded_strengths(
     model: Any, blueprint: Blueprint, state: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor] | None:
-    """Return the weights with which a model's donors do at strength 1 what they do at their strengths now.
+    """Return weights with which the donors compute the same at strength 1 as they do now at their strengths.
 
     Args:
-        model: The transplanted model, all its donors switched on; it is run on a few tokens and left as it was.
-        blueprint: What runs.
-        state: The weights to be saved, if not the model's own.
+        model: The transplanted model, all its donors switched on; it is run on a few tokens and not changed.
+        blueprint: The donors of the model.
+        state: The weights to save, if not the model's own.
 
     Returns:
-        Tensors to save in place of the model's own, by their names in it; `None` where no weights do the same.
+        Tensors to save instead of the model's own, by name; `None` if no weights compute the same.
     """
     scaled = {name: blueprint.part(name) for name in blueprint.scaled}
-    plain = blueprint.state(()).native and not blueprint.crowds
-    # At strength 0 the donor's weights would be gone from the file.
+    plain = blueprint.state(()).native and not blueprint.side_by_side_groups
+    # At strength 0 the file would not have the donor's weights.
     if not plain or any(part.donor.num_layers > 1 or part.spec.strength == 0 for part in scaled.values()):
         return None
     path = blueprint.recipient.stack_path
@@ -50,27 +50,24 @@ def baked_strengths(
         projections = projections_of_layers(model, path, list(numbers.values()))
         with eval_mode(model):
             calls = record_calls(model, stack, list(numbers.values()), _SEED)
-    except (CompatibilityError, CheckpointError):  # a layer whose output projections cannot be told is not scaled
+    except (CompatibilityError, CheckpointError):  # the output projections of a layer are unknown
         return None
-    weights: dict[str, torch.Tensor] = {}
+    folded: dict[str, torch.Tensor] = {}
     for name, number in numbers.items():
         strength = scaled[name].spec.strength
-        own = _scaled(stack[number], projections[number], strength)
-        if not _does_the_same(stack[number], own, strength, calls[number]):
+        layer = stack[number]
+        own = {key: layer.get_parameter(key).detach() * strength for key in projections[number]}
+        if not _computes_the_same(layer, own, strength, calls[number]):
             return None
         for key, tensor in own.items():
             place = f"{path}.{number}.{key}"
-            weights[place] = tensor if state is None else state[place] * strength
-    return weights
-
-
-def _scaled(layer: nn.Module, names: tuple[str, ...], strength: float) -> dict[str, torch.Tensor]:
-    return {name: layer.get_parameter(name).detach() * strength for name in names}
+            folded[place] = tensor if state is None else state[place] * strength
+    return folded
 
 
 @torch.no_grad()
-def _does_the_same(layer: nn.Module, weights: Mapping[str, torch.Tensor], strength: float, call: Call) -> bool:
-    """Run a layer both ways: scaled from outside, and with other weights."""
+def _computes_the_same(layer: nn.Module, weights: Mapping[str, torch.Tensor], strength: float, call: Call) -> bool:
+    """Run a layer with scaled output, and with scaled weights, and compare."""
     if len(call.streams) != 1:
         return False
     start, to = call.streams[0]

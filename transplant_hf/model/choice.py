@@ -1,0 +1,116 @@
+"""The donors that a call uses: the arguments of `model.using`, as a strength for each donor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..architecture import text_config
+from ..architecture.exceptions import ROWS_APART
+from ..errors import ConfigurationError
+from ..numeric import finite_number
+from ..splice import Blueprint
+
+__all__ = ["Choice", "parse_choice"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice:
+    """The donors that a call uses.
+
+    Args:
+        strengths: By inserted donor: a number for all rows, or `[rows]` in float32.
+        key: Equal for choices that are equal.
+        replacing: The donors that replaced layers when the block began; a call cannot leave them out.
+    """
+
+    strengths: Mapping[str, float | torch.Tensor]
+    key: Hashable
+    replacing: frozenset[str] = frozenset()
+
+    @property
+    def chosen(self) -> set[str]:
+        """The inserted donors that are not left out."""
+        return {name for name, value in self.strengths.items() if isinstance(value, torch.Tensor) or value != 0}
+
+
+def parse_choice(blueprint: Blueprint, donors: Any, rows: Sequence[Any] | None) -> Choice:
+    """Read the arguments of `model.using`.
+
+    Args:
+        blueprint: The donors of the model.
+        donors: A donor's name, several, or `{name: strength}`; a strength is a number or one for each row.
+        rows: For each row of the batch, what `donors` takes, or `None` for a row without donors.
+
+    Raises:
+        ConfigurationError: No such donor, a strength that is not finite, lists of different lengths, or a donor that
+            replaces layers and would be left out or scaled.
+    """
+    if (donors is None) == (rows is None):
+        raise ConfigurationError(
+            'say which donors to use: using("law"), using({"law": 0.5}), using(()) for none, or one entry for each row '
+            'of the batch: using(rows=["law", None]).'
+        )
+    blueprint.refuse_scaling()
+    if rows is None:
+        strengths: dict[str, Any] = _strengths_by_name(blueprint, donors)
+    elif isinstance(rows, str) or not isinstance(rows, Sequence) or not len(rows):
+        raise ConfigurationError(f"rows must be a list with an entry for each row of the batch, got {rows!r}.")
+    else:
+        by_row = [_strengths_by_name(blueprint, () if row is None else row) for row in rows]
+        strengths = {name: [row[name] for row in by_row] for name in by_row[0]}
+    numbers = {name: _numbers(name, value) for name, value in strengths.items()}
+    lengths = {name: len(value) for name, value in numbers.items() if isinstance(value, tuple)}
+    if len(set(lengths.values())) > 1:
+        raise ConfigurationError(f"each donor needs a strength for every row of the same batch, got {lengths} of them.")
+    for name, value in numbers.items():
+        if blueprint.part(name).spec.mode == "replace" and value != 1.0:
+            raise ConfigurationError(
+                f"donor {name!r} replaces recipient layers, so that a call cannot leave it out or scale it. Name it in "
+                f"every call, or switch it off for all calls: disable_transplants({name!r})."
+            )
+    if lengths:
+        _refuse_rows(blueprint)
+    inserted = {name: value for name, value in numbers.items() if blueprint.part(name).spec.mode == "insert"}
+    tensors = {
+        name: torch.tensor(value, dtype=torch.float32) if isinstance(value, tuple) else value
+        for name, value in inserted.items()
+    }
+    return Choice(tensors, tuple(sorted(inserted.items())))
+
+
+def _strengths_by_name(blueprint: Blueprint, donors: Any) -> dict[str, Any]:
+    """The strength of every donor; 0 for those that are not named."""
+    own = {part.name: part.spec.strength for part in blueprint.parts}
+    if isinstance(donors, Mapping):
+        named = dict(donors)
+    elif isinstance(donors, str | Iterable):
+        named = {name: own.get(name) for name in ([donors] if isinstance(donors, str) else donors)}
+    else:
+        raise ConfigurationError(f"donors are named by a name, several, or {{name: strength}}; got {donors!r}.")
+    for name in named:
+        blueprint.check_name(name)
+    return {name: named.get(name, 0.0) for name in own}
+
+
+def _numbers(name: str, value: Any) -> float | tuple[float, ...]:
+    """Check the strength of one donor: a number, or a tuple with one for each row."""
+    values = tuple(value) if isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1 else (value,)
+    what = f"the strength of donor {name!r}, or each of a list with one for each row,"
+    if not values:
+        raise ConfigurationError(f"{what} must be a finite number, got {value!r}.")
+    numbers = tuple(finite_number(one, what) for one in values)
+    # If all rows have the same strength, nothing depends on the size of the batch.
+    return numbers if len(set(numbers)) > 1 else numbers[0]
+
+
+def _refuse_rows(blueprint: Blueprint) -> None:
+    model_type = text_config(blueprint.recipient.config).config.model_type
+    if model_type in ROWS_APART:
+        raise ConfigurationError(
+            f"rows of a batch cannot use different donors in a {model_type} model: {ROWS_APART[model_type]}. Make a "
+            "call for each choice."
+        )

@@ -1,0 +1,250 @@
+"""Add, remove, move and swap donors of a loaded model. Only the weights of a new donor are read."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ..architecture import Anatomy, decoder_stack, text_config
+from ..config import DonorSpec
+from ..donor import Donor
+from ..donor.place import spec_of
+from ..donor.tensors import MemoryTensors
+from ..errors import ConfigurationError
+from ..layer_map import RECIPIENT, Slot
+from ..numeric import whole_number
+from ..splice import Blueprint, DonorPart
+from .active_donors import TransplantState, state_of
+from .loading import FileChecks, Loading, loading
+from .structure import Attributes, structure_of
+
+__all__ = ["add_donor", "move_donor", "open_donor", "own_tensors", "remove_donor", "swap_donor"]
+
+
+def add_donor(
+    model: Any, donor: Donor | str, position: int | None, mode: str | None, name: str | None, strength: float | None
+) -> None:
+    """Implement `model.add_donor`."""
+    with _changing(model, "add_donor()") as state:
+        new = open_donor(donor, position=position, mode=mode, name=name, strength=strength)
+        _change(model, state, [*state.blueprint.parts, new], "add_donor()")
+
+
+def remove_donor(model: Any, name: str) -> None:
+    """Implement `model.remove_donor`."""
+    with _changing(model, "remove_donor()", name) as state:
+        state.hooks.refuse_gates([name])
+        _change(model, state, [part for part in state.blueprint.parts if part.name != name], "remove_donor()")
+
+
+def move_donor(model: Any, name: str, position: int) -> None:
+    """Implement `model.move_donor`."""
+    with _changing(model, "move_donor()", name) as state:
+        part = state.blueprint.part(name)
+        spec = dataclasses.replace(part.spec, position=whole_number(position, f"position of donor {name!r}"))
+        moved = dataclasses.replace(part, spec=spec)
+        parts = [moved if other is part else other for other in state.blueprint.parts]
+        _change(model, state, parts, "move_donor()")
+
+
+def swap_donor(
+    model: Any, name: str, donor: Donor | str, position: int | None, new_name: str | None, strength: float | None
+) -> None:
+    """Implement `model.swap_donor`."""
+    with _changing(model, "swap_donor()", name) as state:
+        state.hooks.refuse_gates([name])
+        old = state.blueprint.part(name).spec
+        new = open_donor(
+            donor,
+            position=old.position if position is None else position,
+            mode=old.mode,
+            name=new_name or name,
+            strength=old.strength if strength is None else strength,
+        )
+        parts = [new if part.name == name else part for part in state.blueprint.parts]
+        _change(model, state, parts, "swap_donor()")
+
+
+def open_donor(
+    donor: Donor | str, *, position: int | None, mode: str | None, name: str | None, strength: float | None
+) -> tuple[DonorSpec, Donor]:
+    """Open a donor for a loaded model; arguments that are `None` come from its recommendation.
+
+    Raises:
+        ConfigurationError: No position, and the donor recommends none.
+    """
+    opened = donor if isinstance(donor, Donor) else Donor.from_pretrained(donor)
+    return spec_of(opened, position, mode=mode, name=name, strength=strength), opened
+
+
+@contextmanager
+def _changing(model: Any, what: str, name: str | None = None) -> Iterator[TransplantState]:
+    """Let no other thread change a model's donors; refuse a model that cannot change, and an unknown donor."""
+    state = state_of(model)
+    with state.calls.turn(what):
+        reason = None
+        if state.disabled:
+            reason = "some are switched off; leave disable_transplants() first"
+        elif state.choices.current() is not None:
+            reason = "this code is inside using(...); leave it first"
+        elif any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+            reason = "its weights are distributed over several processes; load it again with the donors that you want"
+        if reason is not None:
+            raise ConfigurationError(f"the donors of this model cannot be changed: {reason}.")
+        state.check_stack()
+        if name is not None:
+            state.blueprint.check_name(name)
+        yield state
+
+
+def _change(
+    model: Any, state: TransplantState, donors: Sequence[DonorPart | tuple[DonorSpec, Donor]], what: str
+) -> None:
+    """Let a model hold these donors. Everything that can fail is done before the model is touched."""
+    kept = {donor.name for donor in donors if isinstance(donor, DonorPart)}
+    blueprint = state.blueprint.with_donors(donors, _keeps_replaced(state.blueprint, donors))
+    layers = {stage.slot: layer for stage, layer in state.layers.items() if stage.slot.source in {RECIPIENT, *kept}}
+    missing = [s.slot for s in blueprint.built if s.slot.source == RECIPIENT and s.slot not in layers]
+    if missing:
+        raise _not_kept([f"layer {slot.index}" for slot in missing])
+    attributes: dict[Slot, Attributes] = {}
+    for part in blueprint.parts:
+        if part.name not in kept:
+            new_layers, new_attributes = _load_layers(model, blueprint, part)
+            layers |= new_layers
+            attributes |= new_attributes
+    state.structure(frozenset())  # slow the first time: calls need not wait for it
+    structure = structure_of(blueprint)
+    with state.calls.alone(what):
+        state.replace_donors(blueprint, layers, structure, attributes)
+
+
+def _keeps_replaced(blueprint: Blueprint, donors: Sequence[DonorPart | tuple[DonorSpec, Donor]]) -> bool:
+    specs = [donor.spec if isinstance(donor, DonorPart) else donor[0] for donor in donors]
+    replacing = [spec for spec in specs if spec.mode == "replace"]
+    before = [part.spec for part in blueprint.parts if part.spec.mode == "replace"]
+    if before and not blueprint.keep_replaced:
+        if replacing != before:
+            raise _not_kept([str(spec.name) for spec in before])
+        return False
+    return bool(replacing)
+
+
+def _not_kept(what: Sequence[str]) -> ConfigurationError:
+    return ConfigurationError(
+        f"recipient layers were replaced and not kept ({', '.join(what)}), so that this change is not possible. Load "
+        "the model with keep_replaced=True."
+    )
+
+
+# -- The layers of one donor -----------------------------------------------------------------------------------------
+
+
+def _load_layers(
+    model: Any, blueprint: Blueprint, part: DonorPart
+) -> tuple[dict[Slot, nn.Module], dict[Slot, Attributes]]:
+    """Load the layers of one donor, in the model's dtype and on the device where they are going to run.
+
+    Args:
+        model: The model; not changed.
+        blueprint: The donors that it is going to have.
+        part: The donor.
+
+    Returns:
+        The layers, and the attributes that they were built with.
+
+    Raises:
+        CheckpointError: Tensors that are missing, unexpected, mis-shaped or not finite.
+        IntegrityError: Files that were changed.
+    """
+    shell = _shell_with(model, blueprint, part)
+    state = shell._transplant
+    own = {stage: layer for stage, layer in state.layers.items() if stage.slot.source == part.name}
+    attributes = {stage.slot: state.attributes_of(stage) for stage in own}
+    state.hooks.remove()
+    neighbor = _neighbor(model, part)
+    for layer in own.values():
+        _use_config_of(model, shell, layer)
+        _set_up_like(neighbor, layer)
+    return {stage.slot: layer for stage, layer in own.items()}, attributes
+
+
+def _shell_with(model: Any, blueprint: Blueprint, part: DonorPart) -> Any:
+    """Load a donor as always, into a recipient whose own weights are placeholders without memory."""
+    spec = dataclasses.replace(part.spec, strength=1.0, layers=None)
+    alone = dataclasses.replace(part, spec=spec, donor=own_tensors(part.donor))
+    shell = blueprint.with_donors([alone], spec.mode == "replace")
+    recipient, spliced = shell.recipient, shell.built_config
+    config = copy.deepcopy(spliced.config if spliced.native else recipient.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # donors stay in full precision
+    with FileChecks([part.donor]) as checks, loading(Loading(shell, checks, shared=True)):
+        return type(model).from_pretrained(
+            None, config=config, state_dict=_placeholders(recipient, model.dtype), dtype=model.dtype
+        )
+
+
+def own_tensors(donor: Donor) -> Donor:
+    """Return a donor whose tensors no other model has: itself if it is in files, otherwise a copy.
+
+    Without the copy, training the donor would train the layers that it was taken from.
+    """
+    if donor.source is not None:
+        return donor
+    copies = MemoryTensors({name: tensor.clone() for name, tensor in donor.tensors().items()})
+    return donor.replaced(store=copies)
+
+
+def _placeholders(recipient: Anatomy, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Tensors of the recipient's shapes; each has the memory of one number."""
+    return {
+        name: torch.zeros((), dtype=dtype if tensor.is_floating_point() else tensor.dtype).expand(tensor.shape)
+        for name, tensor in recipient.model.state_dict().items()
+    }
+
+
+def _neighbor(model: Any, part: DonorPart) -> nn.Module:
+    """The running layer of the recipient before the donor; at position 0 the one after it."""
+    blueprint = model._transplant.blueprint
+    running = [stage.slot for stage in blueprint.running(())]
+    own = [slot for slot in running if slot.source == RECIPIENT] or running
+    nearest = min(own, key=lambda slot: abs(slot.index - max(part.spec.position - 1, 0)))
+    return decoder_stack(model, blueprint.recipient.stack_path)[running.index(nearest)]
+
+
+def _use_config_of(model: Any, shell: Any, layer: nn.Module) -> None:
+    """Let a layer read the live model's configuration instead of the one that it was built with."""
+    pairs: list[tuple[PreTrainedConfig, PreTrainedConfig]] = [
+        (shell.config, model.config),
+        (text_config(shell.config).config, text_config(model.config).config),
+    ]
+    for module in layer.modules():
+        for name, value in list(vars(module).items()):
+            for built, live in pairs:
+                if value is built:
+                    vars(module)[name] = live
+
+
+def _set_up_like(neighbor: nn.Module, layer: nn.Module) -> None:
+    """Put a layer on its neighbor's device, with the same device hook and gradient checkpointing."""
+    hook = getattr(neighbor, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is None:
+        device = next((parameter.device for parameter in neighbor.parameters() if not parameter.is_meta), "cpu")
+    layer.to(device)
+    if hook is not None:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device=device))
+    if getattr(neighbor, "gradient_checkpointing", False):
+        layer.gradient_checkpointing = True  # type: ignore[assignment]
+        # The checkpointing function, which Transformers sets on each layer.
+        functions: Mapping[str, Any] = {n: v for n, v in vars(neighbor).items() if isinstance(v, functools.partial)}
+        vars(layer).update({name: value for name, value in functions.items() if name not in vars(layer)})

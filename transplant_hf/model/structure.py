@@ -1,0 +1,125 @@
+"""The attributes of modules that depend on which layers run, such as layer numbers and the configuration.
+
+They are found by comparison: a model with these layers is built on the meta device, and what differs from the model
+without them is set on the live model. No weight is copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..architecture import decoder_stack
+from ..architecture.build import build_on_meta
+from ..architecture.fingerprint import is_structure, plain
+from ..layer_map import RECIPIENT, Stage
+from ..splice import Blueprint, insert_layers, renumber, use_config
+from ..splice.surgery import outer_modules
+
+__all__ = ["Attributes", "Structure", "structure_of"]
+
+# By module path, then by attribute name.
+Attributes = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """The attributes of a model for one choice of running layers.
+
+    Args:
+        outer: Of the modules outside the layers.
+        layers: Of the modules inside each layer.
+        configs: The configurations that modules outside the layers read, by module path.
+    """
+
+    outer: Attributes
+    layers: Mapping[Stage, Attributes]
+    configs: Mapping[str, PreTrainedConfig]
+
+    def apply_outside(self, model: PreTrainedModel, stack_path: str, old: Structure) -> None:
+        """Set what differs from the old structure on the modules outside the layers and on their configurations."""
+        live = outer_modules(model, stack_path)
+        for path, attributes in self.outer.items():
+            if path in live:
+                _set_differing(live[path], old.outer.get(path, {}), attributes)
+        for path, config in self.configs.items():
+            if path in live and path in old.configs:
+                _update_config(vars(live[path])["config"], old.configs[path], config)
+
+    def apply_inside(self, layer: nn.Module, stage: Stage, old: Attributes) -> None:
+        """Set what differs from the old attributes on the modules of one layer."""
+        modules = dict(layer.named_modules())
+        for path, attributes in self.layers[stage].items():
+            if path in modules:
+                _set_differing(modules[path], old.get(path, {}), attributes)
+
+
+def structure_of(blueprint: Blueprint, disabled: Collection[str] | None = ()) -> Structure:
+    """Build a blueprint on the meta device and return its structure.
+
+    Args:
+        blueprint: The donors and the recipient.
+        disabled: The donors that are switched off; `None` for all layers that the model holds.
+    """
+    stages = blueprint.built if disabled is None else blueprint.running(disabled)
+    model = _model_on_meta(blueprint, disabled, stages)
+    path = blueprint.recipient.stack_path
+    outer = outer_modules(model, path)
+    layers = zip(stages, decoder_stack(model, path), strict=True)
+    return Structure(
+        {name: _attributes(module) for name, module in outer.items()},
+        {stage: {name: _attributes(part) for name, part in layer.named_modules()} for stage, layer in layers},
+        {
+            name: config
+            for name, module in outer.items()
+            if isinstance(config := vars(module).get("config"), PreTrainedConfig)
+        },
+    )
+
+
+def _model_on_meta(blueprint: Blueprint, disabled: Collection[str] | None, stages: Sequence[Stage]) -> PreTrainedModel:
+    recipient = blueprint.recipient
+    spliced = blueprint.built_config if disabled is None else blueprint.state(disabled)
+    if spliced.native:
+        return build_on_meta(recipient.model_class, spliced.config)
+    model = build_on_meta(recipient.model_class, recipient.config)
+    if any(stage.slot.source != RECIPIENT for stage in stages) or len(stages) != recipient.num_layers:
+        with torch.device("meta"):
+            insert_layers(model, blueprint, stages)
+        renumber(decoder_stack(model, recipient.stack_path), blueprint.origins(stages))
+        use_config(model, recipient, spliced)
+    return model
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if is_structure(name) and not isinstance(value, PreTrainedConfig | nn.Module)
+    }
+
+
+def _set_differing(module: nn.Module, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    for name, value in new.items():
+        if name in old and plain(old[name]) != plain(value):
+            setattr(module, name, copy.deepcopy(value))
+
+
+def _update_config(live: PreTrainedConfig, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    """Set what differs between two configurations on the one that the live model reads."""
+    if live.__class__ is not new.__class__ and old.__class__ is not new.__class__:
+        live.__class__ = new.__class__
+    for name in {*vars(old), *vars(new)}:
+        before, after = vars(old).get(name), vars(new).get(name)
+        if isinstance(before, PreTrainedConfig) or isinstance(after, PreTrainedConfig) or before == after:
+            continue
+        if name in vars(new):
+            live.__dict__[name] = copy.deepcopy(after)
+        else:
+            live.__dict__.pop(name, None)

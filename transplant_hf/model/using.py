@@ -1,0 +1,311 @@
+"""`using` blocks: which choice of donors applies to the code that runs, in threads, tasks and generators.
+
+All donors run in every call; what one of them adds is left out where it was not chosen. So nothing that calls share is
+changed, every layer's cache is filled, and a row without donors gets exactly the recipient's output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Hashable
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import ConfigurationError
+from .choice import Choice
+
+__all__ = ["CallChoices", "DisableBlock", "UsingBlock"]
+
+# A compiled call cannot tell which of several tasks or generators of its thread it belongs to.
+_AMBIGUOUS = Choice({}, "ambiguous")
+_GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+
+class _Call(NamedTuple):
+    """An eager call in progress: the identity of its frame, its choice, and the setting of the model at its begin."""
+
+    frame: int
+    choice: Choice | None
+    setting: Hashable
+
+
+class _Thread:
+    """The calls and the open blocks of one thread."""
+
+    # These are read by what torch.compile traces, which cannot read context variables. Only the thread itself sets the
+    # choice of its eager call. Blocks, which may end in any thread, set the choice outside such a call; that one is
+    # right in code that neither an event loop nor a generator can interleave with other code.
+    calling = False
+    choice: Choice | None = None
+    outside: Choice | None = None
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+        self.blocks: list[_OpenBlock] = []
+
+    def update_outside(self) -> None:
+        """Set the choice of calls that do not look for it themselves: compiled calls, and calls of single layers."""
+        seen = None
+        while seen != self.blocks:  # blocks may end meanwhile, in other threads or by garbage collection
+            seen = [*self.blocks]
+            ambiguous = any(block.interleaved for block in seen)
+            self.outside = _AMBIGUOUS if ambiguous else seen[-1].choice if seen else None
+
+    def end_calls(self, first: int) -> None:
+        """End all calls from a number on."""
+        del self.calls[first:]
+        self.calling = bool(self.calls)
+        self.choice = self.calls[-1].choice if self.calls else None
+
+    def forget_interrupted(self, frame: FrameType | None) -> None:
+        """End the calls that Ctrl-C or the like ended, after which torch runs no hook.
+
+        Args:
+            frame: The innermost frame that a call in progress may have.
+        """
+        while self.calls:
+            # By identity: a reference to a frame would keep the model alive.
+            outer = frame
+            while outer is not None and id(outer) != self.calls[-1].frame:
+                outer = outer.f_back
+            if outer is not None:
+                return
+            self.end_calls(-1)
+
+
+class CallChoices(threading.local):
+    """The choices of one model's calls; `None` where no block applies.
+
+    A block belongs to the context that it began in, so that tasks and `asyncio.to_thread` have their own. A block that
+    began in a generator belongs to what the generator runs, however often it is suspended meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.thread = _Thread()
+
+    def __reduce__(self) -> Any:
+        return CallChoices, ()
+
+    def begin_call(self, setting: Hashable) -> None:
+        """Find the choice of an eager call when it enters the decoder, and keep the setting of the model."""
+        frame, thread = _module_call(sys._getframe(2)), self.thread
+        thread.forget_interrupted(frame.f_back)
+        choice = self._find()
+        thread.calls.append(_Call(id(frame), choice, setting))
+        thread.calling, thread.choice = True, choice
+
+    def end_call(self) -> Hashable:
+        """Leave the decoder; returns the setting at the begin, or `None` if the call did not begin."""
+        frame, thread = id(_module_call(sys._getframe(2))), self.thread
+        for number in reversed(range(len(thread.calls))):
+            if thread.calls[number].frame == frame:
+                setting = thread.calls[number].setting
+                thread.end_calls(number)
+                return setting
+        return None
+
+    def current(self) -> Choice | None:
+        """The choice for the code that runs now; within a call the choice of the call."""
+        self.thread.forget_interrupted(sys._getframe())
+        return self.thread.choice if self.thread.calling else self._find()
+
+    def of_layer(self) -> Choice | None:
+        """The choice for a layer that runs now, compiled or not.
+
+        Raises:
+            ConfigurationError: A compiled call cannot tell.
+        """
+        if not torch.compiler.is_compiling():
+            self.thread.forget_interrupted(sys._getframe())
+        choice = self.thread.choice if self.thread.calling else self.thread.outside
+        if choice is not None and choice.key == _AMBIGUOUS.key:
+            raise ConfigurationError(
+                "a compiled call cannot tell which using(...) block it belongs to while one is open in a coroutine or "
+                "a generator of its thread. Begin the block in a function that runs the compiled model (as one for "
+                "asyncio.to_thread), or call the model that is not compiled."
+            )
+        return choice
+
+    def _find(self) -> Choice | None:
+        """The choice of the innermost block around the code that runs now.
+
+        Raises:
+            ConfigurationError: A generator started this thread or task, and its block may or may not be meant for it.
+        """
+        blocks = _blocks.get()
+        if not blocks and not _generators:
+            return None
+        nearest = self.block_of_generator()
+        for block in reversed(blocks):
+            if block.choices is not self or block.closed:
+                continue
+            if block.generator is None:
+                if nearest is None or nearest in block.outer:
+                    return block.choice
+            elif nearest is None and block.place != _place():
+                raise ConfigurationError(
+                    "this call was started in another thread or task while a generator had a using(...) block open, "
+                    "and cannot tell whether it belongs to the block. Begin the block in the function that runs there."
+                )
+        return nearest.choice if nearest else None
+
+    def block_of_generator(self) -> _OpenBlock | None:
+        """The block of the innermost generator that runs now and has one."""
+        frame: FrameType | None = sys._getframe() if _generators else None
+        while frame is not None:
+            for block in reversed(_generators.get(frame, ())):
+                if block.choices is self:
+                    return block
+            frame = frame.f_back
+        return None
+
+
+class _OpenBlock:
+    """A `using` block from its begin to its end.
+
+    Args:
+        choices: The choices of the model.
+        choice: The choice of this block.
+        frame: Where the block begins.
+    """
+
+    def __init__(self, choices: CallChoices, choice: Choice, frame: FrameType) -> None:
+        self.choices, self.choice = choices, choice
+        self.generator, self.interleaved = _generator_of(frame)
+        self.place = _place()
+        self.closed = False
+        nearest = choices.block_of_generator()
+        self.outer: tuple[_OpenBlock, ...] = (*nearest.outer, nearest) if nearest else ()
+        self._token: Any = _blocks.set((*(block for block in _blocks.get() if not block.closed), self))
+        if self.generator is not None:
+            _generators.setdefault(self.generator, []).append(self)
+        self._thread = choices.thread
+        self._thread.blocks.append(self)
+        self._thread.update_outside()
+
+    def close(self) -> None:
+        """End the block, innermost or not, in any context or thread; calls in progress go on as they began."""
+        blocks = _blocks.get()
+        try:
+            _blocks.reset(self._token)
+            # Contexts that were copied from this one keep the block: a task may outlive the block around its creation.
+            self.closed = self.generator is not None
+        except ValueError:  # it began in another context, of which this one may be a copy
+            self.closed = True
+        self._token = None
+        _blocks.set(tuple(block for block in blocks if block is not self))
+        if self.generator is not None:
+            _generators[self.generator].remove(self)
+            if not _generators[self.generator]:
+                del _generators[self.generator]
+        # Frames and tasks hold the arguments of calls.
+        self.generator, self.place = None, (0, None)
+        self._thread.blocks.remove(self)
+        self._thread.update_outside()
+
+
+# The open blocks of this context, of all models, in the order in which they began.
+_blocks: ContextVar[tuple[_OpenBlock, ...]] = ContextVar("transplant_hf_using", default=())
+# The blocks that began in generators, by the generator's frame.
+_generators: dict[FrameType, list[_OpenBlock]] = {}
+
+
+def _place() -> tuple[int, Any]:
+    """The thread, and the task if an event loop runs it."""
+    try:
+        return threading.get_ident(), asyncio.current_task()
+    except RuntimeError:  # no event loop runs here
+        return threading.get_ident(), None
+
+
+def _module_call(frame: FrameType) -> FrameType:
+    """The frame in which torch calls a module, given the frame that calls a hook."""
+    return frame.f_back if frame.f_code.co_name == "inner" and frame.f_back else frame
+
+
+def _generator_of(frame: FrameType | None) -> tuple[FrameType | None, bool]:
+    """The innermost generator that runs a frame, and whether other code of the thread may run before it ends."""
+    while frame is not None:
+        flags, back = frame.f_code.co_flags, frame.f_back
+        # A generator that contextlib runs is a context manager: the block belongs to its caller.
+        if not _in_contextlib(frame) and not (back is not None and _in_contextlib(back) and flags & _GENERATOR):
+            if flags & (_GENERATOR | inspect.CO_COROUTINE):
+                return frame if flags & _GENERATOR else None, True
+            if frame.f_code.co_name == "<module>":
+                break  # a notebook runs its cells in coroutines, one after another
+        frame = back
+    return None, False
+
+
+def _in_contextlib(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == contextlib.__file__
+
+
+class _Decorator(contextlib.ContextDecorator):
+    """A block that can decorate functions; each call of such a function opens a block of its own."""
+
+    def __call__(self, func: Any) -> Any:
+        runs_later = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
+        if any(kind(func) for kind in runs_later):
+            raise ConfigurationError(
+                f"using(...) and disable_transplants() cannot decorate {getattr(func, '__qualname__', func)!r}: the "
+                "body of a coroutine or generator function runs after the call. Write the block as a with statement "
+                "inside the function."
+            )
+        return super().__call__(func)
+
+
+class DisableBlock(_Decorator):
+    """The result of `model.disable_transplants(...)`.
+
+    Args:
+        begin: Makes a block that is used once.
+    """
+
+    def __init__(self, begin: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self._begin = begin
+        self._open: list[contextlib.AbstractContextManager[None]] = []
+
+    def _recreate_cm(self) -> DisableBlock:
+        return DisableBlock(self._begin)
+
+    def __enter__(self) -> None:
+        block = self._begin()
+        block.__enter__()
+        self._open.append(block)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._open.pop().__exit__(*error)
+
+
+class UsingBlock(_Decorator):
+    """The result of `model.using(...)`.
+
+    Args:
+        choose: Checks the arguments, and returns the choices of the model and the choice of the block.
+    """
+
+    def __init__(self, choose: Callable[[], tuple[CallChoices, Choice]]) -> None:
+        self._choose = choose
+        self._block: _OpenBlock | None = None
+
+    def _recreate_cm(self) -> UsingBlock:
+        return UsingBlock(self._choose)
+
+    def __enter__(self) -> None:
+        if self._block is not None:
+            raise ConfigurationError("this using(...) block is open already; call model.using(...) for each block.")
+        choices, choice = self._choose()
+        self._block = _OpenBlock(choices, choice, sys._getframe(1))
+
+    def __exit__(self, *error: object) -> None:
+        block, self._block = self._block, None
+        if block is not None:
+            block.close()
