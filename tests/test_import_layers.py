@@ -22,8 +22,8 @@ ROOMS = (
     "config",
     "heads",  # names of Auto classes
     "layer_map",  # up to here pure: what reads or writes files stands to the right
-    "cards",  # needs no more than facts that others hand over
     "storage",
+    "cards",  # model cards, from facts that others hand over
     "outputs",
     "sources",
     "hub",

@@ -13,7 +13,7 @@ import torch
 from transformers import Mxfp4Config, PreTrainedConfig, PreTrainedModel  # type: ignore[attr-defined]
 
 from .architecture import Recipient, max_context_length
-from .cards import CARD_FILE, TERMS, license_named
+from .cards import CARD_FILE, TERMS, check_license
 from .display import progress_bar
 from .donor.companions import copy_companions, locate_with_companions
 from .donor.record import FileStamp
@@ -167,7 +167,7 @@ def export(
     check_artifact_folder(output, overwrite)
     dtype = _checked_dtype(dtype)
     if license is not None:
-        license_named(license)
+        check_license(license)
     hub = HubOptions(token, cache_dir, local_files_only)
     request = read_request(source, donors=donors, config=None, revision=revision, subfolder=None, hub=hub)
     recipient = recipient_config(request, hub, False, {})

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub import CommitInfo
 
-from .cards import CARD_FILE, TERMS, written_by_us
-from .cards.authorship import signed
-from .cards.text import python_literal
+from .cards import CARD_FILE, TERMS, name_in_card
 from .config import TransplantConfig
 from .display import progress_bar
 from .donor import Donor
@@ -24,15 +21,12 @@ from .errors import CheckpointError, ConfigurationError
 from .hub import push_folder
 from .numeric import is_finite
 from .sources import Source, points_to_folder
-from .storage import files_in, read_json, writing
+from .storage import files_in, read_json
 
 __all__ = ["Push", "push"]
 
 _CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin")
-# Where a card's snippets name what they load; the tokenizer's line may name another repository.
-_LOADED = re.compile(r'((?:model=|(?<!AutoTokenizer)\.from_pretrained\())"(?:[^"\\\n]|\\.)*"')
-_SIGNED = "<!-- Written by transplant_hf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +111,7 @@ def push(
         raise ConfigurationError(f"{folder} is {what}. Name a folder that save_pretrained or `export` wrote.")
     kind = _check_references(place)
     tensors, size = _check_weights(place)
-    _name_in_card(place / CARD_FILE, repo_id)
+    name_in_card(place / CARD_FILE, repo_id)
     files, left_out = _files_to_upload(place)
     if on_files is not None:
         on_files(files, left_out)
@@ -213,19 +207,6 @@ def _check_weights(folder: Path) -> tuple[int, int]:
 def _parent(name: str) -> str:
     folder, slash, _ = name.rpartition("/")
     return f"{folder}{slash}"
-
-
-def _name_in_card(path: Path, repo_id: str) -> None:
-    """Let the examples in a card of ours load the repository; a person's card stays as it is."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    if not written_by_us(text):
-        return
-    card = ModelCard(text[: text.rindex(_SIGNED)])
-    before = card.text
-    card.text = _LOADED.sub(lambda found: f"{found[1]}{python_literal(repo_id)}", card.text)
-    if card.text != before:
-        with writing(path):
-            path.write_text(str(signed(card)), encoding="utf-8")
 
 
 def push_artefact(folder: Any, repo_id: str, *, revision: str | None = None, **options: Any) -> Push:

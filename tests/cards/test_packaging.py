@@ -18,10 +18,12 @@ TEMPLATES = (render.DONOR_TEMPLATE, render.FULL_TEMPLATE)
 PROBE = """
 from pathlib import Path
 import transplant_hf
-from transplant_hf.cards import CardFacts, DonorFacts, donor_card, full_card, render
-from transplant_hf.layer_map import Placement, Splice
-facts = CardFacts("x", "gpt2", (DonorFacts("law", (1,), 0),), Splice(1, [Placement("law", 0, (1,))]).layer_map())
-assert "law" in str(donor_card(facts)) and "law" in str(full_card(facts))
+from transplant_hf import DonorSpec, TransplantConfig
+from transplant_hf.cards import DONOR_TEMPLATE, FULL_TEMPLATE, render, render_card
+from transplant_hf.donor import DonorRecord
+config = TransplantConfig(recipient="user/base", donors=[DonorSpec(".", 0, name="law")])
+for template in (DONOR_TEMPLATE, FULL_TEMPLATE):
+    assert "law" in str(render_card(template, "x", config, [DonorRecord("gpt2", {}, (1,))]))
 print(render.template_path("donor.md").parent)
 """
 

@@ -57,7 +57,7 @@ def test_the_map_of_a_recipient_that_is_not_here(tmp_path: Path) -> None:
     donor.save_pretrained(tmp_path / "law", position=3, recipient="user/elsewhere")
     text = card_in(tmp_path / "law").text
     assert "    4  |  law 2\n```" in text
-    assert "The recipient's further layers follow." in text
+    assert "The other layers of the recipient follow." in text
 
 
 def test_files_and_metadata(tiny_gpt2: Path, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_files_and_metadata(tiny_gpt2: Path, tmp_path: Path) -> None:
         for name, stamp in record["files"].items():
             assert f"- `{name}`, {stamp['size']:,} bytes, sha256 `{stamp['sha256']}`" in card.text
         assert card.data.license == "mit"
-        assert card.data.eval_results[0].metric_value == 52.5
+        assert "- `perplexity`: `52.5`" in card.text
         assert "transplant_hf measured none of them" in card.text
         assert str(tmp_path) not in card.text
 
@@ -136,10 +136,10 @@ def test_base_models_on_the_hub(both: Shelf, tmp_path: Path) -> None:
     assert (thin.data.base_model, thin.data.base_model_relation) == (both.base, "adapter")
 
 
-# -- Licences --------------------------------------------------------------------------------------------------------
+# -- Licenses --------------------------------------------------------------------------------------------------------
 
 
-def test_a_licence_that_is_passed(tiny_gpt2: Path, tmp_path: Path) -> None:
+def test_a_license_that_is_passed(tiny_gpt2: Path, tmp_path: Path) -> None:
     model = loaded(tiny_gpt2)
     model.save_pretrained(tmp_path / "thin", thin=True, license="mit")
     model.save_pretrained(tmp_path / "full", license="cc-by-4.0")
@@ -152,7 +152,7 @@ def test_a_licence_that_is_passed(tiny_gpt2: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_a_licence_in_the_recipients_card(tiny_gpt2: Path, tmp_path: Path) -> None:
+def test_a_license_in_the_recipients_card(tiny_gpt2: Path, tmp_path: Path) -> None:
     family = copied(tiny_gpt2, tmp_path / "family")
     (family / "recipient" / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
     model = loaded(family)

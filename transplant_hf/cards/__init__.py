@@ -1,21 +1,18 @@
-"""Model cards: what a repository says of itself, rendered from the templates in `model_cards/`."""
+"""Model cards: what a repository says about itself, rendered from the templates in `model_cards/`."""
 
-from .authorship import CARD_FILE, keeps_its_card, written_by_us
-from .facts import CardFacts, DonorFacts, FileFacts
-from .licenses import TERMS, License, license_in, license_named
-from .render import donor_card, full_card
+from .authorship import CARD_FILE, began_as_ours, name_in_card, write_card, written_by_us
+from .licenses import TERMS, check_license
+from .render import DONOR_TEMPLATE, FULL_TEMPLATE, render_card
 
 __all__ = [
     "CARD_FILE",
+    "DONOR_TEMPLATE",
+    "FULL_TEMPLATE",
     "TERMS",
-    "CardFacts",
-    "DonorFacts",
-    "FileFacts",
-    "License",
-    "donor_card",
-    "full_card",
-    "keeps_its_card",
-    "license_in",
-    "license_named",
+    "began_as_ours",
+    "check_license",
+    "name_in_card",
+    "render_card",
+    "write_card",
     "written_by_us",
 ]

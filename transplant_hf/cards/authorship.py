@@ -1,4 +1,4 @@
-"""Whose a README.md is: a card that transplant_hf wrote is renewed, one that a person wrote or edited is kept."""
+"""Who wrote a README.md: a card that transplant_hf wrote is replaced, one that a person wrote or edited is kept."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers.utils import logging
 
-__all__ = ["CARD_FILE", "began_as_ours", "keeps_its_card", "signed", "written_by_us"]
+from ..storage import writing
+from .text import python_literal
+
+__all__ = ["CARD_FILE", "began_as_ours", "name_in_card", "sign_card", "write_card", "written_by_us"]
 
 logger = logging.get_logger(__name__)
 
 CARD_FILE = "README.md"
 _BY_US = "<!-- Written by transplant_hf"
 _SIGNATURE = re.compile(_BY_US + r" \(([0-9a-f]{16})\)[^\n]*-->\s*\Z")
+# Where a card's examples name what they load; the tokenizer's line may name another repository.
+_LOADED = re.compile(r'((?:model=|(?<!AutoTokenizer)\.from_pretrained\())"(?:[^"\\\n]|\\.)*"')
 
 
-def signed(card: ModelCard) -> ModelCard:
-    """Put a line under a card by which it is known again for as long as nobody edits it."""
+def sign_card(card: ModelCard) -> ModelCard:
+    """Add a line to a card by which it is recognized until somebody edits it."""
     digest = _digest(str(card))
     card.text = f"{card.text.rstrip()}\n\n{_BY_US} ({digest}); once edited, it is not overwritten. -->\n"
     return card
@@ -36,13 +41,41 @@ def began_as_ours(text: str) -> bool:
     return _BY_US in text
 
 
-def keeps_its_card(folder: Path) -> bool:
-    """Whether a folder has a README.md that a person wrote or edited, and that must stay."""
-    path = folder.expanduser() / CARD_FILE
-    if not path.is_file() or written_by_us(path.read_text(encoding="utf-8", errors="replace")):
-        return False
-    logger.warning(f"{path} was not written by transplant_hf, or was edited since: it is kept as it is.")
-    return True
+def write_card(card: ModelCard, folder: Path, target: Path) -> None:
+    """Write a card, unless the folder that is going to be replaced has one that a person wrote or edited.
+
+    Args:
+        card: The card.
+        folder: The folder to write into.
+        target: The folder that it is going to replace.
+    """
+    path = target.expanduser() / CARD_FILE
+    if path.is_file() and not written_by_us(_read(path)):
+        logger.warning(f"{path} was not written by transplant_hf, or was edited since: it is kept as it is.")
+    else:
+        card.save(folder / CARD_FILE)
+
+
+def name_in_card(path: Path, repo_id: str) -> None:
+    """Change a card that transplant_hf wrote so that its examples load a repository.
+
+    Args:
+        path: The card; one that a person wrote or edited stays as it is.
+        repo_id: The repository.
+    """
+    text = _read(path) if path.is_file() else ""
+    if not written_by_us(text):
+        return
+    card = ModelCard(text[: text.rindex(_BY_US)])
+    before = card.text
+    card.text = _LOADED.sub(lambda found: f"{found[1]}{python_literal(repo_id)}", before)
+    if card.text != before:
+        with writing(path):
+            path.write_text(str(sign_card(card)), encoding="utf-8")
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _digest(text: str) -> str:

@@ -1,15 +1,19 @@
-"""Which licence a card names: one that was said, never one that was guessed."""
+"""Which license a card names: one that somebody named, never a guess."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigurationError
+from huggingface_hub import ModelCard
+from yaml import YAMLError
 
-__all__ = ["TERMS", "License", "license_in", "license_named"]
+from ..errors import ConfigurationError
+from .authorship import CARD_FILE
+
+__all__ = ["TERMS", "check_license", "choose_license", "license_in"]
 
 # The files, by their whole names, that hold the terms of a model: LICENSE.key is not one of them.
 TERMS = (
@@ -17,55 +21,61 @@ TERMS = (
     *(f"LICENSE-{part}" for part in ("APACHE", "CODE", "MIT", "MODEL")),
 )
 
-# As the Hub writes them: "mit", "apache-2.0", "cc-by-nc-4.0", "other".
-_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
-_NAME = re.compile(r"[\w .+-]{1,64}")
-_LINK = re.compile(r"https://[\w./~%-]{1,300}")
+# The fields of a card's header, each in the only form that is copied.
+_FIELDS = {
+    "license": re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}"),
+    "license_name": re.compile(r"[\w .+-]{1,64}"),
+    "license_link": re.compile(r"https://[\w./~%-]{1,300}"),
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class License:
-    """A licence.
-
-    Args:
-        identifier: As the Hub writes it, such as "apache-2.0".
-        name: What it is called, where the identifier is "other".
-        link: Where it stands, likewise.
-    """
-
-    identifier: str
-    name: str | None = None
-    link: str | None = None
-
-
-def license_named(identifier: str) -> License:
-    """Read a licence that the caller passed.
+def check_license(identifier: str) -> dict[str, str]:
+    """Return the header fields of a license that the caller named.
 
     Raises:
-        ConfigurationError: Not an identifier as the Hub writes them.
+        ConfigurationError: Not an identifier of the Hub, such as "mit".
     """
-    if not isinstance(identifier, str) or not _IDENTIFIER.fullmatch(identifier):
+    if not isinstance(identifier, str) or not _FIELDS["license"].fullmatch(identifier):
         raise ConfigurationError(
-            f"license must be an identifier as the Hub writes them, such as 'mit' or 'apache-2.0', got {identifier!r}."
+            f"license must be an identifier of the Hub, such as 'mit' or 'apache-2.0', got {identifier!r}."
         )
-    return License(identifier)
+    return {"license": identifier}
 
 
-def license_in(fields: Mapping[str, Any]) -> License | None:
-    """Return the licence that a card's metadata or an author's record names, or `None`.
+def license_in(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Return the license fields of a card's header or of an author's record; empty if there is no license.
 
     Example:
-        >>> license_in({"license": "Apache-2.0"}).identifier
-        'apache-2.0'
+        >>> license_in({"license": "Apache-2.0"}), license_in({"license": "see the file"})
+        ({'license': 'apache-2.0'}, {})
     """
-    found = fields.get("license")
-    identifier = found.strip().lower() if isinstance(found, str) else ""
-    if not _IDENTIFIER.fullmatch(identifier):
-        return None
-    return License(
-        identifier, _matching(_NAME, fields.get("license_name")), _matching(_LINK, fields.get("license_link"))
-    )
+    values = {name: fields.get(name) for name in _FIELDS}
+    if isinstance(values["license"], str):
+        values["license"] = values["license"].strip().lower()
+    found = {name: value for name, value in values.items() if isinstance(value, str) and _FIELDS[name].fullmatch(value)}
+    return found if "license" in found else {}
 
 
-def _matching(pattern: re.Pattern[str], value: Any) -> str | None:
-    return value if isinstance(value, str) and pattern.fullmatch(value) else None
+def choose_license(donors: Iterable[Mapping[str, Any]], recipient_files: Path | None, *, full: bool) -> dict[str, str]:
+    """Return the header fields of the license that holds for a repository; empty if none is known.
+
+    Args:
+        donors: The metadata of each donor.
+        recipient_files: The recipient's folder, as far as it is on this machine.
+        full: Whether the recipient's weights are in the repository too, so that all must agree.
+    """
+    named = [license_in(metadata) for metadata in donors]
+    if any(named) and not full:
+        return named[0] if all(one == named[0] for one in named) else {}
+    recipient = _license_of(recipient_files)
+    return recipient if not full or all(one == recipient for one in named) else {}
+
+
+def _license_of(folder: Path | None) -> dict[str, str]:
+    card = folder / CARD_FILE if folder else None
+    if card is None or not card.is_file():
+        return {}
+    try:
+        return license_in(ModelCard.load(card, ignore_metadata_errors=True).data.to_dict())
+    except (ValueError, TypeError, YAMLError):  # a card that cannot be read names no license
+        return {}

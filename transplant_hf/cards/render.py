@@ -1,158 +1,181 @@
-"""From facts to a card, through the templates in `model_cards/`."""
+"""From what is known of a transplant to its model card, through the templates in `model_cards/`."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from ..config import TransplantConfig
+from ..config import DonorSpec, TransplantConfig
 from ..errors import ConfigurationError
-from ..layer_map import RECIPIENT, LayerMap
-from .authorship import signed
-from .facts import CardFacts, DonorFacts, FileFacts, is_hub_id
-from .header import card_data
-from .text import code, escaped, one_line, python_literal, quoted
+from ..heads import CAUSAL_LM, Head
+from ..layer_map import RECIPIENT, LayerMap, Placement, Splice
+from ..storage import read_json
+from .authorship import sign_card
+from .licenses import check_license, choose_license
+from .text import code_span, escape_markdown, one_line, python_literal
 
-__all__ = ["donor_card", "full_card", "template_path"]
+if TYPE_CHECKING:
+    from ..donor.record import DonorRecord
+
+__all__ = ["DONOR_TEMPLATE", "FULL_TEMPLATE", "render_card", "template_path"]
 
 DONOR_TEMPLATE, FULL_TEMPLATE = "donor.md", "full_export.md"
 # An installed package carries the templates inside; a source checkout has them at its top.
 PLACES = (Path(__file__).parent / "templates", Path(__file__).parents[2] / "model_cards")
-_MOST_ENTRIES = 40
-# The metadata entry of trainings: {text: {state of the model: perplexity}}.
-MEASURED = "held_out_perplexity"
+_MAX_ENTRIES = 40
+_MEASURED = "held_out_perplexity"  # the metadata entry of a training: {text: {state of the model: perplexity}}
+_TAG = re.compile(r"[\w.-]{1,64}")
 
 
 def template_path(name: str) -> Path:
     """Find a template.
 
     Raises:
-        ConfigurationError: The installation is not whole.
+        ConfigurationError: The installation is incomplete.
     """
     for place in PLACES:
         if (place / name).is_file():
             return place / name
     raise ConfigurationError(
         f"the card template {name} is missing: looked in {' and '.join(map(str, PLACES))}. This installation of "
-        "transplant_hf is not whole; install it again."
+        "transplant_hf is incomplete; install it again."
     )
 
 
-def donor_card(facts: CardFacts) -> ModelCard:
-    """Render the card of a donor repo or of another thin transplant.
+def render_card(
+    template: str,
+    repo: str,
+    config: TransplantConfig,
+    records: Sequence[DonorRecord],
+    layer_map: LayerMap | None = None,
+    *,
+    recipient_files: Path | None = None,
+    license: str | None = None,
+    with_tokenizer: bool = True,
+    native: bool = False,
+    head: Head = CAUSAL_LM,
+    quoted_from: str = "`donor_config.json`",
+    origin: str | None = None,
+) -> ModelCard:
+    """Render the card of a donor, a thin transplant or a full save.
 
     Args:
-        facts: What is known.
-
-    Returns:
-        The card, with a line at its end by which `written_by_us` knows it.
-
-    Raises:
-        CheckpointError: A perplexity in the metadata is not finite.
-        ConfigurationError: The template is missing.
-    """
-    base_models = [facts.recipient_id] if facts.recipient_id else []
-    title = facts.donors[0].name if len(facts.donors) == 1 else _last_part(facts.repo)
-    return _rendered(DONOR_TEMPLATE, facts, card_data(facts, base_models, "adapter", results=True), title)
-
-
-def full_card(facts: CardFacts) -> ModelCard:
-    """Render the card of a transplant that was saved with every weight.
-
-    Args:
-        facts: What is known.
-
-    Returns:
-        The card, with a line at its end by which `written_by_us` knows it.
+        template: `DONOR_TEMPLATE` for donors and thin transplants, `FULL_TEMPLATE` for full saves.
+        repo: The name that the examples load: a Hub id or a folder.
+        config: The transplant. A donor with a revision came from the Hub.
+        records: What is known of each donor. Their files are listed, in the subfolder that the configuration names.
+        layer_map: Which layers run; by default as far as the recipient's layers are known.
+        recipient_files: The recipient's folder, as far as it is on this machine.
+        license: The license; by default what donors and recipient say.
+        with_tokenizer: Whether the repository holds a tokenizer; without one the examples name the recipient's.
+        native: Whether plain Transformers loads a full save.
+        head: The head of a full save.
+        quoted_from: Where the authors' claims are, in Markdown.
+        origin: Where the donor was converted from, in Markdown.
 
     Raises:
-        CheckpointError: A perplexity in the metadata is not finite.
-        ConfigurationError: The template is missing.
+        ConfigurationError: `license` is not an identifier of the Hub, or the template is missing.
     """
-    references = [facts.recipient_id, *(donor.reference for donor in facts.donors)]
-    base_models = [str(name) for name in dict.fromkeys(references) if is_hub_id(name)]
-    # What a donor's author measured was in a place of the author's choosing, not this whole.
-    data = card_data(facts, base_models, "merge", results=False)
-    return _rendered(FULL_TEMPLATE, facts, data, _last_part(facts.repo))
-
-
-def _rendered(template: str, facts: CardFacts, data: ModelCardData, title: str) -> ModelCard:
-    # Values are handed over as variables: what looks like a template in them is text.
-    values = {"title": escaped(title), **_variables(facts)}
+    full = template == FULL_TEMPLATE
+    donors = [_donor_facts(spec, record, native) for spec, record in zip(config.donors, records, strict=True)]
+    metadata = [record.metadata for record in records]
+    recipient, revision = config.recipient, config.recipient_revision
+    recipient_id = str(recipient) if _is_hub_id(recipient, revision) else None
+    chosen = check_license(license) if license is not None else choose_license(metadata, recipient_files, full=full)
+    if layer_map is None:
+        picture, whole_map = _drawn_map(config, records, recipient_files)
+    else:
+        picture, whole_map = str(_plain_map(layer_map)), True
+    values: dict[str, Any] = {
+        "title": escape_markdown(_last_part(repo) if full or len(donors) > 1 else config.donors[0].name),
+        "repo": python_literal(repo),
+        "recipient": _model_name(recipient, revision),
+        "recipient_revision": code_span(revision) if revision else None,
+        "recipient_literal": python_literal(recipient_id) if recipient_id else None,
+        "revision_literal": python_literal(revision) if recipient_id and revision else None,
+        "tokenizer": python_literal(recipient_id) if recipient_id and not with_tokenizer else None,
+        "model_type": code_span(records[0].model_type),
+        "donors": donors,
+        "picture": picture,
+        "whole_map": whole_map,
+        "side_by_side": bool(config.side_by_side_groups),
+        "license": code_span(chosen["license"]) if chosen else None,
+        "native": native,
+        "format": code_span(TransplantConfig.model_type),
+        "auto_class": head.auto_class,
+        "generates": head.task == "text-generation",
+        "quoted_from": quoted_from,
+        "origin": origin,
+    }
+    sources = [recipient_id, *(spec.donor for spec in config.donors if full and spec.revision)]
+    data = _header(list(dict.fromkeys(filter(None, sources))), "merge" if full else "adapter", records, head, native)
+    for name, value in chosen.items():
+        data[name] = value
+    # Values are passed as variables: what looks like a template in them is text.
     card = ModelCard.from_template(data, template_path=str(template_path(template)), **values)
     card.text = re.sub(r"\n{3,}", "\n\n", card.text)  # parts that were left out leave their blank lines behind
-    return signed(card)
+    return sign_card(card)
 
 
-def _last_part(reference: str) -> str:
-    return Path(reference).name or reference
+def _header(
+    base_models: list[str], relation: str, records: Sequence[DonorRecord], head: Head, native: bool
+) -> ModelCardData:
+    """The YAML at the top of a card: only values of known form get there."""
+    named = [record.metadata.get(key) for record in records for key in ("datasets", "dataset", "dataset_name")]
+    datasets = [name for value in named for name in (value if isinstance(value, list | tuple) else [value])]
+    known = dict.fromkeys(name for name in datasets if isinstance(name, str) and _is_hub_id(name))
+    tags = ["transplant", "neural-organ-transplantation", *filter(_TAG.fullmatch, [records[0].model_type])]
+    return ModelCardData(
+        base_model=(base_models if len(base_models) > 1 else base_models[0]) if base_models else None,
+        base_model_relation=relation if base_models else None,
+        library_name="transplant-hf",
+        pipeline_tag=head.task,
+        tags=[*tags, "transformers"] if native else tags,
+        datasets=list(known) or None,
+    )
 
 
-def _variables(facts: CardFacts) -> dict[str, Any]:
-    revision = facts.recipient_revision
-    recipient_literal = python_literal(facts.recipient_id) if facts.recipient_id else None
+def _donor_facts(spec: DonorSpec, record: DonorRecord, native: bool) -> dict[str, Any]:
+    count, metadata = len(record.layer_indices), record.metadata
+    entries = [(code_span(key), code_span(value)) for key, value in metadata.items() if key != _MEASURED]
+    folder = f"{spec.subfolder}/" if spec.subfolder else ""
     return {
-        "repo": python_literal(facts.repo),
-        "recipient": _named(facts.recipient),
-        "recipient_revision": code(revision) if revision else None,
-        "recipient_literal": recipient_literal,
-        "tokenizer": None if facts.with_tokenizer else recipient_literal,
-        "revision_literal": python_literal(revision) if facts.recipient_id and revision else None,
-        "kind": code(facts.model_type),
-        "picture": _picture(facts),
-        "whole_map": facts.whole_map,
-        "donors": [_donor(donor) for donor in facts.donors],
-        "side_by_side": facts.side_by_side,
-        "license_id": code(facts.license.identifier) if facts.license else None,
-        "native": facts.native,
-        "auto_class": facts.auto_class,
-        "generates": facts.task == "text-generation",
-        "origin": facts.origin,
-        "quoted_from": facts.quoted_from,
-        "records": any(_entries(donor) for donor in facts.donors),
-        "measured": any(_measured(donor) for donor in facts.donors),
-        "files": [_file(file) for donor in facts.donors for file in donor.files],
-        "format": code(TransplantConfig.model_type),
-    }
-
-
-def _donor(donor: DonorFacts) -> dict[str, Any]:
-    count = len(donor.layers)
-    entries = _entries(donor)
-    return {
-        "name": code(donor.name),
+        "name": code_span(spec.name),
         "count": count,
-        "layers": f"layer{'s' if count > 1 else ''} {', '.join(map(str, donor.layers))}",
-        "source": _named(donor.source) if donor.source else None,
-        "position": donor.position,
-        "replaces": donor.mode == "replace",
-        "strength": donor.strength if donor.strength != 1.0 else None,
-        "reference": code(donor.reference) if donor.reference else None,
-        "revision": code(donor.revision) if donor.revision else None,
-        "entries": [(code(key), quoted(value)) for key, value in entries[:_MOST_ENTRIES]],
-        "left_out": max(0, len(entries) - _MOST_ENTRIES),
-        "measured": _measured(donor)[:_MOST_ENTRIES],
-        "untrained": donor.metadata.get("init") == "identity" and not donor.metadata.get("steps"),
+        "layers": f"layer{'s' if count > 1 else ''} {', '.join(map(str, record.layer_indices))}",
+        "source": _model_name(record.source_id) if record.source_id else None,
+        "position": spec.position,
+        "replaces": spec.mode == "replace",
+        "strength": spec.strength if spec.strength != 1.0 else None,
+        "reference": code_span(spec.donor) if spec.revision else None,
+        "revision": code_span(spec.revision) if spec.revision else None,
+        "untrained": metadata.get("init") == "identity" and not metadata.get("steps"),
+        "entries": entries[:_MAX_ENTRIES],
+        "hidden": max(0, len(entries) - _MAX_ENTRIES),
+        "measured": _measured(metadata)[:_MAX_ENTRIES],
+        "files": [
+            (code_span(f"{folder}{name}"), f"{stamp.size:,}", code_span(stamp.sha256))
+            for name, stamp in sorted(record.files.items())
+            if not native
+        ],
     }
 
 
-def _entries(donor: DonorFacts) -> list[tuple[str, Any]]:
-    """What the author recorded, without what has a part of the card to itself."""
-    return [(key, value) for key, value in donor.metadata.items() if key != MEASURED]
-
-
-def _measured(donor: DonorFacts) -> list[tuple[str, str]]:
+def _measured(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The perplexities on held-out texts that a training or a recovery recorded, each text with its numbers."""
-    records = (donor.metadata, donor.metadata.get("recovered"))
-    held = [record.get(MEASURED) for record in records if isinstance(record, Mapping)]
+    records = (metadata, metadata.get("recovered"))
+    found = [record.get(_MEASURED) for record in records if isinstance(record, Mapping)]
     return [
-        (code(text), ", ".join(f"{escaped(state)} {_number(value)}" for state, value in states.items()))
-        for texts in held
+        (code_span(text), ", ".join(f"{escape_markdown(state)} {_number(value)}" for state, value in states.items()))
+        for texts in found
         if isinstance(texts, Mapping)
         for text, states in texts.items()
         if isinstance(states, Mapping)
@@ -160,22 +183,65 @@ def _measured(donor: DonorFacts) -> list[tuple[str, str]]:
 
 
 def _number(value: Any) -> str:
-    """A perplexity; one that JSON has no number for was too large to write down."""
+    """A perplexity; one that was not finite is `null` in JSON."""
     return f"{value:.2f}" if isinstance(value, int | float) and math.isfinite(value) else "too large"
 
 
-def _named(reference: str | None) -> str:
-    """A model's name; of a folder only the last part, for the rest is nobody's business."""
+def _is_hub_id(reference: str | None, revision: str | None = None) -> bool:
+    """Whether a reference names a repository on the Hub and not a folder; with a revision it can only be the former."""
+    if not reference or reference.startswith((".", "/", "~")) or (revision is None and Path(reference).is_dir()):
+        return False
+    try:
+        validate_repo_id(reference)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _model_name(reference: str | None, revision: str | None = None) -> str:
+    """A model's name; only the last part of a folder, since the rest concerns nobody else."""
     if not reference:
         return "a model that was not loaded by name"
-    return code(reference) if is_hub_id(reference) else f"the local folder {code(_last_part(reference))}"
+    hub_id = _is_hub_id(reference, revision)
+    return code_span(reference) if hub_id else f"the local folder {code_span(_last_part(reference))}"
 
 
-def _picture(facts: CardFacts) -> str:
-    plain = LayerMap((s.source if s.source == RECIPIENT else one_line(s.source, 60), s.index) for s in facts.layer_map)
-    picture = str(plain)
-    return picture if facts.whole_map else picture.rpartition("\n")[0]
+def _last_part(reference: str) -> str:
+    return Path(reference).name or reference
 
 
-def _file(file: FileFacts) -> Mapping[str, str]:
-    return {"name": code(file.name), "size": f"{file.size:,}", "sha256": code(file.sha256)}
+# -- Which layers run -----------------------------------------------------------------------------------------------
+
+
+def _plain_map(layer_map: LayerMap) -> LayerMap:
+    return LayerMap((s.source if s.source == RECIPIENT else one_line(s.source, 60), s.index) for s in layer_map)
+
+
+def _drawn_map(
+    config: TransplantConfig, records: Sequence[DonorRecord], recipient_files: Path | None
+) -> tuple[str, bool]:
+    """Draw the layers that run, and say whether these are all: the number of the recipient's layers may be unknown."""
+    placements = [
+        Placement(str(spec.name), spec.position, record.layer_indices, spec.mode == "replace")
+        for spec, record in zip(config.donors, records, strict=True)
+    ]
+    last = max(max(placement.position, placement.replaced.stop) for placement in placements)
+    if recipient_files is not None and (recipient_files / "config.json").is_file():
+        count = _layer_count(read_json(recipient_files / "config.json", "the recipient's config.json"))
+    else:
+        count = _layer_count(records[0].source_config) if records[0].source_id == config.recipient else None
+    known = count is not None and count >= last
+    picture = str(_plain_map(Splice(count if known and count else last, placements).layer_map()))
+    return (picture, True) if known else (picture.rpartition("\n")[0], False)
+
+
+def _layer_count(fields: Mapping[str, Any]) -> int | None:
+    """The number of layers in a `config.json`, under the name that its model type has for it."""
+    nested = fields.get("text_config")
+    if isinstance(nested, Mapping):
+        return _layer_count(nested)
+    model_type = fields.get("model_type")
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    names = (CONFIG_MAPPING[str(model_type)] if known else PreTrainedConfig).attribute_map
+    count = fields.get(names.get("num_hidden_layers", "num_hidden_layers"))
+    return count if isinstance(count, int) else None

@@ -1,4 +1,4 @@
-"""Strings of strangers made harmless: a name or a metadata entry may hold Markdown, HTML or line breaks."""
+"""Text of others made harmless: a name or a metadata entry may hold Markdown, HTML or line breaks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 import re
 from typing import Any
 
-__all__ = ["code", "escaped", "one_line", "python_literal", "quoted"]
+__all__ = ["code_span", "escape_markdown", "one_line", "python_literal"]
 
-_LONGEST = 200
+_MAX_LENGTH = 200
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#!|<>~&$:])")
 
 
-def one_line(value: Any, longest: int = _LONGEST) -> str:
-    r"""Return a text on one line, without what does not print, and not longer than asked for.
+def one_line(value: Any, max_length: int = _MAX_LENGTH) -> str:
+    r"""Return a text on one line, without characters that do not print, cut to a length.
 
     Example:
         >>> one_line("a\n---\n b")
@@ -21,29 +21,25 @@ def one_line(value: Any, longest: int = _LONGEST) -> str:
     """
     text = "".join(character if character.isprintable() else " " for character in str(value))
     text = " ".join(text.split())
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+    return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
 
 
-def code(value: Any) -> str:
-    """Return a text as an inline code span, in which Markdown means nothing.
+def code_span(value: Any) -> str:
+    """Return a JSON value as an inline code span, in which Markdown means nothing.
 
     Example:
-        >>> code("[x](javascript:y)`")
-        "`[x](javascript:y)'`"
+        >>> code_span("[x](javascript:y)`"), code_span({"lr": 0.01})
+        ("`[x](javascript:y)'`", '`{"lr": 0.01}`')
     """
-    return f"`{one_line(value).replace('`', chr(39)) or ' '}`"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return f"`{one_line(text).replace('`', chr(39)) or ' '}`"
 
 
-def quoted(value: Any) -> str:
-    """Return a JSON value as an inline code span."""
-    return code(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-
-
-def escaped(value: Any) -> str:
+def escape_markdown(value: Any) -> str:
     r"""Return a text that Markdown shows as it is.
 
     Example:
-        >>> escaped("my_law <b>")
+        >>> escape_markdown("my_law <b>")
         'my\\_law \\<b\\>'
     """
     return _MARKDOWN.sub(r"\\\1", one_line(value))

@@ -13,14 +13,14 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
+from ..cards import DONOR_TEMPLATE, render_card, write_card
 from ..config import DonorSpec, TransplantConfig
 from ..display import parse_size, progress_bar
 from ..errors import CheckpointError, ConfigurationError
 from ..numeric import is_finite
 from ..sources import points_to_folder
 from ..storage import files_in, publish, sha256_of, write_json
-from .card import write_donor_card
-from .companions import COMPANION_FOLDERS, at_hand, copy_companions, is_companion, tokenizer_class
+from .companions import COMPANION_FOLDERS, at_hand, copy_companions, has_tokenizer, is_companion, tokenizer_class
 from .dtypes import loaded_dtype
 from .entry import write_entry
 from .record import DonorRecord, FileStamp
@@ -182,7 +182,16 @@ def write_donor_repo(
     copy_companions([(str(files), None)] if files is not None else [], staging, folder)
     config.tokenizer_class = tokenizer_class(record.model_type, staging)
     write_entry(staging, config)
-    write_donor_card(staging, folder, config, [record], repo_id, recipient_files=files, license=license)
+    card = render_card(
+        DONOR_TEMPLATE,
+        repo_id or folder.absolute().name,
+        config,
+        [record],
+        recipient_files=files,
+        license=license,
+        with_tokenizer=has_tokenizer(staging),
+    )
+    write_card(card, staging, folder)
 
 
 def write_donor(folder: Path, record: DonorRecord, store: TensorStore, max_shard_size: int | str) -> DonorRecord:

@@ -8,8 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..cards import CARD_FILE, written_by_us
-from ..cards.authorship import began_as_ours
+from ..cards import CARD_FILE, began_as_ours, written_by_us
 from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..errors import CheckpointError, ConfigurationError
 from ..outputs import check_output_folder

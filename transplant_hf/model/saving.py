@@ -17,9 +17,9 @@ from transformers.utils import logging
 
 from ..architecture import is_quantized
 from ..architecture.build import build_on_meta
+from ..cards import DONOR_TEMPLATE, render_card, write_card
 from ..config import DonorSpec, TransplantConfig
-from ..donor.card import write_donor_card
-from ..donor.companions import at_hand, copy_companions, kept_in_repository, tokenizer_class
+from ..donor.companions import at_hand, copy_companions, has_tokenizer, kept_in_repository, tokenizer_class
 from ..donor.entry import write_entry
 from ..donor.extract import checkpoint_tensors
 from ..donor.record import DonorRecord
@@ -231,16 +231,17 @@ def _write_thin(
     _write_companions(model, staging, target)
     saved.tokenizer_class = tokenizer_class(blueprint.recipient.config.model_type, staging)
     write_entry(staging, saved)
-    write_donor_card(
-        staging,
-        target,
+    card = render_card(
+        DONOR_TEMPLATE,
+        repo_id or target.absolute().name,
         saved,
         records,
-        repo_id,
+        blueprint.layer_map(),
         recipient_files=at_hand(config.recipient, config.recipient_revision, state.cache_dir),
-        layer_map=blueprint.layer_map(),
         license=license,
+        with_tokenizer=has_tokenizer(staging),
     )
+    write_card(card, staging, target)
 
 
 def _reference(config: TransplantConfig, target: Path) -> str:
