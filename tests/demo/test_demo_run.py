@@ -45,7 +45,7 @@ def test_folder_holds_texts_recipient_and_donor(report: DemoReport, folder: Path
 
 def test_second_run_reuses_what_is_finished(report: DemoReport, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
-    monkeypatch.setattr(run, "_train_recipient", lambda *args: trained.append("recipient") or 1.0)
+    monkeypatch.setattr(run, "train_recipient", lambda *args: trained.append("recipient") or 1.0)
     monkeypatch.setattr(run, "_train_donor", lambda *args: trained.append("donor") or 1.0)
     again = run_demo(folder, quiet=True, settings=TINY)
     assert trained == []

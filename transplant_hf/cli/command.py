@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 EXIT_STATUS = "exit status: 0 success, 1 error, 2 usage error, 130 interrupted by Ctrl-C"
@@ -72,24 +71,14 @@ class _OldSpelling(argparse.Action):
 
 
 def show(result: Result, options: argparse.Namespace) -> None:
-    """Print a result on standard output, for people or as JSON."""
-    with printing(options):
-        print(json.dumps(result.to_dict(), indent=2) if options.json else result)
-
-
-@contextmanager
-def printing(options: argparse.Namespace) -> Iterator[None]:
-    """Print a result inside a `with` block and flush it at the end.
-
-    Args:
-        options: The options of the command; they remember that standard output has a result.
+    """Print a result on standard output, for people or as JSON, and flush it.
 
     Raises:
         CheckpointError: It could not be written, for example because the disk is full.
     """
     from ..storage import writing
 
-    options.printed = True
+    options.printed = True  # no error is printed as JSON after it
     with writing("the result on standard output", "Files that the command wrote are complete."):
-        yield
+        print(json.dumps(result.to_dict(), indent=2) if options.json else result)
         sys.stdout.flush()

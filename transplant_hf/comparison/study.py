@@ -43,7 +43,7 @@ def compare(
     equal_time: bool = True,
     layers: int = 3,
     rank: int = 16,
-    seed: int = 0,
+    seed: int = 42,
     bf16: bool = False,
     quiet: bool = False,
     on_result: Callable[[RunResult], None] | None = None,

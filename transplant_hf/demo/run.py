@@ -157,7 +157,7 @@ def run_demo(
     recipient, donor = folder / "recipient", folder / "donor"
     if "recipient" not in made:
         record_file.unlink(missing_ok=True)
-        made = {"recipient": _train_recipient(texts, settings, recipient, quiet)}
+        made = {"recipient": train_recipient(texts, settings, recipient, quiet)}
         write_json(record_file, {"fingerprint": digest.hexdigest(), "seconds": made})
     if "donor" not in made:
         made["donor"] = _train_donor(texts, settings, recipient, donor, quiet)
@@ -176,11 +176,21 @@ def _finished(record_file: Path, fingerprint: str) -> dict[str, float]:
     return dict(record.get("seconds", {})) if record.get("fingerprint") == fingerprint else {}
 
 
-def _train_recipient(texts: Mapping[str, Path], settings: DemoSettings, target: Path, quiet: bool) -> float:
-    """Pretrain a small Llama on English with Transformers' own `Trainer`; return the seconds it took."""
+def train_recipient(texts: Mapping[str, Path], settings: DemoSettings, target: Path, quiet: bool) -> float:
+    """Pretrain a small Llama on English with Transformers' own `Trainer`.
+
+    Args:
+        texts: The files of `write_texts`.
+        settings: Sizes and numbers of steps.
+        target: The folder to write.
+        quiet: Show no progress.
+
+    Returns:
+        The seconds it took.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
-    from ..training.progress import StderrProgress
+    from ..training.part_trainer import StderrProgress
 
     tokenizer = _train_tokenizer(texts, settings)
     config = LlamaConfig(

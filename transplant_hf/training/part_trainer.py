@@ -32,7 +32,7 @@ from ..partial import PREFIX_STATES, PartialRun, fill_cache, running_only, stack
 from .checkpoints import check_same_run, last_checkpoint, load_trained, save_trained, trained_parameters
 from .data import REPLAYED, Rows, rows_per_step
 
-__all__ = ["CachePlan", "Part", "PartTrainer"]
+__all__ = ["CachePlan", "Part", "PartTrainer", "StderrProgress"]
 
 _IN_MEMORY = 1 << 30  # bytes of a cache that "auto" keeps in memory
 _TOLERANCE = 1e-3
@@ -139,7 +139,7 @@ class PartTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=rows, **kwargs)
         for to_standard_output in (PrinterCallback, ProgressCallback):
             self.pop_callback(to_standard_output)
-        self._progress = _Progress(quiet=bool(args.disable_tqdm))
+        self._progress = StderrProgress(quiet=bool(args.disable_tqdm))
         self.add_callback(self._progress)
         self.rows = rows
         self.part = part
@@ -340,7 +340,7 @@ class PartTrainer(Trainer):
         return sum(parameter.numel() for parameter in trained_parameters(self.model).values())
 
 
-class _Progress(TrainerCallback):
+class StderrProgress(TrainerCallback):
     """A progress bar on standard error with the last loss; standard output is for results."""
 
     def __init__(self, quiet: bool) -> None:
