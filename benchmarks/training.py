@@ -62,7 +62,7 @@ def _seconds(options: argparse.Namespace) -> str:
     text = pack(options.text, tokenizer, options.block_length)
     text = Blocks(text.tokens[torch.linspace(0, len(text) - 1, min(options.blocks, len(text))).long()], text.name)
     general = pack(options.general, tokenizer, options.block_length) if options.general else None
-    budget = Budget(options.steps, share=0.25 if general else 0.0, bf16=not options.fp32)
+    budget = Budget(options.steps, replay_share=0.25 if general else 0.0, bf16=not options.fp32)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in options.methods}
     shared = load_model(options.recipient).eval().requires_grad_(False)
     setting = Setting(lambda: load_model(options.recipient), shared)
@@ -71,8 +71,8 @@ def _seconds(options: argparse.Namespace) -> str:
         for name in order:
             with tempfile.TemporaryDirectory() as folder:
                 run = train_once(METHODS[name].prepare(setting), folder, 1e-3, budget, text, general)
-            times[name].append((run.seconds, run.cache_seconds))
-            print(f"round {number + 1}: {name} {run.seconds:.1f} s + {run.cache_seconds:.1f} s", file=sys.stderr)
+            times[name].append((run["seconds"], run["cache_seconds"]))
+            print(f"round {number + 1}: {name} {run['seconds']:.1f} s + {run['cache_seconds']:.1f} s", file=sys.stderr)
     rows = []
     reference = [sum(pair) for pair in times[_REFERENCE]]
     for name, pairs in times.items():

@@ -42,11 +42,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo, load_state_dict
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from tests.helpers import tiny_gpt2_model, tiny_llama_model
+from tests.helpers import tiny_llama_model
 from tests.release.names_used import names_used, private_names_of
 from tests.release.watched_names import NOT_THEIRS, SIGNED, WATCHED
 from transplant_hf import TransplantConfig
@@ -285,10 +284,6 @@ def test_checkpointed_layers() -> None:
     for layer in model.model.layers:
         assert layer.gradient_checkpointing
         assert any(isinstance(value, functools.partial) for value in vars(layer).values())
-
-
-def test_linear_layers_of_gpt2() -> None:
-    assert isinstance(tiny_gpt2_model(0).transformer.h[0].attn.c_attn, Conv1D)
 
 
 def test_modules_left_unquantised() -> None:

@@ -77,14 +77,14 @@ def test_compare(asked: str, family: Path, text: Path, tmp_path: Path, run: Run)
     words += ("--block-length", 16, "--count", 2, "--no-equal-time", "--replay-shares", 0, "--output", tmp_path / "out")
     status, out, _ = run("compare", family / asked, text, *words)
     assert status == 0 and "donor, in place, at L-1" in out
-    assert ("with donor, as it came" in out) == (asked == "donor")
+    assert ("with donor, as loaded" in out) == (asked == "donor")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "comparison.json",
         "comparison.png",
         "comparison.txt",
-        "runs.jsonl",
+        "runs",
     }
-    (run_,) = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
+    (run_,) = [json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").iterdir()]
     assert (run_["method"], run_["steps"]) == ("donor", 2) and set(run_["test"]) == {"domain", "general"}
 
 
@@ -94,15 +94,16 @@ def test_a_comparison_that_is_stopped_keeps_its_runs(
     def trained(method: Any, setting: Any, rate: float, budget: Any, *texts: Any) -> list[RunResult]:
         if rate == 3.0:
             raise KeyboardInterrupt
-        return [RunResult(method.name, "", rate, budget.steps, budget.share, {}, {"domain": 7.5, "general": 9.0})]
+        test = {"domain": 7.5, "general": 9.0}
+        return [RunResult(method.name, "", rate, budget.steps, budget.replay_share, test=test)]
 
     monkeypatch.setattr("transplant_hf.comparison.study.run_method", trained)
     words = ("compare", family / "recipient", text, "--general", text, "--methods", "donor", "--no-equal-time")
     words += ("--block-length", 16, "--count", 2, "--learning-rates", 1, 2, 3)
     status, out, err = run(*words, "--output", tmp_path / "out")
     assert (status, out) == (130, "") and "Traceback" not in err
-    lines = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
-    assert [json.loads(line)["learning_rate"] for line in lines] == [1.0, 2.0]
+    files = sorted((tmp_path / "out" / "runs").iterdir())
+    assert [json.loads(path.read_text())["learning_rate"] for path in files] == [1.0, 2.0]
     _, _, err = run(*words)
     assert err.count("domain 7.50, general 9.00") == 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from tests.helpers import copied, plain, refused
 from tests.training.helpers import noise
 from transplant_hf import ConfigurationError
-from transplant_hf.comparison import METHODS, ComparisonReport, Held, compare, compare_texts
+from transplant_hf.comparison import METHODS, ComparisonReport, compare, compare_texts
 from transplant_hf.comparison.methods import Setting
 from transplant_hf.plots import plot_comparison
 
@@ -22,23 +23,24 @@ pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> ComparisonReport:
-    folder = copied(tiny_llama, tmp_path_factory.mktemp("comparison") / "family")
-    domain, general = noise(24).split(4, 1, 1), noise(24, seed=2, name="general").split(4, 1, 1)
-    held = Held({"law": domain[1], "general": general[1]}, {"law": domain[2], "general": general[2]})
-    return compare(
-        folder / "recipient",
-        domain[0],
-        general[0],
-        held,
-        learning_rates=[1e-3, 1e-2],
-        steps=4,
-        batch=4,
-        shares=[0.25],
-        layers=2,
-        rank=2,
-        quiet=True,
-    )
+def family(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    return copied(tiny_llama, tmp_path_factory.mktemp("comparison") / "family")
+
+
+FIELDS: dict[str, Any] = {
+    "learning_rates": [1e-3, 1e-2],
+    "steps": 4,
+    "batch_size": 4,
+    "replay_shares": [0.25],
+    "layers": 2,
+    "rank": 2,
+    "quiet": True,
+}
+
+
+@pytest.fixture(scope="module")
+def report(family: Path) -> ComparisonReport:
+    return compare(family / "recipient", noise(60), noise(60, seed=2, name="general"), output=family / "out", **FIELDS)
 
 
 def test_every_method_is_beside_the_controls(report: ComparisonReport) -> None:
@@ -57,7 +59,7 @@ def test_learning_rates_are_chosen_on_the_validation_text(report: ComparisonRepo
                 for run in report.runs
                 if (run.method, run.view, run.steps) == (row.result.method, row.result.view, 4)
             ]
-            assert row.result.validation["law"] == min(run.validation["law"] for run in others)
+            assert row.result.validation["domain"] == min(run.validation["domain"] for run in others)
 
 
 def test_what_can_be_taken_out_again_is_exact(report: ComparisonReport) -> None:
@@ -70,21 +72,18 @@ def test_what_can_be_taken_out_again_is_exact(report: ComparisonReport) -> None:
 
 def test_costs_are_measured(report: ComparisonReport) -> None:
     runs = {run.method: run for run in report.runs if run.steps == 4}
-    assert all(run.seconds > 0 and run.artefact_bytes > 0 for run in runs.values())
-    assert runs["lora"].trainable < runs["donor"].trainable < runs["full"].trainable
+    assert all(run.seconds > 0 and run.artifact_bytes > 0 for run in runs.values())
+    assert runs["lora"].trainable_parameters < runs["donor"].trainable_parameters < runs["full"].trainable_parameters
     assert runs["donor"].cache_seconds > 0 and runs["lora"].cache_seconds == 0
 
 
 def test_it_can_be_printed_saved_and_drawn(report: ComparisonReport, tmp_path: Path) -> None:
     table = str(report)
-    assert "full fine-tuning" in table and "no way back" in table
+    assert "full fine-tuning" in table and "impossible" in table
     assert table.count("at equal steps, 25% general text replayed:") == table.count("at equal time, 25%") == 1
     assert max(map(len, table.splitlines())) <= 100
     long = dataclasses.replace(report, rows=tuple(dataclasses.replace(row, label=row.label * 3) for row in report.rows))
     assert max(map(len, str(long).splitlines())) <= 100
-    report.save(tmp_path)
-    told = json.loads((tmp_path / "comparison.json").read_text())
-    assert len(told["rows"]) == len(report.rows) and told["about"]["steps"] == 4
     pytest.importorskip("matplotlib")
     plot_comparison(report, tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -101,14 +100,41 @@ def test_adapters_are_drawn_from_the_seed_alone(tiny_llama: Path) -> None:
     assert not any(map(torch.equal, first, other))
 
 
+def test_lora_of_the_last_layers_is_on_all_their_linear_layers(tiny_llama: Path) -> None:
+    recipient = plain(tiny_llama / "recipient")
+    model = METHODS["lora-last"].prepare(Setting(lambda: recipient, plain(tiny_llama / "recipient"), 2, 2)).model
+    adapted = {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+    assert {name.split("layers.")[1][0] for name in adapted} == {"2", "3"} and len(adapted) == 2 * 7
+
+
+def test_each_run_is_a_file_and_is_not_made_again(
+    report: ComparisonReport, family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [json.loads(path.read_text()) for path in (family / "out" / "runs").iterdir()]
+    untouched = report.rows[0].result.test
+    for run in files:
+        assert run["gain"] == pytest.approx(math.log(untouched["domain"] / run["test"]["domain"]))
+        assert run["forgetting"] == pytest.approx(math.log(run["test"]["general"] / untouched["general"]))
+        assert {"seconds", "peak_memory_bytes", "trainable_parameters", "artifact_bytes", "seed", "method"} <= set(run)
+    assert json.loads((family / "out" / "comparison.json").read_text())["about"]["steps"] == 4
+    monkeypatch.setattr("transplant_hf.comparison.study.run_method", lambda *args: pytest.fail("it trained"))
+    texts = noise(60), noise(60, seed=2, name="general")
+    again = compare(family / "recipient", *texts, output=family / "out", resume=True, **FIELDS)
+    assert again.to_dict()["rows"] == report.to_dict()["rows"]
+    with refused(ConfigurationError, "another setup: batch_size 4 there, 2 now"):
+        compare(family / "recipient", *texts, output=family / "out", resume=True, **{**FIELDS, "batch_size": 2})
+
+
+def test_old_names_of_arguments_are_accepted(family: Path) -> None:
+    with pytest.warns(FutureWarning, match="batch= is called batch_size= now"), refused(ConfigurationError, "got 0"):
+        compare_texts(family / "recipient", noise(), noise(), batch=0)
+
+
 def test_what_is_refused(tiny_llama: Path) -> None:
-    held = Held({"law": noise(4)}, {"law": noise(4)})
     with refused(ConfigurationError, "unknown methods ['prompt']", "donor"):
-        compare(tiny_llama / "recipient", noise(), None, held, methods=["prompt"])
+        compare(tiny_llama / "recipient", noise(), noise(), methods=["prompt"])
     with refused(ConfigurationError, "equal time is that of full fine-tuning", "'full'"):
-        compare(tiny_llama / "recipient", noise(), None, held, methods=["donor"])
-    with refused(ConfigurationError, "need general text"):
-        compare(tiny_llama / "recipient", noise(), None, held)
+        compare(tiny_llama / "recipient", noise(), noise(), methods=["donor"])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +143,7 @@ def test_what_is_refused(tiny_llama: Path) -> None:
         ({"learning_rates": [1e-3, -1.0]}, "finite numbers above 0, got [0.001, -1.0]"),
         ({"learning_rates": [float("nan")]}, "finite numbers above 0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"shares": [1.0]}, "at least 0 and below 1"),
+        ({"replay_shares": [1.0]}, "at least 0 and below 1"),
         ({"layers": 9}, "layers=9, but"),
     ],
 )
@@ -125,9 +151,8 @@ def test_numbers_out_of_range_are_refused_before_any_training(
     wrong: dict[str, Any], told: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transplant_hf.comparison.study.run_method", lambda *args: pytest.fail("it trained"))
-    held = Held({"law": noise(4)}, {"law": noise(4)})
     with refused(ConfigurationError, told):
-        compare(tiny_llama / "recipient", noise(), noise(seed=2), held, **wrong)
+        compare(tiny_llama / "recipient", noise(), noise(seed=2), **wrong)
 
 
 def test_a_library_that_is_missing_is_named_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,4 +161,4 @@ def test_a_library_that_is_missing_is_named_before_anything_is_read(monkeypatch:
         monkeypatch.setattr(load, lambda *args, **kwargs: pytest.fail("a model was loaded"))
     without = "donor donor-end standalone last full"
     with refused(ConfigurationError, "lora and lora-last needs peft", f"compare without: methods {without}"):
-        compare_texts("recipient", "text.txt", "general.txt")
+        compare("recipient", "text.txt", "general.txt")

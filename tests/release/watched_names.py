@@ -59,7 +59,6 @@ WATCHED: dict[str, Watched] = {
     "_output_capturing_hooks_installed": Watched("the same", "test_the_capturing_hooks_leave_their_mark"),
     "_adapter_model_path": Watched("an adapter that an Auto class was asked for", "test_adapters_that_are_found"),
     "_hf_peft_config_loaded": Watched("an adapter is not saved into a full model", _MODEL),
-    "Conv1D": Watched("GPT-2's linear layers", "test_linear_layers_of_gpt2"),
     # Precision and devices.
     "get_keys_to_not_convert": Watched("modules that quantisers leave alone by default", _LEFT),
     "convert_moe_packed_tensors": Watched("MXFP4 experts, dequantised as loading does", SIGNED),

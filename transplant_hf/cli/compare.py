@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .command import command, old_spelling, show
 from .options import (
@@ -21,9 +20,6 @@ from .options import (
     text_source,
 )
 from .values import number, share, whole
-
-if TYPE_CHECKING:
-    from ..comparison import RunResult
 
 
 def add(commands: Any) -> None:
@@ -58,50 +54,39 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder for comparison.json, comparison.txt, comparison.png, and runs.jsonl, with a line for each run",
+        help="folder for comparison.json, comparison.txt, comparison.png, and runs/, with a file for each run",
     )
+    parser.add_argument("--resume", action="store_true", help="use the runs of the same setup that --output has")
     add_overwrite(parser)
     add_loading(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
     from .. import compare
-    from ..comparison.report import PICTURE, check_comparison_folder, run_writer
+    from ..comparison.report import PICTURE, check_comparison_folder
     from ..plots import check_picture, plot_comparison
 
     folder: Path | None = options.output
     if folder is not None:
-        check_comparison_folder(folder, options.overwrite)
-        check_picture(folder / PICTURE, options.overwrite)
-
+        check_comparison_folder(folder, options.overwrite or options.resume)
+        check_picture(folder / PICTURE, options.overwrite or options.resume)
     names = ("block_length", "blocks", "held_out_blocks", "methods", "learning_rates", "steps", "rank", "seed", "bf16")
     report = compare(
         options.recipient,
         text_source(options.text, options),
         text_source(options.general, options),
-        batch=options.batch_size,
-        shares=options.replay_shares or [0.0, 0.25],
+        output=folder,
+        overwrite=options.overwrite,
+        resume=options.resume,
+        batch_size=options.batch_size,
+        replay_shares=options.replay_shares or [0.0, 0.25],
         equal_time=not options.no_equal_time,
         layers=options.count,
         quiet=options.json,
-        on_result=_print_run if folder is None else run_writer(folder),
         **pick(options, *names),
         **loading_arguments(options),
     )
-    try:
-        show(report, options)
-    finally:  # a report that could not be printed is still saved
-        if folder is not None:
-            report.save(folder, overwrite=True)  # over the runs that were just written there
+    show(report, options)
     if folder is not None:
-        plot_comparison(report, folder / PICTURE, options.overwrite)
+        plot_comparison(report, folder / PICTURE, overwrite=True)
     return 0
-
-
-def _print_run(result: RunResult) -> None:
-    """Print a run that is done on standard error: without a folder, it would be lost if a later run fails."""
-    found = result.failed or ", ".join(f"{text} {value:.2f}" for text, value in result.test.items())
-    name = ", ".join(filter(None, (result.method, result.view)))
-    print(
-        f"{name}, replay {result.share:g}, lr {result.learning_rate:g}, {result.steps} steps: {found}", file=sys.stderr
-    )

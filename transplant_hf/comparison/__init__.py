@@ -1,18 +1,10 @@
-"""Donors beside adapters and fine-tuning, on the same text, at equal steps and at equal time."""
+"""Compare donors with adapters and fine-tuning on the same text, at equal steps and at equal time."""
 
 from .methods import METHODS, Method
 from .report import ComparisonReport, ComparisonRow
-from .runs import Budget, Held, RunResult
-from .study import compare, compare_texts
+from .runs import RunResult
+from .study import compare
 
-__all__ = [
-    "METHODS",
-    "Budget",
-    "ComparisonReport",
-    "ComparisonRow",
-    "Held",
-    "Method",
-    "RunResult",
-    "compare",
-    "compare_texts",
-]
+compare_texts = compare  # the old name, for one release
+
+__all__ = ["METHODS", "ComparisonReport", "ComparisonRow", "Method", "RunResult", "compare", "compare_texts"]

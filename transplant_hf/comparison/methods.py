@@ -1,9 +1,10 @@
-"""The ways of teaching a recipient a text that are compared: donors, adapters, fine-tuning."""
+"""The methods that are compared: donors, adapters and fine-tuning."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from ..architecture import find_stack
 from ..donor import Donor
 from ..model.memory import transplant
 from ..partial import running_only, stack_of
@@ -29,18 +30,18 @@ class Setting:
     """What all methods share.
 
     Args:
-        load: Returns a fresh recipient.
-        shared: A recipient that nobody changes, for methods that leave it frozen.
-        layers: k, the donor's and the number of last layers that the cheap rivals train.
-        rank: Of LoRA.
-        seed: Of what is drawn.
+        load: Returns a new copy of the recipient.
+        shared: A recipient for methods that leave it frozen.
+        layers: k, the donor's number of layers, and the number of last layers that the cheaper rivals train.
+        rank: The rank of LoRA.
+        seed: The seed of new weights.
     """
 
     load: Callable[[], Any]
     shared: Any
     layers: int = 3
     rank: int = 16
-    seed: int = 0
+    seed: int = 42
 
     @property
     def count(self) -> int:
@@ -58,12 +59,12 @@ class Prepared:
     """A model ready to be trained by one method.
 
     Args:
-        model: What is trained: all that requires a gradient.
-        views: How it is measured afterwards, by name; "" is how it is meant to be used.
-        save: Writes what the method ships.
+        model: The model; parameters that require a gradient are trained.
+        views: The models that are measured afterwards, by name; "" is the usual one.
+        save: Writes the method's artifact.
         part: The layers that run in training.
         inner: The model inside a wrapper.
-        removed: Gives the recipient back inside a `with` block; `None` where there is no way back.
+        removed: The recipient again inside a `with` block; `None` where the change cannot be removed.
     """
 
     model: Any
@@ -76,14 +77,14 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One way of teaching.
+    """One method of the comparison.
 
     Args:
         name: Its name.
-        what: One phrase for the table.
-        prepare: Makes a model ready.
-        learning_rates: Those that are tried.
-        needs: The library that it needs beside those of a plain installation.
+        what: Its name in the table.
+        prepare: Returns a model that is ready to be trained.
+        learning_rates: The learning rates that are tried.
+        needs: A library that it needs and that may be missing.
     """
 
     name: str
@@ -93,9 +94,10 @@ class Method:
     needs: str | None = None
 
 
-def _grown(setting: Setting, position: int, mode: str = "insert", init: str = "identity") -> Any:
-    """A transplant with an untrained donor that alone requires gradients."""
-    layers = setting.last if mode == "replace" else _before(setting, position)
+def _untrained(setting: Setting, position: int, mode: str = "insert", init: str = "identity") -> Any:
+    """A transplant with an untrained donor whose parameters alone require gradients."""
+    first = setting.last[0] if mode == "replace" else min(max(position - setting.layers, 0), setting.last[0])
+    layers = list(range(first, first + setting.layers))
     start = Donor.from_model(setting.shared, layers, name=_DONOR, init=init)
     model = transplant(setting.shared, start, position=position, mode=mode, name=_DONOR)
     model.requires_grad_(False)
@@ -104,31 +106,26 @@ def _grown(setting: Setting, position: int, mode: str = "insert", init: str = "i
     return model
 
 
-def _before(setting: Setting, position: int) -> list[int]:
-    first = min(max(position - setting.layers, 0), setting.count - setting.layers)
-    return list(range(first, first + setting.layers))
-
-
 def in_place(setting: Setting, position: int, mode: str = "insert") -> Prepared:
     """Prepare a donor that is trained inside the frozen recipient.
 
     Args:
         setting: What methods share.
-        position: Where it goes.
+        position: Its position.
         mode: "insert", starting as identity, or "replace", starting as the last k layers.
     """
-    model = _grown(setting, position, mode, "copy" if mode == "replace" else "identity")
+    model = _untrained(setting, position, mode, "copy" if mode == "replace" else "identity")
     own = model.layer_map.layers_of(_DONOR)
     return Prepared(
         model,
         {"": lambda: nullcontext(model)},
         lambda folder: donor_of(model).save_pretrained(folder, position=position, recipient="recipient"),
         part=Part(range(own[0], len(model.layer_map)), donor=own),
-        removed=_off(model),
+        removed=_without_donor(model),
     )
 
 
-def _off(model: Any) -> View:
+def _without_donor(model: Any) -> View:
     @contextmanager
     def removed() -> Iterator[Any]:
         with model.disable_transplants():
@@ -138,17 +135,17 @@ def _off(model: Any) -> View:
 
 
 def donor_of(model: Any) -> Donor:
-    """Take the donor out of a model that `in_place` prepared."""
+    """Return the donor of a model that `in_place` prepared."""
     return Donor.from_model(model, model.layer_map.layers_of(_DONOR), name=_DONOR)
 
 
 def _standalone(setting: Setting) -> Prepared:
     position = setting.count - 1
-    model = _grown(setting, position, init="copy")
+    model = _untrained(setting, position, init="copy")
     own = model.layer_map.layers_of(_DONOR)
 
-    def at(place: int) -> View:
-        return lambda: nullcontext(model if place == position else _moved(setting, model, place))
+    def first() -> AbstractContextManager[Any]:
+        return nullcontext(transplant(setting.shared, donor_of(model), position=1, name=_DONOR).eval())
 
     @contextmanager
     def alone() -> Iterator[Any]:
@@ -157,15 +154,15 @@ def _standalone(setting: Setting) -> Prepared:
 
     return Prepared(
         model,
-        {"inserted at 1": at(1), f"inserted at {position}": at(position), "alone, not inserted": alone},
+        {
+            "inserted at 1": first,
+            f"inserted at {position}": lambda: nullcontext(model),
+            "alone, not inserted": alone,
+        },
         lambda folder: donor_of(model).save_pretrained(folder, position=1, recipient="recipient"),
         part=Part(own, from_embeddings=True, donor=own),
-        removed=_off(model),
+        removed=_without_donor(model),
     )
-
-
-def _moved(setting: Setting, model: Any, position: int) -> Any:
-    return transplant(setting.shared, donor_of(model), position=position, name=_DONOR).eval()
 
 
 def _full(setting: Setting) -> Prepared:
@@ -178,12 +175,17 @@ def _lora(setting: Setting, layers: Sequence[int] | None = None) -> Prepared:
     from peft import LoraConfig, get_peft_model
 
     inner = setting.load()
-    names: Any = "all-linear" if layers is None else _linear_names(inner, layers)
+    excluded = [str(number) for number in range(setting.count) if layers is not None and number not in layers]
     config = LoraConfig(
-        r=setting.rank, lora_alpha=2 * setting.rank, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM"
+        r=setting.rank,
+        lora_alpha=2 * setting.rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        exclude_modules=rf"{re.escape(find_stack(inner))}\.({'|'.join(excluded)})\..*" if excluded else None,
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(inner, config)
-    _draw(model, torch.Generator().manual_seed(setting.seed))
+    _initialize_adapters(model, torch.Generator().manual_seed(setting.seed))
 
     @contextmanager
     def removed() -> Iterator[Any]:
@@ -201,20 +203,12 @@ def _lora(setting: Setting, layers: Sequence[int] | None = None) -> Prepared:
 
 
 @torch.no_grad()
-def _draw(model: nn.Module, generator: torch.Generator) -> None:
-    """Draw a new adapter again, as PEFT does, from a generator of its own: PEFT draws from the one that all share."""
+def _initialize_adapters(model: nn.Module, generator: torch.Generator) -> None:
+    """Initialize an adapter as PEFT does, but with a generator of its own instead of the global one."""
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
-            drawn = torch.empty(parameter.shape, dtype=parameter.dtype)
-            parameter.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
-
-
-def _linear_names(model: Any, layers: Sequence[int]) -> list[str]:
-    stack = stack_of(model)
-    chosen = {module for number in layers for module in stack[number].modules()}
-    return [
-        name for name, module in model.named_modules() if module in chosen and isinstance(module, nn.Linear | Conv1D)
-    ]
+            values = torch.empty(parameter.shape, dtype=parameter.dtype)
+            parameter.copy_(nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator))
 
 
 METHODS: dict[str, Method] = {

@@ -1,8 +1,9 @@
-"""One run of the comparison: a method, a learning rate and a number of steps; trained, measured, weighed."""
+"""One run of the comparison: a method, a learning rate and a number of steps; trained and measured."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -12,65 +13,74 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from ..architecture import eval_mode
 from ..errors import TrainingError
 from ..evaluation import perplexity
 from ..texts import Blocks
 from ..training import CachePlan, PartTrainer, Rows
 from .methods import Method, Prepared, Setting
 
-__all__ = ["Budget", "Held", "RunResult", "Trained", "measure", "run_method", "train_once"]
+__all__ = ["Budget", "RunResult", "Texts", "measure", "run_method", "train_once"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
-    """Text that is only measured on.
+class Texts:
+    """The texts of a comparison, in three parts each.
 
     Args:
-        validation: `{name: blocks}`, on which learning rates are chosen.
-        test: The same names, which are reported.
+        domain: Blocks of the text to learn.
+        general: Blocks of general text to replay.
+        validation: `{"domain": blocks, "general": blocks}`, on which learning rates are chosen.
+        test: The same names, for the reported numbers.
     """
 
+    domain: Blocks
+    general: Blocks | None
     validation: Mapping[str, Blocks]
     test: Mapping[str, Blocks]
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How long a run is and what it reads.
+    """How long a run is, and what it reads.
 
     Args:
         steps: Optimizer steps.
-        batch: Rows in each.
-        share: The share of general text.
-        seed: Of the order of the rows.
+        batch_size: Rows in a step.
+        replay_share: The share of general text.
+        seed: The seed of the order of the rows.
         bf16: Whether to train under bfloat16 autocast.
     """
 
     steps: int
-    batch: int = 8
-    share: float = 0.0
-    seed: int = 0
+    batch_size: int = 8
+    replay_share: float = 0.0
+    seed: int = 42
     bf16: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What one run gave, in one view.
+    """The result of one run, in one view.
 
     Args:
         method: The method's name.
-        view: How it was measured.
-        learning_rate: Of the run.
-        steps: The same.
-        share: The share of general text.
+        view: Which model was measured, for methods with several.
+        learning_rate: The peak.
+        steps: Optimizer steps.
+        replay_share: The share of general text.
+        seed: The seed of the run.
         validation: Perplexity by name of text.
-        test: The same.
-        seconds: Of training, the cache left out.
-        cache_seconds: Of computing hidden states before the part.
-        trainable: How many numbers were trained.
-        artefact_bytes: What the method ships.
-        removal_error: Largest difference of a logit from the untouched recipient's after removal; `None` where there
-            is no way back.
+        test: Perplexity by name of text.
+        gain: How much lower the loss on the domain's test text is than the untouched recipient's, in nats.
+        forgetting: How much higher the loss on the general test text is than the untouched recipient's, in nats.
+        seconds: The time of training, without the cache.
+        cache_seconds: The time of computing hidden states before the part.
+        peak_memory_bytes: Peak memory of an accelerator in training; `None` on the CPU.
+        trainable_parameters: How many numbers were trained.
+        artifact_bytes: The size of the method's weight files.
+        removal_error: Largest difference of a logit from the untouched recipient's after removal; `None` where the
+            change cannot be removed.
         failed: Why there are no numbers.
     """
 
@@ -78,13 +88,17 @@ class RunResult:
     view: str
     learning_rate: float
     steps: int
-    share: float
-    validation: Mapping[str, float]
-    test: Mapping[str, float]
+    replay_share: float
+    seed: int = 42
+    validation: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    test: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    gain: float | None = None
+    forgetting: float | None = None
     seconds: float = 0.0
     cache_seconds: float = 0.0
-    trainable: int = 0
-    artefact_bytes: int = 0
+    peak_memory_bytes: int | None = None
+    trainable_parameters: int = 0
+    artifact_bytes: int = 0
     removal_error: float | None = None
     failed: str | None = None
 
@@ -97,29 +111,13 @@ class RunResult:
 class _Clock(TrainerCallback):
     """Measures the steps alone."""
 
-    def __init__(self) -> None:
-        self.began = self.seconds = 0.0
+    seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began = time.perf_counter()
+        self._began = time.perf_counter()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self.began
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What training once took.
-
-    Args:
-        seconds: Of the steps.
-        cache_seconds: Of hidden states before the part.
-        trainable: How many numbers were trained.
-    """
-
-    seconds: float
-    cache_seconds: float
-    trainable: int
+        self.seconds = time.perf_counter() - self._began
 
 
 def train_once(
@@ -132,8 +130,8 @@ def train_once(
     *,
     cache: str = "memory",
     quiet: bool = True,
-) -> Trained:
-    """Train a prepared model.
+) -> dict[str, Any]:
+    """Train a prepared model, and return the costs by their names in `RunResult`.
 
     Args:
         prepared: The model and the part of it that learns.
@@ -148,19 +146,40 @@ def train_once(
     Raises:
         TrainingError: The loss is not finite.
     """
-    clock = _Clock()
+    clock, cuda = _Clock(), torch.cuda.is_available()
+    args = TrainingArguments(
+        folder,
+        max_steps=budget.steps,
+        per_device_train_batch_size=budget.batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        save_strategy="no",
+        logging_steps=50,
+        seed=budget.seed,
+        bf16=budget.bf16,
+        use_cpu=not cuda,
+        disable_tqdm=quiet,
+        dataloader_pin_memory=cuda,
+    )
     trainer = PartTrainer(
         prepared.model,
-        _arguments(folder, learning_rate, budget, quiet),
-        Rows(domain, budget.steps * budget.batch, general, budget.share, budget.seed),
+        args,
+        Rows(domain, budget.steps * budget.batch_size, general, budget.replay_share, budget.seed),
         part=prepared.part,
         inner=prepared.inner,
         cache=CachePlan(cache, folder=Path(folder, "prefix-cache")),
         callbacks=[clock],
     )
-    trainable = trainer.trainable_parameters
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    return Trained(clock.seconds, trainer.cache_seconds, trainable)
+    return {
+        "seconds": clock.seconds,
+        "cache_seconds": trainer.cache_seconds,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "trainable_parameters": trainer.trainable_parameters,
+    }
 
 
 def run_method(
@@ -168,9 +187,8 @@ def run_method(
     setting: Setting,
     learning_rate: float,
     budget: Budget,
-    domain: Blocks,
-    general: Blocks | None,
-    held: Held,
+    texts: Texts,
+    untouched: Mapping[str, float],
 ) -> list[RunResult]:
     """Train once and measure every view.
 
@@ -179,9 +197,8 @@ def run_method(
         setting: What methods share.
         learning_rate: The peak.
         budget: How long.
-        domain: Text to learn.
-        general: Text to replay.
-        held: Text to measure on.
+        texts: The texts.
+        untouched: The untouched recipient's perplexities on the test texts.
 
     Returns:
         One result for each view; with `failed` where the loss was not finite.
@@ -191,24 +208,29 @@ def run_method(
         "method": method.name,
         "learning_rate": learning_rate,
         "steps": budget.steps,
-        "share": budget.share,
+        "replay_share": budget.replay_share,
+        "seed": budget.seed,
     }
     with tempfile.TemporaryDirectory() as folder:
         try:
-            trained = train_once(prepared, folder, learning_rate, budget, domain, general)
+            known |= train_once(prepared, folder, learning_rate, budget, texts.domain, texts.general)
         except TrainingError as error:
-            return [RunResult(view=view, validation={}, test={}, failed=str(error), **known) for view in prepared.views]
-        prepared.save(Path(folder, "artefact"))
-        known |= {
-            **dataclasses.asdict(trained),
-            "artefact_bytes": _weight_bytes(Path(folder, "artefact")),
-            "removal_error": _removal_error(prepared, setting, held),
-        }
+            return [RunResult(view=view, failed=str(error), **known) for view in prepared.views]
+        prepared.save(Path(folder, "artifact"))
+        files = Path(folder, "artifact").rglob("*.safetensors")
+        known |= {"artifact_bytes": sum(path.stat().st_size for path in files)}
+    known["removal_error"] = _removal_error(prepared, setting, texts)
     results = []
-    for view, opened in prepared.views.items():
-        with opened() as model:
-            validation, test = measure(model, held.validation), measure(model, held.test)
-        results.append(RunResult(view=view, validation=validation, test=test, **known))
+    for view, enter in prepared.views.items():
+        with enter() as model:
+            validation, test = measure(model, texts.validation), measure(model, texts.test)
+        changes = {name: math.log(test[name] / untouched[name]) for name in test}
+        results.append(
+            RunResult(
+                view=view, validation=validation, test=test, gain=-changes["domain"],
+                forgetting=changes.get("general"), **known,
+            )
+        )  # fmt: skip
     return results
 
 
@@ -217,36 +239,13 @@ def measure(model: Any, texts: Mapping[str, Blocks]) -> dict[str, float]:
     return {name: perplexity(model, blocks, quiet=True).value for name, blocks in texts.items()}
 
 
-def _arguments(folder: str, learning_rate: float, budget: Budget, quiet: bool) -> TrainingArguments:
-    return TrainingArguments(
-        folder,
-        max_steps=budget.steps,
-        per_device_train_batch_size=budget.batch,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        save_strategy="no",
-        logging_steps=50,
-        seed=budget.seed,
-        bf16=budget.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        disable_tqdm=quiet,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-
-
-@torch.no_grad()
-def _removal_error(prepared: Prepared, setting: Setting, held: Held) -> float | None:
-    """How far the logits are from the recipient's once what was learnt is taken out again."""
+def _removal_error(prepared: Prepared, setting: Setting, texts: Texts) -> float | None:
+    """How far the logits are from the recipient's after what was learned is removed again."""
     if prepared.removed is None:
         return None
-    blocks = next(iter(held.test.values()))
-    ids = blocks[0]["input_ids"][None].to(setting.shared.device)
-    wanted = setting.shared.eval()(input_ids=ids, use_cache=False).logits
-    with prepared.removed() as model:
-        found = model.eval()(input_ids=ids, use_cache=False).logits
+    ids = texts.test["domain"][0]["input_ids"][None].to(setting.shared.device)
+    with eval_mode(setting.shared):
+        wanted = setting.shared(input_ids=ids, use_cache=False).logits
+    with prepared.removed() as model, eval_mode(model):
+        found = model(input_ids=ids, use_cache=False).logits
     return float((found - wanted).abs().max())

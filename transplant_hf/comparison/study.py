@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import inspect
 import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from ..display import progress_bar
 from ..donor import Donor
 from ..errors import ConfigurationError
 from ..model.memory import remove_transplants, transplant
@@ -21,204 +23,252 @@ from ..texts import Blocks
 from ..training.data import as_blocks, model_and_tokenizer
 from ..training.records import versions
 from .methods import METHODS, Method, Setting
-from .report import ComparisonReport, ComparisonRow
-from .runs import Budget, Held, RunResult, measure, run_method
+from .report import ComparisonReport, ComparisonRow, RunFiles, check_comparison_folder
+from .runs import Budget, RunResult, Texts, measure, run_method
 
-__all__ = ["compare", "compare_texts"]
+__all__ = ["compare"]
 
-_REFERENCE = "full"
+_REFERENCE = "full"  # its time is the time of the comparison at equal time
+_OLD_NAMES = {"batch": "batch_size", "shares": "replay_shares"}
+_Run = Callable[[Method, float, Budget], list[RunResult]]
 
 
 def compare(
     recipient: Any,
-    domain: Blocks,
-    general: Blocks | None,
-    held: Held,
+    text: Any,
+    general: Any,
     *,
+    output: Path | str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
     methods: Sequence[str] | None = None,
     learning_rates: Sequence[float] | None = None,
     steps: int = 200,
-    batch: int = 8,
-    shares: Sequence[float] = (0.0, 0.25),
+    batch_size: int = 8,
+    replay_shares: Sequence[float] = (0.0, 0.25),
     equal_time: bool = True,
     layers: int = 3,
     rank: int = 16,
     seed: int = 42,
     bf16: bool = False,
+    block_length: int | None = None,
+    blocks: int | None = None,
+    held_out_blocks: int = 192,
+    tokenizer: Any = None,
+    revision: str | None = None,
     quiet: bool = False,
-    on_result: Callable[[RunResult], None] | None = None,
-    **model_kwargs: Any,
+    **kwargs: Any,
 ) -> ComparisonReport:
-    """Train donors, adapters and whole models on one text, and report what each learnt, forgot and cost.
+    """Train donors, adapters and whole models on one text, and report what each learned, forgot and cost.
 
-    Learning rates are chosen by the perplexity on the domain's validation text; what is reported is measured on the
-    test texts, at the chosen learning rate alone.
+    Both texts are cut 8 : 1 : 1 into training, validation and test parts, in this order. Learning rates are chosen by
+    the perplexity on the domain's validation part; the reported numbers are measured on the test parts, at the chosen
+    learning rate alone.
 
     Args:
-        recipient: Hub id or folder; of a transplant, its recipient is taught, and its donors are one more control.
-        domain: Text to learn.
-        general: General text to replay.
-        held: Text to measure on; its first name is the domain's, the second the general text's.
+        recipient: Hub id or folder; of a transplant, its recipient is trained, and its donors are one more control.
+        text: The text to learn: a `TextSource`, a file, a Hub id or `Blocks`.
+        general: General text to replay and to measure forgetting on, in the same forms.
+        output: A folder for `comparison.json`, `comparison.txt`, and one JSON file in `runs/` as each run ends.
+        overwrite: Replace an earlier comparison in that folder.
+        resume: Use the runs that are in that folder, measured with the same setup, instead of making them again.
         methods: Names in `METHODS`; all by default.
-        learning_rates: Instead of each method's own.
+        learning_rates: Learning rates to try instead of each method's own.
         steps: Optimizer steps.
-        batch: Rows in each.
-        shares: Shares of general text; each is a comparison of its own.
+        batch_size: Blocks in a step.
+        replay_shares: Shares of general text in a batch; each is a comparison of its own.
         equal_time: Also let each method train for as long as full fine-tuning took.
         layers: k.
-        rank: Of LoRA.
-        seed: Of everything.
+        rank: The rank of LoRA.
+        seed: The seed of weights and of the order of the text.
         bf16: Train under bfloat16 autocast.
-        quiet: Show no progress bar.
-        on_result: Called with each result as it comes.
-        **model_kwargs: As in `from_pretrained`.
+        block_length: Tokens in a block; by default what the recipient can read, at most 1024.
+        blocks: Train on this many blocks, evenly spread over the training part; by default all.
+        held_out_blocks: The largest number of blocks of each held-out part.
+        tokenizer: The recipient's tokenizer; by default the one beside it.
+        revision: The recipient's revision.
+        quiet: Show no progress bar, and print no results of runs.
+        **kwargs: As in `from_pretrained`.
 
     Returns:
         The report.
 
     Raises:
-        ConfigurationError: Unknown methods, a share without general text, or equal time without full fine-tuning.
+        ConfigurationError: Unknown methods, a missing library, a number out of range, or an output that is not empty.
+        DataError: Text that is missing or too short.
     """
-    chosen = checked_methods(methods, equal_time, learning_rates, steps, batch, shares, layers, rank)
-    if any(shares) and general is None:
-        raise ConfigurationError(f"shares {list(shares)} of general text need general text to replay.")
+    for old in set(_OLD_NAMES) & set(kwargs):
+        warnings.warn(f"{old}= is called {_OLD_NAMES[old]}= now.", FutureWarning, stacklevel=2)
+    batch_size, replay_shares = kwargs.pop("batch", batch_size), kwargs.pop("shares", replay_shares)
+    chosen = _check(methods, equal_time, learning_rates, replay_shares)
+    for name, count in (("steps", steps), ("batch_size", batch_size), ("layers", layers), ("rank", rank)):
+        if count < 1:
+            raise ConfigurationError(f"{name} must be at least 1, got {count}.")
+    if output is not None:
+        check_comparison_folder(Path(output), overwrite or resume)
+    began = time.perf_counter()
+    model, tokenizer, revision = model_and_tokenizer(recipient, tokenizer, revision, kwargs)
+    texts = _split(text, general, model, tokenizer, block_length, blocks, held_out_blocks)
 
     def load() -> Any:
-        return remove_transplants(load_model(recipient, keep_replaced=True, **model_kwargs))
+        return remove_transplants(load_model(recipient, revision=revision, keep_replaced=True, **kwargs))
 
     setting = Setting(load, load().eval().requires_grad_(False), layers, rank, seed)
     if layers >= setting.count:
         raise ConfigurationError(f"layers={layers}, but {recipient} has {setting.count} layers; choose fewer.")
+    setup = {
+        "recipient": str(recipient),
+        "revision": revision,
+        "text_sha256": [part.fingerprint for part in (texts.domain, texts.general) if part is not None],
+        "batch_size": batch_size,
+        "layers": layers,
+        "lora_rank": rank,
+        "bf16_autocast": bf16,
+    }
+    files = None if output is None else RunFiles(Path(output), setup, resume)
     rates = {method.name: tuple(learning_rates or method.learning_rates) for method in chosen}
-    began = time.perf_counter()
-    rows = _controls(setting, held, load_model(recipient, keep_replaced=True, **model_kwargs))
-    runs: list[RunResult] = []
-    total = len(shares) * (sum(map(len, rates.values())) + (len(chosen) - 1 if equal_time else 0))
-    with tqdm(total=total, desc="Comparing", unit="run", disable=quiet) as progress:
+    controls = _controls(setting, texts, model)
+    measured: dict[tuple[str, float, int, float], list[RunResult]] = {}
+    rows = list(controls)
+    total = len(replay_shares) * (sum(map(len, rates.values())) + (len(chosen) - 1 if equal_time else 0))
+    with progress_bar(total, "Comparing", unit="run", quiet=quiet) as bar:
 
         def run(method: Method, rate: float, budget: Budget) -> list[RunResult]:
-            progress.set_postfix_str(f"{method.name}, lr {rate:g}, {budget.steps} steps")
-            results = run_method(method, setting, rate, budget, domain, general, held)
-            for result in results:
-                runs.append(result)
-                if on_result is not None:
-                    on_result(result)
-            progress.update()
+            bar.set_postfix_str(f"{method.name}, lr {rate:g}, {budget.steps} steps")
+            key = (method.name, rate, budget.steps, budget.replay_share)
+            if key in measured:  # at equal time, as many steps as before
+                return measured[key]
+            results = []
+            if files is not None and resume:
+                results = files.find(
+                    method=method.name,
+                    learning_rate=rate,
+                    steps=budget.steps,
+                    seed=seed,
+                    replay_share=budget.replay_share,
+                )
+            if not results:
+                results = run_method(method, setting, rate, budget, texts, controls[0].result.test)
+                if files is not None:
+                    files.add(results)
+                elif not quiet:
+                    for result in results:
+                        bar.write(_line(result), file=sys.stderr)
+            measured[key] = results
+            bar.update()
             return results
 
-        for share in shares:
-            budget = Budget(steps, batch, share, seed, bf16)
-            at_steps = {
-                method.name: [result for rate in rates[method.name] for result in run(method, rate, budget)]
-                for method in chosen
-            }
+        for share in replay_shares:
+            budget = Budget(steps, batch_size, share, seed, bf16)
+            at_steps = {method.name: [r for rate in rates[method.name] for r in run(method, rate, budget)]
+                        for method in chosen}  # fmt: skip
             rows += _rows(chosen, at_steps, "steps")
             if equal_time:
                 rows += _rows(chosen, _at_equal_time(chosen, at_steps, budget, run), "time")
     about = {
-        "recipient": str(recipient),
-        "steps": steps,
-        "batch": batch,
-        "layers": layers,
-        "lora_rank": rank,
+        **setup,
         "seed": seed,
-        "bf16_autocast": bf16,
+        "steps": steps,
         "learning_rates": rates,
-        "texts": {name: len(blocks) for name, blocks in held.test.items()},
+        "texts": {name: len(part) for name, part in texts.test.items()},
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    return ComparisonReport(tuple(rows), tuple(runs), about)
+    runs = tuple(result for results in measured.values() for result in results)
+    report = ComparisonReport(tuple(rows), runs, about)
+    if output is not None:
+        report.save(Path(output), overwrite=True)  # its own runs are there
+    return report
 
 
-def checked_methods(
-    methods: Sequence[str] | None = None,
-    equal_time: bool = True,
-    learning_rates: Sequence[float] | None = None,
-    steps: int = 1,
-    batch: int = 1,
-    shares: Sequence[float] = (0.0,),
-    layers: int = 1,
-    rank: int = 1,
-    **others: Any,
+def _check(
+    methods: Sequence[str] | None,
+    equal_time: bool,
+    learning_rates: Sequence[float] | None,
+    replay_shares: Sequence[float],
 ) -> list[Method]:
-    """Return the methods that are compared, once all that they need is there: before the hours that they take.
-
-    Raises:
-        ConfigurationError: Unknown methods, a library that is missing, or a number out of range.
-    """
-    for name, least in (("steps", steps), ("batch", batch), ("layers", layers), ("rank", rank)):
-        if least < 1:
-            raise ConfigurationError(f"{name} must be at least 1, got {least}.")
+    """Return the methods, after a check that everything they need is there: before hours of work."""
     wrong = [rate for rate in learning_rates or () if not 0 < rate < math.inf]
     if wrong or (learning_rates is not None and not learning_rates):
         raise ConfigurationError(f"learning rates must be finite numbers above 0, got {learning_rates}.")
-    if not shares or not all(0 <= share < 1 for share in shares):
-        raise ConfigurationError(f"shares of general text must be at least 0 and below 1, got {list(shares)}.")
+    if not replay_shares or not all(0 <= share < 1 for share in replay_shares):
+        raise ConfigurationError(f"shares of general text must be at least 0 and below 1, got {list(replay_shares)}.")
     names = list(METHODS) if methods is None else list(methods)
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
         raise ConfigurationError(f"unknown methods {unknown}; known are {', '.join(METHODS)}.")
     if equal_time and _REFERENCE not in names:
         raise ConfigurationError(
-            f"equal time is that of full fine-tuning: add {_REFERENCE!r} to the methods, or compare at equal "
-            "steps only."
+            f"equal time is that of full fine-tuning: add {_REFERENCE!r} to the methods, or compare at equal steps "
+            "only, with equal_time=False."
         )
     chosen = [METHODS[name] for name in names]
-    lacking = [method for method in chosen if method.needs and importlib.util.find_spec(method.needs) is None]
-    if lacking:
-        without = " ".join(method.name for method in chosen if method not in lacking)
+    missing = [method for method in chosen if method.needs and importlib.util.find_spec(method.needs) is None]
+    if missing:
+        others = " ".join(method.name for method in chosen if method not in missing)
         raise ConfigurationError(
-            f"comparing with {' and '.join(method.name for method in lacking)} needs {lacking[0].needs}: pip install "
-            f"{lacking[0].needs}, or compare without: methods {without or 'donor'}."
+            f"comparing with {' and '.join(method.name for method in missing)} needs {missing[0].needs}: pip install "
+            f"{missing[0].needs}, or compare without: methods {others or 'donor'}."
         )
     return chosen
 
 
-def _controls(setting: Setting, held: Held, loaded: Any) -> list[ComparisonRow]:
-    """What there is before anything is learnt: the recipient, copies of its layers in it, and donors it came with."""
+def _split(
+    text: Any, general: Any, model: Any, tokenizer: Any, block_length: int | None, blocks: int | None, held_out: int
+) -> Texts:
+    """Cut both texts into training, validation and test parts."""
+    parts = {
+        name: as_blocks(data, model, tokenizer, block_length, name).split(8, 1, 1)
+        for name, data in (("domain", text), ("general", general))
+    }
+    domain = parts["domain"][0]
+    if blocks is not None and blocks < len(domain):
+        # From the whole text: its beginning differs from the rest.
+        chosen = torch.linspace(0, len(domain) - 1, blocks).round().long()
+        domain = Blocks(domain.tokens[chosen], domain.name)
+    return Texts(
+        domain,
+        parts["general"][0],
+        {name: validation.part(0, held_out) for name, (_, validation, _) in parts.items()},
+        {name: test.part(-min(held_out, len(test))) for name, (_, _, test) in parts.items()},
+    )
+
+
+def _controls(setting: Setting, texts: Texts, loaded: Any) -> list[ComparisonRow]:
+    """What is measured without training: the recipient, copies of its layers in it, and donors it came with."""
     position = setting.count - 1
     copied = Donor.from_model(setting.shared, list(range(position - setting.layers, position)), name="donor")
-    known = {
+    models = {
         "recipient, untouched": setting.shared,
         "untrained copy": transplant(setting.shared, copied, position=position).eval(),
     }
-    if getattr(loaded, "_transplant", None) is not None:
-        known[f"with {', '.join(loaded.strengths)}, as it came"] = loaded.eval()
+    if getattr(loaded, "strengths", None):
+        models[f"with {', '.join(loaded.strengths)}, as loaded"] = loaded.eval()
     return [
-        ComparisonRow(
-            label, "-", RunResult(label, "", 0, 0, 0, measure(model, held.validation), measure(model, held.test))
-        )
-        for label, model in known.items()
+        ComparisonRow(label, "-", RunResult(label, "", 0, 0, 0, test=measure(model, texts.test)))
+        for label, model in models.items()
     ]
 
 
 def _best(results: Sequence[RunResult]) -> RunResult:
-    """The run that did best on the domain's validation text; failed ones only where nothing else is there."""
-    well = [result for result in results if result.failed is None]
-    if not well:
-        return results[0]
-    return min(well, key=lambda result: next(iter(result.validation.values())))
+    """The best run on the domain's validation text; a failed one only where there is no other."""
+    succeeded = [result for result in results if result.failed is None]
+    return min(succeeded, key=lambda result: result.validation["domain"], default=results[0])
 
 
-def _rows(methods: Sequence[Method], results: dict[str, list[RunResult]], budget: str) -> list[ComparisonRow]:
-    rows = []
+def _rows(methods: Sequence[Method], results: dict[str, list[RunResult]], budget: str) -> Iterator[ComparisonRow]:
     for method in methods:
         of_method = results.get(method.name, [])
         for view in dict.fromkeys(result.view for result in of_method):
             best = _best([result for result in of_method if result.view == view])
-            rows.append(ComparisonRow(f"{method.what}{f', {view}' if view else ''}", budget, best))
-    return rows
+            yield ComparisonRow(f"{method.what}{f', {view}' if view else ''}", budget, best)
 
 
 def _at_equal_time(
-    methods: Sequence[Method],
-    at_steps: dict[str, list[RunResult]],
-    budget: Budget,
-    run: Callable[[Method, float, Budget], list[RunResult]],
+    methods: Sequence[Method], at_steps: dict[str, list[RunResult]], budget: Budget, run: _Run
 ) -> dict[str, list[RunResult]]:
-    """Train each method, at its best learning rate, for the seconds that full fine-tuning took; the cache counts."""
+    """Train each method at its best learning rate for the seconds of full fine-tuning; the cache counts."""
     reference = _best(at_steps[_REFERENCE])
     results = {_REFERENCE: [reference]}
     for method in methods:
@@ -230,65 +280,7 @@ def _at_equal_time(
     return results
 
 
-# Of its keyword arguments, those that are not for loading the model.
-_OWN = frozenset(inspect.signature(compare).parameters)
-
-
-def compare_texts(
-    recipient: Any,
-    text: Any,
-    general: Any,
-    *,
-    tokenizer: Any = None,
-    block_length: int | None = None,
-    blocks: int | None = None,
-    held_out_blocks: int = 192,
-    revision: str | None = None,
-    **kwargs: Any,
-) -> ComparisonReport:
-    """Cut two texts into training, validation and test parts (8 : 1 : 1, in this order) and compare on them.
-
-    Args:
-        recipient: Hub id or folder.
-        text: The text to learn: a `TextSource`, a file or Hub id, or `Blocks`.
-        general: General text, likewise.
-        tokenizer: The recipient's; by default the one beside it.
-        block_length: Tokens in a block.
-        blocks: Train on so many blocks, evenly spread over the training part.
-        held_out_blocks: Most blocks of each held-out part.
-        revision: The recipient's revision.
-        **kwargs: As in `compare`.
-
-    Returns:
-        The report.
-    """
-    checked_methods(**{name: value for name, value in kwargs.items() if name in _OWN})
-    loading = {name: value for name, value in kwargs.items() if name not in _OWN}
-    model, tokenizer, revision = model_and_tokenizer(recipient, tokenizer, revision, loading)
-    whole = {
-        name: as_blocks(data, model, tokenizer, block_length, name)
-        for name, data in (("domain", text), ("general", general))
-    }
-    del model
-    parts = {name: packed.split(8, 1, 1) for name, packed in whole.items()}
-    held = Held(
-        {name: part[1].part(0, held_out_blocks) for name, part in parts.items()},
-        {name: part[2].part(-min(held_out_blocks, len(part[2]))) for name, part in parts.items()},
-    )
-    domain = parts["domain"][0]
-    return compare(
-        recipient,
-        domain if blocks is None else _spread(domain, blocks),
-        parts["general"][0],
-        held,
-        revision=revision,
-        **kwargs,
-    )
-
-
-def _spread(blocks: Blocks, count: int) -> Blocks:
-    """Take some blocks from everywhere: the beginning of a text is not like the rest of it."""
-    if count >= len(blocks):
-        return blocks
-    chosen = torch.linspace(0, len(blocks) - 1, count).round().long()
-    return Blocks(blocks.tokens[chosen], blocks.name)
+def _line(result: RunResult) -> str:
+    found = result.failed or ", ".join(f"{text} {value:.2f}" for text, value in result.test.items())
+    name = ", ".join(filter(None, (result.method, result.view)))
+    return f"{name}, replay {result.replay_share:g}, lr {result.learning_rate:g}, {result.steps} steps: {found}"
