@@ -12,6 +12,7 @@ from tests.hub_server import ALICE, HubServer
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "docs" / "notebooks").glob("*.ipynb"))
 
 
+@pytest.mark.slow  # minutes each; a stage of .ci/run
 @pytest.mark.hub
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(
