@@ -26,7 +26,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .comparison import compare_texts as compare
+    from .comparison import compare
     from .compatibility import CompatibilityReport
     from .config import DonorSpec, TransplantConfig
     from .conversion import convert
@@ -92,7 +92,7 @@ _LAZY = {
     "remove_transplants": "model.memory:remove_transplants",
     # The verbs: each does what the command of the same name does.
     "check": "model.auto:check_compatibility",
-    "compare": "comparison:compare_texts",
+    "compare": "comparison:compare",
     "convert": "conversion:convert",
     "evaluate": "evaluation:evaluate",
     "export": "exporting:export",
