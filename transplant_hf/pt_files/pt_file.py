@@ -214,7 +214,7 @@ def _describe(path: Path) -> dict[str, Any]:
     command = [sys.executable, "-I", "-S", str(_PROGRAM), str(path.absolute()), str(_MEMORY), str(_SECONDS)]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=3 * _SECONDS, check=False)
-        found = json.loads(done.stdout) if done.returncode == 0 else {}
+        found = json.loads(done.stdout) if done.returncode == 0 and done.stdout else {}
         stopped = f"the process that reads it was stopped by signal {-done.returncode}"
         reason = (done.stderr.decode(errors="replace").splitlines() or [stopped])[-1]
     except subprocess.TimeoutExpired:
