@@ -245,10 +245,10 @@ def test_a_model_without_donors_has_no_switch(tiny_gpt2: Path) -> None:
         pass
 
 
-# -- Layers that stand aside ---------------------------------------------------------------------------------------
+# -- Idle layers ---------------------------------------------------------------------------------------
 
 
-def sidelined(model: Any) -> list[Any]:
+def idle_layers(model: Any) -> list[Any]:
     """Modules of layers that run on one side only."""
     outside = list(layers_of(model))
     with model.disable_transplants():
@@ -265,7 +265,7 @@ def test_casting(tiny: Path, mode: str, inside: bool) -> None:
             model.to(torch.bfloat16)
     else:
         model.to(torch.bfloat16)
-    layers = sidelined(model)
+    layers = idle_layers(model)
     assert len(layers) == (2 if mode == "insert" else 4)
     assert {tensor.dtype for layer in layers for tensor in layer.parameters()} == {torch.bfloat16}
     recipient = plain(tiny / "recipient").to(torch.bfloat16)
@@ -297,7 +297,7 @@ def test_train_and_eval(tiny: Path, mode: str) -> None:
 @pytest.mark.parametrize("inside", [False, True])
 def test_what_is_set_on_one_side_holds_on_both(tiny: Path, mode: str, inside: bool) -> None:
     model = loaded(tiny, 1, mode, keep_replaced=mode == "replace")
-    layers = sidelined(model)
+    layers = idle_layers(model)
 
     def on_one_side(turn: Callable[[], Any]) -> None:
         with model.disable_transplants() if inside else nullcontext():

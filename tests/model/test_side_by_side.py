@@ -109,13 +109,13 @@ def test_donors_that_stand_alone_or_replace(tiny: Path) -> None:
     ]
     model = load(tiny / "recipient", donors=specs, composition="side_by_side")
     source = plain(tiny / "source")
-    crowd = [Graft(source, [1], 2), Graft(source, [2], 2)]
+    group = [Graft(source, [1], 2), Graft(source, [2], 2)]
     rest = [Graft(source, DONOR_LAYERS, 0), Graft(source, [1], 3, replace=True)]
     assert model.transplant_config.side_by_side_groups == (("a", "b"),)
     assert [model.layer_map[number].source for number in hooks_at_work(model)] == ["a", "b"]
     with model.disable_transplants("behind"):
         torch.testing.assert_close(
-            logits_of(model), reference_logits(plain(tiny / "recipient"), [*crowd, *rest], side_by_side=True)
+            logits_of(model), reference_logits(plain(tiny / "recipient"), [*group, *rest], side_by_side=True)
         )
 
 
@@ -162,7 +162,7 @@ def test_moved_and_cast(tiny: Path) -> None:
 
 
 def test_offloaded(tiny: Path, tmp_path: Path) -> None:
-    """The dials stay outside of what moves a layer's weights and its inputs, also when they are turned later."""
+    """The strength hooks stay outside of the hooks that move weights and inputs, also when a strength is set later."""
     reference = trio(tiny)
     on_disk = offload_map(reference, range(1, 4))
     model = trio(tiny, device_map=on_disk, offload_folder=tmp_path / "offload")

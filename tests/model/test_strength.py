@@ -1,4 +1,4 @@
-"""`set_strength`: h + s (donor(h) - h), turned on the live model, and everything that reads the strength follows."""
+"""`set_strength`: h + s (donor(h) - h), set on the loaded model, and what reads the strength follows."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_left_padding(tiny: Path) -> None:
     assert torch.equal(padded[1, 12:], generated(model, ids[1:])[0, 12:])
 
 
-def test_two_dials_turn_apart(tiny: Path) -> None:
+def test_two_strengths_are_independent(tiny: Path) -> None:
     model, source = two_donors(tiny), plain(tiny / "source")
     model.set_strength("b", 0.25)
     model.set_strength("a", 0.5)
@@ -88,7 +88,7 @@ def test_two_dials_turn_apart(tiny: Path) -> None:
         torch.testing.assert_close(logits_of(model), reference_logits(plain(tiny / "recipient"), grafts[1:]))
 
 
-def test_turned_while_switched_off(tiny: Path) -> None:
+def test_set_while_switched_off(tiny: Path) -> None:
     model = loaded(tiny, 1)
     with model.disable_transplants():
         model.set_strength("donor", 0.5)
@@ -120,7 +120,7 @@ def test_recorded_hidden_states_are_those_that_go_on(tiny: Path, position: int) 
 
 
 def test_a_part_of_the_model(tiny: Path) -> None:
-    """A hidden state that was computed before enters the donor before its dial looks at it."""
+    """A hidden state that was computed before enters the donor before its hooks see it."""
     model = loaded(tiny, 2)
     model.set_strength("donor", 0.5)
     before = hidden_states(model, some_ids(), [2])[2]
@@ -272,7 +272,7 @@ def test_at_one_again_it_is_native(tiny_gpt2: Path, tmp_path: Path, warned: list
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
-def test_a_copy_has_a_dial_of_its_own(tiny: Path, copied: Any) -> None:
+def test_a_copy_has_a_strength_of_its_own(tiny: Path, copied: Any) -> None:
     model = loaded(tiny, 1)
     model.set_strength("donor", 0.5)
     again = copied(model)
@@ -308,7 +308,7 @@ def test_taken_out(tiny: Path) -> None:
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers_of(again))
 
 
-def test_cast_after_turning(tiny: Path) -> None:
+def test_cast_after_a_strength_was_set(tiny: Path) -> None:
     model = loaded(tiny, 1)
     model.set_strength("donor", 0.5)
     model.to(torch.bfloat16)
@@ -343,7 +343,7 @@ def test_no_such_donor(tiny_gpt2: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_replacing_donor_has_no_dial(tiny_gpt2: Path, keep: bool) -> None:
+def test_a_replacing_donor_has_strength_one(tiny_gpt2: Path, keep: bool) -> None:
     model = loaded(tiny_gpt2, 1, "replace", keep_replaced=keep)
     with refused(ConfigurationError, "replaces recipient layers", "0.5"):
         model.set_strength("donor", 0.5)

@@ -64,8 +64,10 @@ class TransplantState:
         self._unrecorded: set[nn.Module] | None = None
         decoder = model.get_submodule(blueprint.recipient.stack_path.rpartition(".")[0])
         self._guard = CacheGuard.of(decoder) or CacheGuard(decoder)
+        # Whether calls may choose donors: the hooks of all inserted donors are then active.
+        self._choices_by_call = False
         self.hooks = StrengthHooks(blueprint, layers, self.choices)
-        self._update_guard(new_layers=True)
+        self.update(new_layers=True)
         if blueprint.running(_NONE) == blueprint.built:
             self._set_for = _NONE
         else:
@@ -93,29 +95,25 @@ class TransplantState:
         """The donors that are switched off now."""
         return self._set_for or _NONE
 
-    def _update_guard(self, new_layers: bool = False) -> None:
-        """Tell the cache guard the current setting."""
+    def update(self, new_layers: bool = False) -> None:
+        """Apply the current setting to the strength hooks and the cache guard."""
+        self.hooks.set(self.blueprint, self.disabled, self._choices_by_call)
         replacing = frozenset(part.name for part in self.blueprint.parts if part.spec.mode == "replace")
         self._guard.use(
             Setting(
                 generation=self._guard.setting.generation + new_layers,
                 disabled=self.disabled,
-                strengths=self.hooks.settings,
+                strengths=self.blueprint.strengths,
                 inserted=frozenset(self.blueprint.splice.names) - replacing,
                 replacing=replacing,
             ),
-            always=self.hooks.per_call,
+            always=self._choices_by_call,
         )
 
     # -- Strengths and choices by call -----------------------------------------------------------------------------
 
     def set_strengths(self, strengths: Mapping[str, float], composition: str | None = None) -> None:
-        """Set strengths by donor name, and the composition.
-
-        Raises:
-            ConfigurationError: No such donor; a strength that is not finite, that is being trained, or that is not 1
-                for a donor that replaces layers.
-        """
+        """Set strengths by donor name, and the composition."""
         for name in strengths:
             self.blueprint.check_name(name)
         self.hooks.refuse_gates(list(strengths))
@@ -124,15 +122,10 @@ class TransplantState:
             blueprint = self.blueprint.with_strengths(strengths, composition)
             with self.calls.alone(what):
                 self.blueprint = blueprint
-                self.hooks.use(blueprint)
-                self._update_guard()
+                self.update()
 
     def choose(self, donors: Any, rows: Sequence[Any] | None) -> tuple[CallChoices, Choice]:
-        """Read the arguments of `using`, and prepare the model for choices by call.
-
-        Raises:
-            ConfigurationError: As `parse_choice`; a donor that is switched off, or whose strength is being trained.
-        """
+        """Read the arguments of `using`, and prepare the model for choices by call."""
         self.hooks.refuse_gates()
         choice = parse_choice(self.blueprint, donors, rows)
         if self.calls.overdue:
@@ -145,31 +138,23 @@ class TransplantState:
                     f"donor {name!r} is switched off by disable_transplants(), so that no call can use it meanwhile."
                 )
         self.check_stack()
-        if not self.hooks.per_call:
+        if not self._choices_by_call:
             # Only the pass in progress has to end: the results of calls of several passes do not change.
             with self.calls.alone("using()", generations=False):
-                self.hooks.allow_choices()
-                self._update_guard()
+                self._choices_by_call = True
+                self.update()
         return self.choices, choice
 
     # -- Off and on ------------------------------------------------------------------------------------------------
 
     def off(self, names: Collection[str] | None = None) -> AbstractContextManager[None]:
-        """Return a block in which donors are switched off; by default all.
-
-        Raises:
-            ConfigurationError: No such donor, or one that replaced layers which were not kept.
-        """
+        """Return a block in which donors are switched off; by default all."""
         selected = self.blueprint.splice.names if names is None else names
         self.check_removable(selected)
         return self._off(frozenset(selected))
 
     def check_removable(self, names: Collection[str]) -> None:
-        """Refuse names that no donor has, and donors whose replaced layers were not loaded.
-
-        Raises:
-            ConfigurationError: With the name.
-        """
+        """Refuse names that no donor has, and donors whose replaced layers were not loaded."""
         for name in names:
             self.blueprint.check_name(name)
             if self.blueprint.part(name).spec.mode == "replace" and not self.blueprint.keep_replaced:
@@ -241,9 +226,8 @@ class TransplantState:
         layers = [self.layers[stage] for stage in self.blueprint.running(disabled)]
         self._record(layers)
         self._fill(layers)
-        self.hooks.leave_out(disabled)
         self._set_for = disabled
-        self._update_guard()
+        self.update()
 
     def _fill(self, layers: Sequence[nn.Module]) -> None:
         """Put exactly these layers into the stack."""
@@ -277,11 +261,7 @@ class TransplantState:
         return self.blueprint.built if self._set_for is None else self.blueprint.running(self._set_for)
 
     def check_stack(self) -> None:
-        """Refuse a model whose layers were changed by hand.
-
-        Raises:
-            ConfigurationError: With both numbers of layers.
-        """
+        """Refuse a model whose layers were changed by hand."""
         expected = [self.layers[stage] for stage in self._stages_in_stack()]
         found = list(decoder_stack(self._model, self.blueprint.recipient.stack_path))
         # A layer may be inside a wrapper, as of torch.compile.
@@ -331,14 +311,7 @@ class TransplantState:
         structure: Structure,
         attributes: Mapping[Slot, Attributes],
     ) -> None:
-        """Let the live model run with other donors, all of them switched on.
-
-        Args:
-            blueprint: The donors.
-            layers: The layers of the blueprint.
-            structure: The structure of the blueprint.
-            attributes: The attributes of the new layers.
-        """
+        """Let the live model run with other donors, all of them switched on."""
         self._note_recorded()
         old = self.structure(self._set_for)
         known = {stage.slot: self.attributes_of(stage) for stage in self.layers} | dict(attributes)
@@ -349,9 +322,9 @@ class TransplantState:
         if self._unrecorded is not None:
             self._unrecorded = {one for one in self.layers.values() if one not in before or one in self._unrecorded}
         self.hooks.remove()
-        self.hooks = StrengthHooks(blueprint, self.layers, self.choices, self.hooks.per_call)
+        self.hooks = StrengthHooks(blueprint, self.layers, self.choices)
         self._set_for = None
-        self._update_guard(new_layers=True)
+        self.update(new_layers=True)
         self._set(old, _NONE)
 
     def remove(self) -> None:
@@ -387,11 +360,7 @@ class TransplantState:
 
 
 def state_of(model: Any) -> TransplantState:
-    """Return the state of a model's transplant.
-
-    Raises:
-        ConfigurationError: The model has none.
-    """
+    """Return the state of a model's transplant."""
     state = getattr(model, "_transplant", None)
     if not isinstance(state, TransplantState):
         raise ConfigurationError("this model holds no transplant: it was built or loaded without donors.")
@@ -399,12 +368,7 @@ def state_of(model: Any) -> TransplantState:
 
 
 def attach_state(model: Any, blueprint: Blueprint) -> None:
-    """Turn a model that has all layers and weights of a blueprint into a transplant.
-
-    Args:
-        model: The model; gets its `TransplantState`.
-        blueprint: What the model was built from.
-    """
+    """Turn a model that has all layers and weights of a blueprint into a transplant."""
     stack = decoder_stack(model, blueprint.recipient.stack_path)
     if not blueprint.built_config.native:
         renumber(stack, blueprint.origins(blueprint.built))

@@ -85,12 +85,7 @@ class CacheGuard:
         return next((owner for owner in owners if isinstance(owner, CacheGuard)), None)
 
     def use(self, setting: Setting, always: bool) -> None:
-        """Change the setting.
-
-        Args:
-            setting: What applies to all calls from now on.
-            always: Watch caches in any setting, because calls may choose donors.
-        """
+        """Change the setting."""
         self.setting, self._always = setting, always
         if self._unmarked is None:
             self._unmarked = _Origin(setting, None)
@@ -106,11 +101,7 @@ class CacheGuard:
         return _Origin(self.setting, choice and choice.key)
 
     def check(self, origin: _Origin) -> None:
-        """Refuse a cache of another origin.
-
-        Raises:
-            ConfigurationError: With the difference.
-        """
+        """Refuse a cache of another origin."""
         now = self._origin()
         if origin == now:
             return
@@ -127,11 +118,7 @@ class CacheGuard:
         raise ConfigurationError(f"this cache was filled {change}. Create a new cache.")
 
     def _check_choice(self) -> None:
-        """Refuse a call whose block began with donors that the model does not have any more.
-
-        Raises:
-            ConfigurationError: With the donors.
-        """
+        """Refuse a call whose block began with donors that the model does not have any more."""
         choice = self.choices.current()
         if choice is None:
             return

@@ -65,14 +65,7 @@ class Calls:
 
     @contextmanager
     def turn(self, what: str) -> Iterator[None]:
-        """Be the only thread that prepares a change; calls go on.
-
-        Args:
-            what: The change, for messages.
-
-        Raises:
-            ConfigurationError: Another thread waits for this one, or takes too long.
-        """
+        """Be the only thread that prepares a change; calls go on."""
         end = time.monotonic() + LONGEST_WAIT
         while not self._turn.acquire(timeout=_POLL_SECONDS):
             if self._blocks_another():
@@ -92,15 +85,7 @@ class Calls:
 
     @contextmanager
     def alone(self, what: str, generations: bool = True) -> Iterator[None]:
-        """Change the model while no other thread calls it.
-
-        Args:
-            what: The change, for messages.
-            generations: Wait for calls of several passes too, not only for the pass that each is in.
-
-        Raises:
-            ConfigurationError: As `turn`; or calls of other threads take too long.
-        """
+        """Change the model while no other thread calls it."""
         with self.turn(what):
             before, self._closed = self._closed, (threading.get_ident(), generations)
             try:
@@ -128,11 +113,7 @@ class Calls:
             self._copying.changes = self._changes
 
     def check_copy(self) -> None:
-        """Refuse a copy during which donors changed. Pickling does not tell when it ends, so that no change can wait.
-
-        Raises:
-            ConfigurationError: Donors changed.
-        """
+        """Refuse a copy during which donors changed: no change can wait for the end of pickling."""
         if getattr(self._copying, "changes", self._changes) != self._changes:
             raise ConfigurationError(
                 "another thread switched or changed donors while this model was pickled or copied. Try again between "

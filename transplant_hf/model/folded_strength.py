@@ -28,16 +28,7 @@ _SEED = 0
 def folded_strengths(
     model: Any, blueprint: Blueprint, state: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor] | None:
-    """Return weights with which the donors compute the same at strength 1 as they do now at their strengths.
-
-    Args:
-        model: The transplanted model, all its donors switched on; it is run on a few tokens and not changed.
-        blueprint: The donors of the model.
-        state: The weights to save, if not the model's own.
-
-    Returns:
-        Tensors to save instead of the model's own, by name; `None` if no weights compute the same.
-    """
+    """Return weights with which the donors compute the same at strength 1 as they do now at their strengths."""
     scaled = {name: blueprint.part(name) for name in blueprint.scaled}
     plain = blueprint.state(()).native and not blueprint.side_by_side_groups
     # At strength 0 the file would not have the donor's weights.

@@ -48,7 +48,7 @@ def attach_gate(model: Any, name: str) -> nn.Parameter:
         )
     gate = nn.Parameter(torch.full((1,), spec.strength, dtype=torch.float32, device=device))
     first.register_parameter(GATE, gate)
-    state.hooks.use(state.blueprint)
+    state.update()
     return gate
 
 
@@ -73,12 +73,7 @@ def detach_gate(model: Any, name: str) -> float:
 
 @contextmanager
 def gates_aside(state: TransplantState, saved: dict[str, torch.Tensor] | None = None) -> Iterator[None]:
-    """Make every gate a plain strength inside a `with` block, to save the model.
-
-    Args:
-        state: The model's transplant.
-        saved: The weights to save, if not the model's own; gates are removed from them.
-    """
+    """Make every gate a plain strength inside a `with` block, to save the model."""
     gates = state.hooks.gates()
     if not gates:
         yield

@@ -77,11 +77,7 @@ def swap_donor(
 def open_donor(
     donor: Donor | str, *, position: int | None, mode: str | None, name: str | None, strength: float | None
 ) -> tuple[DonorSpec, Donor]:
-    """Open a donor for a loaded model; arguments that are `None` come from its recommendation.
-
-    Raises:
-        ConfigurationError: No position, and the donor recommends none.
-    """
+    """Open a donor for a loaded model; arguments that are `None` come from its recommendation."""
     opened = donor if isinstance(donor, Donor) else Donor.from_pretrained(donor)
     return spec_of(opened, position, mode=mode, name=name, strength=strength), opened
 
@@ -152,20 +148,7 @@ def _not_kept(what: Sequence[str]) -> ConfigurationError:
 def _load_layers(
     model: Any, blueprint: Blueprint, part: DonorPart
 ) -> tuple[dict[Slot, nn.Module], dict[Slot, Attributes]]:
-    """Load the layers of one donor, in the model's dtype and on the device where they are going to run.
-
-    Args:
-        model: The model; not changed.
-        blueprint: The donors that it is going to have.
-        part: The donor.
-
-    Returns:
-        The layers, and the attributes that they were built with.
-
-    Raises:
-        CheckpointError: Tensors that are missing, unexpected, mis-shaped or not finite.
-        IntegrityError: Files that were changed.
-    """
+    """Load the layers of one donor, in the model's dtype and on the device where they are going to run."""
     shell = _shell_with(model, blueprint, part)
     state = shell._transplant
     own = {stage: layer for stage, layer in state.layers.items() if stage.slot.source == part.name}

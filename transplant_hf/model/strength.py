@@ -11,7 +11,7 @@ A choice by call, with `model.using(...)`, goes through the same hooks and takes
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -197,91 +197,61 @@ class StrengthHooks:
     """The hooks of a model's donors.
 
     Args:
-        blueprint: The donors with their strengths, and the composition.
+        blueprint: The donors.
         layers: Every layer that the model holds.
         choices: The donors that calls choose.
-        per_call: Whether calls may choose donors; the hooks of all inserted donors are then active.
     """
 
-    def __init__(
-        self,
-        blueprint: Blueprint,
-        layers: Mapping[Stage, nn.Module],
-        choices: CallChoices,
-        per_call: bool = False,
-    ) -> None:
-        self.per_call = per_call
+    def __init__(self, blueprint: Blueprint, layers: Mapping[Stage, nn.Module], choices: CallChoices) -> None:
         self._layers = {
             part.name: [layer for stage, layer in layers.items() if stage.slot.source == part.name]
             for part in blueprint.parts
         }
         self._hooks = {name: _DonorHooks(name, donor, choices) for name, donor in self._layers.items()}
-        self._disabled: frozenset[str] = frozenset()
         self._groups: dict[tuple[str, ...], _PerThread] = {}
-        self.use(blueprint)
 
-    def layers_of(self, name: str) -> list[nn.Module]:
-        """The layers of a donor, in order."""
-        return self._layers[name]
+    def set(self, blueprint: Blueprint, disabled: Collection[str], by_call: bool) -> None:
+        """Set what the hooks do.
 
-    def use(self, blueprint: Blueprint) -> None:
-        """Use the strengths and the composition of another blueprint of the same layers."""
-        self._blueprint = blueprint
-        self._set_roles()
-
-    def allow_choices(self) -> None:
-        """Let calls choose donors from now on."""
-        self.per_call = True
-        self._set_roles()
-
-    def leave_out(self, disabled: frozenset[str]) -> None:
-        """Combine the other donors while some are switched off."""
-        self._disabled = disabled
-        self._set_roles()
+        Args:
+            blueprint: The strengths and the composition.
+            disabled: The donors that are switched off.
+            by_call: Whether calls may choose donors.
+        """
+        group_of = {name: group for group in blueprint.side_by_side_groups for name in group}
+        gates = self.gates()
+        for name, hooks in self._hooks.items():
+            spec, group = blueprint.part(name).spec, group_of.get(name)
+            running = [other for other in group or () if other not in disabled]
+            leads = name not in running[1:]
+            changes = group is not None or spec.strength != 1.0 or name in gates
+            active = changes or (by_call and spec.mode == "insert")
+            hooks.group = self._groups.setdefault(group, _PerThread()) if group else None
+            if not active:
+                hooks.forget()
+            for number, layer in enumerate(self._layers[name]):
+                inside = (number > 0 and changes) or not leads
+                setattr(layer, _ROLE, _Role(active, spec.strength, leads, name in running[-1:], inside))
 
     def remove(self) -> None:
         """Remove all hooks."""
         while self._hooks:
             self._hooks.popitem()[1].remove()
 
-    @property
-    def settings(self) -> tuple[Any, ...]:
-        """The composition, and each donor's name and strength: equal for models that compute the same."""
-        parts = self._blueprint.parts
-        return (self._blueprint.config.composition, *((part.name, part.spec.strength) for part in parts))
+    def layers_of(self, name: str) -> list[nn.Module]:
+        """The layers of a donor, in order."""
+        return self._layers[name]
 
     def gates(self) -> dict[str, nn.Parameter]:
         """The strengths that are parameters while they are trained, by donor name."""
         gates = {name: layers[0]._parameters.get(GATE) for name, layers in self._layers.items()}
         return {name: gate for name, gate in gates.items() if gate is not None}
 
-    def refuse_gates(self, names: Sequence[str] | None = None) -> None:
-        """Refuse to set a strength that is being trained; of any donor by default.
-
-        Raises:
-            ConfigurationError: With the donor's name.
-        """
+    def refuse_gates(self, names: Collection[str] | None = None) -> None:
+        """Refuse to set a strength that is being trained; of any donor by default."""
         for name in self.gates():
             if names is None or name in names:
                 raise ConfigurationError(
                     f"the strength of donor {name!r} is being trained; remove its gate first: "
                     f"detach_gate(model, {name!r})."
                 )
-
-    def _set_roles(self) -> None:
-        group_of = {name: group for group in self._blueprint.side_by_side_groups for name in group}
-        gates = self.gates()
-        for part in self._blueprint.parts:
-            name, strength = part.name, part.spec.strength
-            group = group_of.get(name)
-            running = [other for other in group or () if other not in self._disabled]
-            leads = name not in running[1:]
-            changes = group is not None or strength != 1.0 or name in gates
-            active = changes or (self.per_call and part.spec.mode == "insert")
-            hooks = self._hooks[name]
-            hooks.group = self._groups.setdefault(group, _PerThread()) if group else None
-            if not active:
-                hooks.forget()
-            for number, layer in enumerate(self._layers[name]):
-                inside = (number > 0 and changes) or not leads
-                setattr(layer, _ROLE, _Role(active, strength, leads, name in running[-1:], inside))

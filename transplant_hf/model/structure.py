@@ -61,12 +61,7 @@ class Structure:
 
 
 def structure_of(blueprint: Blueprint, disabled: Collection[str] | None = ()) -> Structure:
-    """Build a blueprint on the meta device and return its structure.
-
-    Args:
-        blueprint: The donors and the recipient.
-        disabled: The donors that are switched off; `None` for all layers that the model holds.
-    """
+    """Build a blueprint on the meta device and return its structure."""
     stages = blueprint.built if disabled is None else blueprint.running(disabled)
     model = _model_on_meta(blueprint, disabled, stages)
     path = blueprint.recipient.stack_path

@@ -65,11 +65,7 @@ class _Thread:
         self.choice = self.calls[-1].choice if self.calls else None
 
     def forget_interrupted(self, frame: FrameType | None) -> None:
-        """End the calls that Ctrl-C or the like ended, after which torch runs no hook.
-
-        Args:
-            frame: The innermost frame that a call in progress may have.
-        """
+        """End the calls that Ctrl-C or the like ended, after which torch runs no hook."""
         while self.calls:
             # By identity: a reference to a frame would keep the model alive.
             outer = frame
@@ -117,11 +113,7 @@ class CallChoices(threading.local):
         return self.thread.choice if self.thread.calling else self._find()
 
     def of_layer(self) -> Choice | None:
-        """The choice for a layer that runs now, compiled or not.
-
-        Raises:
-            ConfigurationError: A compiled call cannot tell.
-        """
+        """The choice for a layer that runs now, compiled or not."""
         if not torch.compiler.is_compiling():
             self.thread.forget_interrupted(sys._getframe())
         choice = self.thread.choice if self.thread.calling else self.thread.outside
@@ -134,11 +126,7 @@ class CallChoices(threading.local):
         return choice
 
     def _find(self) -> Choice | None:
-        """The choice of the innermost block around the code that runs now.
-
-        Raises:
-            ConfigurationError: A generator started this thread or task, and its block may or may not be meant for it.
-        """
+        """The choice of the innermost block around the code that runs now."""
         blocks = _blocks.get()
         if not blocks and not _generators:
             return None

@@ -98,6 +98,11 @@ class Blueprint:
         return tuple(part.name for part in self.parts if part.spec.strength != 1.0)
 
     @property
+    def strengths(self) -> tuple[Any, ...]:
+        """The composition, and the name and strength of each donor: equal for blueprints that compute the same."""
+        return (self.config.composition, *((part.name, part.spec.strength) for part in self.parts))
+
+    @property
     def side_by_side_groups(self) -> tuple[tuple[str, ...], ...]:
         """The donors that run side by side, by name."""
         return self.config.side_by_side_groups
@@ -109,11 +114,7 @@ class Blueprint:
         return (*scaled, *(f"{', '.join(names)} run side by side" for names in self.side_by_side_groups))
 
     def refuse_scaling(self) -> None:
-        """Refuse to scale donors in a model whose layers pass on more than one hidden state.
-
-        Raises:
-            ConfigurationError: With the reason.
-        """
+        """Refuse to scale donors in a model whose layers pass on more than one hidden state."""
         model_type = text_config(self.recipient.config).config.model_type
         if model_type in SEVERAL_STREAMS:
             raise ConfigurationError(
@@ -122,15 +123,7 @@ class Blueprint:
             )
 
     def with_strengths(self, strengths: Mapping[str, float], composition: str | None = None) -> Blueprint:
-        """The same layers with other strengths, or with another composition.
-
-        Args:
-            strengths: By donor name; the others stay.
-            composition: "stacked" or "side_by_side"; by default as it is.
-
-        Raises:
-            ConfigurationError: A strength that is not finite, or not 1 for a donor that replaces layers.
-        """
+        """The same layers with other strengths by donor name, or with another composition; checks the strengths."""
         # Checked here, too: in a spec, `None` means that no strength is given.
         numbers = {name: finite_number(value, f"strength of donor {name!r}") for name, value in strengths.items()}
         specs = [
@@ -144,11 +137,7 @@ class Blueprint:
         return blueprint
 
     def with_metadata(self, metadata: Mapping[str, Mapping[str, Any]]) -> Blueprint:
-        """The same layers with more metadata, which the donors are saved with.
-
-        Args:
-            metadata: What to add, by donor name.
-        """
+        """The same layers with more metadata by donor name, which the donors are saved with."""
         donors = tuple(_with_metadata(part.donor, metadata.get(part.name, {})) for part in self.parts)
         return self._with(donors=donors)
 
@@ -161,27 +150,14 @@ class Blueprint:
         return blueprint
 
     def with_donors(self, donors: Sequence[DonorPart | tuple[DonorSpec, Donor]], keep_replaced: bool) -> Blueprint:
-        """The same recipient with other donors.
-
-        Args:
-            donors: All donors in order; those that are not parts yet are checked.
-            keep_replaced: Keep the layers that donors replace.
-
-        Raises:
-            ConfigurationError: A position out of range, overlapping replacements, two donors of one name.
-            CompatibilityError: A donor that does not fit, with every mismatch.
-        """
+        """The same recipient with these donors; checks that those which are not parts yet fit."""
         specs = donor_specs([one.spec if isinstance(one, DonorPart) else one[0] for one in donors])
         config = self.config.replaced(donors=specs)
         parts = [one if isinstance(one, DonorPart) else _fit(self.recipient, *one) for one in donors]
         return _blueprint_of(self.recipient, config, parts, keep_replaced)
 
     def check_name(self, name: str) -> None:
-        """Refuse a name that no donor has.
-
-        Raises:
-            ConfigurationError: With the names there are.
-        """
+        """Refuse a name that no donor has."""
         if name not in self.splice.names:
             known = ", ".join(self.splice.names) or "none"
             raise ConfigurationError(f"no donor is named {name!r}; this model has {known}.")
@@ -215,16 +191,7 @@ class Blueprint:
     def record_of(
         self, slots: Sequence[Slot], numbers: Sequence[int], name: str | None
     ) -> tuple[DonorRecord, DonorSpec | None]:
-        """The record of a donor made of running layers, and its spec if the layers are a donor's.
-
-        Args:
-            slots: Where the layers come from.
-            numbers: Their running numbers, for messages.
-            name: The donor's name; by default the name of the donor that the layers are from.
-
-        Raises:
-            ConfigurationError: The layers are not consecutive layers of one source.
-        """
+        """The record of a donor made of running layers, and its spec if the layers are a donor's."""
         source, indices = slots[0].source, tuple(slot.index for slot in slots)
         consecutive = tuple(range(indices[0], indices[0] + len(indices)))
         if {slot.source for slot in slots} != {source} or indices != consecutive:
