@@ -41,7 +41,6 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo, load_state_dict
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
@@ -270,11 +269,6 @@ def test_auto_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path, _from_pipeline="text-generation")
     added = {name for name in got if name.startswith("_")}
     assert added <= {"_commit_hash", "_from_auto", "_from_pipeline"}, f"the Auto classes add {added}: model/auto.py"
-
-
-def test_tokenizers_by_type() -> None:
-    assert TOKENIZER_MAPPING_NAMES.get("gpt2"), "donor/companions.py asks whether a model type has a tokenizer."
-    assert TOKENIZER_MAPPING_NAMES.get("no such type") is None
 
 
 def test_checkpointed_layers() -> None:

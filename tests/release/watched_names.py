@@ -43,10 +43,7 @@ WATCHED: dict[str, Watched] = {
     "_keys_to_ignore_on_load_unexpected": Watched("tensors in files that no model has", _MODEL),
     "_model_mapping": Watched("the class that an Auto class would choose", "test_auto_classes"),
     "_commit_hash": Watched("about the repository that was asked for, never the recipient's", "test_auto_classes"),
-    "_from_auto": Watched("telemetry that is no field of a configuration", "test_auto_classes"),
-    "_from_pipeline": Watched("the same", "test_auto_classes"),
     "get_class_from_dynamic_module": Watched("recipients with code of their own, when asked for", SIGNED),
-    "TOKENIZER_MAPPING_NAMES": Watched("whether a tokenizer goes by its model's type", "test_tokenizers_by_type"),
     # Configurations and models.
     "_name_or_path": Watched("where a model came from is no difference between layers", _CONFIG),
     "_attn_implementation": Watched("compared models run attention alike", _CONFIG),

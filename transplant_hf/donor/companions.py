@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, TOKENIZER_MAPPING
 from transformers.utils import logging
 
 from ..config import TransplantConfig
@@ -190,7 +190,9 @@ def tokenizer_class(model_type: str, folder: Path) -> str | None:
     path = folder / "tokenizer_config.json"
     if path.exists() and read_json(path, "the tokenizer's configuration").get("tokenizer_class"):
         return None
-    return TOKENIZER_MAPPING_NAMES.get(model_type) if path.exists() or has_tokenizer(folder) else None
+    if model_type not in CONFIG_MAPPING or not (path.exists() or has_tokenizer(folder)):
+        return None
+    return getattr(TOKENIZER_MAPPING.get(CONFIG_MAPPING[model_type], None), "__name__", None)
 
 
 def _group_of(name: str) -> str | None:
