@@ -25,7 +25,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_some_names_are_told(tmp_path:
         check_output_folder(tmp_path, overwrite=False)
     check_output_folder(tmp_path, overwrite=True)
     with refused(ConfigurationError, "holds a, e,", "no record of writing"):
-        check_output_folder(tmp_path, overwrite=True, strangers=lambda folder: {"e", "a"})
+        check_output_folder(tmp_path, overwrite=True, unrecorded=lambda folder: {"e", "a"})
 
 
 def test_a_hidden_file_is_a_file(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_files_and_folders_are_told_apart(tmp_path: Path, overwrite: bool) -> No
     (tmp_path / "file").write_text("")
     with refused(ConfigurationError, "is a file"):
         check_output_folder(tmp_path / "file", overwrite)
-    with refused(ConfigurationError, "cannot be written", "is a file"):
+    with refused(ConfigurationError, "cannot write", "is a file"):
         check_output_folder(tmp_path / "file" / "inside", overwrite)
     with refused(ConfigurationError, "is a folder"):
         check_output_file(tmp_path, overwrite)

@@ -168,7 +168,7 @@ class DonorSpec:
         if self.position < 0:
             raise ConfigurationError(
                 f"position of donor {self.donor!r} is {self.position}; it counts the recipient layers that run "
-                "before the donor, so it must lie in 0..L. Negative positions are not counted from the end."
+                "before the donor, so it must be in 0..L. Negative positions are not counted from the end."
             )
 
     def _check_strength(self) -> None:

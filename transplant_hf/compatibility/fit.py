@@ -110,7 +110,7 @@ def _tensor_mismatches(donor: Donor, theirs: Anatomy) -> Iterator[str]:
         found[number].add(inside)
         if inside not in shapes[number]:
             if not names.is_ignored(f"{prefix}.{number}.{rest}"):
-                wrong.append(f"{name}: unexpected, such a layer has no {inside}")
+                wrong.append(f"{name}: unexpected, its layer has no {inside}")
         elif names.is_one_to_one(f"{prefix}.{number}.{rest}") and info.shape != shapes[number][inside]:
             wrong.append(f"{name}: donor {list(info.shape)}, its layer needs {list(shapes[number][inside])}")
     for number, wanted in enumerate(shapes):

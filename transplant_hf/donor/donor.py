@@ -319,19 +319,19 @@ class Donor:
         mode: str | None = None,
         strength: float | None = None,
     ) -> None:
-        """Write the donor as a repo that `from_pretrained` and `pipeline` load as it stands.
+        """Save the donor as a repository that `from_pretrained` and `pipeline` can load.
 
         Args:
-            save_directory: The folder; an old donor in it is replaced in one step. A `README.md` that a person
-                wrote or edited is kept.
-            position: The recommended position; by default the one it came with.
-            recipient: The recipient it is meant for; by default the model its layers came from.
+            save_directory: The folder; a donor in it is replaced in one step. A `README.md` that a person wrote or
+                edited is kept.
+            position: The recommended position; by default the donor's.
+            recipient: Its recipient; by default the model that its layers came from.
             recipient_revision: The recipient's revision.
-            max_shard_size: Largest weight file.
-            license: The licence that the card names, such as "apache-2.0"; by default what the author recorded or
-                the recipient's card says, if that is at hand.
-            mode: The recommended mode, "insert" or "replace"; by default the one it came with.
-            strength: The recommended strength; by default the one it came with.
+            max_shard_size: The size of the largest weight file.
+            license: The license in the card, such as "apache-2.0"; by default the one in the metadata, or in the
+                recipient's card if that is on this machine.
+            mode: The recommended mode, "insert" or "replace"; by default the donor's.
+            strength: The recommended strength; by default the donor's.
 
         Raises:
             ConfigurationError: No position or no recipient is known, or a strength that is not 1 with "replace".
@@ -355,42 +355,38 @@ class Donor:
         self,
         repo_id: str,
         position: int | None = None,
-        recipient: str | None = None,
-        recipient_revision: str | None = None,
-        max_shard_size: int | str = "5GB",
+        *,
         commit_message: str = "Upload donor",
-        license: str | None = None,
-        mode: str | None = None,
-        strength: float | None = None,
-        **kwargs: Any,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **options: Any,
     ) -> CommitInfo:
         """Upload the donor repo as one commit.
 
         Args:
-            repo_id: The repository; made if it does not exist.
+            repo_id: The repository; created if it does not exist.
             position: As in `save_pretrained`.
-            recipient: The same.
-            recipient_revision: The same.
-            max_shard_size: The same.
             commit_message: Its first line.
-            license: As in `save_pretrained`.
-            mode: The same.
-            strength: The same.
-            **kwargs: `token`, `private`, `revision` and `create_pr`, as in huggingface_hub.
+            token: As in huggingface_hub.
+            private: As in huggingface_hub.
+            revision: The branch to push to.
+            create_pr: Open a pull request instead.
+            **options: The other arguments of `save_pretrained`.
 
         Returns:
             The commit.
 
         Raises:
-            HubError: Missing, gated, private or out of reach.
+            HubError: The repository is missing, gated or private, or the Hub cannot be reached.
             IntegrityError: The bytes of a weight file of the donor differ from its recorded sha256.
         """
         self.verify()
-        place = {"position": position, "recipient": recipient, "recipient_revision": recipient_revision}
-        options: dict[str, Any] = {"license": license, "mode": mode, "strength": strength, **place}
+        hub: dict[str, Any] = {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
         with output_folder(None, repo_id) as folder:
-            files = save_donor(self, folder, max_shard_size=max_shard_size, repo_id=repo_id, **options)
-            return push_donor(folder, repo_id, files, commit_message, **kwargs)
+            files = save_donor(self, folder, position=position, repo_id=repo_id, **options)
+            return push_donor(folder, repo_id, files, commit_message, **hub)
 
     def __str__(self) -> str:
         file = self.store.path if isinstance(self.store, PtTensors) else None

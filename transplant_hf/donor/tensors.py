@@ -159,10 +159,10 @@ def open_donor_files(folder: Path) -> FileTensors:
     if index.exists():
         weight_map = read_shard_index(index)
         store = FileTensors([folder / name for name in sorted(set(weight_map.values()))])
-        held: dict[str, list[str]] = {}
+        shards: dict[str, list[str]] = {}
         for name, info in store.infos().items():
-            held.setdefault(info.file.name if info.file else "", []).append(name)
-        check_shards(weight_map, held, str(index))
+            shards.setdefault(info.file.name if info.file else "", []).append(name)
+        check_shards(weight_map, shards, str(index))
         return store
     if not (folder / DONOR_FILE).exists():
         raise CheckpointError(f"no donor weights in {folder}: neither {DONOR_FILE} nor {DONOR_INDEX}.")
@@ -201,12 +201,12 @@ def check_shards(weight_map: Mapping[str, str], shards: Mapping[str, Iterable[st
     Raises:
         CheckpointError: A tensor in two shards, in another shard than the index says, or in only one of the two.
     """
-    held = {name: set(tensors) for name, tensors in shards.items()}
-    count = Counter(tensor for tensors in held.values() for tensor in tensors)
+    names = {name: set(tensors) for name, tensors in shards.items()}
+    count = Counter(tensor for tensors in names.values() for tensor in tensors)
     for wrong, how in (
         ({tensor for tensor in count if count[tensor] > 1}, "are in two shards"),
         (set(weight_map) ^ set(count), "are only in the index or only in a shard"),
-        ({tensor for tensor, file in weight_map.items() if tensor not in held.get(file, ())}, "are in another shard"),
+        ({tensor for tensor, file in weight_map.items() if tensor not in names.get(file, ())}, "are in another shard"),
     ):
         if wrong:
             raise CheckpointError(f"{where} and its shards disagree: {len(wrong)} tensors {how}, first {min(wrong)!r}.")
