@@ -389,8 +389,10 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
         """
         unused = kwargs.pop("return_unused_kwargs", False)
         named = {"name_or_path": kwargs.pop("name_or_path")} if "name_or_path" in kwargs else {}
-        # Transformers' telemetry (`_from_auto` and the like) is about the call, not about the recipient.
-        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("_from_")}
+        # Other names with an underscore are about the call and the repository, not about the recipient.
+        kwargs = {
+            name: value for name, value in kwargs.items() if not name.startswith("_") or name.endswith("implementation")
+        }
         config = super().from_dict(config_dict, **named)
         if unused:
             return config, kwargs
