@@ -279,8 +279,6 @@ def paper_layers(num_layers: int, count: int = 3) -> range:
         ([4, 5, 6], [7, 8, 9, 10])
     """
     if not 1 <= count <= num_layers:
-        raise ConfigurationError(
-            f"a donor of {count} layers needs a model with at least as many, this one has {num_layers}."
-        )
+        raise ConfigurationError(f"a donor of {count} layers cannot be extracted from a model of {num_layers} layers.")
     start = min(num_layers // 3, num_layers - count)
     return range(start, start + count)
