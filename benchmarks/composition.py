@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,6 @@ from transformers.utils import logging
 from transplant_hf import Donor, transplant
 from transplant_hf.comparison.methods import METHODS, Prepared, Setting, donor_of, in_place
 from transplant_hf.comparison.runs import Budget, measure, train_once
-from transplant_hf.demo.library import source_documents
 from transplant_hf.model.opening import load_model
 from transplant_hf.texts import Blocks, pack
 
@@ -59,7 +59,8 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         tokenizer = AutoTokenizer.from_pretrained(options.recipient)
-        source = [document.text for document in source_documents()]
+        library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        source = [path.read_text(encoding="utf-8") for path in library]
         packed = {
             "first": pack(options.text, tokenizer, 128),
             "second": pack(source, tokenizer, 128, max_blocks=4000, name="python source"),
@@ -130,7 +131,7 @@ class Study:
     def _train(self, prepared: Prepared, name: str, rate: float) -> None:
         print(f"training on the {name} domain", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
-            train_once(prepared, folder, rate, Budget(self.options.steps, bf16=True), self.learnt[name], None)
+            train_once(prepared, folder, rate, Budget(self.options.steps, seed=0, bf16=True), self.learnt[name], None)
 
     def _grown(self, donors: Mapping[str, Donor]) -> Any:
         model = self.setting.shared
@@ -143,7 +144,7 @@ class Study:
 
 
 def _setting(load: Any) -> Setting:
-    return Setting(load, load().eval().requires_grad_(False))
+    return Setting(load, load().eval().requires_grad_(False), seed=0)
 
 
 def _spread(blocks: Blocks, count: int) -> Blocks:
