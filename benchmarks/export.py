@@ -1,7 +1,7 @@
-"""How long a plain checkpoint of a transplant takes to write, and how much memory, beside copying and hashing it.
+"""Time and memory of exporting a transplant as a plain checkpoint, compared with copying and hashing its files.
 
 Every run is a fresh process; rounds hold every way once, in random order. Recipient and donor have random weights in
-real shapes and are written once into the work folder (up to 5 GB, and as much again while it runs).
+real shapes and are written once into the work folder (up to 5 GB, and the same size again during a run).
 
 example: python benchmarks/export.py --folder bench-export --runs 5
 """

@@ -1,4 +1,4 @@
-"""Upload a folder as one commit that holds what changed, and nothing else."""
+"""Upload a folder as one commit of the files that changed."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _MOVED_ON = (409, 412)
 
 
 def check_can_push(repo_id: str, token: str | bool | None = None) -> None:
-    """Refuse, before the work whose result would be pushed, where nobody is logged in or the Hub is out of reach.
+    """Check before a long run that its result can be pushed: somebody is logged in, and the Hub can be reached.
 
     Args:
         repo_id: The repository.
         token: As in huggingface_hub.
 
     Raises:
-        ConfigurationError: Not a repository's name.
-        HubError: No token, one that is not valid, or the Hub is out of reach.
+        ConfigurationError: `repo_id` is not the name of a repository.
+        HubError: The token is missing or invalid, or the Hub cannot be reached.
     """
     with hub_errors(repo_id):
         validate_repo_id(repo_id)
@@ -60,29 +60,31 @@ def push_folder(
     only: Collection[str] | None = None,
     kept: Callable[[Sequence[str], Callable[[str], Path]], Collection[str]] = lambda names, fetch: (),
 ) -> CommitInfo:
-    """Upload a folder as one commit on top of the branch as it was found; files it has already are not sent.
+    """Upload a folder as one commit on top of the branch; files that the repository has already are not sent.
 
-    Hidden files and folders stay behind. While large files are sent, huggingface_hub shows its progress bars.
+    Hidden files and folders are not uploaded. While large files are sent, huggingface_hub shows its progress bars.
 
     Args:
         folder: A folder this process has just written.
-        repo_id: The repository; made if it does not exist.
-        commit_message: Its first line.
-        commit_description: The rest of its message.
+        repo_id: The repository; created if it does not exist.
+        commit_message: The first line of the commit message.
+        commit_description: The rest of it.
         token: As in huggingface_hub.
-        private: The same; a public repository that exists is not made private, but refused.
-        revision: The branch; made if it does not exist.
+        private: As in huggingface_hub; an existing public repository is refused.
+        revision: The branch; created if it does not exist.
         create_pr: Open a pull request instead.
-        replaced: Tells which of the repository's files belong to the old artefact, and go.
-        only: The files that are meant, by their paths in the folder; by default all.
-        kept: Tells, from the repository's files and what downloads one of them, which files are not sent after all.
+        replaced: Returns which of the repository's files belong to an earlier save and are removed.
+        only: The files to upload, by their paths in the folder; by default all.
+        kept: Returns which files of the repository are kept as they are, from its file names and a function that
+            downloads one of them.
 
     Returns:
-        The commit; the present one when nothing has changed.
+        The commit; the current one if nothing has changed.
 
     Raises:
-        ConfigurationError: The folder holds a link: what it leads to is not published by accident.
-        HubError: Missing, gated, private or out of reach, or changed by someone else meanwhile.
+        ConfigurationError: A link is among the files.
+        HubError: The repository is missing, gated or private, was changed by someone else in the meantime, or the Hub
+            cannot be reached.
     """
     files = _files_in(folder, only)
     api = HfApi(token=token)
