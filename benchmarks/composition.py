@@ -26,7 +26,7 @@ from transformers.utils import logging
 from transplant_hf import Donor, transplant
 from transplant_hf.comparison.methods import METHODS, Prepared, Setting, donor_of, in_place
 from transplant_hf.comparison.runs import Budget, measure, train_once
-from transplant_hf.model.opening import load_model
+from transplant_hf.model.load_any_model import load_model
 from transplant_hf.texts import Blocks, pack
 
 _RATE = 1e-2

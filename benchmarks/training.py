@@ -26,7 +26,7 @@ from transformers.utils import logging
 from transplant_hf.comparison import METHODS
 from transplant_hf.comparison.methods import Setting
 from transplant_hf.comparison.runs import Budget, train_once
-from transplant_hf.model.opening import load_model
+from transplant_hf.model.load_any_model import load_model
 from transplant_hf.texts import Blocks, pack
 
 _REFERENCE = "lora"

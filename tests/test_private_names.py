@@ -41,7 +41,6 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo, load_state_dict
-from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from tests.helpers import tiny_llama_model
@@ -57,10 +56,10 @@ SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
     (
         PreTrainedModel._load_pretrained_model,
         "(model, state_dict, checkpoint_files, load_config, expected_keys)",
-        "model/native_methods.py, model/loading.py",
+        "model/native_methods.py, model/load_weights.py",
     ),
     (PreTrainedModel._finalize_model_loading, "(model, load_config, loading_info)", "model/native_methods.py"),
-    (PreTrainedModel._from_config, "(config, **kwargs)", "model/auto.py"),
+    (PreTrainedModel._from_config, "(config, **kwargs)", "model/load.py"),
     (
         rename_source_key,
         "(source_key, weight_renamings, weight_converters, base_model_prefix, meta_state_dict, reverse)",
@@ -83,7 +82,6 @@ SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
         "architecture/recipient.py",
     ),
     (convert_moe_packed_tensors, "(blocks, scales, dtype, rows_per_chunk)", "donor/pt_tensors.py"),
-    (get_keys_to_not_convert, "(model)", "splice/quantized.py"),
     (Trainer._load_from_checkpoint, "(self, resume_from_checkpoint, model)", "training/part_trainer.py"),
     (Trainer._load_best_model, "(self)", "training/part_trainer.py"),
 ]
@@ -158,7 +156,7 @@ def test_from_pretrained_goes_through_the_hooks(monkeypatch: pytest.MonkeyPatch,
 def test_the_load_config_has_the_fields_that_are_read() -> None:
     fields = {field.name for field in dataclasses.fields(LoadStateDictConfig)}
     read = {"weight_mapping", "disable_mmap", "weights_only", "sharded_metadata"}
-    assert read <= fields, f"LoadStateDictConfig lacks {read - fields}: model/loading.py reads them."
+    assert read <= fields, f"LoadStateDictConfig lacks {read - fields}: model/load_weights.py reads them."
 
 
 def test_loading_info_has_the_fields_that_are_read(tmp_path: Any) -> None:
@@ -167,7 +165,7 @@ def test_loading_info_has_the_fields_that_are_read(tmp_path: Any) -> None:
     assert {"missing_keys", "unexpected_keys", "mismatched_keys"} <= set(info)
     fields = {field.name for field in dataclasses.fields(LoadStateDictInfo)}
     read = {"missing_keys", "unexpected_keys", "mismatched_keys", "conversion_errors"}
-    assert read <= fields, f"LoadStateDictInfo lacks {read - fields}: model/loading.py reads them."
+    assert read <= fields, f"LoadStateDictInfo lacks {read - fields}: model/load_weights.py reads them."
 
 
 def test_rules_of_renaming() -> None:
@@ -254,21 +252,22 @@ def test_models_have_the_attributes_that_are_read() -> None:
 
 
 def test_a_loaded_model_keeps_its_rules(tmp_path: Path) -> None:
-    """model/auto.py, memory.py and saving.py read the rules that saving reverts."""
+    """model/load.py, in_memory.py and save_parts.py read the rules that saving reverts."""
     tiny_llama_model(0).save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(loaded._weight_conversions, list | tuple)
 
 
 def test_auto_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an Auto class adds of its own to the arguments of a registered class is known, and left out."""
-    assert hasattr(transformers.AutoModelForCausalLM, "_model_mapping"), "model/auto.py reads it."
+    """What an Auto class adds of its own to the arguments of a registered class has a private name, and is left out."""
     TransplantConfig(recipient="anything").save_pretrained(tmp_path)
-    got: dict[str, Any] = {}
-    monkeypatch.setattr(TransplantForCausalLM, "from_pretrained", lambda *args, **kwargs: got.update(kwargs))
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path, _from_pipeline="text-generation")
-    added = {name for name in got if name.startswith("_")}
-    assert added <= {"_commit_hash", "_from_auto", "_from_pipeline"}, f"the Auto classes add {added}: model/auto.py"
+    kwargs: dict[str, Any] = {}
+    monkeypatch.setattr(TransplantForCausalLM, "from_pretrained", lambda *_, **given: kwargs.update(given))
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    added = {name for name in kwargs if not name.startswith("_")}
+    assert added <= {"adapter_kwargs", "config", "revision", "trust_remote_code"}, (
+        f"the Auto classes add {added}: model/load.py"
+    )
 
 
 def test_checkpointed_layers() -> None:
@@ -278,10 +277,6 @@ def test_checkpointed_layers() -> None:
     for layer in model.model.layers:
         assert layer.gradient_checkpointing
         assert any(isinstance(value, functools.partial) for value in vars(layer).values())
-
-
-def test_modules_left_unquantised() -> None:
-    assert get_keys_to_not_convert(tiny_llama_model(0)) == ["lm_head"]
 
 
 # -- The list is whole ---------------------------------------------------------------------------------------------

@@ -93,18 +93,8 @@ ENTRIES: dict[str, Callable[[Path, Path], Any]] = {
     "plan": lambda family, _: plan(str(family / "donor"), memory="1GB", devices=2),
     "train": _train,
 }
-# What from_pretrained of a model without donors does in Transformers: training starts from a plain recipient.
-LOADING = {
-    "linear's init changed",
-    "set_default_dtype was called",
-    "tie_weights changed",
-    "torch.linspace changed",
-    "torch.nn.init changed",
-}
 # Trainer seeds the process and sets the verbosity of Transformers.
-OF_TRANSFORMERS = {
-    "train": {*LOADING, "manual_seed was called", "set_verbosity was called"},
-}
+OF_TRAINER = {"train": {"manual_seed was called", "set_verbosity was called"}}
 
 
 def _state() -> dict[str, Any]:
@@ -181,15 +171,14 @@ def test_nothing_is_changed_for_the_process(
             errors.append(error)
 
     with _watching(monkeypatch) as seen:
-        # Transformers' own loading in two threads would leave its patches behind for the tests that follow.
-        count = 1 if entry in OF_TRANSFORMERS else 2
+        count = 1 if entry in OF_TRAINER else 2
         threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     assert not errors
-    assert sorted(set(seen) - OF_TRANSFORMERS.get(entry, set())) == []
+    assert sorted(set(seen) - OF_TRAINER.get(entry, set())) == []
 
 
 def test_loading_draws_no_random_numbers(tiny_llama: Path) -> None:

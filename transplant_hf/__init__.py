@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from .exporting import export
     from .inspection import inspect
     from .layer_map import LayerMap
-    from .model.auto import AutoModelWithTransplant, check_compatibility
-    from .model.auto import check_compatibility as check
+    from .model.check import check_compatibility
+    from .model.check import check_compatibility as check
     from .model.extracting import extract
-    from .model.memory import remove_transplants, transplant
+    from .model.in_memory import remove_transplants, transplant
+    from .model.load import AutoModelWithTransplant
     from .planning import plan
     from .pushing import push
     from .training import DonorTrainer, DonorTrainingArguments, train
@@ -81,7 +82,7 @@ __all__ = [
 
 # Imported on first use, because they import torch and model code: public name -> module:name.
 _LAZY = {
-    "AutoModelWithTransplant": "model.auto:AutoModelWithTransplant",
+    "AutoModelWithTransplant": "model.load:AutoModelWithTransplant",
     "CompatibilityReport": "compatibility:CompatibilityReport",
     "Donor": "donor:Donor",
     "DonorSpec": "config:DonorSpec",
@@ -89,9 +90,9 @@ _LAZY = {
     "DonorTrainingArguments": "training:DonorTrainingArguments",
     "LayerMap": "layer_map:LayerMap",
     "TransplantConfig": "config:TransplantConfig",
-    "remove_transplants": "model.memory:remove_transplants",
+    "remove_transplants": "model.in_memory:remove_transplants",
     # The verbs: each does what the command of the same name does.
-    "check": "model.auto:check_compatibility",
+    "check": "model.check:check_compatibility",
     "compare": "comparison:compare",
     "convert": "conversion:convert",
     "evaluate": "evaluation:evaluate",
@@ -102,9 +103,9 @@ _LAZY = {
     "push": "pushing:push",
     "sweep": "evaluation:sweep",
     "train": "training:train",
-    "transplant": "model.memory:transplant",
+    "transplant": "model.in_memory:transplant",
     # Old names, for one release.
-    "check_compatibility": "model.auto:check_compatibility",
+    "check_compatibility": "model.check:check_compatibility",
 }
 
 

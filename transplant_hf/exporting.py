@@ -21,11 +21,11 @@ from .donor.saved_files import check_artifact_folder, replaced_in
 from .errors import CheckpointError, ConfigurationError
 from .heads import CAUSAL_LM, Head, head_of
 from .layer_map import LayerMap
-from .model.adapters import ADAPTER_CONFIG
-from .model.auto import load_transplant
 from .model.card import write_full_card
+from .model.load import load_transplant
+from .model.load_adapters import ADAPTER_CONFIG
+from .model.load_request import LoadRequest, read_request, recipient_of
 from .model.native_methods import recipient_class
-from .model.resolve import Request, read_request, recipient_config
 from .model.surface import transplant_class
 from .numeric import is_finite
 from .sources import HubOptions, locate, points_to_folder, reading
@@ -169,8 +169,8 @@ def export(
     if license is not None:
         check_license(license)
     hub = HubOptions(token, cache_dir, local_files_only)
-    request = read_request(source, donors=donors, config=None, revision=revision, subfolder=None, hub=hub)
-    recipient = recipient_config(request, hub, False, {})
+    request = read_request(source, donors=donors, revision=revision, hub=hub)
+    recipient = recipient_of(request, hub)
     _refuse_adapters(request, recipient)
     options = _quantization_options(recipient)
     head: Head = head_of(recipient.config.architectures or (), recipient.config) or CAUSAL_LM
@@ -241,7 +241,7 @@ def _breaks_pattern(before: Sequence[str], after: Sequence[str]) -> bool:
 # -- What is refused ------------------------------------------------------------------------------------------------
 
 
-def _refuse_adapters(request: Request, recipient: Recipient) -> None:
+def _refuse_adapters(request: LoadRequest, recipient: Recipient) -> None:
     """Refuse adapters beside the recipient or the transplant: a plain checkpoint holds weights alone."""
     files = (f"{ADAPTER_CONFIG}*",)
     beside = locate(recipient.reference, files=files, revision=recipient.revision, hub=recipient.hub)
@@ -351,7 +351,7 @@ def _write_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str
     recipient_class(type(model)).save_pretrained(model, folder, max_shard_size=max_shard_size)
 
 
-def _copy_companions(request: Request, recipient: Recipient, staging: Path, target: Path) -> None:
+def _copy_companions(request: LoadRequest, recipient: Recipient, staging: Path, target: Path) -> None:
     """Copy tokenizer, processor and license files; the transplant's own come before the recipient's."""
     own, hub = request.source, recipient.hub
     if request.names_transplant and own.from_hub:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection
 from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig
 
-__all__ = ["BASE", "CAUSAL_LM", "HEADS", "Head", "auto_classes", "auto_classes_for", "head_of"]
+__all__ = ["BASE", "CAUSAL_LM", "HEADS", "Head", "auto_classes", "auto_classes_for", "head_of", "model_mapping"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +59,33 @@ def auto_classes() -> list[Any]:
 
     Without `AutoModelForDecision`: the pipeline "decision" tries the other classes only if this one has no model.
     """
-    names = [name for name in dir(transformers) if name.startswith("AutoModelFor") and not name.endswith("Decision")]
+    names = [name for name in _names() if name.startswith("AutoModelFor") and not name.endswith("Decision")]
     others = [Head(name) for name in names]
     found = [head.find() for head in dict.fromkeys(Head(head.auto_class) for head in (*HEADS, *others))]
-    return [one for one in found if hasattr(one, "_model_mapping")]
+    return [one for one in found if one is not None]
+
+
+def model_mapping(auto_class: Any) -> Any:
+    """Return the mapping from configuration classes to the model classes of an Auto class; empty for another class."""
+    # AutoModelForCausalLM has MODEL_FOR_CAUSAL_LM_MAPPING, and so on.
+    wanted = f"{auto_class.__name__.removeprefix('Auto').upper()}MAPPING"
+    return getattr(transformers, _mapping_names().get(wanted, ""), {})
+
+
+@functools.cache
+def _mapping_names() -> dict[str, str]:
+    return {name.replace("_", ""): name for name in _names() if name.endswith("MAPPING")}
+
+
+@functools.cache
+def _names() -> tuple[str, ...]:
+    """The public names of Transformers; listing them takes a tenth of a second."""
+    return tuple(dir(transformers))
 
 
 def auto_classes_for(config: PreTrainedConfig) -> list[str]:
     """Return the names of the Auto classes that have a class for a model of this type; loads no model code."""
-    return [one.__name__ for one in auto_classes() if type(config) in one._model_mapping]
+    return [one.__name__ for one in auto_classes() if type(config) in model_mapping(one)]
 
 
 def head_of(class_names: Collection[str], config: PreTrainedConfig) -> Head | None:
@@ -77,7 +96,8 @@ def head_of(class_names: Collection[str], config: PreTrainedConfig) -> Head | No
         config: Its configuration.
     """
     for head in HEADS:
-        found = getattr(head.find(), "_model_mapping", {}).get(type(config), ())
+        auto_class = head.find()
+        found = () if auto_class is None else model_mapping(auto_class).get(type(config), ())
         classes: Any = found if isinstance(found, list | tuple) else [found]
         if {one.__name__ for one in classes} & set(class_names):
             return head

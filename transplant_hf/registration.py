@@ -21,13 +21,13 @@ class _Loader:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load a transplant; see `AutoModelWithTransplant.from_pretrained`."""
-        from .model.auto import load_transplant
+        from .model.load import load_transplant
 
         return load_transplant(cls.auto_class, pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
     def _from_config(cls, config: TransplantConfig, **kwargs: Any) -> Any:
-        from .model.auto import config_to_model
+        from .model.load import config_to_model
 
         return config_to_model(cls.auto_class, config, **kwargs)
 
@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _read_field(config: TransplantConfig, name: str) -> Any:
-    from .model.at_hand import field_at_hand
+    from .model.local_fields import field_at_hand
 
     return field_at_hand(config, name)
 

@@ -68,7 +68,9 @@ def test_a_save_that_fails_leaves_the_old_one(
     assert load(target).layer_map[4] == ("donor", 1)
 
 
-@pytest.mark.parametrize("place", ["transplant_hf.model.saving.write_entry", "transplant_hf.model.saving.write_card"])
+@pytest.mark.parametrize(
+    "place", ["transplant_hf.model.save_parts.write_entry", "transplant_hf.model.save_parts.write_card"]
+)
 def test_a_save_that_fails_late(tiny_gpt2: Path, target: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     before = digest_of(target.parent)
     fail_in(monkeypatch, place)

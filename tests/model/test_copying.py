@@ -18,7 +18,7 @@ import torch
 from tests.helpers import loaded, logits_of, plain, refused
 from tests.model.test_calls import beside, toggle
 from transplant_hf import ConfigurationError
-from transplant_hf.model import calls, saving
+from transplant_hf.model import calls, save
 
 
 def pickled(model: Any) -> Any:
@@ -63,7 +63,7 @@ def test_a_switch_waits_for_a_save(tiny_llama: Path, tmp_path: Path, monkeypatch
         with ThreadPoolExecutor(1) as pool:
             errors.append(pool.submit(toggle(model)).exception())
 
-    monkeypatch.setattr(saving, "_copy_companions", companions)
+    monkeypatch.setattr(save, "copy_model_companions", companions)
     model.save_pretrained(tmp_path / "saved")
     assert "calls of 1 other threads" in str(errors[0])
     assert torch.equal(logits_of(plain(tmp_path / "saved")), logits_of(model))

@@ -14,7 +14,7 @@ from transplant_hf import AutoModelWithTransplant, CheckpointError, Configuratio
 from transplant_hf.architecture import gguf as reader
 from transplant_hf.evaluation.models_and_texts import find_tokenizer, model_to_measure
 from transplant_hf.inspection import inspect
-from transplant_hf.model.memory import remove_transplants
+from transplant_hf.model.in_memory import remove_transplants
 
 NAME = "tiny.gguf"
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}

@@ -48,7 +48,7 @@ from transplant_hf import (
 )
 from transplant_hf.exporting import export
 from transplant_hf.inspection import inspect
-from transplant_hf.model.opening import load_model
+from transplant_hf.model.load_any_model import load_model
 from transplant_hf.planning import plan
 
 load = AutoModelWithTransplant.from_pretrained

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from tests.helpers import loaded, logits_of, plain, two_donors
-from tests.model.test_baking import neox, scaled
+from tests.model.test_folded_strength import neox, scaled
 from tests.model.test_training import freeze_recipient, trainer
 from transplant_hf import AutoModelWithTransplant
 from transplant_hf.model.gates import attach_gate

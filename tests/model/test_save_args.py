@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 
 from tests.helpers import Shelf, layers_of, loaded, logits_of, make_family, plain, refused, tiny_llama_model
 from tests.hub_server import ALICE
-from tests.model.test_baking import is_native, neox, scaled
+from tests.model.test_folded_strength import is_native, neox, scaled
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor
 from transplant_hf.model.gates import attach_gate
 
@@ -195,7 +195,7 @@ def test_what_asks_for_nothing_else_is_taken(ours: Any, tmp_path: Path) -> None:
 def test_a_push_honors_or_refuses(both: Shelf, as_user: Callable[[str], None], tmp_path: Path) -> None:
     as_user(ALICE)
     model, target = load(both.law), f"{both.law}-mine"
-    with refused(ConfigurationError, "takes no tags, use_temp_dir", "commit_description"):
+    with refused(ConfigurationError, "does not accept tags, use_temp_dir", "commit_description"):
         model.push_to_hub(target, tags=["x"], use_temp_dir=True)
     with pytest.raises(TypeError):
         model.push_to_hub(target, "a message")

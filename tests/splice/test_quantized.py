@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
 
-from tests.helpers import loaded, logits_of, make_family, plain, some_ids, tiny_gpt_oss_model, tiny_llama_model
+from tests.helpers import (
+    loaded,
+    logits_of,
+    make_family,
+    plain,
+    some_ids,
+    tiny_gpt2_model,
+    tiny_gpt_oss_model,
+    tiny_llama_model,
+)
+from transplant_hf.splice.quantized import _kept_by_default
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +120,9 @@ def test_a_recipient_saved_as_int8_keeps_its_donor_in_full_precision(torchao_fam
     with model.disable_transplants():
         assert torch.equal(logits_of(model), logits_of(plain(torchao_family / "int8")))
     assert model.generate(some_ids(), max_new_tokens=3, do_sample=False).shape == (2, 15)
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2_model, tiny_llama_model])
+def test_modules_that_quantizers_keep_by_default(make: Callable[[int], PreTrainedModel]) -> None:
+    """The same as Transformers' own choice."""
+    assert set(_kept_by_default(make(0))) == set(get_keys_to_not_convert(make(0)))

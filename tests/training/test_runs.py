@@ -14,7 +14,7 @@ from tests.hub_server import ALICE
 from transplant_hf import CheckpointError, ConfigurationError, Donor, HubError
 from transplant_hf.cli import main
 from transplant_hf.evaluation import perplexity
-from transplant_hf.model.opening import load_model
+from transplant_hf.model.load_any_model import load_model
 from transplant_hf.texts import pack
 from transplant_hf.training import PartTrainer, recover_transplant, train_donor
 

@@ -7,7 +7,7 @@ from .gguf import check_gguf_reader, config_of_weights, forget_gguf, is_quantize
 from .identity import output_projections, projections_of_layers, zero_output_projections
 from .modes import eval_mode
 from .names import LayerNames, LayerTensorName
-from .native import LayerOrigin, SplicedConfig, splice_config
+from .native import LayerOrigin, SplicedConfig, build_failure, first_candidate, layer_differences, splice_config
 from .overrides import apply_overrides
 from .recipient import Recipient, open_recipient
 from .stack import decoder_stack, find_stack, text_config, unwrapped
@@ -20,14 +20,17 @@ __all__ = [
     "Recipient",
     "SplicedConfig",
     "apply_overrides",
+    "build_failure",
     "check_gguf_reader",
     "choose_block_length",
     "config_of_weights",
     "decoder_stack",
     "eval_mode",
     "find_stack",
+    "first_candidate",
     "forget_gguf",
     "is_quantized",
+    "layer_differences",
     "max_context_length",
     "native_class",
     "open_recipient",

@@ -8,6 +8,7 @@ the same to one thread, and nothing to the others.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -162,7 +163,7 @@ def settle(model: PreTrainedModel) -> None:
         own = torch.empty_like(tied)
         setattr(module, last, nn.Parameter(own, tied.requires_grad) if isinstance(tied, nn.Parameter) else own)
     for module in model.modules():
-        if _asks_for_default_dtype(type(module)):
+        if _asks_for_default_dtype(type(module)):  # type: ignore[arg-type]
             module._apply(lambda tensor: tensor.to(dtype) if tensor.dtype == torch.get_default_dtype() else tensor)
 
 
@@ -175,6 +176,7 @@ def _inside(config: PreTrainedConfig, deeper: bool = True) -> Iterator[PreTraine
                 yield from _inside(part)
 
 
+@functools.cache
 def _asks_for_default_dtype(module_class: type[nn.Module]) -> bool:
     """Whether a class reads torch's default dtype, which no mode can answer."""
     functions = (getattr(member, "__func__", member) for member in vars(module_class).values())

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from ..errors import CompatibilityError
-from ..heads import auto_classes_for
+from ..heads import auto_classes_for, model_mapping
 
 __all__ = ["native_class"]
 
@@ -27,7 +27,7 @@ def native_class(auto_class: Any, config: PreTrainedConfig, name: str) -> tuple[
     Raises:
         CompatibilityError: The Auto class has none.
     """
-    mapping = auto_class._model_mapping
+    mapping = model_mapping(auto_class)
     if type(config) not in mapping:
         what = "is not a decoder-only model" if auto_class is AutoModelForCausalLM else "has no such head"
         others = ", ".join(auto_classes_for(config))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -30,7 +31,7 @@ _COUNT = re.compile(r"^(num|n)_?(hidden_|decoder_)?(layers?|blocks?)$|^decoder_l
 _RULE = re.compile(
     r"dense|period|offset|step|interval|freq|pattern|every|_start|_end|first|last|skip|global_attn", re.I
 )
-_RUNTIME = ("_attn_implementation_internal", "_experts_implementation_internal", "dtype", "_name_or_path")
+_RUNTIME = ("_attn_implementation_internal", "_experts_implementation_internal", "dtype")
 
 
 def is_rule(name: str) -> bool:
@@ -68,19 +69,20 @@ class Follower:
         self.num_layers = num_layers
         self.origins = origins
         self.fields = self._rewritten(recipient, num_layers)
-        self._sources = {id(o.config): self._rewritten(o.config, o.num_layers) for o in origins}
+        sources = {id(o.config): o for o in origins}
+        self._sources = {key: self._rewritten(o.config, o.num_layers) for key, o in sources.items()}
 
-    def candidates(self, kinds: Sequence[Any]) -> Iterator[PreTrainedConfig]:
+    def candidates(self, kinds: Callable[[], Sequence[Any]]) -> Iterator[PreTrainedConfig]:
         """Yield configurations under which a native model might build the layers as they were.
 
         Args:
-            kinds: For each running layer, a value that is equal for layers of one kind.
+            kinds: Returns, for each running layer, a value that is equal for layers of one kind.
 
         Yields:
             Configurations of the recipient's class; those it refuses are left out.
         """
         followed = self._follow()
-        for fields in [followed, *self._other_readings(followed), *self._other_rules(followed, kinds)]:
+        for fields in itertools.chain([followed], self._other_readings(followed), self._other_rules(followed, kinds)):
             config = self._build(fields)
             if config is not None:
                 yield config
@@ -181,14 +183,15 @@ class Follower:
             if isinstance(value, list) and len(value) == self.num_layers and self._are_layer_numbers(name, value):
                 yield {**followed, name: self._list(name)}
 
-    def _other_rules(self, followed: Fields, kinds: Sequence[Any]) -> Iterator[Fields]:
+    def _other_rules(self, followed: Fields, kinds: Callable[[], Sequence[Any]]) -> Iterator[Fields]:
         """Change one number that places kinds of layers: to where kinds change, to none of them or to all."""
-        borders = _borders(kinds)
+        all_kinds = kinds()
+        borders = _borders(all_kinds)
         for name, value in self.fields.items():
             if not is_whole(value) or not is_rule(name):
                 continue
             if 0 <= value <= self.num_layers:
-                for number in dict.fromkeys([*borders, *(border - 1 for border in borders), 0, 1, len(kinds)]):
+                for number in dict.fromkeys([*borders, *(border - 1 for border in borders), 0, 1, len(all_kinds)]):
                     if number != value:
                         yield {**followed, name: number}
 
@@ -212,6 +215,7 @@ def _copy_runtime(old: PreTrainedConfig, new: PreTrainedConfig) -> None:
     for name in _RUNTIME:
         if name in old.__dict__:
             new.__dict__[name] = old.__dict__[name]
+    new.name_or_path = old.name_or_path
     for key in old.sub_configs:
         old_part, new_part = getattr(old, key, None), getattr(new, key, None)
         if old_part is not None and new_part is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -15,7 +16,14 @@ from .fingerprint import Standing, differences, fingerprint
 from .follow import ConfigOrigin, Follower
 from .stack import decoder_stack, text_config
 
-__all__ = ["LayerOrigin", "SplicedConfig", "splice_config"]
+__all__ = [
+    "LayerOrigin",
+    "SplicedConfig",
+    "build_failure",
+    "first_candidate",
+    "layer_differences",
+    "splice_config",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,39 +49,75 @@ class SplicedConfig:
     reasons: tuple[str, ...] = ()
 
 
-def splice_config(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> SplicedConfig:
+def splice_config(recipient: Anatomy, origins: Sequence[LayerOrigin], rejected: Sequence[str] = ()) -> SplicedConfig:
     """Find the configuration under which the recipient's class builds these layers.
 
     Args:
-        recipient: The untouched recipient, looked at.
+        recipient: The untouched recipient.
         origins: For each layer that runs, where it was built.
+        rejected: How the layers of the first candidate differ, if it was built already.
 
     Returns:
         The native configuration, or one to run inserted layers with and the reasons.
     """
-    _refuse_second_first(recipient, origins)
-    follower = Follower(
-        recipient.config,
-        recipient.num_layers,
-        [ConfigOrigin(o.anatomy.config, o.index, o.anatomy.num_layers) for o in origins],
-    )
-    reasons: list[str] = []
-    kinds = [origin.anatomy.kind(origin.index) for origin in origins]
-    for config in follower.candidates(kinds):
-        found = _how_layers_differ(recipient, config, origins)
+    reasons = list(rejected)
+    for config in itertools.islice(_candidates(recipient, origins), 1 if rejected else 0, None):
+        found = _build_and_compare(recipient, config, origins)
         if not found:
             return SplicedConfig(config, True)
         reasons = reasons or found
     reasons = reasons or [f"{type(recipient.config).__name__} refuses {len(origins)} layers of these kinds"]
-    return SplicedConfig(follower.running_config(), False, tuple(reasons))
+    return SplicedConfig(_follower(recipient, origins).running_config(), False, tuple(reasons))
 
 
-def _how_layers_differ(recipient: Anatomy, config: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> list[str]:
+def first_candidate(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> PreTrainedConfig | None:
+    """Return the configuration that most likely builds these layers; `layer_differences` says whether it does."""
+    return next(_candidates(recipient, origins), None)
+
+
+def _candidates(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> Iterator[PreTrainedConfig]:
+    _refuse_second_first(recipient, origins)
+    yield from _follower(recipient, origins).candidates(
+        lambda: [origin.anatomy.kind(origin.index) for origin in origins]
+    )
+
+
+def _follower(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> Follower:
+    sources = [ConfigOrigin(o.anatomy.config, o.index, o.anatomy.num_layers) for o in origins]
+    return Follower(recipient.config, recipient.num_layers, sources)
+
+
+def _build_and_compare(recipient: Anatomy, config: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> list[str]:
     try:
         model = build_on_meta(recipient.model_class, config)
-        layers = decoder_stack(model, recipient.stack_path)
     except BUILD_ERRORS as error:
-        return [f"{recipient.model_class.__name__} cannot be built: {type(error).__name__}: {error}"]
+        return [build_failure(recipient, error)]
+    return layer_differences(recipient, model, origins)
+
+
+def build_failure(recipient: Anatomy, error: Exception) -> str:
+    """Say why a configuration is not a candidate: its class cannot be built from it."""
+    return f"{recipient.model_class.__name__} cannot be built: {type(error).__name__}: {error}"
+
+
+def layer_differences(recipient: Anatomy, model: PreTrainedModel, origins: Sequence[LayerOrigin]) -> list[str]:
+    """List how the layers of a model differ from those that it should have.
+
+    Args:
+        recipient: The untouched recipient.
+        model: A model of the recipient's class.
+        origins: For each of its layers, where the wanted one was built.
+
+    Returns:
+        One line for each difference.
+
+    Raises:
+        CompatibilityError: The model has a table outside its layers with an entry for each of them.
+    """
+    try:
+        layers = decoder_stack(model, recipient.stack_path)
+    except (AssertionError, AttributeError) as error:
+        return [build_failure(recipient, error)]
     _refuse_tables(recipient, model)
     if len(layers) != len(origins):
         return [f"{len(layers)} layers would be built, not {len(origins)}"]

@@ -85,6 +85,7 @@ def open_recipient(
     overrides: Mapping[str, Any] | None = None,
     trust_remote_code: bool | None = False,
     kwargs: Mapping[str, Any] | None = None,
+    what: str = "recipient",
 ) -> Recipient:
     """Open a recipient by its configuration.
 
@@ -99,6 +100,7 @@ def open_recipient(
         overrides: Fields of the configuration that a transplant sets.
         trust_remote_code: As in `from_pretrained`.
         kwargs: Keyword arguments of `from_pretrained`; those that are fields of the configuration are applied to it.
+        what: What it is called in messages.
 
     Returns:
         The recipient, its revision pinned to a commit.
@@ -121,9 +123,9 @@ def open_recipient(
     name = f"{reference}@{commit}" if commit else reference
     path = source.folder / "config.json"
     fields = read_json(path, "the recipient's config.json") if path.exists() else {}
-    if not fields and gguf_file is None:
+    if not path.exists() and gguf_file is None:
         raise ConfigurationError(
-            f"cannot load recipient {name}: there is no config.json in {source.folder}.{_gguf_hint(source)}"
+            f"cannot load {what} {name}: there is no config.json in {source.folder}.{_gguf_hint(source)}"
         )
     if fields.get("model_type") == TransplantConfig.model_type:
         base = fields.get("recipient")
@@ -150,13 +152,13 @@ def open_recipient(
             raise
         except BUILD_ERRORS as error:
             sentence = str(error).strip().partition("\n")[0]
-            raise ConfigurationError(f"cannot load recipient {name}: {sentence}") from error
+            raise ConfigurationError(f"cannot load {what} {name}: {sentence}") from error
     config.name_or_path = reference
     apply_overrides(config, overrides or {}, kwargs)
     layers = getattr(text_config(config).config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > _MAX_LAYERS:
         raise ConfigurationError(
-            f"cannot load recipient {name}: its config.json has {layers:,} layers, more than {_MAX_LAYERS:,}."
+            f"cannot load {what} {name}: its config.json has {layers:,} layers, more than {_MAX_LAYERS:,}."
         )
     return Recipient(reference, commit, source, fields, config, unused, bool(trust_remote_code), hub)
 

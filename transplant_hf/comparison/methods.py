@@ -15,7 +15,7 @@ from torch import nn
 
 from ..architecture import find_stack
 from ..donor import Donor
-from ..model.memory import transplant
+from ..model.in_memory import transplant
 from ..partial import running_only, stack_of
 from ..training import Part
 

@@ -17,8 +17,8 @@ import torch
 from ..display import progress_bar
 from ..donor import Donor
 from ..errors import ConfigurationError
-from ..model.memory import remove_transplants, transplant
-from ..model.opening import load_model
+from ..model.in_memory import remove_transplants, transplant
+from ..model.load_any_model import load_model
 from ..texts import Blocks
 from ..training.data import as_blocks, model_and_tokenizer
 from ..training.records import versions

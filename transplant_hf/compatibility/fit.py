@@ -67,9 +67,10 @@ def _is_config_of(part: object, config: PreTrainedConfig) -> bool:
 
 
 def _builds_the_same(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
-    ignored = {"_name_or_path", "transformers_version", "architectures", "dtype", "name_or_path", "use_cache"}
+    ignored = {"name_or_path", "transformers_version", "architectures", "dtype", "use_cache"}
     first, second = one.to_dict(), other.to_dict()
-    return all(first.get(name) == second.get(name) for name in {*first, *second} - ignored)
+    names = {name for name in {*first, *second} if name.lstrip("_") not in ignored}
+    return all(first.get(name) == second.get(name) for name in names)
 
 
 def mismatches(donor: Donor, theirs: Anatomy, recipient: Anatomy) -> list[str]:

@@ -13,7 +13,7 @@ from ..architecture.build import build_on_meta, initialize
 from ..donor import Donor
 from ..donor.dtypes import loaded_dtype
 from ..errors import CheckpointError, ConfigurationError
-from ..model.memory import transplant
+from ..model.in_memory import transplant
 
 __all__ = ["compare_outputs", "first_layer_output"]
 

@@ -11,17 +11,15 @@ from typing import Any
 from ..config import FORMAT_VERSION, check_format_version
 from ..errors import CheckpointError, IntegrityError
 from ..numeric import is_number, is_whole, plain_number, shown
-from ..storage import read_json, sha256_of, write_json
+from ..storage import read_json, write_json
 from .tensors import safe_name
+from .verified import verified_sha256
 
 __all__ = ["DONOR_CONFIG", "DonorRecord", "FileStamp"]
 
 DONOR_CONFIG = "donor_config.json"
 
 _MAX_BITS = 4096  # of an integer in metadata; Python does not print one of more than 4,300 digits
-
-# Files that were hashed in this process, so that each is hashed once: size, time of change, sha256.
-_VERIFIED: dict[Path, tuple[int, int, str]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +63,12 @@ class FileStamp:
             IntegrityError: The bytes differ.
         """
         self.check_size(path, where)
-        stat = path.stat()
-        state = (stat.st_size, stat.st_mtime_ns, self.sha256)
-        if _VERIFIED.get(path) == state:
-            return
-        sha256 = sha256_of(path)
+        sha256 = verified_sha256(path)
         if sha256 != self.sha256:
             raise IntegrityError(
                 f"{_describe(path, where)} has sha256 {sha256}, {DONOR_CONFIG} records {self.sha256}: its bytes were "
                 "changed. Download it again (force_download=True), or ask its author."
             )
-        _VERIFIED[path] = state
 
 
 @dataclasses.dataclass(frozen=True)

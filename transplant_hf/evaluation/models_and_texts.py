@@ -12,7 +12,7 @@ import torch
 
 from ..architecture import choose_block_length
 from ..errors import ConfigurationError, DataError
-from ..model.opening import load_model, load_tokenizer
+from ..model.load_any_model import load_model, load_tokenizer
 from ..sources import HubOptions
 from ..texts import Blocks, TextSource, check_tokenizer, documents, encode, starting_token
 from .losses import vocab_size

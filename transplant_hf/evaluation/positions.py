@@ -16,7 +16,7 @@ from ..display import progress_bar
 from ..donor import Donor
 from ..donor.tensors import MemoryTensors
 from ..errors import CompatibilityError, ConfigurationError
-from ..model.memory import remove_transplants, transplant
+from ..model.in_memory import remove_transplants, transplant
 from ..numeric import finite_number, whole_number
 from ..partial import PartialRun, hidden_states, running_only, stack_of
 from ..partial.states import recorded_states

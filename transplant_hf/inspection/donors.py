@@ -15,7 +15,7 @@ from ..donor.place import named, placed
 from ..donor.tensors import DONOR_FILE, DONOR_INDEX, layer_of
 from ..errors import ConfigurationError, TransplantError
 from ..layer_map import LayerMap, Placement, Splice
-from ..model.auto import check_compatibility
+from ..model.check import check_compatibility
 from ..sources import HubOptions, Source, points_to_folder
 from .files import Files
 from .findings import DonorInspection, PlacedDonor, TransplantInspection, Weights

@@ -17,7 +17,7 @@ from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, check_position, paper_layers
 from ..numeric import whole_number
 from ..sources import HubOptions
-from .opening import load_model
+from .load_any_model import load_model
 
 __all__ = ["Extraction", "extract"]
 

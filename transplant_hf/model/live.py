@@ -24,7 +24,7 @@ from ..layer_map import RECIPIENT, Slot
 from ..numeric import whole_number
 from ..splice import Blueprint, DonorPart
 from .active_donors import TransplantState, state_of
-from .loading import FileChecks, Loading, loading
+from .load_weights import from_pretrained
 from .structure import Attributes, structure_of
 
 __all__ = ["add_donor", "move_donor", "open_donor", "own_tensors", "remove_donor", "swap_donor"]
@@ -166,14 +166,17 @@ def _shell_with(model: Any, blueprint: Blueprint, part: DonorPart) -> Any:
     spec = dataclasses.replace(part.spec, strength=1.0, layers=None)
     alone = dataclasses.replace(part, spec=spec, donor=own_tensors(part.donor))
     shell = blueprint.with_donors([alone], spec.mode == "replace")
-    recipient, spliced = shell.recipient, shell.built_config
-    config = copy.deepcopy(spliced.config if spliced.native else recipient.config)
+    weights = _placeholders(shell.recipient, model.dtype)
+    how: dict[str, Any] = {"from_memory": True, "adapt_config": _without_quantization}
+    return from_pretrained(type(model), shell, None, state_dict=weights, dtype=model.dtype, **how)
+
+
+def _without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Donors stay in full precision."""
+    config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # donors stay in full precision
-    with FileChecks([part.donor]) as checks, loading(Loading(shell, checks, shared=True)):
-        return type(model).from_pretrained(
-            None, config=config, state_dict=_placeholders(recipient, model.dtype), dtype=model.dtype
-        )
+        del config.quantization_config
+    return config
 
 
 def own_tensors(donor: Donor) -> Donor:

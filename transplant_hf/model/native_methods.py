@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from ..architecture.build import initialize, inner_models, settle, thread_contexts
-from ..splice import insert_layers
 from .active_donors import attach_state
-from .adapters import refuse_replaced
-from .loading import active_loading
+from .load_adapters import refuse_replaced
+from .load_weights import building, current_loader
 
 __all__ = ["NativeMethods", "recipient_class"]
 
@@ -25,12 +24,8 @@ class NativeMethods:
     _transplant: Any = None  # a TransplantState once the model is loaded
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        load = active_loading()
-        claimed = load is not None and load.claim(self)
-        with inner_models(config):
+        with building(self), inner_models(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        if claimed and load is not None and not load.blueprint.built_config.native:
-            insert_layers(self, load.blueprint, load.blueprint.built)  # type: ignore[arg-type]
         settle(self)  # type: ignore[arg-type]
 
     # -- Loading ---------------------------------------------------------------------------------------------------
@@ -47,8 +42,8 @@ class NativeMethods:
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Load a PEFT adapter; see `PreTrainedModel.load_adapter`."""
         native = super().load_adapter  # type: ignore[misc]
-        load = active_loading()
-        if load is None or load.model is not self:
+        loader = current_loader()
+        if loader is None or loader.model is not self:
             return native(peft_model_id, *args, **kwargs)
         # The adapter is stored with the recipient's weights and was trained on the recipient's layers.
         refuse_replaced(self, peft_model_id)
@@ -61,11 +56,10 @@ class NativeMethods:
     ) -> Any:
         """Transformers' step from files to weights (private there; `tests/test_private_names.py` watches it)."""
         native = recipient_class(type(model))._load_pretrained_model
-        load = active_loading()
-        # Adapters are loaded by the same step: only the model of the transplant, and only once.
-        if load is None or load.model is not model or model._transplant is not None:
+        loader = current_loader()
+        if loader is None or not loader.loads(model):
             return native(model, state_dict, checkpoint_files, load_config, expected_keys)
-        return load.read(
+        return loader.read(
             model,
             state_dict,
             checkpoint_files,
@@ -77,13 +71,13 @@ class NativeMethods:
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         """Transformers' step from weights to a complete model (private there and watched, too)."""
         native = recipient_class(type(model))._finalize_model_loading
-        load = active_loading()
-        if load is None or load.model is not model or model._transplant is not None:
+        loader = current_loader()
+        if loader is None or not loader.loads(model):
             return native(model, load_config, loading_info)
-        load.check_before_finish(loading_info)
+        loader.check_before_finish(loading_info)
         loading_info = native(model, load_config, loading_info)
-        load.check_after_finish(loading_info)
-        attach_state(model, load.blueprint)
+        loader.check_after_finish(loading_info)
+        attach_state(model, loader.blueprint)
         return loading_info
 
     # -- Idle layers: held by the model, but not running -----------------------------------------------------------

@@ -17,7 +17,7 @@ from .active_donors import state_of
 from .calls import counted, deep_copy
 from .live import add_donor, move_donor, remove_donor, swap_donor
 from .native_methods import NativeMethods, recipient_class
-from .saving import push_transplant, save_transplant
+from .save import push_transplant, save_transplant
 from .using import DisableBlock, UsingBlock
 
 if TYPE_CHECKING:

@@ -9,7 +9,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..architecture import Anatomy, LayerOrigin, SplicedConfig, splice_config, text_config
+from ..architecture import (
+    Anatomy,
+    LayerOrigin,
+    SplicedConfig,
+    first_candidate,
+    layer_differences,
+    splice_config,
+    text_config,
+)
 from ..architecture.exceptions import SEVERAL_STREAMS
 from ..compatibility import CompatibilityReport, donor_anatomy, mismatches, refuse_unsupported
 from ..config import DonorSpec, TransplantConfig, donor_specs
@@ -86,6 +94,29 @@ class Blueprint:
     def built_config(self) -> SplicedConfig:
         """The configuration that the model is built from."""
         return splice_config(self.recipient, self.origins(self.built))
+
+    def native_candidate(self) -> PreTrainedConfig | None:
+        """The configuration that most likely builds the layers; `None` if the right one is known."""
+        if "built_config" in vars(self):
+            return None
+        return first_candidate(self.recipient, self.origins(self.built))
+
+    def differences(self, model: PreTrainedModel) -> list[str]:
+        """How the layers of a model that was built from a candidate differ from those that should run."""
+        return layer_differences(self.recipient, model, self.origins(self.built))
+
+    def with_native_config(self, config: PreTrainedConfig) -> Blueprint:
+        """The same blueprint with a candidate that was found to build the layers."""
+        return self._with_built_config(SplicedConfig(config, True))
+
+    def without_candidate(self, reasons: Sequence[str]) -> Blueprint:
+        """The same blueprint with another configuration than the candidate, which builds other layers."""
+        return self._with_built_config(splice_config(self.recipient, self.origins(self.built), reasons))
+
+    def _with_built_config(self, spliced: SplicedConfig) -> Blueprint:
+        blueprint = self._with()
+        vars(blueprint)["built_config"] = spliced
+        return blueprint
 
     @cached_property
     def native(self) -> bool:

@@ -1,4 +1,4 @@
-"""Quantised recipients: what their files and configuration say by layer number follows the layers too."""
+"""Quantized recipients: layer numbers in their files and configuration follow the layers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import copy
 import json
 from collections.abc import Mapping
 
-from transformers import PreTrainedConfig
-from transformers.quantizers.base import get_keys_to_not_convert
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import LayerNames
 from ..layer_map import RECIPIENT
@@ -15,14 +14,14 @@ from .blueprint import Blueprint, DonorPart
 
 __all__ = ["QUANTISED", "follow_quantization", "renumber_metadata"]
 
-# Where quantisers keep the names of modules that stay in full precision.
+# Where quantizers keep the names of modules that stay in full precision.
 _SKIP_FIELDS = ("modules_to_not_convert", "llm_int8_skip_modules")
-# Words in the names of tensors that hold quantised weights, or what is needed to read them.
+# Words in the names of tensors that hold quantized weights, or what is needed to read them.
 QUANTISED = ("qdata", "_blocks", "_scales", "scale_inv", "absmax", "qweight", "qzeros", "weight_scale")
 
 
 def follow_quantization(config: PreTrainedConfig, blueprint: Blueprint) -> PreTrainedConfig:
-    """Let full-precision donors stay in full precision inside a recipient whose files are quantised.
+    """Let full-precision donors stay in full precision inside a recipient whose files are quantized.
 
     Args:
         config: The configuration the model is going to be built from.
@@ -43,18 +42,27 @@ def follow_quantization(config: PreTrainedConfig, blueprint: Blueprint) -> PreTr
         if listed is not None:
             fields[field] = [*(moved for name in listed for moved in _moved(name, names, blueprint)), *kept]
         elif field in fields or (field == _SKIP_FIELDS[0] and not any(f in fields for f in _SKIP_FIELDS)):
-            # An absent list means the quantiser's own choice, which naming any module would undo.
-            fields[field] = [*get_keys_to_not_convert(blueprint.recipient.model), *kept]
+            # An absent list means the quantizer's own choice, which naming any module would undo.
+            fields[field] = [*_kept_by_default(blueprint.recipient.model), *kept]
     config = copy.deepcopy(config)
     config.quantization_config = fields
     return config
 
 
+def _kept_by_default(model: PreTrainedModel) -> list[str]:
+    """The modules that quantizers keep in full precision if no list says: the head, and modules with tied weights."""
+    head = model.get_output_embeddings()
+    heads = [name for name, module in model.named_modules() if head is not None and module is head]
+    tied = [*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()]
+    last = [name for name, _ in model.named_parameters()][-1:]
+    return list(dict.fromkeys(name.removesuffix(".weight") for name in (*tied, *last, *heads)))
+
+
 def _full_precision(blueprint: Blueprint) -> set[str]:
-    return {part.name for part in blueprint.parts if not _is_quantised(part)}
+    return {part.name for part in blueprint.parts if not _is_quantized(part)}
 
 
-def _is_quantised(part: DonorPart) -> bool:
+def _is_quantized(part: DonorPart) -> bool:
     return any(marker in name for name in part.donor.infos() for marker in QUANTISED)
 
 
@@ -72,7 +80,7 @@ def _places(blueprint: Blueprint) -> dict[int, int]:
 
 
 def renumber_metadata(metadata: Mapping[str, str], names: LayerNames, blueprint: Blueprint) -> dict[str, str]:
-    """Renumber what torchao writes into the header of a safetensors file: a record for each quantised parameter.
+    """Renumber what torchao writes into the header of a safetensors file: a record for each quantized parameter.
 
     Args:
         metadata: The headers' metadata.

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..architecture import choose_block_length
 from ..errors import ConfigurationError, DataError
 from ..evaluation.models_and_texts import LoadedModel, find_tokenizer
-from ..model.opening import load_model, pinned_commit
+from ..model.load_any_model import load_model, pinned_commit
 from ..partial import PREFIX_STATES, PrefixCache
 from ..sources import HubOptions
 from ..texts import Blocks, TextSource, check_tokenizer, pack

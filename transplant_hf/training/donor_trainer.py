@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..donor import Donor
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, check_position
-from ..model.memory import transplant
+from ..model.in_memory import transplant
 from ..partial import stack_of
 from .arguments import DonorTrainingArguments, default_learning_rate, default_position, default_strength
 from .data import read_run, rows_per_step

@@ -18,7 +18,7 @@ from ..donor import Donor
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..model.gates import attach_gate, detach_gate
-from ..model.memory import transplant
+from ..model.in_memory import transplant
 from ..partial import stack_of
 from .arguments import RecoveryArguments
 from .data import read_run

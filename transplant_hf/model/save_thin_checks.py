@@ -1,26 +1,28 @@
-"""Is the recipient in a transplanted model still the one it refers to?"""
+"""Whether a thin save can refer to the pinned recipient: its weights are unchanged, its configuration fits."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..architecture import is_quantized, was_gguf
+from ..architecture import Anatomy, apply_overrides, is_quantized, was_gguf
 from ..architecture.adapters import is_adapted
-from ..errors import ConfigurationError
+from ..errors import CompatibilityError, ConfigurationError
 from ..layer_map import RECIPIENT
-from ..sources import HubOptions, for_transformers, hub_errors
-from ..splice import Blueprint
+from ..sources import HubOptions, for_transformers, hub_errors, locate
+from ..splice import Blueprint, draw_blueprint
+from .recipient_in_model import changed, config_changes, differences
 
-__all__ = ["check_unchanged"]
+__all__ = ["check_unchanged", "kept_overrides"]
 
 
 def check_unchanged(model: PreTrainedModel, state: Any, current: dict[str, torch.Tensor]) -> None:
-    """Compare the recipient's weights with the pinned recipient's, read anew.
+    """Compare the recipient's weights with those of the pinned recipient, which is read again.
 
     Args:
         model: The transplanted model.
@@ -34,8 +36,8 @@ def check_unchanged(model: PreTrainedModel, state: Any, current: dict[str, torch
     adapters = [name for name in current if is_adapted(name)]
     if adapters:
         raise ConfigurationError(
-            f"a thin save holds donors alone, but an adapter is attached ({adapters[0]}). Take it off first (unload); "
-            "it is saved by itself, or merge it (merge_and_unload) and save in full."
+            f"a thin save holds only donors, but an adapter is attached ({adapters[0]}). Unload it and save it by "
+            "itself, or merge it (merge_and_unload) and save in full."
         )
     away = [name for name, tensor in current.items() if tensor.is_meta]
     if away:
@@ -92,7 +94,7 @@ def _equal(tensor: torch.Tensor, pinned: torch.Tensor) -> bool:
 
 
 def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
-    from .surface import transplant_class  # which imports this module; its classes load for this thread alone
+    from .surface import transplant_class  # imports this module; a class that loads for this thread only
 
     recipient, config = state.blueprint.recipient, state.blueprint.config
     if was_gguf(model):
@@ -104,7 +106,7 @@ def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
     if is_quantized(model):
         raise ConfigurationError(
             "a thin save compares the recipient's weights with the pinned recipient's, which is not possible for a "
-            "quantised model. Load it without quantization to save it."
+            "quantized model. Load it without quantization to save it."
         )
     hub = HubOptions(cache_dir=state.cache_dir, local_files_only=state.local_only)
     with hub_errors(config.recipient, config.recipient_revision):
@@ -119,6 +121,75 @@ def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
         )
     pinned, info = loaded
     for name in info["missing_keys"]:
-        # Not in the recipient's files, so made up anew just now: whatever the model holds would be lost.
+        # Not in the recipient's files, and random now: a reload would lose what the model holds.
         pinned.get_parameter_or_buffer(name).data.fill_(torch.nan)
     return pinned
+
+
+def kept_overrides(model: Any, blueprint: Blueprint, hub: HubOptions) -> dict[str, Any]:
+    """Return the fields in which the recipient's configuration in a model differs from the pinned recipient's.
+
+    Args:
+        model: The transplanted model, all donors on.
+        blueprint: What runs in it.
+        hub: How to reach the recipient.
+
+    Returns:
+        The fields, as JSON; for a nested configuration, its fields.
+
+    Raises:
+        ConfigurationError: A change with which the recipient's weights or the donors could not be loaded.
+    """
+    live = config_changes(model, blueprint)
+    if live:
+        _refuse_other_shapes(blueprint, changed(blueprint.recipient.config, live), live)
+    pinned, path = _pinned_config(blueprint, hub)
+    overrides = _merged(differences(pinned, blueprint.recipient.config), live)
+    apply_overrides(copy.deepcopy(pinned), overrides)  # what a reload would refuse
+    for name in reversed(path):
+        overrides = {name: overrides} if overrides else {}
+    return overrides
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(one) | {
+        name: _merged(one[name], value) if isinstance(value, dict) and isinstance(one.get(name), dict) else value
+        for name, value in other.items()
+    }
+
+
+def _pinned_config(blueprint: Blueprint, hub: HubOptions) -> tuple[PreTrainedConfig, tuple[str, ...]]:
+    """Read the pinned recipient's configuration, and the path in its file to that of this model's class."""
+    config, mine = blueprint.config, blueprint.recipient.config
+    source = locate(config.recipient, files=("config.json",), revision=config.recipient_revision, hub=hub)
+    if not (source.folder / "config.json").exists():  # a GGUF file
+        return mine, ()
+    kind = type(mine)
+    fields, _ = kind.get_config_dict(source.folder)  # which also decodes infinite numbers
+    if fields.get("model_type") == kind.model_type:
+        return kind.from_dict(fields), ()
+    for name, part in fields.items():
+        if isinstance(part, dict) and part.get("model_type", kind.base_config_key) in (kind.model_type, name):
+            return kind.from_dict(part), (name,)
+    raise ConfigurationError(f"{source} is now a model of type {fields.get('model_type')!r}, not {kind.model_type!r}.")
+
+
+def _refuse_other_shapes(blueprint: Blueprint, config: PreTrainedConfig, changes: Mapping[str, Any]) -> None:
+    names = ", ".join(sorted(changes))
+    recipient = blueprint.recipient
+    donors = [(dataclasses.replace(part.spec, layers=None), part.donor) for part in blueprint.parts]
+    try:
+        built = Anatomy(recipient.model_class, config, recipient.what).model
+        draw_blueprint(recipient.model_class, config, donors, blueprint.config, blueprint.keep_replaced)
+    except CompatibilityError as error:
+        raise ConfigurationError(
+            f"model.config was changed after loading ({names}), and with that a thin save could not be loaded: {error}"
+        ) from error
+    wanted = {name: tensor.shape for name, tensor in recipient.model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in built.state_dict().items()}
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        raise ConfigurationError(
+            f"model.config was changed after loading ({names}), and with that {wrong[0]} would have another shape "
+            f"({found.get(wrong[0])}) than in the recipient ({wanted.get(wrong[0])}). Set it back, or save in full."
+        )

@@ -19,10 +19,9 @@ from ..layer_map import RECIPIENT
 from ..splice import Blueprint, draw_blueprint
 from .active_donors import attach_state
 from .live import add_donor, open_donor, own_tensors
-from .loading import FileChecks, Loading, loading
+from .load_weights import from_pretrained
 from .native_methods import recipient_class
-from .overrides import live_recipient_config
-from .saving import recipient_state
+from .recipient_in_model import live_recipient_config, recipient_state
 from .surface import TransplantMixin, transplant_class
 
 if TYPE_CHECKING:
@@ -88,15 +87,15 @@ def transplant(
     blueprint = draw_blueprint(recipient_class, recipient_config, donors, config, keep_replaced=replaces)
     if not held:
         _refuse_edited(model, blueprint.recipient)
-    spliced = blueprint.built_config
-    with FileChecks(part for _, part in donors) as checks, loading(Loading(blueprint, checks, shared=True)):
-        made: Any = transplant_class(recipient_class).from_pretrained(
-            None,
-            config=spliced.config if spliced.native else recipient_config,
-            state_dict=weights,
-            dtype=model.dtype,
-            device_map={"": model.device} if model.device.type != "cpu" else None,
-        )
+    made: Any = from_pretrained(
+        transplant_class(recipient_class),
+        blueprint,
+        None,
+        from_memory=True,
+        state_dict=weights,
+        dtype=model.dtype,
+        device_map={"": model.device} if model.device.type != "cpu" else None,
+    )
     _take_after(made, model)
     return made
 

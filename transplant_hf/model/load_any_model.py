@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..architecture import check_gguf_reader, forget_gguf
+from ..architecture import check_gguf_reader, forget_gguf, open_recipient
 from ..config import TransplantConfig
 from ..donor.companions import has_tokenizer, locate_with_companions
-from ..errors import ConfigurationError, TransplantError
-from ..sources import HubOptions, commit_of, for_transformers, points_to_folder, reading, revision_for
-from .auto import load_transplant
+from ..errors import CompatibilityError, ConfigurationError
+from ..sources import HubOptions, commit_of, for_transformers, locate, points_to_folder, reading, revision_for
+from ..storage import read_json
+from .load import FOR_MODEL, load_transplant
+from .surface import transplant_class
 
 __all__ = ["check_device_map", "load_model", "load_tokenizer", "pinned_commit"]
 
@@ -32,43 +33,63 @@ def load_model(
     keep_replaced: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Load a causal language model, whatever kind of repository it is in.
+    """Load a causal language model from any kind of repository.
 
     Args:
-        reference: Hub id or folder: of a model, a transplant or a donor.
+        reference: Hub id or folder of a model, a transplant or a donor.
         donors: Donors to insert, as in `AutoModelWithTransplant.from_pretrained`.
         revision: Its branch, tag or commit.
-        keep_replaced: Keep recipient layers that donors replace, where there are any.
+        keep_replaced: Keep recipient layers that donors replace, if there are any.
         **kwargs: As in `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
-        The model; a transplanted one where the repository holds donors.
+        The model; a transplanted one if the repository holds donors.
 
     Raises:
         TransplantError: Out of reach, or something does not fit.
         ConfigurationError: No model, one of a kind that cannot be loaded, or a device that this machine lacks.
     """
     check_device_map(kwargs.get("device_map"))
-    name = os.fspath(reference)
+    name, gguf_file, hub = os.fspath(reference), kwargs.pop("gguf_file", None), HubOptions.from_kwargs(kwargs)
+    check_gguf_reader(gguf_file)
     revision = revision_for(name, revision)
-    hub: dict[str, Any] = {
-        key: kwargs[key] for key in ("token", "cache_dir", "local_files_only", "trust_remote_code") if key in kwargs
-    }
-    gguf_file = kwargs.get("gguf_file")
     if gguf_file is None:
         _refuse_without_model(name, revision)
-    else:
-        check_gguf_reader(gguf_file)
-        hub["gguf_file"] = gguf_file
-    place = for_transformers(name, revision, HubOptions.from_kwargs(kwargs), weights=False, file=gguf_file)
-    with reading("the model", name, revision), _one_sentence(name, revision):
-        config = AutoConfig.from_pretrained(place, revision=revision, **hub)
-        if donors is not None or isinstance(config, TransplantConfig):
-            kwargs |= {"donors": donors, "revision": revision, "keep_replaced": keep_replaced}
-            return load_transplant(AutoModelForCausalLM, name, **kwargs)
-        place = for_transformers(name, revision, HubOptions.from_kwargs(kwargs), weights=True, file=gguf_file)
-        model = AutoModelForCausalLM.from_pretrained(place, revision=revision, **kwargs)
-    model.config._name_or_path = model.name_or_path = name
+        path = locate(name, files=("config.json",), revision=revision, hub=hub).folder / "config.json"
+        fields = read_json(path, "config.json") if path.exists() else {}
+        if fields.get("model_type") == TransplantConfig.model_type:
+            donors = donors or ()
+    if donors is not None:
+        how: dict[str, Any] = {"gguf_file": gguf_file, "revision": revision, "keep_replaced": keep_replaced}
+        return load_transplant(AutoModelForCausalLM, name, donors=donors or None, **how, **kwargs)
+    return _load_plain(name, revision, gguf_file, hub, kwargs)
+
+
+def _load_plain(name: str, revision: str | None, gguf_file: str | None, hub: HubOptions, kwargs: dict[str, Any]) -> Any:
+    """Load a model without donors as a transplant is loaded: for this thread only, without changing the process."""
+    trust = kwargs.pop("trust_remote_code", None)
+    for_model = {key: kwargs.pop(key) for key in FOR_MODEL if key in kwargs}
+    for_config = {key: value for key, value in kwargs.items() if key not in hub.as_kwargs()}
+    found = open_recipient(
+        name, revision, hub, gguf_file=gguf_file, trust_remote_code=trust, kwargs=for_config, what="model"
+    )
+    try:
+        model_class, config = found.model_class(AutoModelForCausalLM)
+    except CompatibilityError as error:
+        raise ConfigurationError(f"cannot load model {name}: {error}") from error
+    where = (found.reference, found.revision)
+    with reading("the model", *where):
+        model = transplant_class(model_class).from_pretrained(
+            for_transformers(*where, hub, weights=True, file=gguf_file),
+            config=config,
+            revision=found.revision or "main",
+            trust_remote_code=trust,
+            **hub.as_kwargs(),
+            **found.unused_kwargs,
+            **for_model,
+        )
+    model.__class__ = model_class
+    model.config.name_or_path = model.name_or_path = name
     forget_gguf(model)
     return model
 
@@ -121,18 +142,6 @@ def _refuse_without_model(name: str, revision: str | None) -> None:
         f"there is no model in {name}: no config.json ({what}). Name a folder that save_pretrained wrote, or a Hub "
         f"id{hint}."
     )
-
-
-@contextmanager
-def _one_sentence(name: str, revision: str | None) -> Iterator[None]:
-    """Turn what Transformers raises for models that it does not know into one sentence."""
-    try:
-        yield
-    except ValueError as error:
-        if isinstance(error, TransplantError):
-            raise
-        sentence = str(error).strip().partition("\n")[0]  # what follows lists hundreds of classes
-        raise ConfigurationError(f"cannot load model {name}{f'@{revision}' if revision else ''}: {sentence}") from error
 
 
 def check_device_map(device_map: Any) -> None:

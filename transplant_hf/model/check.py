@@ -1,0 +1,68 @@
+"""Whether a donor fits a recipient, from headers and configurations only: `check_compatibility`, the verb `check`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from ..architecture import native_class, open_recipient, unwrapped
+from ..compatibility import CompatibilityReport
+from ..config import TransplantConfig
+from ..donor import Donor
+from ..donor.place import spec_of
+from ..errors import CheckpointError, ConfigurationError
+from ..sources import HubOptions, locate
+from ..splice import report_fit
+from ..storage import read_json
+
+__all__ = ["check_compatibility"]
+
+
+def check_compatibility(
+    recipient: Any, donor: Any, position: int | None = None, mode: str | None = None, **hub_kwargs: Any
+) -> CompatibilityReport:
+    """Say whether a donor fits a recipient, from headers and configurations only.
+
+    Args:
+        recipient: Hub id, folder, configuration or model.
+        donor: A `Donor`, or its Hub id or folder.
+        position: Where it would go, 0..L; by default the donor's recommended position.
+        mode: "insert" or "replace"; by default what the donor recommends together with its position, at a position of
+            your own "insert".
+        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`.
+
+    Returns:
+        The report, with every mismatch.
+    """
+    trust = hub_kwargs.pop("trust_remote_code", None)
+    hub = HubOptions.from_kwargs(hub_kwargs)
+    try:
+        opened = donor if isinstance(donor, Donor) else Donor.from_pretrained(donor, **hub.as_kwargs())
+    except CheckpointError as error:
+        if _names_transplant(recipient, hub):
+            raise ConfigurationError(
+                f"{donor} is no donor, but {recipient} is: the recipient comes first, then the donor. {error}"
+            ) from error
+        raise
+    spec = spec_of(opened, position, mode=mode, name=opened.name or "donor", strength=1.0)
+    if isinstance(recipient, nn.Module):
+        recipient = unwrapped(recipient)
+        model_class, config, name = type(recipient), recipient.config, recipient.config.name_or_path
+    elif isinstance(recipient, PreTrainedConfig):
+        name = recipient.name_or_path or recipient.model_type
+        model_class, config = native_class(AutoModelForCausalLM, recipient, name)
+    else:
+        name = os.fspath(recipient)
+        found = open_recipient(name, None, hub, trust_remote_code=trust)
+        model_class, config = found.model_class(AutoModelForCausalLM)
+    return report_fit(model_class, config, name or model_class.__name__, spec, opened)
+
+
+def _names_transplant(what: Any, hub: HubOptions) -> bool:
+    if not isinstance(what, str | os.PathLike):
+        return False
+    path = locate(os.fspath(what), files=("config.json",), hub=hub).folder / "config.json"
+    return path.exists() and read_json(path, "config.json").get("model_type") == TransplantConfig.model_type

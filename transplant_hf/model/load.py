@@ -1,0 +1,258 @@
+"""`from_pretrained` for transplants: `AutoModelWithTransplant`, and what the Auto classes call."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+
+from ..architecture import check_gguf_reader, forget_gguf
+from ..architecture.build import build_random
+from ..config import TransplantConfig
+from ..errors import ConfigurationError
+from ..sources import HubOptions, for_transformers, reading
+from ..splice import follow_quantization
+from .active_donors import attach_state
+from .load_adapters import find_adapter, load_adapter_beside
+from .load_request import find_parts, read_request
+from .load_weights import FileChecks, WeightLoader, from_pretrained, use_loader
+from .surface import transplant_class
+
+if TYPE_CHECKING:
+    from .surface import TransplantedModel
+
+__all__ = ["FOR_MODEL", "AutoModelWithTransplant", "config_to_model", "load_transplant"]
+
+# Arguments of the model class. A configuration that gets them only stores them.
+FOR_MODEL = ("dtype", "torch_dtype", "quantization_config")
+_HUB_NAMES = ("token", "cache_dir", "local_files_only", "force_download")
+
+
+class AutoModelWithTransplant:
+    """Loads a recipient with donors in place; what comes back is an instance of the recipient's own class.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from transplant_hf import AutoModelWithTransplant, Donor
+        >>> folder = tempfile.mkdtemp()
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+        >>> model.save_pretrained(f"{folder}/recipient")
+        >>> donor = Donor.from_model(model, layers=[1, 2], name="tail")
+        >>> donor.save_pretrained(f"{folder}/donor", position=1, recipient=f"{folder}/recipient")
+        >>> transplant = AutoModelWithTransplant.from_pretrained(f"{folder}/donor")
+        >>> isinstance(transplant, GPT2LMHeadModel), transplant.config.n_layer
+        (True, 5)
+        >>> print(transplant.layer_map)
+        layer  from
+            0  recipient 0
+            1  |  tail 1
+            2  |  tail 2
+            3  recipient 1
+            4  recipient 2
+        5 layers run: 3 recipient, 2 tail
+        recipient: .../recipient
+        tail: inserted at position 1, strength 1, on
+    """
+
+    def __init__(self) -> None:
+        raise ConfigurationError("AutoModelWithTransplant is used through from_pretrained or from_config.")
+
+    # All keyword arguments of Transformers are taken; this one decides what comes back.
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        donors: Any = None,
+        config: PreTrainedConfig | None = None,
+        auto_class: Any = AutoModelForCausalLM,
+        keep_replaced: bool = False,
+        composition: str | None = None,
+        output_loading_info: Literal[False] = False,
+        **kwargs: Any,
+    ) -> TransplantedModel: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        output_loading_info: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[TransplantedModel, dict[str, Any]]: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        donors: Any = None,
+        config: PreTrainedConfig | None = None,
+        auto_class: Any = AutoModelForCausalLM,
+        keep_replaced: bool = False,
+        composition: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a transplant.
+
+        Args:
+            pretrained_model_name_or_path: A transplant or donor repo or folder; or, with `donors`, a recipient.
+            *model_args: As in Transformers.
+            donors: `{donor: position}` or a list of `DonorSpec`, when a recipient is named.
+            config: A `TransplantConfig` to use instead of the repo's own.
+            auto_class: The Auto class whose head is wanted; causal language modelling by default.
+            keep_replaced: Also load layers that donors replace, so that those donors can be switched off.
+            composition: How donors at one position go together, "stacked" or "side_by_side"; by default what the repo
+                says, and else stacked.
+            **kwargs: What `from_pretrained` takes; `revision` and `subfolder` name the repo that was asked for, all
+                else reaches the recipient.
+
+        Returns:
+            The model; with `output_loading_info=True` also the loading info, as in Transformers.
+
+        Raises:
+            TransplantError: Before any weight is read, where something does not fit.
+        """
+        return load_transplant(
+            auto_class,
+            pretrained_model_name_or_path,
+            *model_args,
+            donors=donors,
+            config=config,
+            keep_replaced=keep_replaced,
+            composition=composition,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_config(
+        cls, config: TransplantConfig, auto_class: Any = AutoModelForCausalLM, **kwargs: Any
+    ) -> TransplantedModel:
+        """Build a transplant with random weights; no weights are downloaded for the recipient.
+
+        Args:
+            config: The transplant.
+            auto_class: The Auto class whose head is wanted.
+            **kwargs: As in `AutoModel.from_config`.
+        """
+        return config_to_model(auto_class, config, **kwargs)
+
+
+def load_transplant(
+    auto_class: Any,
+    asked: str | os.PathLike[str],
+    *model_args: Any,
+    donors: Any = None,
+    config: PreTrainedConfig | None = None,
+    keep_replaced: bool = False,
+    composition: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    recipient_overrides: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a transplant with the head of one Auto class; see `AutoModelWithTransplant.from_pretrained`."""
+    if kwargs.get("state_dict") is not None:
+        raise ConfigurationError(
+            "state_dict= cannot be combined with donors; use transplant_hf.transplant(model, donor, position)."
+        )
+    hub, gguf_file = HubOptions.from_kwargs(kwargs), kwargs.get("gguf_file")
+    check_gguf_reader(gguf_file)
+    request = read_request(
+        asked,
+        donors=donors,
+        config=_checked_config(config),
+        revision=revision,
+        subfolder=subfolder or None,
+        hub=hub,
+        gguf_file=gguf_file,
+        composition=composition,
+        overrides=recipient_overrides,
+    )
+    trust = kwargs.pop("trust_remote_code", None)
+    # Not for the recipient: `code_revision` and private names of Transformers are about the asked repo.
+    left_out = (*_HUB_NAMES, "code_revision")
+    kwargs = {
+        name: value
+        for name, value in kwargs.items()
+        if name not in left_out and (not name.startswith("_") or name.endswith("implementation"))
+    }
+    adapter, kwargs = find_adapter(request, kwargs)
+    # For the model class, as in the Auto classes; a configuration would only store them.
+    for_model = {name: kwargs.pop(name) for name in FOR_MODEL if name in kwargs}
+    parts = find_parts(request, hub, trust, kwargs)
+    blueprint = parts.blueprint(auto_class, keep_replaced)
+    kwargs = {**parts.recipient.unused_kwargs, **for_model, "trust_remote_code": trust, **hub.as_kwargs()}
+    if request.names_transplant and "generation_config" not in kwargs:
+        with contextlib.suppress(OSError):  # without one of its own, the recipient's is loaded
+            kwargs["generation_config"] = GenerationConfig.from_pretrained(request.source.folder)
+    where = (parts.recipient.reference, parts.recipient.revision)
+    name = for_transformers(*where, hub, weights=True, file=gguf_file)
+    with reading("the weights", *where):
+        loaded = from_pretrained(
+            transplant_class(blueprint.recipient.model_class),
+            blueprint,
+            name,
+            *model_args,
+            adapt_config=lambda config: follow_quantization(config, blueprint),
+            revision=parts.recipient.revision or "main",
+            **kwargs,
+        )
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model._transplant.local_only, model._transplant.cache_dir = hub.local_files_only, hub.cache_dir
+    # What an adapter that is trained on this model refers to.
+    asked = request.asked if request.names_transplant else parts.config.recipient
+    model.config.name_or_path = model.name_or_path = asked
+    forget_gguf(model)
+    _forget_dequantizing(model)
+    if adapter is not None:
+        load_adapter_beside(model, adapter, parts.config.recipient)
+    return loaded
+
+
+def _checked_config(config: Any) -> TransplantConfig | None:
+    if config is not None and not isinstance(config, TransplantConfig):
+        raise ConfigurationError(
+            f"config must be a TransplantConfig, got {type(config).__name__}; to change the recipient's own "
+            "configuration pass its fields as keyword arguments."
+        )
+    return config
+
+
+def _forget_dequantizing(model: Any) -> None:
+    """Save weights that were dequantized at load under their plain names.
+
+    Transformers 5.23 reverts the dequantizing conversion when it saves, which writes full-precision experts of GPT-OSS
+    under the names of packed ones; such a checkpoint loads with random experts. 5.24 forgets all conversions.
+    """
+    rules = getattr(model, "_weight_conversions", None)
+    if rules is not None and getattr(model, "hf_quantizer", None) is None:
+        model._weight_conversions = [
+            rule
+            for rule in rules
+            if not any(hasattr(operation, "hf_quantizer") for operation in getattr(rule, "operations", ()))
+        ]
+
+
+def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) -> TransplantedModel:
+    """Build a transplant with random weights; see `AutoModelWithTransplant.from_config`."""
+    if not isinstance(config, TransplantConfig):
+        raise ConfigurationError(f"config must be a TransplantConfig, got {type(config).__name__}.")
+    hub, trust = HubOptions.from_kwargs(kwargs), kwargs.pop("trust_remote_code", None)
+    kwargs = {name: value for name, value in kwargs.items() if name not in _HUB_NAMES}
+    parts = find_parts(read_request(config.name_or_path or os.curdir, config=config, hub=hub), hub, trust)
+    parts = dataclasses.replace(parts, config=parts.config.replaced(name_or_path=config.name_or_path))
+    blueprint = parts.blueprint(auto_class)
+    recipient, spliced = blueprint.recipient, blueprint.built_config
+    with FileChecks(donor for _, donor in parts.donors) as checks, use_loader(WeightLoader(blueprint, checks)):
+        built_from = spliced.config if spliced.native else recipient.config
+        model: Any = build_random(transplant_class(recipient.model_class), built_from, **kwargs)
+    attach_state(model, blueprint)
+    return model

@@ -1,0 +1,279 @@
+"""How `from_pretrained` gets the weights of recipient and donors: two steps of Transformers' loader, used as hooks.
+
+`from_pretrained` of the recipient's class does the whole work. In its private steps `_load_pretrained_model` and
+`_finalize_model_loading`, the transplant that is being loaded merges and checks the weights. A context variable holds
+it, so that the class itself stays like the native one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..architecture import LayerNames, build_failure
+from ..donor import Donor
+from ..errors import BUILD_ERRORS, CheckpointError, TransplantError
+from ..splice import (
+    Blueprint,
+    MergedWeights,
+    Provenance,
+    insert_layers,
+    merge_weights,
+    open_checkpoint,
+    renumber_metadata,
+)
+
+__all__ = ["FileChecks", "WeightLoader", "building", "current_loader", "from_pretrained", "use_loader"]
+
+_current: ContextVar[WeightLoader | None] = ContextVar("transplant_hf_loader", default=None)
+
+
+def current_loader() -> WeightLoader | None:
+    """The loader of the transplant that is being loaded in this context, if any."""
+    return _current.get()
+
+
+@contextmanager
+def use_loader(loader: WeightLoader) -> Iterator[None]:
+    """Build and load one model as a transplant."""
+    token = _current.set(loader)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def from_pretrained(
+    model_class: Any,
+    blueprint: Blueprint,
+    name: str | None,
+    *args: Any,
+    from_memory: bool = False,
+    adapt_config: Callable[[PreTrainedConfig], PreTrainedConfig] = lambda config: config,
+    **kwargs: Any,
+) -> Any:
+    """Load a transplant with `from_pretrained` of its class.
+
+    The model is built from the configuration that most likely describes its layers, and compared with them. Only if
+    they differ, other configurations are tried on the meta device.
+
+    Args:
+        model_class: The transplanted class.
+        blueprint: What is going to run.
+        name: The recipient; `None` for `state_dict=`.
+        *args: Positional arguments of the model class.
+        from_memory: Whether the recipient's weights come from a model in memory, under the model's own names.
+        adapt_config: Applied to the configuration that the model is built from.
+        **kwargs: Keyword arguments of `from_pretrained`.
+
+    Raises:
+        CheckpointError: Weights that are missing, unexpected, mis-shaped or not finite.
+        IntegrityError: A donor file's sha256 is not the recorded one.
+    """
+
+    def load(loader: WeightLoader, config: PreTrainedConfig) -> Any:
+        with use_loader(loader):
+            return model_class.from_pretrained(name, *args, config=adapt_config(config), **kwargs)
+
+    with FileChecks(part.donor for part in blueprint.parts) as checks:
+        candidate = blueprint.native_candidate()
+        if candidate is not None:
+            try:
+                return load(WeightLoader(blueprint, checks, from_memory, candidate), candidate)
+            except _CandidateError as error:
+                blueprint = blueprint.without_candidate(error.reasons)
+        spliced = blueprint.built_config
+        config = spliced.config if spliced.native else blueprint.recipient.config
+        return load(WeightLoader(blueprint, checks, from_memory), config)
+
+
+class _CandidateError(Exception):
+    """The model that was built from a candidate configuration has other layers."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        super().__init__(*reasons)
+        self.reasons = tuple(reasons)
+
+
+class FileChecks:
+    """Compares donor files with their recorded sha256 in a thread, while the weights are loaded.
+
+    Args:
+        donors: The donors whose files are hashed.
+    """
+
+    def __init__(self, donors: Iterable[Donor]) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._checks: list[Future[None]] = [self._pool.submit(donor.verify) for donor in donors]
+
+    def __enter__(self) -> FileChecks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def result(self) -> None:
+        """Wait for every file.
+
+        Raises:
+            IntegrityError: The bytes of one differ.
+        """
+        for check in self._checks:
+            check.result()
+
+
+class WeightLoader:
+    """Loads the weights of one transplant.
+
+    Args:
+        blueprint: What is going to run.
+        checks: The checks of the donors' files, in progress.
+        from_memory: Whether the recipient's weights come from a model in memory, under the model's own names.
+        candidate: A configuration that the model is built from, not yet compared with the layers.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        checks: FileChecks,
+        from_memory: bool = False,
+        candidate: PreTrainedConfig | None = None,
+    ) -> None:
+        self.blueprint = blueprint
+        self.model: Any = None
+        self._checks = checks
+        self._from_memory = from_memory
+        self._candidate = candidate
+        self._merged: MergedWeights | None = None
+
+    @contextmanager
+    def building(self, model: Any) -> Iterator[None]:
+        """Build the model: the first one that is built; models inside it are not the loader's."""
+        if self.model is not None:
+            yield
+            return
+        self.model = model
+        if self._candidate is None:
+            yield
+            if not self.blueprint.built_config.native:
+                insert_layers(model, self.blueprint, self.blueprint.built)
+            return
+        try:
+            yield
+        except TransplantError:
+            raise
+        except BUILD_ERRORS as error:
+            raise _CandidateError([build_failure(self.blueprint.recipient, error)]) from error
+        reasons = self.blueprint.differences(model)
+        if reasons:
+            raise _CandidateError(reasons)
+        self.blueprint = self.blueprint.with_native_config(self._candidate)
+
+    def loads(self, model: Any) -> bool:
+        """Whether the weights of a model are still to be loaded: adapters are loaded by the same steps, later."""
+        return self.model is model and model._transplant is None
+
+    def read(
+        self, model: PreTrainedModel, state_dict: dict[str, Any] | None, files: list[str] | None, config: Any, load: Any
+    ) -> Any:
+        """Do the work of `_load_pretrained_model` with the merged weights."""
+        path = self.blueprint.recipient.stack_path
+        if self._from_memory:
+            return self._read_from_memory(model, state_dict or {}, path, config, load)
+        if state_dict is not None:
+            tensors, provenance = state_dict, dict[str, Provenance]()
+        else:
+            tensors, provenance = open_checkpoint(files or [], config.disable_mmap, config.weights_only)
+        names = LayerNames(model, path, config.weight_mapping or [])
+        self._merged = merge_weights(self.blueprint, tensors, provenance, names)
+        quantizer = config.hf_quantizer
+        if getattr(quantizer, "metadata", None):
+            quantizer.metadata = renumber_metadata(quantizer.metadata, names, self.blueprint)
+        config = dataclasses.replace(config, sharded_metadata={"weight_map": self._merged.weight_map()})
+        info, offloaded = load(self._merged.tensors, files, config)
+        self._merged.restore_offload_names(offloaded)
+        return info, offloaded
+
+    def _read_from_memory(
+        self, model: PreTrainedModel, state_dict: dict[str, Any], path: str, config: Any, load: Any
+    ) -> Any:
+        """Load the recipient's tensors under the model's names, then the donors' under their checkpoint names."""
+        merged = merge_weights(self.blueprint, state_dict, {}, LayerNames(model, path, []))
+        own = {name: tensor for name, tensor in merged.tensors.items() if name not in merged.donor_names}
+        donors = {name: merged.tensors[name] for name in merged.donor_names}
+        self._merged = merged
+        first, _ = load(own, None, dataclasses.replace(config, weight_mapping=[]))
+        second, offloaded = load(donors, None, config)
+        second.missing_keys &= first.missing_keys
+        second.unexpected_keys |= first.unexpected_keys
+        second.mismatched_keys |= first.mismatched_keys
+        return second, offloaded
+
+    def check_before_finish(self, info: Any) -> None:
+        """Refuse donor tensors that are mis-shaped, not finite or could not be converted.
+
+        Raises:
+            CheckpointError: With the first of them.
+            IntegrityError: A file's sha256 is not the recorded one.
+        """
+        bad = self._merged.check.not_finite if self._merged else []
+        if bad or info.mismatched_keys or info.conversion_errors:
+            self._checks.result()  # changed bytes look like any of these
+        for number, name in self._donor_layers():
+            start = f"{self.blueprint.recipient.stack_path}.{number}."
+            for key, found, expected in sorted(info.mismatched_keys, key=str):
+                if key.startswith(start):
+                    raise CheckpointError(
+                        f"donor {name}: {key.removeprefix(start)} has shape {list(found)}, its layer needs "
+                        f"{list(expected)}."
+                    )
+            for key, error in sorted(info.conversion_errors.items()):
+                if key.startswith(start):
+                    raise CheckpointError(f"donor {name}: {key.removeprefix(start)} could not be converted: {error}")
+        if bad:
+            raise CheckpointError(
+                f"donor tensor {bad[0]!r}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} holds NaN or infinity."
+            )
+
+    def check_after_finish(self, info: Any) -> None:
+        """Refuse a donor with missing or unexpected tensors, or with changed files, and modules that were replaced.
+
+        Raises:
+            CheckpointError: With the first of them; or weights that a recipient in memory has under other names.
+            IntegrityError: A file's sha256 is not the recorded one.
+        """
+        for number, name in self._donor_layers():
+            start = f"{self.blueprint.recipient.stack_path}.{number}."
+            for verb, keys in (("lacks", info.missing_keys), ("has unexpected tensors", info.unexpected_keys)):
+                wrong = sorted(key.removeprefix(start) for key in keys if key.startswith(start))
+                if wrong:
+                    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+                    raise CheckpointError(f"donor {name} {verb} {', '.join(wrong[:5])}{more}.")
+        if self._from_memory and info.missing_keys:
+            missing = sorted(info.missing_keys)
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(
+                f"{self.blueprint.recipient.what} has no {missing[0]}{more} in memory, but its class has: modules of "
+                "it were replaced, for instance by a parametrization. Undo that before the transplant."
+            )
+        self._checks.result()
+
+    def _donor_layers(self) -> list[tuple[int, str]]:
+        return [
+            (number, f"{stage.slot.source} (layer {stage.donor_layer} of it)")
+            for number, stage in enumerate(self.blueprint.built)
+            if stage.donor_layer is not None
+        ]
+
+
+def building(model: Any) -> contextlib.AbstractContextManager[None]:
+    """The context in which a transplanted class builds its native part."""
+    loader = current_loader()
+    return contextlib.nullcontext() if loader is None else loader.building(model)
