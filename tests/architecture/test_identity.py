@@ -317,9 +317,9 @@ class NeedsMore(Model):
 @pytest.mark.parametrize(
     ("model", "facts"),
     [
-        (lambda: Model(Scaled), ("layers.1, Scaled", "normalise or scale")),
-        (lambda: CarryingModel(Carrying), ("layers.1, Carrying", "hands 2 values on")),
-        (lambda: NeedsMore(Scaled), ("NeedsMore", "tokens alone", "pixel_values")),
+        (lambda: Model(Scaled), ("layers.1, Scaled", "normalize or scale")),
+        (lambda: CarryingModel(Carrying), ("layers.1, Carrying", "passes 2 values to the next layer")),
+        (lambda: NeedsMore(Scaled), ("NeedsMore", "tokens only", "pixel_values")),
     ],
 )
 def test_layers_that_cannot(model: Callable[[], Any], facts: tuple[str, ...]) -> None:
@@ -370,13 +370,13 @@ def test_weights_that_are_not_in_memory() -> None:
         found(model)
 
 
-def test_quantised_weights() -> None:
+def test_quantized_weights() -> None:
     model = tiny_gpt2_model(seed=1)
     weight = model.transformer.h[1].mlp.c_fc.weight
     model.transformer.h[1].mlp.c_fc.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
-    with refused(CheckpointError, "transformer.h.1.mlp.c_fc.weight", "quantised", "int8"):
+    with refused(CheckpointError, "transformer.h.1.mlp.c_fc.weight", "quantized", "int8"):
         found(model)
     whole: Any = tiny_gpt2_model(seed=1)
     whole.hf_quantizer = object()
-    with refused(CheckpointError, "GPT2LMHeadModel is quantised", "without quantisation"):
+    with refused(CheckpointError, "GPT2LMHeadModel is quantized", "without quantization"):
         found(whole)

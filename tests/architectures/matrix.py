@@ -70,7 +70,7 @@ REFUSED = {
     "xlm": "no list of layers",
 }
 # Types that work, but not at every position.
-NOT_AT = {"rwkv": {0: "normalises the embeddings"}}
+NOT_AT = {"rwkv": {0: "normalizes the embeddings"}}
 
 # Configurations of a type beside the one that is checked by its name.
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ CHOSEN = [
     "deepseek_v3", "mamba", "cohere", "opt", "dbrx", "jetmoe",
 ]  # fmt: skip
 
-AFTER_ADDING = "changes the hidden state, as layers do that normalise or scale it after adding to it"
+AFTER_ADDING = "changes the hidden state, like layers that normalize or scale it after the addition"
 # Normalised after the residual is added, as in the first transformers: no output of theirs leaves the state alone.
 POST_NORM = (
     "bart", "bert", "bert-generation", "big_bird", "blenderbot-small", "camembert", "data2vec-text", "electra", "ernie",

@@ -1,4 +1,4 @@
-"""A model looked at: where its decoder layers stand and what each is made of."""
+"""The structure of a model: where its decoder layers are, and what each consists of."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Anatomy:
 
     Args:
         model_class: The native class.
-        config: The configuration it is built from.
-        what: What it is, for messages: "recipient X" or "donor Y".
+        config: Its configuration.
+        what: Its name in messages: "recipient X" or "donor Y".
     """
 
     model_class: Any
@@ -66,11 +66,11 @@ class Anatomy:
 
     @cached_property
     def fingerprints(self) -> list[Fingerprint]:
-        """What each layer is made of."""
+        """The fingerprint of each layer."""
         return [fingerprint(layer) for layer in self.layers]
 
     def standing(self, index: int) -> Standing:
-        """A layer and its place."""
+        """A layer's fingerprint and number."""
         return Standing(self.fingerprints[index], index, self.num_layers)
 
     def kind(self, index: int) -> Any:

@@ -1,8 +1,8 @@
-"""Build models, for this thread alone.
+"""Build models without changes to the process.
 
-While Transformers builds a model, it changes what the whole process builds: torch's default dtype, the functions of
-`torch.nn.init`, the tying of weights. Two threads that do so at once may leave it changed for good. The modes here say
-the same to one thread, and nothing to the others.
+While Transformers builds a model, it changes settings of the whole process: torch's default dtype, the functions of
+`torch.nn.init`, the tying of weights. Two threads that build at once may leave them changed. The modes here have the
+same effect on one thread only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
     "thread_contexts",
 ]
 
-# The dtype of the model that is being built in this context; unset outside.
+# The dtype of the model that this context builds; unset outside.
 _dtype: ContextVar[torch.dtype] = ContextVar("transplant_hf_dtype")
 
 
@@ -42,7 +42,7 @@ def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) 
 
     Args:
         model_class: The class to build.
-        config: Its configuration; copied, not changed. The model has its dtype.
+        config: Its configuration, which also sets the dtype; copied.
 
     Returns:
         The model on the meta device; no weights are tied.
@@ -77,23 +77,23 @@ def build_random(model_class: Any, config: PreTrainedConfig, **kwargs: Any) -> A
 
 
 def initialize(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> None:
-    """Give values to the tensors of a model that have none yet.
+    """Initialize the tensors of a model that were not loaded.
 
     Args:
-        model: The model; tensors with Transformers' mark `_is_hf_initialized` stay as they are.
-        model_class: The class that says how.
+        model: The model; tensors that Transformers marks with `_is_hf_initialized` do not change.
+        model_class: The class that initializes them.
     """
-    # Without its decorators: one replaces the functions of torch.nn.init for the whole process.
+    # Without its decorators, one of which replaces the functions of torch.nn.init for the whole process.
     function: Any = inspect.unwrap(model_class.initialize_weights)
     with torch.no_grad(), _KeepInitialized():
         function(model)
 
 
 def thread_contexts(contexts: Sequence[Any], dtype: torch.dtype) -> list[Any]:
-    """Return what Transformers builds a model under, with a `construction` for what concerns the whole process.
+    """Return the contexts in which Transformers builds a model, with a `construction` in place of those of the process.
 
     Args:
-        contexts: As `PreTrainedModel.get_init_context` returns them; those of DeepSpeed ZeRO-3 stay as they are.
+        contexts: What `PreTrainedModel.get_init_context` returns; the contexts of DeepSpeed ZeRO-3 do not change.
         dtype: The dtype of the model.
     """
     if not any(isinstance(context, torch.device) for context in contexts):
@@ -111,8 +111,8 @@ def construction(dtype: torch.dtype | str | None, on_meta: bool = True) -> Itera
     """Let this thread build models in a dtype.
 
     Args:
-        dtype: What torch's default dtype would be set to; `None` for the default dtype as it is.
-        on_meta: Build on the meta device; elsewhere the model is to be given its values by `initialize`.
+        dtype: The default dtype of new tensors; `None` for that of torch.
+        on_meta: Build on the meta device. On another device, call `initialize` afterwards.
 
     Raises:
         ValueError: Not a floating-point dtype.
@@ -130,9 +130,9 @@ def construction(dtype: torch.dtype | str | None, on_meta: bool = True) -> Itera
 
 @contextmanager
 def inner_models(config: PreTrainedConfig) -> Iterator[None]:
-    """Build models inside a model in its dtype: the dtype of their configurations would be set for the whole process.
+    """Build the models inside a model in its dtype; their own dtypes would be set for the whole process.
 
-    Does nothing outside a `construction`.
+    Has no effect outside a `construction`.
     """
     dtypes = [(part, part.dtype) for part in _inside(config)] if _dtype.get(None) is not None else []
     for part, _ in dtypes:
@@ -145,11 +145,10 @@ def inner_models(config: PreTrainedConfig) -> Iterator[None]:
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Finish a model that was built in a `construction`; does nothing outside.
+    """Finish a model that was built in a `construction`; has no effect outside.
 
     Args:
-        model: The outermost model. On the meta device its tied weights become tensors of their own, as loading needs
-            them.
+        model: The outermost model. On the meta device, its tied weights become separate tensors, as loading requires.
     """
     dtype = _dtype.get(None)
     if dtype is None:
@@ -178,16 +177,16 @@ def _inside(config: PreTrainedConfig, deeper: bool = True) -> Iterator[PreTraine
 
 @functools.cache
 def _asks_for_default_dtype(module_class: type[nn.Module]) -> bool:
-    """Whether a class reads torch's default dtype, which no mode can answer."""
+    """Whether a class reads torch's default dtype, which no mode can change."""
     functions = (getattr(member, "__func__", member) for member in vars(module_class).values())
     return any(
         "get_default_dtype" in function.__code__.co_names for function in functions if hasattr(function, "__code__")
     )
 
 
-# Functions that make a tensor of torch's default dtype, whatever their arguments.
+# Functions that return a tensor of torch's default dtype for any arguments.
 _DEFAULT = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.eye, torch.linspace})
-# Methods that say the dtype of what they return by their name or their kind.
+# Functions whose name or kind sets the dtype of the result.
 _NAMED = frozenset({torch.Tensor.float, torch.Tensor.double, torch.Tensor.type, torch.from_numpy, torch.frombuffer})
 _DRAWS = frozenset(
     f"{name}_" for name in ("normal", "uniform", "trunc_normal", "xavier_normal", "xavier_uniform", "orthogonal")
@@ -195,9 +194,9 @@ _DRAWS = frozenset(
 
 
 class _Construction(TorchFunctionMode):
-    """What Transformers changes while it builds a model, for one thread.
+    """The settings that Transformers changes while it builds a model, for one thread.
 
-    Random initialization is skipped: on the meta device it takes most of the time and changes nothing.
+    Random initialization is skipped: on the meta device it takes most of the time and has no effect.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -213,11 +212,11 @@ class _Construction(TorchFunctionMode):
             if drawn.is_meta:
                 return drawn
         if func is torch.tensor and args == ([],) and not kwargs:
-            # How Transformers asks where a model is built: on the meta device it initializes nothing, and so does not
-            # replace the functions of torch.nn.init for the whole process.
+            # Transformers asks where a model is built. For the meta device, it does not replace the functions of
+            # torch.nn.init for the whole process.
             return torch.empty(0, device="meta")
         if func is torch.linspace and kwargs.get("device") is None:
-            kwargs = {**kwargs, "device": "cpu"}  # code of older models asks it for numbers
+            kwargs = {**kwargs, "device": "cpu"}  # older models read the numbers
         if func in _DEFAULT and kwargs.get("dtype") is None and kwargs.get("out") is None:
             return func(*args, **{**kwargs, "dtype": self._dtype})
         result = func(*args, **kwargs)
@@ -232,7 +231,7 @@ class _Construction(TorchFunctionMode):
 
 
 def _says_dtype(argument: Any) -> bool:
-    """Whether an argument decides the dtype of what comes out, which is then not the default."""
+    """Whether an argument sets the dtype of the result, which is then not the default."""
     if isinstance(argument, torch.Tensor):
         return argument.is_floating_point() or argument.is_complex()
     if isinstance(argument, list | tuple):
@@ -241,7 +240,7 @@ def _says_dtype(argument: Any) -> bool:
 
 
 class _KeepInitialized(TorchFunctionMode):
-    """Let no initialization write into tensors that were loaded, nor into views of them; for one thread."""
+    """Skip initialization of tensors that were loaded, and of their views, for one thread."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

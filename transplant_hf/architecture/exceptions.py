@@ -1,4 +1,4 @@
-"""What looking cannot tell: the few true exceptions, each with its reason. Each has a test.
+"""Facts that introspection cannot find: the few exceptions, each with its reason and a test.
 
 Everything else about an architecture is found by introspection (`stack.py`, `fingerprint.py`, `native.py`).
 """
@@ -12,8 +12,8 @@ __all__ = ["COMPLETIONS", "FIRST_STAYS_FIRST", "REFUSALS", "REWRITES", "ROWS_APA
 
 Fields = dict[str, Any]
 
-# Layers that cannot be moved alone, recognised by a field of the configuration. Refused with the reason, before any
-# weight is read. (Weights tied between layers and model-wide tables with an entry for each layer are found by looking.)
+# Layers that cannot be moved alone, recognized by a field of the configuration. They are refused before weights are
+# read. (Weights tied between layers, and tables with an entry for each layer, are found by introspection.)
 REFUSALS: tuple[tuple[Callable[[Fields], Any], str], ...] = (
     (
         lambda fields: fields.get("hidden_size_per_layer_input"),
@@ -30,18 +30,18 @@ REFUSALS: tuple[tuple[Callable[[Fields], Any], str], ...] = (
 )
 
 
-# Types whose first layer does something on the way in that no other can do, in `forward`, by its number.
+# Types whose first layer does something in `forward`, by its number, that no other layer can do.
 FIRST_STAYS_FIRST: dict[str, str] = {
-    "rwkv": "its layer 0 normalises the embeddings, and only layer 0 can",
+    "rwkv": "its layer 0 normalizes the embeddings, and only layer 0 can",
 }
 
 
-# Types whose layers hand on more than the hidden state that `h + s (donor(h) - h)` speaks of.
+# Types whose layers return more than one hidden state, so that `h + s (donor(h) - h)` does not apply.
 SEVERAL_STREAMS: dict[str, str] = {
-    "reformer": "its layers hand on two hidden states, of which each changes the other",
+    "reformer": "its layers return two hidden states, and each changes the other",
 }
 
-# Types whose hidden states do not have the rows of the batch in their first dimension.
+# Types whose first dimension of hidden states is not the batch.
 ROWS_APART: dict[str, str] = {
     "xlnet": "its hidden states are [seq, batch, hidden]",
 }
@@ -56,7 +56,7 @@ def _sparse_step_as_list(fields: Fields, num_layers: int) -> Fields:
     return {**fields, "decoder_sparse_step": 1, "mlp_only_layers": dense}
 
 
-# Rules about layer numbers that a configuration can also say as a list, which then follows the layers.
+# Rules about layer numbers that a configuration can also state as a list, which then follows the layers.
 REWRITES: dict[str, tuple[Callable[[Fields, int], Fields], ...]] = {
     model_type: (_sparse_step_as_list,)
     for model_type in ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe_text")
@@ -64,9 +64,9 @@ REWRITES: dict[str, tuple[Callable[[Fields, int], Fields], ...]] = {
 
 
 def _attention_types_from_layers(changed: Fields) -> Fields:
-    """The class computes `attention_layers` anew from `attention_types`, a run-length form of it."""
+    """The class recomputes `attention_layers` from `attention_types`, a run-length form of it."""
     return {**changed, "attention_types": [[changed["attention_layers"], 1]]}
 
 
-# Fields that another field, which has followed the layers, must agree with.
+# Fields that must agree with another field that followed the layers.
 COMPLETIONS: dict[str, tuple[Callable[[Fields], Fields], ...]] = {"gpt_neo": (_attention_types_from_layers,)}

@@ -1,8 +1,8 @@
-"""What a decoder layer is made of, and how two layers differ.
+"""The structure of a decoder layer, and the differences between two layers.
 
 A fingerprint holds, for every module inside a layer, its class, its plain attributes and the shapes of its tensors.
-It does not see the values of buffers, nor how `forward` uses the layer's number: `exceptions.py` lists where that
-matters.
+It does not include the values of buffers, or how `forward` uses the layer's number; `exceptions.py` lists the cases
+where that matters.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def is_structure(name: str) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Turn an attribute into something that compares by meaning: functions by name, tensors by shape."""
+    """Make an attribute comparable: functions by name, tensors by shape."""
     if value is None or isinstance(value, bool | int | float | str | complex):
         return value
     if isinstance(value, dict):
@@ -97,7 +97,7 @@ def plain(value: Any) -> Any:
 
 
 def is_layer_number(name: str, value: Any, index: int) -> bool:
-    """Whether an attribute holds the number of the layer that stands at `index`."""
+    """Whether an attribute holds the number of the layer at `index`."""
     last = name.rpartition(".")[2]
     return is_whole(value) and value == index and bool(_LAYER_NUMBER.search(last))
 
@@ -115,7 +115,7 @@ Places = Mapping[int, Collection[int]]
 
 
 def differences(was: Standing, became: Standing, places: Places) -> list[str]:
-    """List how a layer differs from what it was, its number apart.
+    """List how a layer differs from what it was, except for its number.
 
     Args:
         was: The layer in its source model.
@@ -123,7 +123,7 @@ def differences(was: Standing, became: Standing, places: Places) -> list[str]:
         places: Where layers of its source model run in the candidate, by their numbers.
 
     Returns:
-        One line for each difference, both values named.
+        One line for each difference, with both values.
     """
     lines = []
     for name in dict.fromkeys([*was.fingerprint, *became.fingerprint]):

@@ -1,7 +1,6 @@
-"""Make a configuration follow the layers: every per-layer field is set to what each layer was built from.
+"""Make a configuration follow the layers: every per-layer field gets the values that the layers were built from.
 
-Yields candidates, most natural first. Whether a candidate really builds every layer as it was is not decided here;
-`native.py` builds it and looks.
+Yields candidates, the most likely first. `native.py` builds them and compares the layers.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Fields = dict[str, Any]
 
 _NUMBERS_OF_LAYERS = re.compile(r"layers?$|layer_i(d|dx|ndex)s?$|_i(dxs?|ndices|ds)$")
 _COUNT = re.compile(r"^(num|n)_?(hidden_|decoder_)?(layers?|blocks?)$|^decoder_layers$")
-# Single numbers that say where a kind of layer begins, ends or recurs.
+# Numbers that set where a kind of layer begins, ends or recurs.
 _RULE = re.compile(
     r"dense|period|offset|step|interval|freq|pattern|every|_start|_end|first|last|skip|global_attn", re.I
 )
@@ -35,13 +34,13 @@ _RUNTIME = ("_attn_implementation_internal", "_experts_implementation_internal",
 
 
 def is_rule(name: str) -> bool:
-    """Whether a field may say where a kind of layer begins, ends or recurs."""
+    """Whether a field may set where a kind of layer begins, ends or recurs."""
     return bool(_RULE.search(name))
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfigOrigin:
-    """Where one running layer's configuration stands.
+    """The configuration of one running layer.
 
     Args:
         config: The full configuration of the layer's source model.
@@ -60,7 +59,7 @@ class Follower:
     Args:
         recipient: The untouched recipient's configuration.
         num_layers: L, the recipient's layers.
-        origins: For each running layer, where its configuration stands.
+        origins: For each running layer, its configuration.
     """
 
     def __init__(self, recipient: PreTrainedConfig, num_layers: int, origins: Sequence[ConfigOrigin]) -> None:
@@ -99,7 +98,7 @@ class Follower:
         for name, value in fields.items():
             if isinstance(getattr(type(text), name, None), property):
                 continue
-            # Past the class's own ideas, such as a last layer that must have full attention.
+            # Bypasses rules of the class, such as a last layer that must have full attention.
             text.__dict__[text.attribute_map.get(name, name)] = value
         computed = {
             name: [getattr(text_config(origin.config).config, name)[origin.index] for origin in self.origins]
@@ -178,13 +177,13 @@ class Follower:
         return followed
 
     def _other_readings(self, followed: Fields) -> Iterator[Fields]:
-        """A list such as [0, 1] may name layers or hold a value for each: try the reading not taken first."""
+        """A list such as [0, 1] may name layers or hold a value for each: try the second meaning."""
         for name, value in self.fields.items():
             if isinstance(value, list) and len(value) == self.num_layers and self._are_layer_numbers(name, value):
                 yield {**followed, name: self._list(name)}
 
     def _other_rules(self, followed: Fields, kinds: Callable[[], Sequence[Any]]) -> Iterator[Fields]:
-        """Change one number that places kinds of layers: to where kinds change, to none of them or to all."""
+        """Change one number that places kinds of layers: to where kinds change, to no layer or to all."""
         all_kinds = kinds()
         borders = _borders(all_kinds)
         for name, value in self.fields.items():
@@ -241,9 +240,9 @@ def _borders(kinds: Sequence[Any]) -> list[int]:
 
 
 def stale_lists(config: PreTrainedConfig) -> dict[str, int]:
-    """Find per-layer lists of another length than the number of layers, which tools that prune models leave behind.
+    """Find per-layer lists whose length is not the number of layers; tools that prune models leave such lists.
 
-    Which lists have an entry per layer is found by looking: those that the class itself makes longer for more layers.
+    A list has an entry per layer if the class makes it longer for more layers.
 
     Args:
         config: A configuration.
@@ -256,7 +255,7 @@ def stale_lists(config: PreTrainedConfig) -> dict[str, int]:
     kind: Any = type(text)
     try:
         made = {number: kind(**{count: number}) for number in (7, 11)}
-    except BUILD_ERRORS:  # a class that no number alone describes: nothing is known of its lists
+    except BUILD_ERRORS:  # a class that needs more than a number: nothing is known about its lists
         return {}
     per_layer = set.intersection(*(_lists_of(one, number) for number, one in made.items()))
     values = {name: vars(text).get(name) for name in sorted(per_layer)}

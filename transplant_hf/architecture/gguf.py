@@ -1,4 +1,4 @@
-"""Models read from a GGUF file: Transformers calls them quantized, also where it unpacked every weight on reading."""
+"""Models from GGUF files: Transformers calls them quantized even if it unpacked every weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MARK = "transplant_was_gguf"
 
 
 def check_gguf_reader(gguf_file: str | None) -> None:
-    """Refuse to read a GGUF file without the library that reads them.
+    """Refuse a GGUF file if the package that reads it is missing.
 
     Raises:
         ConfigurationError: It is not installed.
@@ -26,7 +26,7 @@ def check_gguf_reader(gguf_file: str | None) -> None:
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether weights of a model are held in fewer bits than they compute with."""
+    """Whether a model stores weights in fewer bits than it computes with."""
     return getattr(model, "hf_quantizer", None) is not None and not _is_unpacked(model)
 
 
@@ -36,7 +36,7 @@ def was_gguf(model: Any) -> bool:
 
 
 def config_of_weights(model: Any) -> PreTrainedConfig:
-    """Return a model's configuration; without the quantization of a GGUF file whose weights are unpacked."""
+    """Return a model's configuration, without the quantization of a GGUF file if its weights are unpacked."""
     config: PreTrainedConfig = model.config
     if _is_unpacked(model):
         config = copy.deepcopy(config)
@@ -45,11 +45,11 @@ def config_of_weights(model: Any) -> PreTrainedConfig:
 
 
 def forget_gguf(model: Any, source: Any = None) -> None:
-    """Let a model whose weights were unpacked be what it is: one in full precision, which can be saved.
+    """Make a model whose weights were unpacked a model in full precision, which can be saved.
 
     Args:
         model: The model; changed in place.
-        source: Whose weights it has, if not its own.
+        source: The model that its weights are from, if it is another one.
     """
     if was_gguf(model if source is None else source):
         setattr(model, _MARK, True)

@@ -1,8 +1,8 @@
-"""Which weights of a decoder layer feed the residual stream: with them at zero, the layer is the identity.
+"""Find the output projections of a decoder layer: with these weights at zero, the layer is the identity.
 
-Found by trying, not by names. The modules that a layer calls last are silenced first, until the layer hands on
-exactly what it was given; then each is given back its weights, earliest first, if the layer stays the identity
-without. What remains are the output projections: `o_proj` and `down_proj`, both `c_proj`, fused experts.
+They are found by experiment, not by name. The weights of modules are set to zero, the module called last first, until
+the layer returns its input unchanged. Then each module gets its weights back, the earliest first, if the layer stays
+the identity. The others are the output projections: `o_proj` and `down_proj`, both `c_proj`, fused experts.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _SEARCH_SEED, _CHECK_SEED = 0, 1
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A module that can be silenced.
+    """A module whose output can be made zero.
 
     Args:
-        path: Where it is in the layer; the number of one of several experts is taken out.
-        calls: Those of them that ran.
-        names: What of their own parameters must be zero for that.
-        matrix: Whether a matrix is among them; a norm has none.
+        path: Its path in the layer; the number of an expert is left out.
+        calls: The paths of those that ran.
+        names: Their own parameters that must be zero for that.
+        matrix: Whether one of them is a matrix; a norm has none.
     """
 
     path: str
@@ -49,7 +49,7 @@ def output_projections(model: PreTrainedModel, stack_path: str, number: int) -> 
     """Return the parameters of a decoder layer that must be zero for it to be the identity.
 
     Args:
-        model: A model with all its weights in memory; it is run on a few tokens, and left as it was.
+        model: A model with all its weights in memory. It runs on a few tokens and is not changed.
         stack_path: Path of its list of decoder layers.
         number: The layer's running number.
 
@@ -59,7 +59,7 @@ def output_projections(model: PreTrainedModel, stack_path: str, number: int) -> 
     Raises:
         ConfigurationError: No such layer.
         CompatibilityError: No output projections make this layer the identity, with the reason.
-        CheckpointError: Weights that are not in memory, or quantised.
+        CheckpointError: Weights that are not in memory, or quantized.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,7 +74,7 @@ def output_projections(model: PreTrainedModel, stack_path: str, number: int) -> 
 def projections_of_layers(
     model: PreTrainedModel, stack_path: str, numbers: Sequence[int]
 ) -> dict[int, tuple[str, ...]]:
-    """Return the output projections of several layers; those of one kind are looked for once.
+    """Return the output projections of several layers; layers of one kind are searched once.
 
     Args:
         model: As in `output_projections`.
@@ -82,9 +82,9 @@ def projections_of_layers(
         numbers: The layers' running numbers.
 
     Raises:
-        CompatibilityError: A layer that no output projections make the identity, with the reason.
+        CompatibilityError: A layer without such output projections, with the reason.
         ConfigurationError: No such layer.
-        CheckpointError: Weights that are not in memory, or quantised.
+        CheckpointError: Weights that are not in memory, or quantized.
     """
     stack = decoder_stack(model, stack_path)
     strays = [number for number in numbers if not 0 <= number < len(stack)]
@@ -117,7 +117,7 @@ def zero_output_projections(model: PreTrainedModel, stack_path: str, numbers: Se
     Raises:
         CompatibilityError: A layer that no output projections make the identity; nothing is changed then.
         ConfigurationError: No such layer.
-        CheckpointError: Weights that are not in memory, or quantised.
+        CheckpointError: Weights that are not in memory, or quantized.
     """
     stack = decoder_stack(model, stack_path)
     with torch.no_grad():
@@ -129,8 +129,8 @@ def zero_output_projections(model: PreTrainedModel, stack_path: str, numbers: Se
 def _refuse_unreadable(model: PreTrainedModel, stack_path: str, numbers: Sequence[int]) -> None:
     if is_quantized(model):
         raise CheckpointError(
-            f"{type(model).__name__} is quantised; output projections are looked for in full precision. Load it "
-            "without quantisation."
+            f"{type(model).__name__} is quantized; output projections are searched in full precision. Load it "
+            "without quantization."
         )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -142,12 +142,12 @@ def _refuse_unreadable(model: PreTrainedModel, stack_path: str, numbers: Sequenc
         for name, parameter in decoder_stack(model, stack_path)[number].named_parameters():
             if not parameter.is_floating_point():
                 raise CheckpointError(
-                    f"{stack_path}.{number}.{name} is quantised ({parameter.dtype}); a donor needs full precision."
+                    f"{stack_path}.{number}.{name} is quantized ({parameter.dtype}); a donor needs full precision."
                 )
 
 
 def _kind(layer: nn.Module, number: int) -> Fingerprint:
-    """What a layer is made of, its number apart: equal for two layers of one kind."""
+    """The structure of a layer without its number: equal for two layers of one kind."""
     made_of = fingerprint(layer)
     return {name: value for name, value in made_of.items() if not is_layer_number(name, value, number)}
 
@@ -165,35 +165,35 @@ def _found(layer: nn.Module, call: Call, what: str) -> tuple[str, ...]:
                 return _needed(replay, allowed[:count])
     if len(replay.changed(_names(layer, parts))) < len(call.streams):
         raise _no_identity(
-            what, f"it hands {len(call.streams)} values on to the next layer, and leaves only some of them as they were"
+            what, f"it passes {len(call.streams)} values to the next layer, and returns only some of them unchanged"
         )
     raise _no_identity(
         what,
-        "with every output in it at zero it still changes the hidden state, as layers do that normalise or scale it "
-        "after adding to it",
+        "with every output in it at zero it still changes the hidden state, like layers that normalize or scale it "
+        "after the addition",
     )
 
 
 def _parts(replay: Replay) -> list[_Part]:
-    """List what can be silenced in a layer, the module called last first; experts count as one."""
+    """List the modules of a layer whose output can be made zero, the last called first; experts count as one."""
     together: dict[str, list[str]] = {}
     for path in reversed(replay.called()):
         together.setdefault(_NUMBER.sub("#", path), []).append(path)
     parts = []
     for pattern, calls in together.items():
         own = own_parameters(replay.layer.get_submodule(calls[0]))
-        names = _silencing(replay, calls[0], own)
+        names = _zeroed_for_silence(replay, calls[0], own)
         matrix = any(replay.layer.get_parameter(f"{calls[0]}.{name}").dim() > 1 for name in names)
-        # A bias that a module adds to what others in it give does not silence it alone, but may have to go too.
+        # A bias added to the output of inner modules does not make it zero alone, but may have to be zero too.
         parts.append(_Part(pattern, tuple(calls), names or tuple(own), matrix))
-    # Weights of a module that is never called are used by the one around it.
-    quiet = [path for path, _ in replay.layer.named_modules() if path and _NUMBER.sub("#", path) not in together]
-    own_of = {path: tuple(own_parameters(replay.layer.get_submodule(path))) for path in quiet}
+    # Weights of a module that is never called are used by its parent.
+    uncalled = [path for path, _ in replay.layer.named_modules() if path and _NUMBER.sub("#", path) not in together]
+    own_of = {path: tuple(own_parameters(replay.layer.get_submodule(path))) for path in uncalled}
     return parts + [_Part(_NUMBER.sub("#", path), (), own, False) for path, own in own_of.items() if own]
 
 
-def _silencing(replay: Replay, path: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Return which of a module's own parameters must be zero for it to give zeros; none if that is not enough."""
+def _zeroed_for_silence(replay: Replay, path: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the own parameters of a module that must be zero for a zero output; empty if that is not enough."""
     start = next((n for n in reversed(range(len(names))) if replay.is_silent(path, names[n:])), len(names))
     needed = list(names[start:])
     for name in names[start:]:
@@ -204,14 +204,14 @@ def _silencing(replay: Replay, path: str, names: Sequence[str]) -> tuple[str, ..
 
 
 def _needed(replay: Replay, parts: Sequence[_Part]) -> tuple[str, ...]:
-    """Leave out what the layer is the identity without, the module called earliest first."""
+    """Drop modules whose weights need not be zero, the earliest called first."""
     kept = list(parts)
     for part in reversed(parts):
         fewer = [other for other in kept if other is not part]
         if replay.is_identity(_names(replay.layer, fewer)):
             kept = fewer
     names = _names(replay.layer, kept)
-    # Numbered modules need not be experts: of two in a row, a zero in the first would keep the second from learning.
+    # Numbered modules need not be experts: of two in sequence, zeros in the first would stop gradients of the second.
     for path in (path for part in kept if len(part.calls) > 1 for path in reversed(part.calls)):
         without = tuple(name for name in names if name.rpartition(".")[0] != path)
         if replay.is_identity(without):
@@ -220,7 +220,7 @@ def _needed(replay: Replay, parts: Sequence[_Part]) -> tuple[str, ...]:
 
 
 def _names(layer: nn.Module, parts: Iterable[_Part]) -> tuple[str, ...]:
-    """The parameters of some parts, in the layer's own order; experts that no token chose are experts all the same."""
+    """The parameters of some parts, in the layer's order; experts that no token chose are included."""
     own = {(part.path, name) for part in parts for name in part.names}
     split = [(name, *name.rpartition(".")[::2]) for name, _ in layer.named_parameters()]
     return tuple(name for name, path, last in split if (_NUMBER.sub("#", path), last) in own)

@@ -1,13 +1,13 @@
-"""The names of decoder layers' tensors in checkpoints, which need not be the names inside the model.
+"""The names of decoder layers' tensors in checkpoints, which may differ from the names in the model.
 
-Checkpoints may lack a prefix (GPT-2 without `transformer.`), use older words, or hold one tensor for each expert;
-Transformers renames and fuses them while loading. Names are followed through those very rules.
+Checkpoints may lack a prefix (GPT-2 without `transformer.`), use older names, or hold one tensor for each expert;
+Transformers renames and fuses them at load. The same rules are applied here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ class LayerNames:
     Args:
         model: A model of that architecture; the meta device will do.
         stack_path: Path of its list of decoder layers.
-        transforms: The renaming rules in force; by default the model's own.
+        transforms: The renaming rules; by default the model's own.
     """
 
     def __init__(self, model: PreTrainedModel, stack_path: str, transforms: Sequence[Any] | None = None) -> None:
@@ -69,11 +69,11 @@ class LayerNames:
         return match[2] if match else None
 
     def is_one_to_one(self, name: str) -> bool:
-        """Whether a checkpoint's tensor is loaded as it is, neither fused nor split."""
+        """Whether a checkpoint's tensor is loaded unchanged, neither fused nor split."""
         return rename_source_key(name, self._renamings, self._converters)[1] is None
 
     def is_ignored(self, name: str) -> bool:
-        """Whether Transformers leaves out a tensor that older checkpoints hold, such as a causal mask."""
+        """Whether Transformers skips a tensor of older checkpoints, such as a causal mask."""
         return any(pattern.search(name) for pattern in self._ignored)
 
     def may_be_converted(self, inside: str) -> bool:
@@ -81,20 +81,11 @@ class LayerNames:
         targets = [target for rule in self._converters for target in rule.target_patterns]
         return any(re.search(target, inside) for target in targets)
 
-    def prefixes(self, names: Iterable[str]) -> list[str]:
-        """Return what stands before the layers' numbers in a checkpoint, most frequent first."""
-        counts: dict[str, int] = {}
-        for name in names:
-            parts = self.split(name)
-            if parts is not None:
-                counts[parts.prefix] = counts.get(parts.prefix, 0) + 1
-        return sorted(counts, key=lambda prefix: -counts[prefix])
-
     def _renamed(self, name: str) -> str:
         return rename_source_key(name, self._renamings, self._converters)[0]
 
     def _find_number(self, shape: tuple[str, ...], name: str) -> int | None:
-        # Every number gets a value of its own, so that the one that ends up as the layer's number is known.
+        # Every number gets a unique value, so that the one that becomes the layer's number is known.
         marks = {at: str(101 + at) for at, part in enumerate(shape) if part == "#"}
         marked = ".".join(marks.get(at, part) for at, part in enumerate(shape))
         match = self._target.fullmatch(self._renamed(marked))

@@ -1,4 +1,4 @@
-"""Decide by looking whether a native configuration can build every layer as it was in its source model."""
+"""Find a native configuration that builds every layer as it was in its source model, if there is one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class LayerOrigin:
-    """Where one running layer was built: its source model, looked at, and its number there."""
+    """The source model of one running layer, and the layer's number there."""
 
     anatomy: Anatomy
     index: int
@@ -39,9 +39,9 @@ class SplicedConfig:
     """The configuration of a transplant.
 
     Args:
-        config: What the model runs with: counts and per-layer fields of the layers that run.
+        config: The configuration of the running model: its counts and per-layer fields describe the layers that run.
         native: Whether the recipient's own class builds every layer from it as it was.
-        reasons: Why not, if not: one line for each difference of the best candidate.
+        reasons: If not native, one line for each difference of the best candidate.
     """
 
     config: PreTrainedConfig
@@ -132,14 +132,14 @@ def layer_differences(recipient: Anatomy, model: PreTrainedModel, origins: Seque
 
 
 def _refuse_tables(recipient: Anatomy, candidate: PreTrainedModel) -> None:
-    """Refuse a model that keeps something for each layer outside its layers: a donor brings no entry of its own."""
+    """Refuse a model with a table outside its layers that has an entry for each layer: a donor has no entry."""
     inside = f"{recipient.stack_path}."
     before = {name: tuple(p.shape) for name, p in recipient.model.named_parameters() if not name.startswith(inside)}
     for name, parameter in candidate.named_parameters():
         if name in before and tuple(parameter.shape) != before[name]:
             raise CompatibilityError(
                 f"{recipient.what}: {recipient.config.model_type} keeps a table with a part for each layer outside its "
-                f"layers, {name}, {list(before[name])} for {recipient.num_layers} layers. A donor has no part in it."
+                f"layers, {name}, {list(before[name])} for {recipient.num_layers} layers. A donor has no entry in it."
             )
 
 

@@ -1,6 +1,6 @@
-"""Call one decoder layer again and again as its model called it, with other weights in place of some of its own.
+"""Call a decoder layer as its model called it, with other weights in place of some of its own.
 
-The weights are handed over for one call; those of the model are never written to.
+The weights are passed for one call; the model's weights are never changed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Call:
     Args:
         args: Copies of the positional arguments.
         kwargs: Copies of the others.
-        streams: What goes on to the next layer: the place among the arguments, and the place in the output.
+        streams: The values that are passed to the next layer: the place among the arguments, and in the output.
     """
 
     args: tuple[Any, ...]
@@ -47,12 +47,12 @@ class Call:
 
 
 def record_calls(model: PreTrainedModel, stack: nn.ModuleList, numbers: Collection[int], seed: int) -> dict[int, Call]:
-    """Run a model on a few random tokens and note how it calls some of its layers.
+    """Run a model on a few random tokens and record the calls of some of its layers.
 
     Args:
         model: A model with its weights in memory, in evaluation mode.
         stack: Its decoder layers.
-        numbers: Which of them.
+        numbers: The numbers of the layers.
         seed: Chooses the tokens.
 
     Returns:
@@ -61,7 +61,7 @@ def record_calls(model: PreTrainedModel, stack: nn.ModuleList, numbers: Collecti
     Raises:
         CompatibilityError: The model cannot be run on tokens alone.
     """
-    # The objects themselves tell what goes from one layer to the next, so they are kept until all have run.
+    # The identity of objects shows what one layer passes to the next, so they are kept until all have run.
     entered: dict[int, Any] = {}
     left: dict[int, Any] = {}
     calls: dict[int, Call] = {}
@@ -93,9 +93,9 @@ def record_calls(model: PreTrainedModel, stack: nn.ModuleList, numbers: Collecti
 def _run(model: PreTrainedModel, seed: int) -> None:
     try:
         model(input_ids=_some_tokens(model, seed), use_cache=False)
-    except BUILD_ERRORS as error:  # whatever its own code raises for tokens alone
+    except BUILD_ERRORS as error:  # what its own code raises for tokens only
         raise CompatibilityError(
-            f"{type(model).__name__} cannot be run on tokens alone, to see what its layers add to the hidden state: "
+            f"{type(model).__name__} cannot run on tokens only, which shows what its layers add to the hidden state: "
             f'{type(error).__name__}: {error}. Start the donor as a copy instead, init="copy".'
         ) from error
 
@@ -119,7 +119,7 @@ def _special_tokens(fields: Mapping[str, Any]) -> Iterator[int]:
 
 
 def _streams(entered: Mapping[int, Any], left: Mapping[int, Any]) -> tuple[Stream, ...]:
-    """Find which part of a layer's output is which argument of the next layer: the very same tensor."""
+    """Find the parts of a layer's output that are arguments of the next layer: the same tensor objects."""
     ran = [number for number in entered if number in left]
     found: dict[Stream, None] = {}
     for number, following in itertools.pairwise(ran):
@@ -127,7 +127,7 @@ def _streams(entered: Mapping[int, Any], left: Mapping[int, Any]) -> tuple[Strea
         for place, tensor in _tensors(left.get(number)):
             if id(tensor) in given:
                 found[given[id(tensor)], place] = None
-    # One layer alone, or a model that changes the hidden state on the way: by convention it comes first.
+    # A single layer, or a model that changes the hidden state between layers: by convention it comes first.
     for number in ran[:1]:
         start, to = (next((place for place, _ in _tensors(side[number])), None) for side in (entered, left))
         if start is not None and to is not None and start not in {known for known, _ in found}:
@@ -148,8 +148,8 @@ class Replay:
         self.call = call
 
     @functools.cached_property
-    def awake(self) -> Weights:
-        """Small values for parameters that are all zero: biases at their start, projections of an identity."""
+    def nonzero_weights(self) -> Weights:
+        """Small values for parameters that are all zero, such as new biases and projections of an identity."""
         generator = torch.Generator().manual_seed(0)
         return {
             name: (0.02 * torch.randn(parameter.shape, generator=generator)).to(parameter)
@@ -158,23 +158,23 @@ class Replay:
         }
 
     def is_identity(self, zeroed: Collection[str], *, as_it_is: bool = False) -> bool:
-        """Whether the layer hands on exactly what it was given once some of its parameters are zero.
+        """Whether the layer returns its input unchanged if some of its parameters are zero.
 
         Args:
             zeroed: Their names inside the layer.
-            as_it_is: Leave parameters that are all zero as they are; by default they get values, since another
-                layer of this kind may have some.
+            as_it_is: Keep parameters that are all zero. By default they get values, because another layer of this
+                kind may have some.
         """
         return not self.changed(zeroed, as_it_is=as_it_is)
 
     def changed(self, zeroed: Collection[str], *, as_it_is: bool = False) -> list[Path]:
-        """Return the places in the output that differ from the arguments they go on from; see `is_identity`."""
-        output = dict(_tensors(self._run(zeroed, {} if as_it_is else self.awake)))
+        """Return the places in the output that differ from their arguments; see `is_identity`."""
+        output = dict(_tensors(self._run(zeroed, {} if as_it_is else self.nonzero_weights)))
         given = dict(_tensors((self.call.args, self.call.kwargs)))
         return [to for start, to in self.call.streams if not _same(given.get(start), output.get(to))]
 
     def uses(self, streams: Sequence[Stream]) -> list[Stream]:
-        """Return the streams that matter to this layer: what it gives changes with them."""
+        """Return the streams that this layer uses: its output changes with them."""
         usual = dict(_tensors(self._run((), {})))
         found = []
         for start, to in streams:
@@ -196,18 +196,18 @@ class Replay:
                 if path and own_parameters(module):
                     hook = module.register_forward_pre_hook(lambda _, args, path=path: note(path))
                     hooks.callback(hook.remove)
-            self._run((), self.awake)
+            self._run((), self.nonzero_weights)
         return list(order)
 
     def is_silent(self, path: str, zeroed: Sequence[str]) -> bool:
-        """Whether a module inside the layer gives nothing but zeros once some of its own parameters are zero."""
+        """Whether a module inside the layer returns only zeros if some of its own parameters are zero."""
         given: list[bool] = []
 
         def note(output: Any) -> None:
             given.extend(bool(tensor.any()) for _, tensor in _tensors(output))
 
         with self.layer.get_submodule(path).register_forward_hook(lambda _, args, output: note(output)):
-            self._run([f"{path}.{name}" for name in zeroed], self.awake)
+            self._run([f"{path}.{name}" for name in zeroed], self.nonzero_weights)
         return bool(given) and not any(given)
 
     def _run(self, zeroed: Collection[str], others: Weights, flip: Path | None = None) -> Any:
@@ -216,7 +216,7 @@ class Replay:
 
 
 class _Bare(nn.Module):
-    """A layer without its hooks: those of a donor's first and last layer only work together."""
+    """A layer without its hooks: the hooks of a donor's first and last layer only work together."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -256,12 +256,12 @@ def _tensors(value: Any, place: Path = ()) -> Iterator[tuple[Path, torch.Tensor]
 
 
 def _copied(value: Any, flip: Path | None = None, place: Path = ()) -> Any:
-    """Copy the tensors in nested tuples, lists and dictionaries: a layer may write into what it is given.
+    """Copy the tensors in nested tuples, lists and dictionaries: a layer may change its arguments in place.
 
     Args:
-        value: What is copied.
-        flip: The place of a tensor that is turned round on the way.
-        place: Where the value itself is.
+        value: What to copy.
+        flip: The place of a tensor to reverse.
+        place: The place of the value itself.
     """
     if isinstance(value, torch.Tensor):
         return value.flip(tuple(range(value.dim()))) if place == flip else value.clone()

@@ -1,4 +1,4 @@
-"""Find the decoder layers of a model: by looking, not by a table of architectures."""
+"""Find the decoder layers of a model by introspection, without a table of architectures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def text_config(config: PreTrainedConfig) -> TextConfig:
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
-    """Return the model inside what torch.compile, data parallelism and PEFT put around it.
+    """Return the model inside the wrappers of torch.compile, data parallelism and PEFT.
 
     Raises:
         ConfigurationError: Not a model of Transformers.
@@ -67,7 +67,7 @@ def find_stack(model: PreTrainedModel, what: str = "") -> str:
 
     Args:
         model: A model, on any device, the meta device included.
-        what: What it is, for messages.
+        what: Its name, for messages.
 
     Returns:
         The path inside the model, such as `"model.layers"` or `"transformer.h"`.

@@ -50,7 +50,7 @@ def transplant(
         strength: Scales what its layers add to the hidden state; by default what it recommends together with its
             position, at a position of your own 1.
         composition: How donors at one position go together, "stacked" or "side_by_side"; by default as in the model.
-        in_place: Change the model itself, which may then be quantised, offloaded or on several devices.
+        in_place: Change the model itself, which may then be quantized, offloaded or on several devices.
 
     Returns:
         An instance of the recipient's own class; `in_place`, the model that was passed in.
@@ -172,7 +172,7 @@ def _check_shareable(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         reason = f"it is a {type(model).__name__}, not a PreTrainedModel (unwrap it first)"
     elif is_quantized(model):
-        reason = "it is quantised"
+        reason = "it is quantized"
     elif any(parameter.is_meta for parameter in model.parameters()):
         reason = "some of its weights are offloaded or not loaded"
     elif len({parameter.device for parameter in model.parameters()}) > 1:

@@ -21,10 +21,10 @@ QUANTISED = ("qdata", "_blocks", "_scales", "scale_inv", "absmax", "qweight", "q
 
 
 def follow_quantization(config: PreTrainedConfig, blueprint: Blueprint) -> PreTrainedConfig:
-    """Let full-precision donors stay in full precision inside a recipient whose files are quantized.
+    """Keep full-precision donors in full precision in a recipient whose files are quantized.
 
     Args:
-        config: The configuration the model is going to be built from.
+        config: The configuration that the model is built from.
         blueprint: What is going to run.
 
     Returns:
@@ -42,7 +42,7 @@ def follow_quantization(config: PreTrainedConfig, blueprint: Blueprint) -> PreTr
         if listed is not None:
             fields[field] = [*(moved for name in listed for moved in _moved(name, names, blueprint)), *kept]
         elif field in fields or (field == _SKIP_FIELDS[0] and not any(f in fields for f in _SKIP_FIELDS)):
-            # An absent list means the quantizer's own choice, which naming any module would undo.
+            # Without a list, the quantizer chooses; a list with any module replaces its choice.
             fields[field] = [*_kept_by_default(blueprint.recipient.model), *kept]
     config = copy.deepcopy(config)
     config.quantization_config = fields
@@ -67,7 +67,7 @@ def _is_quantized(part: DonorPart) -> bool:
 
 
 def _moved(name: str, names: LayerNames, blueprint: Blueprint) -> list[str]:
-    """A module's name after renumbering; none if its layer is gone, itself if it names no single layer."""
+    """A module's name after renumbering; empty if its layer is gone, unchanged if it names no single layer."""
     parts = names.split(f"{name}.weight")
     if parts is None:
         return [name]
@@ -80,7 +80,7 @@ def _places(blueprint: Blueprint) -> dict[int, int]:
 
 
 def renumber_metadata(metadata: Mapping[str, str], names: LayerNames, blueprint: Blueprint) -> dict[str, str]:
-    """Renumber what torchao writes into the header of a safetensors file: a record for each quantized parameter.
+    """Renumber the records that torchao writes into the header of a safetensors file for each quantized parameter.
 
     Args:
         metadata: The headers' metadata.

@@ -1,4 +1,4 @@
-"""Insert layers into a built model, for what no native configuration can build."""
+"""Insert layers into a built model, if no native configuration can build it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..architecture.fingerprint import is_layer_number, module_attributes, plain
 from ..layer_map import RECIPIENT, Stage
 from .blueprint import Blueprint
 
-__all__ = ["build_layers", "config_objects", "insert_layers", "outer_modules", "renumber", "use_config"]
+__all__ = ["build_layers", "insert_layers", "outer_modules", "renumber", "use_config"]
 
 
 def insert_layers(model: PreTrainedModel, blueprint: Blueprint, stages: Sequence[Stage]) -> None:
-    """Put the donors' layers into a model that was just built from the recipient's configuration.
+    """Insert the donors' layers into a model that was just built from the recipient's configuration.
 
     The layers keep the numbers they were built with until `renumber`: buffers that depend on a layer's number are
     computed when the weights are loaded.
@@ -26,7 +26,7 @@ def insert_layers(model: PreTrainedModel, blueprint: Blueprint, stages: Sequence
     Args:
         model: The recipient, on any device; changed in place.
         blueprint: The transplant.
-        stages: The layers that it shall hold.
+        stages: The layers that it should have.
     """
     stack = decoder_stack(model, blueprint.recipient.stack_path)
     sources: dict[str, Sequence[nn.Module]] = {RECIPIENT: list(stack)}
@@ -42,12 +42,12 @@ def insert_layers(model: PreTrainedModel, blueprint: Blueprint, stages: Sequence
 
 
 def build_layers(anatomy: Anatomy, indices: Sequence[int], config: PreTrainedConfig) -> list[nn.Module]:
-    """Build a donor's layers as in its source model, under whatever device and dtype are in force.
+    """Build a donor's layers as in its source model, on the current device and in the current dtype.
 
     Args:
-        anatomy: The source model, looked at.
-        indices: Its layers that are wanted.
-        config: The configuration of the model they will run in; they read it from then on.
+        anatomy: The source model.
+        indices: The layers to build.
+        config: The configuration of the model that they will run in; they use it from then on.
     """
     source = copy.deepcopy(anatomy.config)
     with inner_models(source):
@@ -62,7 +62,7 @@ def build_layers(anatomy: Anatomy, indices: Sequence[int], config: PreTrainedCon
 
 
 def renumber(layers: Iterable[nn.Module], origins: Sequence[LayerOrigin]) -> None:
-    """Give inserted layers the numbers of the places where they run, which index the cache."""
+    """Give inserted layers the numbers at which they run; these index the cache."""
     for number, (layer, origin) in enumerate(zip(layers, origins, strict=True)):
         for module in layer.modules():
             for name, value in list(vars(module).items()):
@@ -71,12 +71,12 @@ def renumber(layers: Iterable[nn.Module], origins: Sequence[LayerOrigin]) -> Non
 
 
 def use_config(model: PreTrainedModel, recipient: Anatomy, spliced: SplicedConfig) -> None:
-    """Let a model that was built from the recipient's configuration run with another.
+    """Make a model that was built from the recipient's configuration run with another.
 
     Args:
         model: Changed in place, its configuration objects included.
-        recipient: The recipient, looked at.
-        spliced: What to run with.
+        recipient: The recipient.
+        spliced: The configuration to run with.
     """
     mine, new = text_config(model.config).config, text_config(spliced.config).config
     mine.__class__ = new.__class__
@@ -95,20 +95,10 @@ def use_config(model: PreTrainedModel, recipient: Anatomy, spliced: SplicedConfi
 
 
 def _own(name: str) -> bool:
-    # How attention runs and where the model came from belong to the live configuration, not to the plan.
+    # The attention implementation and the model's name belong to the live configuration.
     return name.startswith("_") and name != "_heterogeneity_spec"
 
 
 def outer_modules(model: nn.Module, stack_path: str) -> dict[str, nn.Module]:
     """Return the modules outside the decoder layers, by path."""
     return {path: module for path, module in model.named_modules() if not path.startswith(f"{stack_path}.")}
-
-
-def config_objects(model: nn.Module) -> dict[str, PreTrainedConfig]:
-    """Return every configuration that modules read, once each, by the path of the first that does."""
-    found: dict[int, tuple[str, PreTrainedConfig]] = {}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, PreTrainedConfig):
-                found.setdefault(id(value), (f"{path}:{name}", value))
-    return dict(found.values())

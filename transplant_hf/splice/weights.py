@@ -1,4 +1,4 @@
-"""One pass from files to model: the recipient's tensors renumbered, the donors' put between them, all read lazily."""
+"""Merge the weights of recipient and donors in one pass: layers renumbered, all tensors read lazily."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class MergedWeights:
     """The weights of a transplant before they are read.
 
     Args:
-        tensors: Checkpoint names after renumbering, each with something that `[...]` turns into the tensor.
-        provenance: Where those in safetensors files are.
-        donor_names: The names that come from donors, with the donor's name and the tensor's name in it.
-        check: Remembers donor tensors that turned out not finite.
+        tensors: By checkpoint name after renumbering, an object from which `[...]` reads the tensor.
+        provenance: The files of those in safetensors files.
+        donor_names: For each name from a donor, the donor's name and the tensor's name in it.
+        check: Collects donor tensors that are not finite.
     """
 
     tensors: dict[str, Any]
@@ -62,7 +62,7 @@ class MergedWeights:
 
 
 class FiniteCheck:
-    """Looks at donor tensors while they are read, so that each is read once."""
+    """Checks donor tensors while they are read, so that each is read once."""
 
     def __init__(self) -> None:
         self.not_finite: list[str] = []
@@ -72,13 +72,13 @@ class FiniteCheck:
         return _Watched(name, tensor, self)
 
     def look(self, name: str, tensor: torch.Tensor) -> None:
-        """Remember a tensor that holds NaN or infinity."""
+        """Record a tensor that holds NaN or infinity."""
         if not is_finite(tensor):
             self.not_finite.append(name)
 
 
 class _Watched:
-    """A lazy tensor whose values are looked at when it is read."""
+    """A lazy tensor whose values are checked when it is read."""
 
     def __init__(self, name: str, part: Any, check: FiniteCheck) -> None:
         self._name, self._part, self._check = name, part, check
@@ -100,10 +100,10 @@ def open_checkpoint(
     Args:
         files: Its files, as Transformers resolved them.
         disable_mmap: As in `from_pretrained`.
-        weights_only: The same.
+        weights_only: As in `from_pretrained`.
 
     Returns:
-        Lazy tensors by their names in the files, and where those in safetensors files are.
+        Lazy tensors by their names in the files, and the provenance of those in safetensors files.
 
     Raises:
         CheckpointError: A safetensors file that is not whole.
@@ -132,16 +132,16 @@ def merge_weights(
     provenance: Mapping[str, Provenance],
     names: LayerNames,
 ) -> MergedWeights:
-    """Renumber the recipient's layers and put the donors' between them.
+    """Renumber the recipient's layers and insert the donors'.
 
     Args:
         blueprint: What is going to run.
         recipient: The recipient's lazy tensors, by checkpoint name.
-        provenance: Where they are.
+        provenance: Their files.
         names: Reads this architecture's checkpoint names.
 
     Returns:
-        The merged weights; replaced layers that are not kept are left out.
+        The merged weights, without replaced layers that are not kept.
     """
     places = {stage.slot: number for number, stage in enumerate(blueprint.built)}
     merged = MergedWeights({}, {}, {}, FiniteCheck())
@@ -154,7 +154,7 @@ def merge_weights(
             place = places.get((RECIPIENT, parts.number))  # type: ignore[call-overload]
             if place is None and parts.number < blueprint.recipient.num_layers:
                 continue
-            # A layer past the end is not the model's: it stays an unexpected key, as in Transformers.
+            # A layer past the end does not belong to the model: it stays an unexpected key, as in Transformers.
             past_end = len(blueprint.built) + parts.number
             new = parts.at(past_end if place is None else place)
         merged.tensors[new] = tensor
