@@ -142,7 +142,7 @@ def test_other_logits(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float, told: str
 ) -> None:
     """One bit of one weight is enough, also where the logits differ no more than by rounding."""
-    real = exporting._save
+    real = exporting._write_model
 
     def flipped(model: PreTrainedModel, folder: Path, size: int | str) -> None:
         real(model, folder, size)
@@ -152,7 +152,7 @@ def test_other_logits(
         weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(10.0)) + change
         save_file(tensors, path, metadata={"format": "pt"})
 
-    monkeypatch.setattr(exporting, "_save", flipped)
+    monkeypatch.setattr(exporting, "_write_model", flipped)
     with refused(CheckpointError, told):
         export(tiny_llama / "donor", tmp_path / "full")
     assert_nothing_left(tmp_path)
