@@ -100,7 +100,7 @@ def test_nothing_is_trained_that_nobody_may_push(
     as_user(ALICE)
     shelf.put_base()
     monkeypatch.delenv("HF_TOKEN")
-    for token, told in ((None, "nobody is logged in"), ("wrong", "the token is not valid")):
+    for token, told in ((None, "nobody is logged in"), ("wrong", "The token is not valid")):
         with refused(HubError, f"{shelf.law}-new", told):
             push = {"push_to": f"{shelf.law}-new", "push_kwargs": {"token": token}}
             train_donor(shelf.base, "text.txt", None, **push, donor_layers=1, **SHORT)
@@ -172,9 +172,9 @@ def test_an_untrained_donors_card_says_so(family: Path) -> None:
         main(["extract", str(family / "recipient"), str(family / "start"), "--count", "1", "--init", "identity"]) == 0
     )
     untrained = (family / "start" / "README.md").read_text()
-    assert "`start` has not been trained yet" in untrained and "were trained inside" not in untrained
+    assert "`start` is not trained yet" in untrained and "were trained inside" not in untrained
     train(family)
-    assert "has not been trained" not in (family / "new" / "README.md").read_text()
+    assert "is not trained yet" not in (family / "new" / "README.md").read_text()
 
 
 # -- Stopped -----------------------------------------------------------------------------------------------------------
