@@ -23,7 +23,7 @@ from tests.helpers import (
     two_donors,
 )
 from tests.inspection.helpers import count_of, same_as_json, size_of
-from transplant_hf import AutoModelWithTransplant, CheckpointError, ConfigurationError, Donor
+from transplant_hf import AutoModelWithTransplant, CheckpointError, CompatibilityError, ConfigurationError, Donor
 from transplant_hf.cli import main
 from transplant_hf.inspection import DonorInspection, ModelInspection, TransplantInspection, inspect
 
@@ -121,7 +121,7 @@ def test_a_donor_without_a_position(family: Path) -> None:
         inspect(family / "donor", recipient=family / "recipient")
     placed = of_donor(family / "donor", recipient=family / "recipient", position=2)
     assert placed.layer_map[2] == ("donor", 1)
-    assert "2 (asked for; none is recommended)" in str(placed)
+    assert "2 (given; none is recommended)" in str(placed)
 
 
 def test_a_donor_against_a_recipient(family: Path, tiny_gpt2: Path) -> None:
@@ -178,7 +178,7 @@ def test_no_weights_are_read(family: Path) -> None:
     assert of_donor(family / "donor").weights.parameters > 0
 
 
-def test_strangers_words_do_not_steer_the_terminal(family: Path) -> None:
+def test_control_characters_are_escaped(family: Path) -> None:
     edit_json(
         family / "donor" / "donor_config.json", metadata={"note\x1b[2J": "\x1b]0;x\x07\nname  forged", "n": [1] * 99}
     )
@@ -196,9 +196,9 @@ def test_a_name_draws_no_layers(family: Path) -> None:
         inspect(family / "donor")
 
 
-def test_a_recipient_whose_code_would_have_to_run(family: Path, tmp_path: Path) -> None:
+def test_a_recipient_with_code_of_its_own(family: Path, tmp_path: Path) -> None:
     T5Config(auto_map={"AutoModelForCausalLM": "evil.Evil"}).save_pretrained(tmp_path / "custom")
-    with refused(ConfigurationError, str(tmp_path / "custom"), "trust_remote_code"):
+    with refused(CompatibilityError, str(tmp_path / "custom"), "AutoModelForCausalLM has no class for T5Config"):
         inspect(family / "donor", recipient=tmp_path / "custom")
 
 
@@ -344,7 +344,7 @@ def test_a_type_that_is_not_known(family: Path) -> None:
     assert found.weights is not None
 
 
-def test_a_model_is_not_held_against_a_recipient(family: Path) -> None:
+def test_a_model_is_not_compared_with_a_recipient(family: Path) -> None:
     with refused(ConfigurationError, "model of type 'llama'", "not a donor"):
         inspect(family / "recipient", recipient=family / "recipient")
 
@@ -360,7 +360,7 @@ def test_a_folder_where_a_file_should_be(family: Path) -> None:
             inspect(family / folder)
 
 
-def test_what_is_none_of_these(tmp_path: Path, family: Path) -> None:
+def test_neither_a_model_nor_a_donor(tmp_path: Path, family: Path) -> None:
     with refused(ConfigurationError, "neither a folder"):
         inspect("./nowhere")
     with refused(ConfigurationError, "neither a model, a donor nor a transplant"):

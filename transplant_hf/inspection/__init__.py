@@ -1,4 +1,4 @@
-"""Say what a donor, a transplant, a model or a `.pt` file is, from headers and configurations alone."""
+"""What a donor, a transplant, a model or a `.pt` file is, from headers and configurations."""
 
 from .findings import (
     DonorInspection,
@@ -10,7 +10,7 @@ from .findings import (
     TransplantInspection,
     Weights,
 )
-from .inspect import inspect
+from .inspecting import inspect
 
 __all__ = [
     "DonorInspection",

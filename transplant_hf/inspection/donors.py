@@ -1,39 +1,45 @@
-"""Donors and transplants, by their configuration and the headers of the donors' weights."""
+"""Donors and transplants: their configurations, the headers of their weights, and the layer map they make."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..architecture import open_recipient
 from ..architecture.build import BUILD_ERRORS
 from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig
-from ..donor import Donor, DonorRecord
+from ..donor import Donor
 from ..donor.place import named, placed
 from ..donor.tensors import DONOR_FILE, DONOR_INDEX, layer_of
 from ..errors import ConfigurationError, TransplantError
 from ..layer_map import LayerMap, Placement, Splice
 from ..model.check import check_compatibility
 from ..sources import HubOptions, Source, points_to_folder
-from .files import Files
+from .files import Files, HeaderTensors, all_tensors
 from .findings import DonorInspection, PlacedDonor, TransplantInspection, Weights
-from .headers import HeaderTensors
-from .recipients import look_at
-from .weights import read_weights, summary
+from .weights import summarize_weights
 
-__all__ = ["Asked", "carries_recipient", "inspect_donor", "inspect_transplant", "read_transplant"]
+__all__ = [
+    "Asked",
+    "has_recipient_inside",
+    "inspect_donor",
+    "inspect_transplant",
+    "open_donor_headers",
+    "read_transplant_config",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What the caller wants to know.
+    """The arguments of `inspect`.
 
     Args:
         what: What is inspected.
-        recipient: A recipient to hold it against.
-        position: Where it would go.
+        recipient: The recipient that it is compared with, if any.
+        position: The position of the donor, if another than the recommended one.
         verify: Whether files are hashed.
         hub: How to reach the Hub.
     """
@@ -45,13 +51,30 @@ class Asked:
     hub: HubOptions
 
 
-@dataclasses.dataclass(frozen=True)
-class _Opened:
-    """A donor by its headers, its weights summed up, and what is wrong with them."""
+def open_donor_headers(files: Files) -> Donor:
+    """Open a donor by the headers of its weights, which may be on the Hub.
 
-    donor: Donor
-    weights: Weights
-    problems: tuple[str, ...]
+    Raises:
+        CheckpointError: Not a donor, or malformed.
+    """
+    return _open_donor(files, verify=False)[0]
+
+
+def _open_donor(files: Files, verify: bool) -> tuple[Donor, Weights, list[str]]:
+    """Return a donor, the sum of its headers, and how its files differ from what is recorded of them."""
+    headers = files.headers((DONOR_INDEX, DONOR_FILE))
+    tensors = all_tensors(headers)
+    donor = Donor.open(files.source, HeaderTensors(tensors, str(files.source)))
+    per_layer = [0] * donor.num_layers
+    for name, tensor in tensors.items():
+        per_layer[layer_of(name)[0]] += tensor.num_elements
+    weights, problems = summarize_weights(files, headers, donor.record.files, verify, per_layer)
+    unrecorded = donor.record.without_sha256(headers, files.source.from_hub)
+    if unrecorded:
+        problems.append(
+            f"{', '.join(unrecorded)}: no sha256 is recorded, so that its bytes cannot be checked on loading"
+        )
+    return donor, weights, problems
 
 
 def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> DonorInspection:
@@ -60,37 +83,37 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
     Args:
         files: Its files.
         fields: Its `config.json`; empty when there is none.
-        asked: What is wanted.
+        asked: The arguments of `inspect`.
 
     Raises:
         TransplantError: Malformed, or out of reach.
     """
-    config = read_transplant(fields, files.source) if fields.get("model_type") == TransplantConfig.model_type else None
-    spec = next((spec for spec in config.donors if spec.donor == "."), None) if config is not None else None
-    opened = _open(files, asked.verify)
-    donor, record = opened.donor, opened.donor.record
-    named = config.recipient if config is not None and config.recipient else None
-    recipient = named or record.source_id
-    revision = config.recipient_revision if config is not None and named else record.source_revision
-    place = donor.position if asked.position is None else asked.position
-    overrides = config.recipient_overrides if config is not None else {}
+    config = TransplantConfig()
+    if fields.get("model_type") == TransplantConfig.model_type:
+        config = read_transplant_config(fields, files.source)
+    spec = next((spec for spec in config.donors if spec.donor == "."), None)
+    donor, weights, problems = _open_donor(files, asked.verify)
+    record = donor.record
+    recipient, revision = record.source_id, record.source_revision
+    if config.recipient:
+        recipient, revision = config.recipient, config.recipient_revision
+    position = donor.position if asked.position is None else asked.position
+    report: CompatibilityReport | None = None
+    layer_map = LayerMap()
     notes: list[str] = []
-    problems = list(opened.problems)
-    report, layer_map = None, LayerMap()
-    name = str(spec.name) if spec is not None and spec.is_named else donor.name or Path(asked.what).name or "donor"
     if asked.recipient is not None:
-        report = _fit(asked.recipient, donor, place, donor.mode, asked.hub)
+        report = _compare_with_recipient(asked.recipient, donor, position, donor.mode, asked.hub)
         layer_map = report.layer_map
         problems += [] if report else [str(report)]
-    elif place is not None and recipient is not None:
-        # A reference in `config.json` is relative to it; one in the record is not, but means the Hub where it is there.
-        base = files.source if named or files.source.from_hub else None
-        placement = Placement(name, place, record.layer_indices, donor.mode == "replace")
-        layer_map, notes = _map_of(recipient, revision, base, [placement], asked.hub, overrides)
+    elif position is not None and recipient is not None:
+        # A reference in `config.json` is relative to it. One in the record is not, but a repository's means the Hub.
+        base = files.source if config.recipient or files.source.from_hub else None
+        name = str(spec.name) if spec is not None and spec.is_named else donor.name or Path(asked.what).name or "donor"
+        placement = Placement(name, position, record.layer_indices, donor.mode == "replace")
+        layer_map, notes = _layer_map(recipient, revision, base, [placement], asked.hub, config.recipient_overrides)
     else:
-        known = {"recipient": recipient, "position": place}
-        missing = " and ".join(f"no {name}" for name, value in known.items() if value is None)
-        notes.append(f"{missing} is recorded, so there is no layer map.")
+        missing = [name for name, value in (("recipient", recipient), ("position", position)) if value is None]
+        notes = [f"no {' and no '.join(missing)} is recorded, so there is no layer map."]
     return DonorInspection(
         what=asked.what,
         revision=files.source.revision,
@@ -106,9 +129,9 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
         position=donor.position,
         mode=donor.mode,
         strength=donor.strength,
-        placed_at=place,
+        placed_at=position,
         metadata=donor.metadata,
-        weights=opened.weights,
+        weights=weights,
         layer_map=layer_map,
         compatibility=report,
     )
@@ -120,59 +143,51 @@ def inspect_transplant(files: Files, fields: Mapping[str, Any], asked: Asked) ->
     Args:
         files: Its files.
         fields: Its `config.json`.
-        asked: What is wanted.
+        asked: The arguments of `inspect`.
 
     Raises:
         TransplantError: Malformed, or a donor out of reach.
     """
-    config = read_transplant(fields, files.source)
+    config = read_transplant_config(fields, files.source)
     if not config.recipient or not config.donors:
         missing = "donors" if config.recipient else "recipient"
         raise ConfigurationError(f"the transplant configuration of {files.source} names no {missing}.")
     if asked.position is not None and len(config.donors) > 1:
         raise ConfigurationError(
-            f"{files.source} holds {len(config.donors)} donors, each at its own position; a position can be asked for "
-            "where there is one."
+            f"{files.source} has {len(config.donors)} donors, each at its own position. A position can be given where "
+            "there is one donor."
         )
-    donors: list[PlacedDonor] = []
-    problems: list[str] = []
+    found = [_open_part(spec, files.source, asked) for spec in config.donors]
+    specs = [spec for spec, _ in named([(part.spec, part.donor) for part in found], asked.what)]
+    parts = [dataclasses.replace(part, spec=spec) for part, spec in zip(found, specs, strict=True)]
+    problems = [f"donor {part.spec.name}: {problem}" for part in parts for problem in part.problems]
     reports = []
-    found = []
-    for written in config.donors:
-        spec = written if asked.position is None else written.replaced(position=asked.position)
-        part = Files.find(
-            spec.donor, asked.hub, revision=spec.revision, subfolder=spec.subfolder, relative_to=files.source
-        )
-        opened = _open(part, asked.verify)
-        chosen = opened.donor if spec.layers is None else opened.donor.part(spec.layers)
-        found.append((placed(spec, chosen), chosen, opened, part.source))
-    specs = [spec for spec, _ in named([(spec, chosen) for spec, chosen, *_ in found], asked.what)]
-    for spec, (_, chosen, opened, source) in zip(specs, found, strict=True):
-        problems += [f"donor {spec.name}: {problem}" for problem in opened.problems]
-        donors.append(_placed(spec, chosen, opened.weights, source))
-        if asked.recipient is not None:
-            report = _fit(asked.recipient, chosen, spec.position, spec.mode, asked.hub)
-            reports.append(report)
-            problems += [] if report else [str(report)]
-    placements = [Placement(d.name, d.position, d.layer_indices, d.mode == "replace") for d in donors]
-    recipient, revision, base = config.recipient, config.recipient_revision, files.source
-    if asked.recipient is None:
-        layer_map, notes = _map_of(recipient, revision, base, placements, asked.hub, config.recipient_overrides)
-    elif problems:
-        layer_map, notes = LayerMap(), []
-    else:
-        layer_map, notes = _map_of(asked.recipient, None, None, placements, asked.hub)
-    # One donor may run in two places.
+    recipient, revision = config.recipient, config.recipient_revision
+    base: Source | None = files.source
+    overrides: Mapping[str, Any] = config.recipient_overrides
+    if asked.recipient is not None:
+        for part in parts:
+            place = part.spec.position, part.spec.mode
+            reports.append(_compare_with_recipient(asked.recipient, part.donor, *place, asked.hub))
+        problems += [str(report) for report in reports if not report]
+        recipient, revision, base, overrides = asked.recipient, None, None, {}
+    layer_map = LayerMap()
+    notes: list[str] = []
+    if asked.recipient is None or not problems:
+        placements = [part.placement for part in parts]
+        layer_map, notes = _layer_map(recipient, revision, base, placements, asked.hub, overrides)
+    donors = tuple(part.described() for part in parts)
+    # One donor may be at two positions.
     once = {(donor.donor, donor.revision, donor.subfolder): donor.weights for donor in donors}
     return TransplantInspection(
         what=asked.what,
         revision=files.source.revision,
         notes=tuple(notes),
         problems=tuple(problems),
-        recipient=recipient,
-        recipient_revision=revision,
-        full=carries_recipient(config, files.source),
-        donors=tuple(donors),
+        recipient=config.recipient,
+        recipient_revision=config.recipient_revision,
+        full=has_recipient_inside(config, files.source),
+        donors=donors,
         composition=config.composition,
         parameters=sum(weights.parameters for weights in once.values()),
         size=sum(weights.size for weights in once.values()),
@@ -181,88 +196,90 @@ def inspect_transplant(files: Files, fields: Mapping[str, Any], asked: Asked) ->
     )
 
 
-def read_transplant(fields: Mapping[str, Any], source: Source) -> TransplantConfig:
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A donor of a transplant by its headers."""
+
+    spec: DonorSpec
+    donor: Donor
+    weights: Weights
+    problems: Sequence[str]
+    source: Source
+
+    @property
+    def placement(self) -> Placement:
+        indices = self.donor.record.layer_indices
+        return Placement(str(self.spec.name), self.spec.position, indices, self.spec.mode == "replace")
+
+    def described(self) -> PlacedDonor:
+        return PlacedDonor(
+            name=str(self.spec.name),
+            donor=self.source.reference,
+            revision=self.source.revision,
+            subfolder=self.source.subfolder,
+            position=self.spec.position,
+            mode=self.spec.mode,
+            strength=self.spec.strength,
+            layer_indices=self.donor.record.layer_indices,
+            metadata=self.donor.metadata,
+            weights=self.weights,
+        )
+
+
+def _open_part(spec: DonorSpec, base: Source, asked: Asked) -> _Part:
+    if asked.position is not None:
+        spec = spec.replaced(position=asked.position)
+    files = Files.find(spec.donor, asked.hub, revision=spec.revision, subfolder=spec.subfolder, relative_to=base)
+    donor, weights, problems = _open_donor(files, asked.verify)
+    chosen = donor if spec.layers is None else donor.part(spec.layers)
+    return _Part(placed(spec, chosen), chosen, weights, problems, files.source)
+
+
+def read_transplant_config(fields: Mapping[str, Any], source: Source) -> TransplantConfig:
     """Read the `config.json` of a transplant.
 
     Raises:
-        ConfigurationError: Fields of the wrong kind.
+        ConfigurationError: Invalid fields.
     """
     try:
         return TransplantConfig(**{**fields, "name_or_path": str(source)})
     except BUILD_ERRORS as error:
-        raise ConfigurationError(f"the config.json of {source} is no transplant's: {error}") from error
+        raise ConfigurationError(f"the config.json of {source} is not valid for a transplant: {error}") from error
 
 
-def carries_recipient(config: TransplantConfig, source: Source) -> bool:
-    """Whether a transplant's recipient is a folder inside it."""
+def has_recipient_inside(config: TransplantConfig, source: Source) -> bool:
+    """Whether the recipient of a transplant is a folder inside it."""
     folder = points_to_folder(config.recipient, source, config.recipient_revision)
     return folder is not None and folder.resolve().is_relative_to(source.folder.resolve())
 
 
-def _fit(recipient: str, donor: Donor, position: int | None, mode: str, hub: HubOptions) -> CompatibilityReport:
+def _compare_with_recipient(
+    recipient: str, donor: Donor, position: int | None, mode: str, hub: HubOptions
+) -> CompatibilityReport:
     try:
         return check_compatibility(recipient, donor, position, mode, trust_remote_code=False, **hub.as_kwargs())
-    except ValueError as error:  # Transformers' refusal to run code from the repository
-        raise ConfigurationError(f"recipient {recipient} cannot be looked at: {error}") from error
+    except ValueError as error:  # Transformers refuses to run code from the repository
+        raise ConfigurationError(f"cannot read recipient {recipient}: {error}") from error
 
 
-def _map_of(
+def _layer_map(
     recipient: str,
     revision: str | None,
     base: Source | None,
-    placements: list[Placement],
+    placements: Sequence[Placement],
     hub: HubOptions,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any],
 ) -> tuple[LayerMap, list[str]]:
-    """Draw the layer map, or say why there is none: a recipient may be out of reach of who has the donor.
-
-    Args:
-        recipient: The recipient.
-        revision: Its revision.
-        base: What holds the `config.json` in which the reference stands.
-        placements: The donors in their places.
-        hub: How to reach the Hub.
-        overrides: What the transplant sets in the recipient's configuration.
+    """Return the layer map and notes; a recipient out of reach gives a note and an empty map.
 
     Raises:
-        ConfigurationError: A position the recipient does not have.
+        ConfigurationError: A position outside the recipient.
     """
     try:
-        layers = look_at(recipient, revision, base, hub, overrides).anatomy.num_layers
+        found = open_recipient(recipient, revision, hub, relative_to=base, overrides=overrides)
+        num_layers = found.anatomy().num_layers
     except TransplantError as error:
         return LayerMap(), [f"no layer map: {error}"]
-    changed = ", ".join(sorted(overrides or ()))
+    changed = ", ".join(sorted(overrides))
     notes = [f"it sets these fields of the recipient's configuration: {changed}."] if changed else []
-    return Splice(layers, placements).layer_map(), notes
-
-
-def _open(files: Files, verify: bool) -> _Opened:
-    record = DonorRecord.read(files.folder)
-    name = DONOR_INDEX if files.has(DONOR_INDEX) else DONOR_FILE
-    headers = read_weights(files, name, DONOR_INDEX)
-    tensors = headers.flat()
-    tensors_there = HeaderTensors(tensors, str(files.source))
-    donor = Donor.open(files.source, tensors_there)
-    weights, problems = summary(files, headers, record.files, verify)
-    unlisted = record.without_sha256(headers.files, files.source.from_hub)
-    if unlisted:
-        problems.append(f"{', '.join(unlisted)}: no sha256 is recorded, so that its bytes cannot be checked on loading")
-    per_layer = [0] * donor.num_layers
-    for tensor, header in tensors.items():
-        per_layer[layer_of(tensor)[0]] += header.num_elements
-    return _Opened(donor, dataclasses.replace(weights, per_layer=tuple(per_layer)), tuple(problems))
-
-
-def _placed(spec: DonorSpec, donor: Donor, weights: Weights, source: Source) -> PlacedDonor:
-    return PlacedDonor(
-        name=str(spec.name),
-        donor=source.reference,
-        revision=source.revision,
-        subfolder=source.subfolder,
-        position=spec.position,
-        mode=spec.mode,
-        strength=spec.strength,
-        layer_indices=donor.record.layer_indices,
-        metadata=donor.metadata,
-        weights=weights,
-    )
+    return Splice(num_layers, placements).layer_map(), notes

@@ -1,4 +1,4 @@
-"""What an inspection finds: plain values, as JSON or as text."""
+"""What `inspect` returns: plain values, as JSON or as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from ..compatibility import CompatibilityReport
 from ..layer_map import LayerMap
-from .describe import describe
+from .text import inspection_text
 
 __all__ = [
     "DonorInspection",
@@ -34,9 +34,9 @@ class FileFinding:
 
     Args:
         name: Its name.
-        size: In bytes; `None` when it is not there.
-        sha256: As recorded beside it; `None` when nothing is.
-        hub_sha256: As the Hub lists it; `None` for files that are not on the Hub, or when it was not asked.
+        size: In bytes; `None` when it is missing.
+        sha256: As recorded beside it, if at all.
+        hub_sha256: As the Hub lists it; `None` for files that are not on the Hub, or offline.
         state: "not recorded", "recorded", "same on the Hub", "verified" (the bytes were hashed) or "differs".
     """
 
@@ -54,9 +54,9 @@ class Weights:
     Args:
         files: The files.
         tensors: How many tensors they hold.
-        parameters: How many numbers.
-        size: The files' sizes together, in bytes.
-        dtypes: Parameters by type, as safetensors names it; the most frequent first.
+        parameters: How many parameters they hold.
+        size: Sum of the file sizes, in bytes.
+        dtypes: Parameters by dtype, as safetensors names it; the most frequent first.
         per_layer: Parameters of each decoder layer, in order; empty when not known.
     """
 
@@ -69,20 +69,20 @@ class Weights:
 
     @property
     def sha256(self) -> str:
-        """The state of all files: that of the worst."""
+        """The worst state of a file."""
         order = ("differs", "not recorded", "recorded", "same on the Hub", "verified")
         return min((file.state for file in self.files), key=order.index, default="not recorded")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What was found.
+    """The result of `inspect`.
 
     Args:
-        what: What was asked about.
+        what: What was inspected.
         revision: Its commit, on the Hub.
-        notes: What could not be found out, and why.
-        problems: Why it would be refused: a mismatch with the recipient asked about, or bytes that differ.
+        notes: What is not known, and why.
+        problems: Why it would be refused: a mismatch with the given recipient, or bytes that differ.
     """
 
     kind: ClassVar[str] = ""
@@ -96,13 +96,13 @@ class Inspection:
         return not self.problems
 
     def __str__(self) -> str:
-        return describe(self)
+        return inspection_text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        found: dict[str, Any] = _plain({"kind": self.kind, **fields, "ok": bool(self)})
-        return found
+        as_json: dict[str, Any] = _plain({"kind": self.kind, **fields, "ok": bool(self)})
+        return as_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,9 +110,9 @@ class DonorInspection(Inspection):
     """A donor.
 
     Args:
-        name: What it is called.
-        model_type: The source model's type.
-        layer_indices: Its layers' numbers in the source model.
+        name: Its name.
+        model_type: The type of the source model.
+        layer_indices: The numbers of its layers in the source model.
         source: The source model, if known.
         source_revision: Its commit, if known.
         recipient: The model it is meant for, if known.
@@ -120,11 +120,11 @@ class DonorInspection(Inspection):
         position: The recommended position, if any.
         mode: The recommended mode, "insert" or "replace".
         strength: The recommended strength.
-        placed_at: The position of `layer_map` and `compatibility`: the one asked for, else the recommended one.
+        placed_at: The position of `layer_map` and `compatibility`: the given one, else the recommended one.
         metadata: What the author recorded.
         weights: What its weight files hold.
-        layer_map: What would run; empty when the recipient is out of reach.
-        compatibility: Whether it fits the recipient asked about; `None` when none was.
+        layer_map: The layers that would run; empty when the recipient is out of reach.
+        compatibility: Whether it fits the given recipient; `None` when none is given.
     """
 
     kind = "donor"
@@ -155,10 +155,10 @@ class PlacedDonor:
         donor: Hub id or folder.
         revision: Its commit, on the Hub.
         subfolder: The folder inside it.
-        position: Recipient layers that run before it.
+        position: How many recipient layers run before it.
         mode: "insert" or "replace".
-        strength: What its layers' outputs are scaled by.
-        layer_indices: The layers that run, by their numbers in the source model.
+        strength: The factor that scales what its layers add.
+        layer_indices: The numbers of its running layers in the source model.
         metadata: What the author recorded.
         weights: What its weight files hold.
     """
@@ -182,13 +182,13 @@ class TransplantInspection(Inspection):
     Args:
         recipient: The recipient.
         recipient_revision: Its commit, if pinned.
-        full: Whether the recipient lies inside it, weights and all.
+        full: Whether it contains the recipient with its weights.
         donors: The donors, in their order.
-        composition: How donors at one position go together, "stacked" or "side_by_side".
-        parameters: Of all donors together.
-        size: In bytes, the same.
-        layer_map: What runs; empty when the recipient is out of reach.
-        compatibility: For each donor, whether it fits the recipient asked about; empty when none was.
+        composition: How donors at one position are combined, "stacked" or "side_by_side".
+        parameters: Parameters of all donors.
+        size: Bytes of the weight files of all donors.
+        layer_map: The layers that run; empty when the recipient is out of reach.
+        compatibility: For each donor, whether it fits the given recipient; empty when none is given.
     """
 
     kind = "transplant"
@@ -206,18 +206,18 @@ class TransplantInspection(Inspection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelInspection(Inspection):
-    """A model of Transformers' own kind: a recipient.
+    """A model of a class of Transformers, which may be a recipient.
 
     Args:
         model_type: Its type.
-        architecture: The class that loads it; `None` when there is none.
+        architecture: The class that loads it; `None` when it is not known.
         num_layers: L; `None` when its layers cannot be found.
         positions: The first and the last position of a donor: 0 and L.
-        hidden_size: What its layers pass on.
+        hidden_size: The size of its hidden states.
         movable: Whether donors can be put between its layers.
         reason: Why not.
-        sharing_layers: Layers that share weights with each other, and stay where they are.
-        weights: What its weight files hold; `None` when they cannot be read by headers.
+        sharing_layers: Numbers of layers that share weights with each other and cannot be moved.
+        weights: What its weight files hold; `None` when there are no safetensors files.
     """
 
     kind = "model"

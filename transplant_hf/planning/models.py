@@ -14,12 +14,10 @@ from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..donor import DONOR_CONFIG, Donor, DonorRecord
 from ..donor.dtypes import loaded_dtype
 from ..donor.place import named, placed
-from ..donor.tensors import DONOR_FILE, DONOR_INDEX, MemoryTensors
+from ..donor.tensors import MemoryTensors
 from ..errors import ConfigurationError
-from ..inspection.donors import read_transplant
-from ..inspection.files import MODEL_FILE, MODEL_INDEX, Files
-from ..inspection.headers import HeaderTensors
-from ..inspection.weights import read_weights
+from ..inspection.donors import open_donor_headers, read_transplant_config
+from ..inspection.files import MODEL_FILES, Files, all_tensors
 from ..layer_map import paper_layers
 from ..sources import HubOptions, Source
 from ..splice import Blueprint, draw_blueprint
@@ -66,7 +64,7 @@ def find_models(
     config = TransplantConfig(recipient=what, recipient_revision=files.source.revision, donors=donor_specs(donors))
     base: Source | None = None
     if fields.get("model_type") == TransplantConfig.model_type:
-        config, base = read_transplant(fields, files.source), files.source
+        config, base = read_transplant_config(fields, files.source), files.source
         if donors or count:
             raise ConfigurationError(
                 f"{what} is a transplant already (recipient {config.recipient}). Name its recipient instead, with all "
@@ -92,8 +90,7 @@ def _donor(spec: DonorSpec, base: Source | None, hub: HubOptions) -> Donor:
     files = Files.find(spec.donor, hub, revision=spec.revision, subfolder=spec.subfolder, relative_to=base)
     if not files.has(DONOR_CONFIG):
         raise ConfigurationError(f"{files.source} is not a donor: it has no {DONOR_CONFIG}.")
-    headers = read_weights(files, DONOR_INDEX if files.has(DONOR_INDEX) else DONOR_FILE, DONOR_INDEX)
-    return Donor.open(files.source, HeaderTensors(headers.flat(), str(files.source)))
+    return open_donor_headers(files)
 
 
 def _new_layers(recipient: Anatomy, count: int, position: int | None) -> tuple[DonorSpec, Donor]:
@@ -125,7 +122,7 @@ def _saved_dtype(config: PreTrainedConfig, source: Source, hub: HubOptions) -> t
         if isinstance(part.dtype, torch.dtype):
             return part.dtype
     files = Files(source, hub)
-    weights = next((name for name in (MODEL_FILE, MODEL_INDEX) if files.has(name)), None)
-    headers = read_weights(files, weights, MODEL_INDEX).flat() if weights else {}
-    dtypes = (loaded_dtype(header.dtype) for header in headers.values())
+    known = any(files.has(name) for name in MODEL_FILES)
+    tensors = all_tensors(files.headers(MODEL_FILES)) if known else {}
+    dtypes = (loaded_dtype(tensor.dtype) for tensor in tensors.values())
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)

@@ -1,4 +1,4 @@
-"""`inspect`: what something is, and what there is to know of it."""
+"""`inspect`: find out what something is, and inspect it as that."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ..donor import DONOR_CONFIG
 from ..errors import ConfigurationError
 from ..sources import HubOptions
 from ..storage import read_json
-from .donors import Asked, carries_recipient, inspect_donor, inspect_transplant, read_transplant
+from .donors import Asked, has_recipient_inside, inspect_donor, inspect_transplant, read_transplant_config
 from .files import Files
 from .findings import Inspection
+from .models import inspect_model
 from .pt_files import inspect_pt
-from .recipients import inspect_model
 
 __all__ = ["inspect"]
 
-_FILES_OF_TORCH = (".pt", ".pth")
+_TORCH_SUFFIXES = (".pt", ".pth")
 
 
 def inspect(
@@ -33,30 +33,30 @@ def inspect(
     cache_dir: str | None = None,
     local_files_only: bool = False,
 ) -> Inspection:
-    """Say what a donor, a transplant, a model or a `.pt` file is, from headers and configurations alone.
+    """Show what a donor, a transplant, a model or a `.pt` file is, from headers and configurations.
 
-    No weights are read, but for `verify`. Of a repository only the configurations are downloaded; the headers of its
-    weights are fetched by range requests. Nothing in a `.pt` file is run.
+    Weights are read only for `verify`. From a repository only configurations are downloaded, and the headers of weight
+    files by range requests. Nothing in a `.pt` file is run.
 
     Args:
         what: Hub id, folder, or a file that `torch.save` wrote.
-        recipient: A recipient to hold it against: Hub id or folder.
-        position: Where it would go, 0..L; by default where it is recommended or placed.
+        recipient: A recipient to compare it with: Hub id or folder.
+        position: The position of the donor, 0..L; by default the recommended one.
         verify: Hash the weight files that are on this machine, and compare them with what is recorded.
         revision: Branch, tag or commit of the repository.
         subfolder: A folder inside it.
         token: As in `from_pretrained`.
-        cache_dir: The same.
-        local_files_only: The same.
+        cache_dir: As in `from_pretrained`.
+        local_files_only: As in `from_pretrained`.
 
     Returns:
-        What was found. It is false when something would be refused: bytes that are not as recorded, or a recipient
-        that does not fit; `problems` says what.
+        The inspection. It is false when loading would be refused: bytes that differ from the recorded ones, or a
+        recipient that does not fit; `problems` says why.
 
     Raises:
-        CheckpointError: Malformed, hostile or missing files.
+        CheckpointError: Malformed or missing files.
         ConfigurationError: Not a model, a donor or a transplant, or a position outside the recipient.
-        HubError: Missing, gated, private or out of reach.
+        HubError: A repository is missing, gated, private or out of reach.
 
     Example:
         >>> import tempfile
@@ -67,10 +67,10 @@ def inspect(
         >>> model.save_pretrained(f"{folder}/recipient")
         >>> donor = Donor.from_model(model, layers=[1, 2], name="tail")
         >>> donor.save_pretrained(f"{folder}/donor", position=1, recipient=f"{folder}/recipient")
-        >>> found = inspect(f"{folder}/donor", verify=True)
-        >>> found.kind, found.layer_indices, found.weights.parameters, found.weights.sha256
+        >>> result = inspect(f"{folder}/donor", verify=True)
+        >>> result.kind, result.layer_indices, result.weights.parameters, result.weights.sha256
         ('donor', (1, 2), 1744, 'verified')
-        >>> print(found.layer_map)
+        >>> print(result.layer_map)
         layer  from
             0  recipient 0
             1  |  tail 1
@@ -87,7 +87,7 @@ def inspect(
         hub=HubOptions(token, cache_dir, local_files_only),
     )
     path = Path(asked.what).expanduser()
-    if path.is_file() or (path.suffix in _FILES_OF_TORCH and not path.is_dir()):
+    if path.is_file() or (path.suffix in _TORCH_SUFFIXES and not path.is_dir()):
         return inspect_pt(path, asked)
     files = Files.find(asked.what, asked.hub, revision=revision, subfolder=subfolder)
     config = files.folder / "config.json"
@@ -102,16 +102,16 @@ def inspect(
         return inspect_transplant(files, fields, asked)
     if asked.recipient is not None or asked.position is not None:
         raise ConfigurationError(
-            f"{files.source} is a model of type {fields.get('model_type')!r}, not a donor: recipient and position are "
-            "asked of donors, transplants and .pt files."
+            f"{files.source} is a model of type {fields.get('model_type')!r}, not a donor: recipient and position "
+            "apply to donors, transplants and .pt files."
         )
-    return inspect_model(files, fields, asked.what, verify)
+    return inspect_model(files, fields, asked.what, verify, asked.hub)
 
 
 def _is_donor(files: Files, fields: dict[str, object]) -> bool:
-    """Whether a folder is a donor's, and not a transplant that has one of its donors at the top."""
+    """Whether a folder is a donor, and not a transplant with one of its donors at the top."""
     if fields.get("model_type") != TransplantConfig.model_type:
         return True
-    config = read_transplant(fields, files.source)
+    config = read_transplant_config(fields, files.source)
     own = [spec for spec in config.donors if spec.donor == "." and spec.subfolder is None]
-    return len(config.donors) == len(own) == 1 and not carries_recipient(config, files.source)
+    return len(config.donors) == len(own) == 1 and not has_recipient_inside(config, files.source)

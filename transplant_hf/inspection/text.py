@@ -1,4 +1,4 @@
-"""An inspection as a person reads it: a title, aligned lines, and the layer map as a picture."""
+"""Inspections as text."""
 
 from __future__ import annotations
 
@@ -13,46 +13,41 @@ from ..layer_map import LayerMap
 if TYPE_CHECKING:
     from .findings import DonorInspection, Inspection, ModelInspection, PtInspection, TransplantInspection, Weights
 
-__all__ = ["describe"]
+__all__ = ["inspection_text"]
 
 Row = tuple[str, str]
 
-_MOST = 12
-_FEW = 6
-_WIDEST = 100
+_MAX_VALUES = 12
+_MAX_LISTED = 6
+_MAX_WIDTH = 100
 
 
-def describe(found: Inspection) -> str:
-    """Return an inspection as text.
-
-    Args:
-        found: Any kind of inspection.
-    """
-    title, rows = _TELLERS[found.kind](found)
-    told = [
-        *((label, text) for label, text in rows),
+def inspection_text(found: Inspection) -> str:
+    """Return an inspection as text: a title, aligned lines and the layer map."""
+    title, rows = _KINDS[found.kind](found)
+    lines = [
+        *rows,
         *(("note" if number == 0 else "", note) for number, note in enumerate(found.notes)),
         *(("problem", problem) for problem in found.problems),
     ]
-    width = max(len(label) for label, _ in told)
-    lines = [_safe(f"{_named(found.what, found.revision)}: {title}")]
-    for label, text in told:
+    width = max(len(label) for label, _ in lines)
+    printed = [f"{_named(found.what, found.revision)}: {title}"]
+    for label, text in lines:
         first, *rest = text.splitlines() or [""]
-        lines.append(_safe(f"  {label:{width}}  {first}").rstrip())
-        lines += [_safe(f"  {'':{width}}  {line}") for line in rest]
+        printed += [f"  {label:{width}}  {first}".rstrip(), *(f"  {'':{width}}  {line}" for line in rest)]
+    printed = [_escape_controls(line) for line in printed]
     layer_map = getattr(found, "layer_map", None)
     if layer_map:
-        # A donor's name may hold line breaks, and draw layers that are not there.
-        lines += ["", str(LayerMap((_safe(source), index) for source, index in layer_map))]
-    return "\n".join(lines)
+        printed += ["", str(LayerMap((_escape_controls(source), index) for source, index in layer_map))]
+    return "\n".join(printed)
 
 
-def _safe(line: str) -> str:
-    """Take what could steer a terminal out of strangers' words."""
+def _escape_controls(line: str) -> str:
+    """Escape characters that could control a terminal: names and metadata come from strangers."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
 
 
-def _listed(items: Sequence[str], most: int = _MOST) -> str:
+def _listed(items: Sequence[str], most: int = _MAX_VALUES) -> str:
     more = f", ... and {len(items) - most:,} more" if len(items) > most else ""
     return (", ".join(items[:most]) or "none") + more
 
@@ -72,13 +67,13 @@ def _donor(found: DonorInspection) -> tuple[str, Iterator[Row]]:
     def rows() -> Iterator[Row]:
         if found.name:
             yield "name", found.name
-        source = _named(found.source, found.source_revision) if found.source else "a model that is not recorded"
+        source = _named(found.source, found.source_revision) if found.source else "an unknown model"
         yield "layers", f"{numbers_text(found.layer_indices)} of {source} ({found.model_type})"
         yield from _weights(found.weights)
         yield "recipient", _named(found.recipient, found.recipient_revision) if found.recipient else "not recorded"
         yield "position", _position(found.position, found.placed_at)
         if found.mode == "replace":
-            yield "mode", f"replaces {_counted(len(found.layer_indices), 'recipient layer')} from there on"
+            yield "mode", f"replaces {_counted(len(found.layer_indices), 'recipient layer')} from that position"
         if found.strength != 1:
             yield "strength", f"{found.strength:g}"
         yield from _values("metadata", found.metadata)
@@ -92,7 +87,7 @@ def _position(recommended: int | None, placed_at: int | None) -> str:
     known = "none is recommended" if recommended is None else f"{recommended} is recommended"
     if placed_at is None or placed_at == recommended:
         return known if recommended is None else f"{recommended} (recommended)"
-    return f"{placed_at} (asked for; {known})"
+    return f"{placed_at} (given; {known})"
 
 
 def _transplant(found: TransplantInspection) -> tuple[str, Iterator[Row]]:
@@ -101,7 +96,7 @@ def _transplant(found: TransplantInspection) -> tuple[str, Iterator[Row]]:
         yield "recipient", _named(found.recipient, found.recipient_revision) + where
         yield "donors", f"{_counted(found.parameters, 'parameter')}, {bytes_text(found.size)}"
         if found.composition != STACKED:
-            yield "together", f"{found.composition}: donors inserted at one position all get the same hidden state"
+            yield "composition", f"{found.composition}: donors at one position all get the same hidden state"
         for donor in found.donors:
             how = "in place of recipient layers from" if donor.mode == "replace" else "at"
             strength = "" if donor.strength == 1 else f", strength {donor.strength:g}"
@@ -129,7 +124,7 @@ def _weights(weights: Weights) -> Iterator[Row]:
     yield (
         "sha256",
         {
-            "recorded": "recorded, not compared",
+            "recorded": "recorded, not verified",
             "same on the Hub": "recorded, and the same on the Hub",
             "verified": "verified",
         }.get(weights.sha256, weights.sha256),
@@ -139,17 +134,17 @@ def _weights(weights: Weights) -> Iterator[Row]:
 def _dtypes(dtypes: Mapping[str, int]) -> str:
     if len(dtypes) == 1:
         return next(iter(dtypes))
-    return _listed([f"{name} {count:,}" for name, count in dtypes.items()], _FEW) if dtypes else "empty"
+    return _listed([f"{name} {count:,}" for name, count in dtypes.items()], _MAX_LISTED) if dtypes else "empty"
 
 
 def _values(label: str, values: Mapping[str, Any]) -> Iterator[Row]:
     for number, (name, value) in enumerate(values.items()):
-        if number == _MOST:
-            yield "", f"... and {len(values) - _MOST:,} more"
+        if number == _MAX_VALUES:
+            yield "", f"... and {len(values) - _MAX_VALUES:,} more"
             return
         text = value if isinstance(value, str) else reprlib.repr(value)
         short = " ".join(f"{name}: {text}".split())
-        yield ("" if number else label), short if len(short) <= _WIDEST else f"{short[: _WIDEST - 3]}..."
+        yield ("" if number else label), short if len(short) <= _MAX_WIDTH else f"{short[: _MAX_WIDTH - 3]}..."
 
 
 # -- Models and files --------------------------------------------------------------------------------------------
@@ -157,15 +152,15 @@ def _values(label: str, values: Mapping[str, Any]) -> Iterator[Row]:
 
 def _model(found: ModelInspection) -> tuple[str, Iterator[Row]]:
     def rows() -> Iterator[Row]:
-        yield "class", found.architecture or "none that is known here"
+        yield "class", found.architecture or "unknown"
         if found.num_layers is not None and found.positions is not None:
             yield "layers", f"{found.num_layers:,}"
             yield "positions", f"{found.positions[0]}..{found.positions[1]}"
         if found.hidden_size is not None:
             yield "hidden size", f"{found.hidden_size:,}"
-        yield "donors", "can be put between its layers" if found.movable else f"cannot: {found.reason}"
+        yield "donors", "can be inserted between its layers" if found.movable else f"cannot be inserted: {found.reason}"
         if found.sharing_layers:
-            yield "shared", f"layers {numbers_text(found.sharing_layers)} share weights, and stay where they are"
+            yield "shared", f"layers {numbers_text(found.sharing_layers)} share weights and cannot be moved"
         if found.weights is not None:
             yield from _weights(found.weights)
 
@@ -177,7 +172,7 @@ def _pt(found: PtInspection) -> tuple[str, Iterator[Row]]:
         yield "size", bytes_text(found.size)
         yield "parameters", f"{found.parameters:,} ({_dtypes(found.dtypes)})"
         yield "tensors", f"{len(found.tensors):,}"
-        shown = list(found.tensors.items())[:_FEW]
+        shown = list(found.tensors.items())[:_MAX_LISTED]
         for name, tensor in shown:
             yield "", f"{name} {list(tensor.shape)} {tensor.dtype}"
         if len(found.tensors) > len(shown):
@@ -187,7 +182,7 @@ def _pt(found: PtInspection) -> tuple[str, Iterator[Row]]:
             counted = _counted(group.tensors, "tensor")
             yield ("" if number else "numbered"), f"{numbers_text(group.numbers)} {place}, {counted}"
         if found.classes:
-            yield "classes", f"{_listed(found.classes, _FEW)}; named in the file, not run"
+            yield "classes", f"{_listed(found.classes, _MAX_LISTED)}; named in the file, not run"
         yield from _values("values", found.values)
         yield from _values("metadata", found.metadata)
         if found.layer_indices:
@@ -200,4 +195,4 @@ def _pt(found: PtInspection) -> tuple[str, Iterator[Row]]:
     return "a .pt file; nothing in it was run", rows()
 
 
-_TELLERS: Mapping[str, Any] = {"donor": _donor, "transplant": _transplant, "model": _model, "pt": _pt}
+_KINDS: Mapping[str, Any] = {"donor": _donor, "transplant": _transplant, "model": _model, "pt": _pt}
