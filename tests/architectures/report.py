@@ -23,32 +23,32 @@ PLACES = ("insert 0", "insert 1", "insert 2", "insert 4", "replace")
 
 HEAD = """# Architectures
 
-What `pytest -m slow tests/architectures` checks, type by type; this page is written by
+This page shows what `pytest -m slow tests/architectures` checks for each model type. These commands write it:
 
 ```bash
 python -m tests.architectures.matrix --json survey.json
 python -m tests.architectures.report survey.json
 ```
 
-last run with transformers {transformers}, torch {torch} on a CPU, in float32. For each type a random recipient of four
-layers (every kind of layer the architecture has) gets layers 1 and 2 of another random model, inserted at positions 0,
-1, middle (2) and end (4), and in place of its own layers 1 and 2. Checked at each place:
+The last run used transformers {transformers} and torch {torch} on a CPU, in float32. For each type, a random
+recipient of four layers has every kind of layer of the architecture. Layers 1 and 2 of another random model are
+inserted at positions 0, 1, 2 (middle) and 4 (end), or replace the recipient's layers 1 and 2. Each case checks:
 
-- logits against an independent reference: the plain recipient with the donor's own layer objects called inside its
-  forward pass, with the masks and positions of their own kind;
-- greedy `generate` with a cache gives the same tokens as without one;
-- switched off, logits and cached `generate` are the recipient's, bit for bit (`torch.equal`);
-- saved in full and reloaded by plain `AutoModelForCausalLM`, logits agree within 1e-5, no key missing or left over;
-- saved thin and reloaded, likewise.
+- logits against an independent reference: the plain recipient, with the donor's own layer objects called in its forward
+  pass;
+- greedy `generate` gives the same tokens with and without a cache;
+- with the donor switched off, logits and cached `generate` are bit-identical to the recipient's (`torch.equal`);
+- a full save, reloaded by plain `AutoModelForCausalLM`, gives logits within 1e-5, with no missing or unexpected keys;
+- a thin save, reloaded, gives the same.
 
-Of {all} types in Transformers' causal language modelling mapping, **{ok} pass everywhere**, {partly} at some
-positions, {refused} are refused by name and {left} were left out. `native` means a plain checkpoint of the recipient's
-own class describes the layers; `own format` means the layers are inserted into the built model, and a full save needs
-transplant_hf to load. The last column is the largest absolute difference of a logit from the reference at any place;
-logits are of order 1 to 10.
+Of {all} types in Transformers' mapping for causal language modeling, **{ok} pass everywhere**, {partly} at some
+positions, {refused} are refused by name and {left} were left out. `native` means that the recipient's own class
+describes the layers in a plain checkpoint. `own format` means that the layers are inserted into the built model, and
+that a full save needs transplant_hf to load. The last column is the largest absolute difference of a logit from the
+reference; logits are between 1 and 10.
 
-Not checked: cached against uncached `generate` for {uncached}, which differ in Transformers itself. Of zamba and zamba2
-layer 2 alone is moved, since layers that share weights cannot leave their model.
+Cached and uncached `generate` are not compared for {uncached}, because they differ in Transformers itself. In zamba and
+zamba2 only layer 2 is moved, because layers that share weights cannot be moved.
 """
 
 
