@@ -40,19 +40,7 @@ _PLAIN_NAME = re.compile(r"(?!\.+$)[^/\\\x00-\x1f\x7f]+")
 
 
 def check_format_version(found: Any, where: str, newest: int = FORMAT_VERSION) -> int:
-    """Return a `format_version`, or refuse one that this release cannot read.
-
-    Args:
-        found: The value in the file; `None` counts as 1.
-        where: The file, for the message.
-        newest: The newest version that this release reads.
-
-    Returns:
-        The version.
-
-    Raises:
-        ConfigurationError: Not a positive integer, or newer than this release can read.
-    """
+    """Return a `format_version`, or refuse one that this release cannot read."""
     if found is None:
         return FORMAT_VERSION
     if not is_whole(found) or found < 1:
@@ -68,15 +56,7 @@ def check_format_version(found: Any, where: str, newest: int = FORMAT_VERSION) -
 
 
 def check_composition(found: Any, where: str) -> str:
-    """Return a composition, "stacked" or "side_by_side", or refuse another value.
-
-    Args:
-        found: The value.
-        where: What has it, for the message.
-
-    Raises:
-        ConfigurationError: Another value.
-    """
+    """Return a composition, "stacked" or "side_by_side", or refuse another value."""
     if not isinstance(found, str) or found not in (STACKED, SIDE_BY_SIDE):
         raise ConfigurationError(
             f"composition of {where} must be {STACKED!r} (donors at one position run one after another) or "
@@ -232,13 +212,6 @@ def _default_name(donor: str, subfolder: str | None) -> str:
 
 def donor_specs(donors: Any) -> list[DonorSpec]:
     """Return the specs of donors that are named in any accepted way.
-
-    Args:
-        donors: `{donor: position}`, a donor's name, a spec, a JSON object, or a list of these. A position of `None`, or
-            a name alone, is the position that the donor recommends.
-
-    Raises:
-        ConfigurationError: Another value, unknown fields, or two donors of one name.
 
     Example:
         >>> [spec.position for spec in donor_specs({"user/law": 2, "user/code": None})]

@@ -92,14 +92,7 @@ def parse_size(text: str | int, what: str = "size") -> int:
 
 
 def progress_bar(total: int | None, description: str, *, unit: str = "B", quiet: bool = False) -> Any:
-    """Return a progress bar on standard error that appears after one second.
-
-    Args:
-        total: How many units there are, if known.
-        description: What is being done, such as "Writing donor".
-        unit: "B" for bytes, or the name of what is counted.
-        quiet: Show nothing.
-    """
+    """Return a progress bar on standard error that appears after one second."""
     return tqdm(
         total=total,
         desc=description,

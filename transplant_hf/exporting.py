@@ -254,11 +254,7 @@ def _refuse_adapters(request: LoadRequest, recipient: Recipient) -> None:
 
 
 def _quantization_options(recipient: Recipient) -> dict[str, Any]:
-    """Return how a quantized recipient is loaded: unpacked where Transformers can, since donors are not quantized.
-
-    Raises:
-        ConfigurationError: Another quantization method.
-    """
+    """Return how a quantized recipient is loaded: unpacked where Transformers can, since donors are not quantized."""
     fields = getattr(recipient.config, "quantization_config", None)
     if fields is None:
         return {}
@@ -371,9 +367,6 @@ def _compare_logits(model: Any, folder: Path) -> float:
     """Load the export and return the largest difference of its logits, 0 in nearly all cases.
 
     The last bits may differ, as sums do whose terms lie elsewhere in memory, but only if all weights are equal.
-
-    Raises:
-        CheckpointError: Other logits or weights, or logits that are not finite.
     """
     expected = _logits(model)
     if not expected.isfinite().all():

@@ -62,25 +62,7 @@ def generate_text(
     revision: str | None = None,
     **kwargs: Any,
 ) -> Generation:
-    """Continue a prompt by greedy decoding, with the donors and without.
-
-    Args:
-        model: Hub id or folder of a donor, a transplant or a model.
-        prompt: The text to continue, or the message of the user where the chat template is used.
-        donors: Donors to insert, as in `AutoModelWithTransplant.from_pretrained`.
-        off: Generate without the donors only.
-        max_new_tokens: How many tokens to generate at most.
-        chat: Put the prompt into the tokenizer's chat template; by default where the tokenizer has one.
-        revision: Branch, tag or commit of the model.
-        **kwargs: As in `from_pretrained`: `dtype`, `device_map`, ...
-
-    Returns:
-        The generated texts; print it to see them side by side.
-
-    Raises:
-        ConfigurationError: An empty prompt, no chat template, or more tokens than the model can read.
-        TransplantError: The model or a donor cannot be loaded.
-    """
+    """Continue a prompt by greedy decoding, with the donors and without."""
     loaded = model_to_measure(model, revision, {**kwargs, **({"donors": donors} if donors else {})})
     tokenizer = find_tokenizer(loaded)
     chat = bool(tokenizer.chat_template) if chat is None else chat

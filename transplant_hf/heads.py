@@ -89,12 +89,7 @@ def auto_classes_for(config: PreTrainedConfig) -> list[str]:
 
 
 def head_of(class_names: Collection[str], config: PreTrainedConfig) -> Head | None:
-    """Return the head of a model: that of the first Auto class that has its class, else the one in its class's name.
-
-    Args:
-        class_names: The names of its class; for files, the content of `architectures`.
-        config: Its configuration.
-    """
+    """Return the head of a model: that of the first Auto class that has its class, else the one in its class's name."""
     for head in HEADS:
         auto_class = head.find()
         found = () if auto_class is None else model_mapping(auto_class).get(type(config), ())

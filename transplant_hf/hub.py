@@ -26,16 +26,7 @@ _MOVED_ON = (409, 412)
 
 
 def check_can_push(repo_id: str, token: str | bool | None = None) -> None:
-    """Check before a long run that its result can be pushed: somebody is logged in, and the Hub can be reached.
-
-    Args:
-        repo_id: The repository.
-        token: As in huggingface_hub.
-
-    Raises:
-        ConfigurationError: `repo_id` is not the name of a repository.
-        HubError: The token is missing or invalid, or the Hub cannot be reached.
-    """
+    """Check before a long run that its result can be pushed: somebody is logged in, and the Hub can be reached."""
     with hub_errors(repo_id):
         validate_repo_id(repo_id)
         try:
@@ -63,28 +54,6 @@ def push_folder(
     """Upload a folder as one commit on top of the branch; files that the repository has already are not sent.
 
     Hidden files and folders are not uploaded. While large files are sent, huggingface_hub shows its progress bars.
-
-    Args:
-        folder: A folder this process has just written.
-        repo_id: The repository; created if it does not exist.
-        commit_message: The first line of the commit message.
-        commit_description: The rest of it.
-        token: As in huggingface_hub.
-        private: As in huggingface_hub; an existing public repository is refused.
-        revision: The branch; created if it does not exist.
-        create_pr: Open a pull request instead.
-        replaced: Returns which of the repository's files belong to an earlier save and are removed.
-        only: The files to upload, by their paths in the folder; by default all.
-        kept: Returns which files of the repository are kept as they are, from its file names and a function that
-            downloads one of them.
-
-    Returns:
-        The commit; the current one if nothing has changed.
-
-    Raises:
-        ConfigurationError: A link is among the files.
-        HubError: The repository is missing, gated or private, was changed by someone else in the meantime, or the Hub
-            cannot be reached.
     """
     files = _files_in(folder, only)
     api = HfApi(token=token)
@@ -156,11 +125,7 @@ def _keeps_its_card(api: HfApi, repo_id: str, found: ModelInfo) -> bool:
 
 
 def _files_in(folder: Path, only: Collection[str] | None) -> dict[str, Path]:
-    """The files below a folder that are meant, by their names in the repository; never hidden ones.
-
-    Raises:
-        ConfigurationError: A link among them.
-    """
+    """The files below a folder that are meant, by their names in the repository; never hidden ones."""
     found = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)

@@ -232,16 +232,6 @@ def check_position(
 ) -> int:
     """Return a position as an integer, or refuse one that the recipient does not have.
 
-    Args:
-        position: How many recipient layers run before the donor.
-        num_layers: L, the recipient's layers.
-        recipient: Which recipient it is, for the message.
-        donor: The donor's name, for the message.
-        replaced: How many recipient layers the donor replaces; 0 for an inserted one.
-
-    Raises:
-        ConfigurationError: Not a whole number, outside 0..L, or a replacement that reaches past the last layer.
-
     Example:
         >>> check_position(12, 12)
         12
@@ -266,13 +256,6 @@ def check_position(
 
 def paper_layers(num_layers: int, count: int = 3) -> range:
     """Return the layers that the paper uses for a donor: `count` layers, starting at a third of the model.
-
-    Args:
-        num_layers: L, the source model's layers.
-        count: K, the donor's layers.
-
-    Raises:
-        ConfigurationError: The model has fewer layers.
 
     Example:
         >>> list(paper_layers(12)), list(paper_layers(22, count=4))

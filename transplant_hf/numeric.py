@@ -62,13 +62,6 @@ def plain_number(value: Any) -> Any:
 def whole_number(value: Any, what: str) -> int:
     """Return a whole number of any library as an `int`.
 
-    Args:
-        value: The value.
-        what: What it is, for the message.
-
-    Raises:
-        ConfigurationError: Another value; also `True` and 1.0.
-
     Example:
         >>> import torch
         >>> whole_number(torch.tensor(3), "position")
@@ -83,13 +76,6 @@ def whole_number(value: Any, what: str) -> int:
 def finite_number(value: Any, what: str) -> float:
     """Return a finite number of any library as a `float`.
 
-    Args:
-        value: The value.
-        what: What it is, for the message.
-
-    Raises:
-        ConfigurationError: Another value; also `True`.
-
     Example:
         >>> finite_number(2, "strength")
         2.0
@@ -102,14 +88,6 @@ def finite_number(value: Any, what: str) -> float:
 
 def consecutive_layers(values: Any, what: str, example: str = "[4, 5, 6]") -> list[int]:
     """Return consecutive layer numbers as a list.
-
-    Args:
-        values: A list, range, set, array or tensor.
-        what: What they are, for the message.
-        example: A valid value, for the message.
-
-    Raises:
-        ConfigurationError: No numbers, other values than whole numbers, or gaps between them.
 
     Example:
         >>> consecutive_layers(range(4, 6), "layers")

@@ -18,16 +18,7 @@ def check_output_folder(
     overwrite: bool,
     unrecorded: Callable[[Path], Collection[str]] = lambda folder: (),
 ) -> None:
-    """Refuse a folder that is not empty, before any work is done.
-
-    Args:
-        folder: The folder to write.
-        overwrite: Replace what transplant_hf wrote there. Other files stay.
-        unrecorded: Returns the names in a folder that would be replaced and that transplant_hf did not write.
-
-    Raises:
-        ConfigurationError: It is a file, not empty, or not writable.
-    """
+    """Refuse a folder that is not empty, before any work is done."""
     path = Path(folder).expanduser()
     if path.exists() and not path.is_dir():
         raise ConfigurationError(f"{folder} is a file; choose a folder to write into.")
@@ -47,15 +38,7 @@ def check_output_folder(
 
 
 def check_output_file(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Refuse a file that exists, before any work is done.
-
-    Args:
-        path: The file to write.
-        overwrite: Replace it.
-
-    Raises:
-        ConfigurationError: It exists, or cannot be written.
-    """
+    """Refuse a file that exists, before any work is done."""
     file = Path(path).expanduser()
     if file.is_dir():
         raise ConfigurationError(f"{path} is a folder; name a file to write.")

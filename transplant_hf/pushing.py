@@ -144,12 +144,7 @@ def _files_to_upload(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
 
 
 def _check_references(folder: Path) -> str:
-    """Say what kind of save is in a folder, and check what its configuration refers to.
-
-    Raises:
-        ConfigurationError: It refers to a folder outside.
-        IntegrityError: The sha256 of a donor file is not the recorded one.
-    """
+    """Say what kind of save is in a folder, and check what its configuration refers to."""
     fields = read_json(folder / _CONFIG, _CONFIG)
     if fields.get("model_type") != TransplantConfig.model_type:
         return "model"
@@ -176,11 +171,7 @@ def _refuse_outside(folder: Path, referred: Path | None, what: str) -> None:
 
 
 def _check_weights(folder: Path) -> tuple[int, int]:
-    """Read every weight file of what was saved in a folder; return the number of its tensors, and their bytes.
-
-    Raises:
-        CheckpointError: One is missing, malformed, not in safetensors format, or not finite.
-    """
+    """Read every weight file of what was saved in a folder; return the number of its tensors, and their bytes."""
     names = recorded_files(folder)
     for index in (name for name in names if name.endswith(".index.json")):
         weight_map = read_json(folder / index, "the shard index").get("weight_map") or {}

@@ -28,15 +28,7 @@ _MISSING = object()
 
 
 def checked_overrides(found: Any, where: str) -> dict[str, Any]:
-    """Return fields of a recipient's configuration, after a check.
-
-    Args:
-        found: The content of the file, or the argument.
-        where: The file, for the message.
-
-    Raises:
-        ConfigurationError: Not an object of fields, or fields of the transplant's own configuration.
-    """
+    """Return fields of a recipient's configuration, after a check."""
     wrong = (
         [name for name in found if not isinstance(name, str) or name in OWN_FIELDS or name.startswith("_")]
         if isinstance(found, Mapping)

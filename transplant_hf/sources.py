@@ -113,25 +113,7 @@ def locate(
     relative_to: Source | None = None,
     hub: HubOptions | None = None,
 ) -> Source:
-    """Find the folder or repository of a name, and download the given files of a repository.
-
-    Args:
-        reference: Hub id, folder, or "." for `relative_to` itself.
-        files: Names or patterns of the files that are needed; only these are downloaded. The first one, if a name,
-            must be in the cache when the Hub cannot be asked.
-        revision: Branch, tag or commit. With one, the name is never that of a folder in the working directory.
-        subfolder: A folder inside it.
-        relative_to: The source of the `config.json` that contains the reference.
-        hub: How to reach the Hub.
-
-    Returns:
-        The folder with the files, and its commit.
-
-    Raises:
-        ConfigurationError: Not a Hub id, no such folder, a folder with a revision, or a repository that points out of
-            itself.
-        HubError: Missing, gated, private or out of reach.
-    """
+    """Find the folder or repository of a name, and download the given files of a repository."""
     hub = hub or HubOptions()
     folder = points_to_folder(reference, relative_to, revision)
     if folder is not None:
@@ -199,16 +181,6 @@ def for_transformers(
 
     Transformers prefers a folder in the working directory to the repository of that name, even if a revision is given.
     If there is such a folder, the repository is downloaded first, and its folder in the cache is returned.
-
-    Args:
-        reference: Hub id or folder, as `locate` found it.
-        revision: The commit; `None` for a folder.
-        hub: How to reach the Hub.
-        weights: Whether the weights are going to be read.
-        file: A file that is also needed, such as the `gguf_file` of `from_pretrained`.
-
-    Raises:
-        HubError: The Hub cannot be reached.
     """
     if revision is None or not os.path.exists(reference):
         return reference
@@ -235,9 +207,6 @@ def points_to_folder(reference: str, relative_to: Source | None = None, revision
     A relative reference is looked up beside the `config.json` that contains it, then in the working directory. A
     repository on the Hub may only refer to its own folders. A name with a revision is a Hub id: a folder of the same
     name must not replace what was pinned.
-
-    Raises:
-        ConfigurationError: A path with a revision, or a repository that points out of itself.
     """
     path = Path(reference).expanduser()
     looks_local = path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1
@@ -275,17 +244,7 @@ def _inside(folder: Path, subfolder: str | None) -> Path:
 
 @contextmanager
 def reading(what: str, reference: str, revision: str | None = None) -> Iterator[None]:
-    """Turn the errors of Transformers about files that it cannot find or read into errors of this package.
-
-    Args:
-        what: What is being read, for the message.
-        reference: The Hub id or folder.
-        revision: Its revision.
-
-    Raises:
-        HubError: The client's error is among the causes.
-        CheckpointError: The files cannot be read.
-    """
+    """Turn the errors of Transformers about files that it cannot find or read into errors of this package."""
     try:
         with _cache_errors(reference, revision, HubOptions()):
             yield
@@ -314,17 +273,7 @@ def _cache_errors(reference: str, revision: str | None, hub: HubOptions) -> Iter
 
 @contextmanager
 def hub_errors(reference: str, revision: str | None = None, or_folder: bool = False) -> Iterator[None]:
-    """Turn an error of the Hub client into one that says what to do; the client's error is the `__cause__`.
-
-    Args:
-        reference: The repository.
-        revision: Its revision.
-        or_folder: Whether the name could also be that of a folder, which does not exist.
-
-    Raises:
-        HubError: Missing, gated, private or out of reach.
-        ConfigurationError: The name cannot be that of a repository.
-    """
+    """Turn an error of the Hub client into one that says what to do; the client's error is the `__cause__`."""
     try:
         yield
     except HFValidationError as error:

@@ -66,15 +66,7 @@ def files_in(folder: Path) -> set[str]:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: The file.
-        what: What it is, for the message.
-
-    Raises:
-        CheckpointError: Missing, not JSON, or not an object.
-    """
+    """Read a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -93,15 +85,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 @contextmanager
 def writing(what: str | os.PathLike[str], kept: str = "Nothing was left behind.") -> Iterator[None]:
-    """Turn a full or read-only disk into an error that says what to do; the original error is the `__cause__`.
-
-    Args:
-        what: What is being written.
-        kept: What is on disk after the error, for the message.
-
-    Raises:
-        CheckpointError: The disk is full or cannot be written to.
-    """
+    """Turn a full or read-only disk into an error that says what to do; the original error is the `__cause__`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -130,17 +114,6 @@ def publish(target: str | os.PathLike[str], replaced: Callable[[Path], Collectio
     The block writes into a folder beside the target. After it, the files of an existing target that are not replaced
     are linked into the new folder, and the two folders are exchanged in one step. If several processes publish to one
     target, the last one's files stay.
-
-    Args:
-        target: The folder to create or to update.
-        replaced: Returns the old files in the target that must not stay, as paths relative to it, `/` between parts.
-
-    Yields:
-        The folder to write into.
-
-    Raises:
-        ConfigurationError: The target is a file.
-        CheckpointError: The disk is full or cannot be written to; the target is unchanged.
     """
     target = Path(target).expanduser().absolute()
     if target.is_symlink():

@@ -38,15 +38,7 @@ _dtype: ContextVar[torch.dtype] = ContextVar("transplant_hf_dtype")
 
 
 def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a model without memory for its weights.
-
-    Args:
-        model_class: The class to build.
-        config: Its configuration, which also sets the dtype; copied.
-
-    Returns:
-        The model on the meta device; no weights are tied.
-    """
+    """Build a model without memory for its weights."""
     config = copy.deepcopy(config)
     for part in _inside(config, deeper=False):
         part.dtype = config.dtype
@@ -57,13 +49,7 @@ def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) 
 
 
 def build_random(model_class: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:
-    """Build a model with random weights, as `from_config` does.
-
-    Args:
-        model_class: The class to build.
-        config: Its configuration, which the model keeps.
-        **kwargs: As in `AutoModel.from_config`.
-    """
+    """Build a model with random weights, as `from_config` does."""
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or config.dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with construction(dtype, on_meta=False):
@@ -77,12 +63,7 @@ def build_random(model_class: Any, config: PreTrainedConfig, **kwargs: Any) -> A
 
 
 def initialize(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> None:
-    """Initialize the tensors of a model that were not loaded.
-
-    Args:
-        model: The model; tensors that Transformers marks with `_is_hf_initialized` do not change.
-        model_class: The class that initializes them.
-    """
+    """Initialize the tensors of a model that were not loaded."""
     # Without its decorators, one of which replaces the functions of torch.nn.init for the whole process.
     function: Any = inspect.unwrap(model_class.initialize_weights)
     with torch.no_grad(), _KeepInitialized():
@@ -90,12 +71,7 @@ def initialize(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> No
 
 
 def thread_contexts(contexts: Sequence[Any], dtype: torch.dtype) -> list[Any]:
-    """Return the contexts in which Transformers builds a model, with a `construction` in place of those of the process.
-
-    Args:
-        contexts: What `PreTrainedModel.get_init_context` returns; the contexts of DeepSpeed ZeRO-3 do not change.
-        dtype: The dtype of the model.
-    """
+    """Return the contexts in which Transformers builds a model, with this thread's `construction` for global ones."""
     if not any(isinstance(context, torch.device) for context in contexts):
         return list(contexts)
     kept = [context for context in contexts if not isinstance(context, torch.device)]
@@ -108,15 +84,7 @@ _PROCESS_WIDE = frozenset({"local_torch_dtype", "no_tie_weights", "meta_device_s
 
 @contextmanager
 def construction(dtype: torch.dtype | str | None, on_meta: bool = True) -> Iterator[None]:
-    """Let this thread build models in a dtype.
-
-    Args:
-        dtype: The default dtype of new tensors; `None` for that of torch.
-        on_meta: Build on the meta device. On another device, call `initialize` afterwards.
-
-    Raises:
-        ValueError: Not a floating-point dtype.
-    """
+    """Let this thread build models in a dtype."""
     chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
     if not chosen.is_floating_point:
         raise ValueError(f"a model cannot be built in {chosen}, which is not a floating-point dtype")
@@ -145,11 +113,7 @@ def inner_models(config: PreTrainedConfig) -> Iterator[None]:
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Finish a model that was built in a `construction`; has no effect outside.
-
-    Args:
-        model: The outermost model. On the meta device, its tied weights become separate tensors, as loading requires.
-    """
+    """Finish a model that was built in a `construction`; has no effect outside."""
     dtype = _dtype.get(None)
     if dtype is None:
         return

@@ -17,16 +17,7 @@ class _NextHeadError(CompatibilityError, ValueError):
 
 
 def native_class(auto_class: Any, config: PreTrainedConfig, name: str) -> tuple[Any, PreTrainedConfig]:
-    """Return the class that an Auto class would use, and the configuration it would pass to it.
-
-    Args:
-        auto_class: Such as `AutoModelForCausalLM`.
-        config: A configuration of Transformers' own.
-        name: The model, for messages.
-
-    Raises:
-        CompatibilityError: The Auto class has no class for it.
-    """
+    """Return the class that an Auto class would use, and the configuration it would pass to it."""
     mapping = model_mapping(auto_class)
     if type(config) not in mapping:
         what = "is not a decoder-only model" if auto_class is AutoModelForCausalLM else "has no such head"

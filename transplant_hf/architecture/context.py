@@ -15,9 +15,6 @@ _DEFAULT_BLOCK_LENGTH = 1024
 def max_context_length(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a model can read at once, or `None` where its configuration sets no limit.
 
-    Args:
-        config: The model's configuration.
-
     Example:
         >>> from transformers import GPT2Config, XLNetConfig
         >>> max_context_length(GPT2Config(n_positions=256)), max_context_length(XLNetConfig())
@@ -28,15 +25,7 @@ def max_context_length(config: PreTrainedConfig) -> int | None:
 
 
 def choose_block_length(config: PreTrainedConfig, block_length: int | None = None) -> int:
-    """Return how many tokens of a text a model is given at once.
-
-    Args:
-        config: The model's configuration.
-        block_length: The requested number; by default what the model can read, at most 1024.
-
-    Raises:
-        ConfigurationError: More than the model can read.
-    """
+    """Return how many tokens of a text a model is given at once."""
     limit = max_context_length(config)
     if block_length is None:
         return min(limit or _DEFAULT_BLOCK_LENGTH, _DEFAULT_BLOCK_LENGTH)

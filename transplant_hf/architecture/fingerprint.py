@@ -45,14 +45,7 @@ _NOT_STRUCTURE = _MODULE_INTERNALS | {
 
 
 def fingerprint(layer: nn.Module) -> Fingerprint:
-    """Describe a layer.
-
-    Args:
-        layer: A decoder layer, on any device.
-
-    Returns:
-        `{"self_attn.head_dim": 64, "self_attn.q_proj.weight": "[64, 64]", "self_attn": "LlamaAttention", ...}`.
-    """
+    """Describe a layer."""
     found: Fingerprint = {}
     for path, module in layer.named_modules():
         dot = f"{path}." if path else ""
@@ -115,16 +108,7 @@ Places = Mapping[int, Collection[int]]
 
 
 def differences(was: Standing, became: Standing, places: Places) -> list[str]:
-    """List how a layer differs from what it was, except for its number.
-
-    Args:
-        was: The layer in its source model.
-        became: The layer in a candidate.
-        places: Where layers of its source model run in the candidate, by their numbers.
-
-    Returns:
-        One line for each difference, with both values.
-    """
+    """List how a layer differs from what it was, except for its number."""
     lines = []
     for name in dict.fromkeys([*was.fingerprint, *became.fingerprint]):
         old, new = was.fingerprint.get(name, "absent"), became.fingerprint.get(name, "absent")

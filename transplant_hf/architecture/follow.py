@@ -72,14 +72,7 @@ class Follower:
         self._sources = {key: self._rewritten(o.config, o.num_layers) for key, o in sources.items()}
 
     def candidates(self, kinds: Callable[[], Sequence[Any]]) -> Iterator[PreTrainedConfig]:
-        """Yield configurations under which a native model might build the layers as they were.
-
-        Args:
-            kinds: Returns, for each running layer, a value that is equal for layers of one kind.
-
-        Yields:
-            Configurations of the recipient's class; those it refuses are left out.
-        """
+        """Yield configurations under which a native model might build the layers as they were."""
         followed = self._follow()
         for fields in itertools.chain([followed], self._other_readings(followed), self._other_rules(followed, kinds)):
             config = self._build(fields)
@@ -243,12 +236,6 @@ def stale_lists(config: PreTrainedConfig) -> dict[str, int]:
     """Find per-layer lists whose length is not the number of layers; tools that prune models leave such lists.
 
     A list has an entry per layer if the class makes it longer for more layers.
-
-    Args:
-        config: A configuration.
-
-    Returns:
-        By the field's name, the length of each such list.
     """
     text = text_config(config).config
     count = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")

@@ -16,11 +16,7 @@ _MARK = "transplant_was_gguf"
 
 
 def check_gguf_reader(gguf_file: str | None) -> None:
-    """Refuse a GGUF file if the package that reads it is missing.
-
-    Raises:
-        ConfigurationError: It is not installed.
-    """
+    """Refuse a GGUF file if the package that reads it is missing."""
     if gguf_file and importlib.util.find_spec("gguf") is None:
         raise ConfigurationError(f"reading {gguf_file} needs the package gguf: pip install gguf")
 
@@ -45,12 +41,7 @@ def config_of_weights(model: Any) -> PreTrainedConfig:
 
 
 def forget_gguf(model: Any, source: Any = None) -> None:
-    """Make a model whose weights were unpacked a model in full precision, which can be saved.
-
-    Args:
-        model: The model; changed in place.
-        source: The model that its weights are from, if it is another one.
-    """
+    """Make a model whose weights were unpacked a model in full precision, which can be saved."""
     if was_gguf(model if source is None else source):
         setattr(model, _MARK, True)
     if _is_unpacked(model):

@@ -48,19 +48,6 @@ class _Part:
 def output_projections(model: PreTrainedModel, stack_path: str, number: int) -> tuple[str, ...]:
     """Return the parameters of a decoder layer that must be zero for it to be the identity.
 
-    Args:
-        model: A model with all its weights in memory. It runs on a few tokens and is not changed.
-        stack_path: Path of its list of decoder layers.
-        number: The layer's running number.
-
-    Returns:
-        Their names inside the layer, such as `("self_attn.o_proj.weight", "mlp.down_proj.weight")`.
-
-    Raises:
-        ConfigurationError: No such layer.
-        CompatibilityError: No output projections make this layer the identity, with the reason.
-        CheckpointError: Weights that are not in memory, or quantized.
-
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 16}
@@ -74,18 +61,7 @@ def output_projections(model: PreTrainedModel, stack_path: str, number: int) -> 
 def projections_of_layers(
     model: PreTrainedModel, stack_path: str, numbers: Sequence[int]
 ) -> dict[int, tuple[str, ...]]:
-    """Return the output projections of several layers; layers of one kind are searched once.
-
-    Args:
-        model: As in `output_projections`.
-        stack_path: The same.
-        numbers: The layers' running numbers.
-
-    Raises:
-        CompatibilityError: A layer without such output projections, with the reason.
-        ConfigurationError: No such layer.
-        CheckpointError: Weights that are not in memory, or quantized.
-    """
+    """Return the output projections of several layers; layers of one kind are searched once."""
     stack = decoder_stack(model, stack_path)
     strays = [number for number in numbers if not 0 <= number < len(stack)]
     if strays:
@@ -107,18 +83,7 @@ def projections_of_layers(
 
 
 def zero_output_projections(model: PreTrainedModel, stack_path: str, numbers: Sequence[int]) -> None:
-    """Make layers of a model the identity, in place: their output projections become zero.
-
-    Args:
-        model: A model with all its weights in memory.
-        stack_path: Path of its list of decoder layers.
-        numbers: The layers' running numbers.
-
-    Raises:
-        CompatibilityError: A layer that no output projections make the identity; nothing is changed then.
-        ConfigurationError: No such layer.
-        CheckpointError: Weights that are not in memory, or quantized.
-    """
+    """Make layers of a model the identity, in place: their output projections become zero."""
     stack = decoder_stack(model, stack_path)
     with torch.no_grad():
         for number, names in projections_of_layers(model, stack_path, numbers).items():

@@ -15,9 +15,6 @@ __all__ = ["eval_mode"]
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Run a model without dropout and gradients inside a `with` block, and restore the mode of each module after it.
 
-    Args:
-        model: Any module.
-
     Example:
         >>> dropout = nn.Dropout()
         >>> with eval_mode(dropout):

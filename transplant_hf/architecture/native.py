@@ -50,16 +50,7 @@ class SplicedConfig:
 
 
 def splice_config(recipient: Anatomy, origins: Sequence[LayerOrigin], rejected: Sequence[str] = ()) -> SplicedConfig:
-    """Find the configuration under which the recipient's class builds these layers.
-
-    Args:
-        recipient: The untouched recipient.
-        origins: For each layer that runs, where it was built.
-        rejected: How the layers of the first candidate differ, if it was built already.
-
-    Returns:
-        The native configuration, or one to run inserted layers with and the reasons.
-    """
+    """Find the configuration under which the recipient's class builds these layers."""
     reasons = list(rejected)
     for config in itertools.islice(_candidates(recipient, origins), 1 if rejected else 0, None):
         found = _build_and_compare(recipient, config, origins)
@@ -101,19 +92,7 @@ def build_failure(recipient: Anatomy, error: Exception) -> str:
 
 
 def layer_differences(recipient: Anatomy, model: PreTrainedModel, origins: Sequence[LayerOrigin]) -> list[str]:
-    """List how the layers of a model differ from those that it should have.
-
-    Args:
-        recipient: The untouched recipient.
-        model: A model of the recipient's class.
-        origins: For each of its layers, where the wanted one was built.
-
-    Returns:
-        One line for each difference.
-
-    Raises:
-        CompatibilityError: The model has a table outside its layers with an entry for each of them.
-    """
+    """List how the layers of a model differ from those that it should have."""
     try:
         layers = decoder_stack(model, recipient.stack_path)
     except (AssertionError, AttributeError) as error:

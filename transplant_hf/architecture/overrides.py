@@ -26,17 +26,7 @@ _SETS = {"num_labels": ("id2label", "label2id"), "torch_dtype": ("dtype",), "rop
 def apply_overrides(
     config: PreTrainedConfig, overrides: Mapping[str, Any], explicit: Mapping[str, Any] | None = None
 ) -> None:
-    """Set fields of a recipient's configuration.
-
-    Args:
-        config: The configuration; changed in place.
-        overrides: The fields; for a nested configuration, its fields.
-        explicit: Keyword arguments that the configuration was read with. They win over the overrides.
-
-    Raises:
-        ConfigurationError: A field that is not part of what a model computes, the number of layers, or a value that
-            the configuration's class refuses.
-    """
+    """Set fields of a recipient's configuration."""
     if not overrides:
         return
     try:

@@ -53,14 +53,7 @@ class Recipient:
         return f"{self.reference}@{self.revision}" if self.revision else self.reference
 
     def anatomy(self, auto_class: Any = AutoModelForCausalLM) -> Anatomy:
-        """Return the structure of the model that an Auto class would build.
-
-        Args:
-            auto_class: The Auto class that chooses the head.
-
-        Raises:
-            CompatibilityError: The Auto class has no class for this configuration.
-        """
+        """Return the structure of the model that an Auto class would build."""
         return Anatomy(*self.model_class(auto_class), f"recipient {self.reference}")
 
     def model_class(self, auto_class: Any) -> tuple[Any, PreTrainedConfig]:
@@ -87,29 +80,7 @@ def open_recipient(
     kwargs: Mapping[str, Any] | None = None,
     what: str = "recipient",
 ) -> Recipient:
-    """Open a recipient by its configuration.
-
-    Args:
-        reference: Hub id or folder.
-        revision: Branch, tag or commit.
-        hub: How to reach the Hub.
-        relative_to: What holds the `config.json` in which the reference stands.
-        with_weights: Also download the weights of a recipient that is a folder inside a repository; those of a
-            repository of its own are left to Transformers.
-        gguf_file: The GGUF file to read the configuration from.
-        overrides: Fields of the configuration that a transplant sets.
-        trust_remote_code: As in `from_pretrained`.
-        kwargs: Keyword arguments of `from_pretrained`; those that are fields of the configuration are applied to it.
-        what: What it is called in messages.
-
-    Returns:
-        The recipient, its revision pinned to a commit.
-
-    Raises:
-        ConfigurationError: The recipient is itself a transplant, or cannot be loaded.
-        CheckpointError: A malformed `config.json`.
-        HubError: Out of reach.
-    """
+    """Open a recipient by its configuration."""
     reference, hub, kwargs = os.fspath(reference), hub or HubOptions(), dict(kwargs or {})
     folder = points_to_folder(reference, relative_to, revision)
     inside = with_weights and folder is not None

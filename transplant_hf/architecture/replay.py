@@ -47,20 +47,7 @@ class Call:
 
 
 def record_calls(model: PreTrainedModel, stack: nn.ModuleList, numbers: Collection[int], seed: int) -> dict[int, Call]:
-    """Run a model on a few random tokens and record the calls of some of its layers.
-
-    Args:
-        model: A model with its weights in memory, in evaluation mode.
-        stack: Its decoder layers.
-        numbers: The numbers of the layers.
-        seed: Chooses the tokens.
-
-    Returns:
-        For each of the layers that ran, its first call.
-
-    Raises:
-        CompatibilityError: The model cannot be run on tokens alone.
-    """
+    """Run a model on a few random tokens and record the calls of some of its layers."""
     # The identity of objects shows what one layer passes to the next, so they are kept until all have run.
     entered: dict[int, Any] = {}
     left: dict[int, Any] = {}
@@ -158,13 +145,7 @@ class Replay:
         }
 
     def is_identity(self, zeroed: Collection[str], *, as_it_is: bool = False) -> bool:
-        """Whether the layer returns its input unchanged if some of its parameters are zero.
-
-        Args:
-            zeroed: Their names inside the layer.
-            as_it_is: Keep parameters that are all zero. By default they get values, because another layer of this
-                kind may have some.
-        """
+        """Whether the layer returns its input unchanged if some of its parameters are zero."""
         return not self.changed(zeroed, as_it_is=as_it_is)
 
     def changed(self, zeroed: Collection[str], *, as_it_is: bool = False) -> list[Path]:
@@ -256,13 +237,7 @@ def _tensors(value: Any, place: Path = ()) -> Iterator[tuple[Path, torch.Tensor]
 
 
 def _copied(value: Any, flip: Path | None = None, place: Path = ()) -> Any:
-    """Copy the tensors in nested tuples, lists and dictionaries: a layer may change its arguments in place.
-
-    Args:
-        value: What to copy.
-        flip: The place of a tensor to reverse.
-        place: The place of the value itself.
-    """
+    """Copy the tensors in nested tuples, lists and dictionaries: a layer may change its arguments in place."""
     if isinstance(value, torch.Tensor):
         return value.flip(tuple(range(value.dim()))) if place == flip else value.clone()
     if type(value) is dict:

@@ -39,11 +39,7 @@ def text_config(config: PreTrainedConfig) -> TextConfig:
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
-    """Return the model inside the wrappers of torch.compile, data parallelism and PEFT.
-
-    Raises:
-        ConfigurationError: Not a model of Transformers.
-    """
+    """Return the model inside the wrappers of torch.compile, data parallelism and PEFT."""
     found = model
     while not isinstance(found, PreTrainedModel):
         if isinstance(found, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -63,18 +59,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
 
 
 def find_stack(model: PreTrainedModel, what: str = "") -> str:
-    """Return the path of the `nn.ModuleList` that holds the decoder layers.
-
-    Args:
-        model: A model, on any device, the meta device included.
-        what: Its name, for messages.
-
-    Returns:
-        The path inside the model, such as `"model.layers"` or `"transformer.h"`.
-
-    Raises:
-        CompatibilityError: There is no such list, or more than one, or its layers see later tokens.
-    """
+    """Return the path of the `nn.ModuleList` that holds the decoder layers."""
     found = [path for path, module in _outer_lists(model) if _holds_layers(module)]
     text = text_config(model.config).config
     of_decoder = [path for path in found if _owner_reads(model, path, text)] or found

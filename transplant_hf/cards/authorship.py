@@ -42,13 +42,7 @@ def began_as_ours(text: str) -> bool:
 
 
 def write_card(card: ModelCard, folder: Path, target: Path) -> None:
-    """Write a card, unless the folder that is going to be replaced has one that a person wrote or edited.
-
-    Args:
-        card: The card.
-        folder: The folder to write into.
-        target: The folder that it is going to replace.
-    """
+    """Write a card, unless the folder that is going to be replaced has one that a person wrote or edited."""
     path = target.expanduser() / CARD_FILE
     if path.is_file() and not written_by_us(_read(path)):
         logger.warning(f"{path} was not written by transplant_hf, or was edited since: it is kept as it is.")
@@ -57,12 +51,7 @@ def write_card(card: ModelCard, folder: Path, target: Path) -> None:
 
 
 def name_in_card(path: Path, repo_id: str) -> None:
-    """Change a card that transplant_hf wrote so that its examples load a repository.
-
-    Args:
-        path: The card; one that a person wrote or edited stays as it is.
-        repo_id: The repository.
-    """
+    """Change a card that transplant_hf wrote so that its examples load a repository."""
     text = _read(path) if path.is_file() else ""
     if not written_by_us(text):
         return

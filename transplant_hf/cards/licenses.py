@@ -30,11 +30,7 @@ _FIELDS = {
 
 
 def check_license(identifier: str) -> dict[str, str]:
-    """Return the header fields of a license that the caller named.
-
-    Raises:
-        ConfigurationError: Not an identifier of the Hub, such as "mit".
-    """
+    """Return the header fields of a license that the caller named."""
     if not isinstance(identifier, str) or not _FIELDS["license"].fullmatch(identifier):
         raise ConfigurationError(
             f"license must be an identifier of the Hub, such as 'mit' or 'apache-2.0', got {identifier!r}."
@@ -57,13 +53,7 @@ def license_in(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def choose_license(donors: Iterable[Mapping[str, Any]], recipient_files: Path | None, *, full: bool) -> dict[str, str]:
-    """Return the header fields of the license that holds for a repository; empty if none is known.
-
-    Args:
-        donors: The metadata of each donor.
-        recipient_files: The recipient's folder, as far as it is on this machine.
-        full: Whether the recipient's weights are in the repository too, so that all must agree.
-    """
+    """Return the header fields of the license that holds for a repository; empty if none is known."""
     named = [license_in(metadata) for metadata in donors]
     if any(named) and not full:
         return named[0] if all(one == named[0] for one in named) else {}

@@ -36,11 +36,7 @@ _TAG = re.compile(r"[\w.-]{1,64}")
 
 
 def template_path(name: str) -> Path:
-    """Find a template.
-
-    Raises:
-        ConfigurationError: The installation is incomplete.
-    """
+    """Find a template."""
     for place in PLACES:
         if (place / name).is_file():
             return place / name
@@ -65,25 +61,7 @@ def render_card(
     quoted_from: str = "`donor_config.json`",
     origin: str | None = None,
 ) -> ModelCard:
-    """Render the card of a donor, a thin transplant or a full save.
-
-    Args:
-        template: `DONOR_TEMPLATE` for donors and thin transplants, `FULL_TEMPLATE` for full saves.
-        repo: The name that the examples load: a Hub id or a folder.
-        config: The transplant. A donor with a revision came from the Hub.
-        records: What is known of each donor. Their files are listed, in the subfolder that the configuration names.
-        layer_map: Which layers run; by default as far as the recipient's layers are known.
-        recipient_files: The recipient's folder, as far as it is on this machine.
-        license: The license; by default what donors and recipient say.
-        with_tokenizer: Whether the repository holds a tokenizer; without one the examples name the recipient's.
-        native: Whether plain Transformers loads a full save.
-        head: The head of a full save.
-        quoted_from: Where the authors' claims are, in Markdown.
-        origin: Where the donor was converted from, in Markdown.
-
-    Raises:
-        ConfigurationError: `license` is not an identifier of the Hub, or the template is missing.
-    """
+    """Render the card of a donor, a thin transplant or a full save."""
     full = template == FULL_TEMPLATE
     donors = [_donor_facts(spec, record, native) for spec, record in zip(config.donors, records, strict=True)]
     metadata = [record.metadata for record in records]

@@ -21,15 +21,6 @@ _COMMANDS = (demo, generate, train, sweep, evaluate, compare, check, inspect, pl
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
-    Args:
-        arguments: The words after `transplant-hf`; by default those of the process.
-
-    Returns:
-        The exit status: 0 success, 1 error, 2 usage error, 130 interrupted by Ctrl-C.
-
-    Raises:
-        SystemExit: By argparse, after `--help`, `--version` and usage errors.
-
     Example:
         >>> main(["--version"])
         Traceback (most recent call last):

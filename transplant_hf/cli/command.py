@@ -22,15 +22,7 @@ class Result(Protocol):
 def command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, *examples: str
 ) -> argparse.ArgumentParser:
-    """Add a command.
-
-    Args:
-        commands: The subparsers of the program.
-        name: The name of the command.
-        run: What it does; returns the exit status.
-        summary: One phrase in the imperative.
-        *examples: Words after `transplant-hf` that make a good call.
-    """
+    """Add a command."""
     lines = "\n".join(f"  transplant-hf {example}" for example in examples)
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -45,15 +37,7 @@ def command(
 
 
 def old_spelling(parser: argparse.ArgumentParser, old: str, new: str, dest: str, **arguments: Any) -> None:
-    """Accept an old option for one release, with a warning on standard error.
-
-    Args:
-        parser: The command.
-        old: The old option, such as "--batch".
-        new: What to write instead, as the warning says it.
-        dest: Where the value goes.
-        **arguments: As in `add_argument`; `append=True` collects the values of a repeated option.
-    """
+    """Accept an old option for one release, with a warning on standard error."""
     hidden: Any = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     parser.add_argument(old, action=_OldSpelling, new=new, dest=dest, **hidden, **arguments)
 
@@ -71,11 +55,7 @@ class _OldSpelling(argparse.Action):
 
 
 def show(result: Result, options: argparse.Namespace) -> None:
-    """Print a result on standard output, for people or as JSON, and flush it.
-
-    Raises:
-        CheckpointError: It could not be written, for example because the disk is full.
-    """
+    """Print a result on standard output, for people or as JSON, and flush it."""
     from ..storage import writing
 
     options.printed = True  # no error is printed as JSON after it

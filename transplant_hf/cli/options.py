@@ -139,11 +139,7 @@ def text_source(specification: str | None, options: argparse.Namespace) -> Any:
 
 
 def text_sources(specifications: Iterable[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Return texts by their names.
-
-    Raises:
-        DataError: Two texts have the same name.
-    """
+    """Return texts by their names."""
     texts: dict[str, Any] = {}
     for specification in specifications:
         source = text_source(specification, options)
@@ -157,14 +153,7 @@ def text_sources(specifications: Iterable[str], options: argparse.Namespace) -> 
 
 
 def add_measuring(parser: Parser, strengths: str, plot: str, **text: Any) -> None:
-    """Add the options of commands that measure perplexity.
-
-    Args:
-        parser: The command.
-        strengths: Help of `--strengths`.
-        plot: Help of `--plot`.
-        **text: Further arguments for `--text`.
-    """
+    """Add the options of commands that measure perplexity."""
     repeated = ". May be repeated" if text else ""
     parser.add_argument(
         "--text", required=True, metavar="TEXT", help=f"text to measure on: {TEXT_HELP}{repeated}", **text

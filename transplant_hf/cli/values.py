@@ -33,13 +33,6 @@ def donor_spec(text: str, mode: str | None = None) -> DonorSpec:
 
     A folder may have an @ in its name: text that names a folder is a donor without a position.
 
-    Args:
-        text: The word on the command line.
-        mode: "insert" or "replace"; by default "insert" at the given position, or what the donor recommends.
-
-    Raises:
-        ConfigurationError: The position is not a number.
-
     Example:
         >>> donor_spec("user/law@3").position, donor_spec("user/law").position
         (3, None)
@@ -80,10 +73,6 @@ class LayerNumbers(argparse.Action):
 def whole(least: int = 1, most: float = math.inf) -> Callable[[str], int]:
     """Return a reader of whole numbers.
 
-    Args:
-        least: The smallest allowed number.
-        most: The largest allowed number.
-
     Example:
         >>> whole()("3")
         3
@@ -101,11 +90,7 @@ def whole(least: int = 1, most: float = math.inf) -> Callable[[str], int]:
 
 
 def number(above: float = -math.inf) -> Callable[[str], float]:
-    """Return a reader of finite numbers.
-
-    Args:
-        above: They must be larger than this.
-    """
+    """Return a reader of finite numbers."""
 
     def read(text: str) -> float:
         value = float(text)

@@ -107,13 +107,7 @@ def _untrained(setting: Setting, position: int, mode: str = "insert", init: str 
 
 
 def in_place(setting: Setting, position: int, mode: str = "insert") -> Prepared:
-    """Prepare a donor that is trained inside the frozen recipient.
-
-    Args:
-        setting: What methods share.
-        position: Its position.
-        mode: "insert", starting as identity, or "replace", starting as the last k layers.
-    """
+    """Prepare a donor that is trained inside the frozen recipient."""
     model = _untrained(setting, position, mode, "copy" if mode == "replace" else "identity")
     own = model.layer_map.layers_of(_DONOR)
     return Prepared(

@@ -143,11 +143,7 @@ class RunFiles:
                 write_json(self.folder / f"{_SEPARATORS.sub('-', name)}.json", content)
 
     def find(self, **key: Any) -> list[RunResult]:
-        """Return the results of a training that are there, or nothing if they are not complete.
-
-        Raises:
-            ConfigurationError: They were measured with another setup.
-        """
+        """Return the results of a training that are there, or nothing if they are not complete."""
         found: dict[str, RunResult] = {}
         views: list[str] = []
         for path in self._files():
@@ -167,11 +163,7 @@ class RunFiles:
 
 
 def check_comparison_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder to write a comparison into; see `check_output_folder`.
-
-    Raises:
-        ConfigurationError: It is not empty, or has files of the same names that no comparison wrote.
-    """
+    """Refuse a folder to write a comparison into; see `check_output_folder`."""
     check_output_folder(folder, overwrite, _foreign_files)
 
 

@@ -131,21 +131,7 @@ def train_once(
     cache: str = "memory",
     quiet: bool = True,
 ) -> dict[str, Any]:
-    """Train a prepared model, and return the costs by their names in `RunResult`.
-
-    Args:
-        prepared: The model and the part of it that learns.
-        folder: Where the trainer may write.
-        learning_rate: The peak.
-        budget: How long.
-        domain: Text to learn.
-        general: Text to replay.
-        cache: Where hidden states before the part are kept.
-        quiet: Show no progress bar.
-
-    Raises:
-        TrainingError: The loss is not finite.
-    """
+    """Train a prepared model, and return the costs by their names in `RunResult`."""
     clock, cuda = _Clock(), torch.cuda.is_available()
     args = TrainingArguments(
         folder,
@@ -190,19 +176,7 @@ def run_method(
     texts: Texts,
     untouched: Mapping[str, float],
 ) -> list[RunResult]:
-    """Train once and measure every view.
-
-    Args:
-        method: The method.
-        setting: What methods share.
-        learning_rate: The peak.
-        budget: How long.
-        texts: The texts.
-        untouched: The untouched recipient's perplexities on the test texts.
-
-    Returns:
-        One result for each view; with `failed` where the loss was not finite.
-    """
+    """Train once and measure every view."""
     prepared = method.prepare(setting)
     known: dict[str, Any] = {
         "method": method.name,

@@ -37,12 +37,7 @@ _ENCODERS = re.compile(r"^(vision|image|video|audio|speech)_")
 
 
 def take_recipient_fields(donor: PreTrainedConfig, recipient: PreTrainedConfig) -> None:
-    """Set in a donor's source configuration what the recipient determines: settings for training, and its encoders.
-
-    Args:
-        donor: The donor's source configuration; changed in place, and in its parts.
-        recipient: The recipient's.
-    """
+    """Set in a donor's source configuration what the recipient determines: settings for training, and its encoders."""
     theirs = donor.to_dict()
     for name, value in recipient.to_dict().items():
         if name not in theirs or theirs[name] == value:
@@ -58,12 +53,7 @@ def take_recipient_fields(donor: PreTrainedConfig, recipient: PreTrainedConfig) 
 
 
 def field_mismatches(donor: PreTrainedConfig, recipient: PreTrainedConfig) -> Iterator[str]:
-    """Yield a line for each field that differs and changes what a layer computes.
-
-    Args:
-        donor: The decoder's part of the donor's source configuration.
-        recipient: The decoder's part of the recipient's.
-    """
+    """Yield a line for each field that differs and changes what a layer computes."""
     ours = recipient.to_dict()
     yield from _differences(donor.to_dict(), {name: ours[name] for name in _class_fields(recipient, ours)})
 

@@ -20,11 +20,7 @@ _MAX_TENSORS = 8  # further tensors are counted
 
 
 def refuse_unsupported(recipient: Anatomy) -> None:
-    """Refuse a recipient whose layers cannot be used in another model.
-
-    Raises:
-        CompatibilityError: With the reason.
-    """
+    """Refuse a recipient whose layers cannot be used in another model."""
     fields = text_config(recipient.config).config.to_dict()
     model_type = fields.get("model_type")
     for applies, reason in REFUSALS:
@@ -34,11 +30,7 @@ def refuse_unsupported(recipient: Anatomy) -> None:
 
 
 def donor_anatomy(donor: Donor, recipient: Anatomy) -> Anatomy:
-    """Build the donor's source model without memory, as the recipient's class.
-
-    Raises:
-        CompatibilityError: Another model_type, or a configuration that cannot be built.
-    """
+    """Build the donor's source model without memory, as the recipient's class."""
     ours = text_config(recipient.config).config
     fields = dict(donor.record.source_config)
     if recipient.config.model_type != donor.model_type:
@@ -74,13 +66,7 @@ def _builds_the_same(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
 
 
 def mismatches(donor: Donor, theirs: Anatomy, recipient: Anatomy) -> list[str]:
-    """Return all mismatches of a donor with a recipient, one line each.
-
-    Args:
-        donor: The donor.
-        theirs: The donor's source model.
-        recipient: The recipient.
-    """
+    """Return all mismatches of a donor with a recipient, one line each."""
     lines: list[str] = []
     if theirs is not recipient:
         lines += field_mismatches(text_config(theirs.config).config, text_config(recipient.config).config)

@@ -21,11 +21,7 @@ _TOKENS = 16
 
 
 def compare_outputs(one: Donor, other: Donor) -> None:
-    """Run the first layer of two donors on the same random hidden states.
-
-    Raises:
-        CheckpointError: The outputs differ in any bit.
-    """
+    """Run the first layer of two donors on the same random hidden states."""
     first, second = first_layer_output(one), first_layer_output(other)
     if not torch.equal(first, second):
         worst = float((first.float() - second.float()).abs().max())
@@ -35,19 +31,7 @@ def compare_outputs(one: Donor, other: Donor) -> None:
 
 
 def first_layer_output(donor: Donor, seed: int = 0) -> torch.Tensor:
-    """Run a donor's first layer alone, in a model that has no other layer.
-
-    Args:
-        donor: The donor.
-        seed: Seed of the random hidden states.
-
-    Returns:
-        `[1, 16, hidden]`.
-
-    Raises:
-        CheckpointError: The output is not finite.
-        ConfigurationError: No configuration of this architecture builds that layer alone.
-    """
+    """Run a donor's first layer alone, in a model that has no other layer."""
     fields = {**donor.record.source_config, "model_type": donor.model_type}
     fields.pop("quantization_config", None)  # a donor's weights are in full precision
     model_class, config = native_class(AutoModelForCausalLM, AutoConfig.for_model(**fields), str(donor))

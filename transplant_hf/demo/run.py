@@ -130,19 +130,6 @@ def run_demo(
     """Train a recipient and a donor on this machine and measure what the donor changes.
 
     What an earlier run with the same settings and texts finished is reused.
-
-    Args:
-        folder: The folder to write; gets `texts`, `recipient` and `donor`.
-        fresh: Train both again.
-        overwrite: Write into a folder with other files, which stay.
-        quiet: Show no progress bars.
-        settings: Sizes and numbers of steps.
-
-    Returns:
-        The report; print it.
-
-    Raises:
-        TransplantError: This Python installation has no texts, or the folder cannot be used.
     """
     settings = settings or DemoSettings()
     folder = Path(folder).expanduser().resolve()
@@ -177,17 +164,7 @@ def _finished(record_file: Path, fingerprint: str) -> dict[str, float]:
 
 
 def train_recipient(texts: Mapping[str, Path], settings: DemoSettings, target: Path, quiet: bool) -> float:
-    """Pretrain a small Llama on English with Transformers' own `Trainer`.
-
-    Args:
-        texts: The files of `write_texts`.
-        settings: Sizes and numbers of steps.
-        target: The folder to write.
-        quiet: Show no progress.
-
-    Returns:
-        The seconds it took.
-    """
+    """Pretrain a small Llama on English with Transformers' own `Trainer`."""
     from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
     from ..training.part_trainer import StderrProgress

@@ -31,17 +31,6 @@ def write_texts(folder: Path, train_size: int, test_size: int) -> dict[str, Path
 
     English is the language reference and the docstrings of three quarters of the standard library; source is the code
     of the last quarter. No paragraph of a test text occurs in a training text.
-
-    Args:
-        folder: The folder to write.
-        train_size: Characters of each training text.
-        test_size: Characters of each test text; the last document is kept whole.
-
-    Returns:
-        The files, by name: "english-train", "english-test", "source-train" and "source-test".
-
-    Raises:
-        DataError: The installation has no language reference or no standard library source.
     """
     texts = {"english": {**_reference_topics(), **_library(source=False)}, "source": _library(source=True)}
     test: dict[str, list[str]] = {}

@@ -96,12 +96,6 @@ def copy_companions(
 
     Files that the user put into the target are kept, then those of the first source, and so on. The files of a
     tokenizer or processor are all taken from one place.
-
-    Args:
-        sources: Names and revisions of the models to copy from, the recipient last.
-        staging: The folder to write into; files in it stay.
-        target: The folder that it is going to replace.
-        cache_dir: As in `from_pretrained`.
     """
     folders = [folder for name, revision in sources if name and (folder := at_hand(name, revision, cache_dir))]
     places = [_users_groups(target, cache_dir), *map(_groups_in, folders)]
@@ -120,13 +114,7 @@ def copy_companions(
 
 
 def kept_in_repository(folder: Path, names: Sequence[str], fetch: Callable[[str], Path]) -> set[str]:
-    """Return the files of a folder that a push must not send, because the repository has its own tokenizer.
-
-    Args:
-        folder: The folder to push, with the recipient's files.
-        names: The repository's files.
-        fetch: Downloads one of them.
-    """
+    """Return the files of a folder that a push must not send, because the repository has its own tokenizer."""
     theirs = {group: [name for name in names if _group_of(name) == group] for group in ("tokenizer", "processor")}
     if not any(theirs.values()):
         return set()

@@ -30,15 +30,7 @@ def output_folder(output: str | os.PathLike[str] | None, push_to: str | None) ->
 
 
 def push_donor(folder: Path, repo_id: str, files: Collection[str], message: str, **kwargs: Any) -> CommitInfo:
-    """Upload a donor repo as one commit.
-
-    Args:
-        folder: The folder.
-        repo_id: The repository.
-        files: The files of the donor repo, by their paths in the folder; other files in it are the user's.
-        message: The first line of the commit message.
-        **kwargs: `token`, `private`, `revision` and `create_pr`, as in huggingface_hub.
-    """
+    """Upload a donor repo as one commit."""
     kept = functools.partial(kept_in_repository, folder)
     return push_folder(
         folder, repo_id, commit_message=message, replaced=replaced_among, kept=kept, only=set(files), **kwargs

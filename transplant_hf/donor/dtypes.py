@@ -32,9 +32,6 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 def stored_dtype(dtype: torch.dtype, name: str) -> str:
     """Return safetensors' name of a data type.
 
-    Raises:
-        CheckpointError: Safetensors has no such type.
-
     Example:
         >>> stored_dtype(torch.bfloat16, "weight")
         'BF16'
@@ -45,11 +42,7 @@ def stored_dtype(dtype: torch.dtype, name: str) -> str:
 
 
 def loaded_dtype(stored: str) -> torch.dtype:
-    """Return the data type with this name in safetensors.
-
-    Raises:
-        CheckpointError: torch has no such type.
-    """
+    """Return the data type with this name in safetensors."""
     if stored not in _DTYPES:
         raise CheckpointError(f"{stored!r} is not a data type of torch.")
     return _DTYPES[stored]

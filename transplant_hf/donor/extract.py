@@ -75,23 +75,7 @@ def checkpoint_tensors(
     zeroed: Mapping[int, Collection[str]] | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of some layers under a donor's names.
-
-    Args:
-        model: The model.
-        path: Path of its list of layers.
-        numbers: Running numbers; the first becomes layer 0.
-        zeroed: For each running number, parameters that are zero in the donor.
-        state_dict: The weights of the whole model to use instead of its own.
-
-    Returns:
-        `{"layers.{i}.{name inside the layer}": tensor}`, sharing the model's memory unless a fused tensor is split;
-        tensors that are zero in the donor are new.
-
-    Raises:
-        CheckpointError: Weights that are offloaded, quantized or computed from others, or an adapter that was not
-            merged.
-    """
+    """Return the tensors of some layers under a donor's names."""
     stack = decoder_stack(model, path)
     state: dict[str, Any] = {}
     for number in numbers:

@@ -38,16 +38,7 @@ def recommendation(place: DonorSpec | None) -> dict[str, Any]:
 
 
 def spec_of(donor: Donor, position: int | None = None, **given: Any) -> DonorSpec:
-    """Return the spec of a donor; everything that is not given is what the donor recommends.
-
-    Args:
-        donor: The donor.
-        position: How many recipient layers run before it.
-        **given: `mode`, `name` and `strength`; `None` if they are not given.
-
-    Raises:
-        ConfigurationError: No position is given and none recommended.
-    """
+    """Return the spec of a donor; everything that is not given is what the donor recommends."""
     source = donor.source
     spec = DonorSpec(
         str(source.reference if source else donor.name or "."),
@@ -60,11 +51,7 @@ def spec_of(donor: Donor, position: int | None = None, **given: Any) -> DonorSpe
 
 
 def placed(spec: DonorSpec, donor: Donor) -> DonorSpec:
-    """Return the spec with the donor's recommended position, mode and strength if it has no position.
-
-    Raises:
-        ConfigurationError: The donor recommends no position.
-    """
+    """Return the spec with the donor's recommended position, mode and strength if it has no position."""
     if spec.position is not None:
         return spec
     if donor.position is None:
@@ -77,12 +64,7 @@ def placed(spec: DonorSpec, donor: Donor) -> DonorSpec:
 
 
 def named(donors: Sequence[tuple[DonorSpec, Donor]], asked: str) -> list[tuple[DonorSpec, Donor]]:
-    """Name the donors in the repository itself (".") that have no name: as recorded, else after the repository.
-
-    Args:
-        donors: The donors of one transplant.
-        asked: The name of the repository.
-    """
+    """Name the donors in the repository itself (".") that have no name: as recorded, else after the repository."""
     return [
         (spec if spec.is_named or spec.donor != "." else spec.replaced(name=donor.name or Path(asked).name), donor)
         for spec, donor in donors

@@ -35,15 +35,7 @@ class FileStamp:
     size: int
 
     def check_size(self, path: Path, where: str = "") -> None:
-        """Compare the file's size.
-
-        Args:
-            path: The file.
-            where: The folder or repository it belongs to, for the message.
-
-        Raises:
-            IntegrityError: Missing, or of another size.
-        """
+        """Compare the file's size."""
         size = path.stat().st_size if path.exists() else None
         if size != self.size:
             problem = "is missing" if size is None else f"has {size} bytes"
@@ -53,15 +45,7 @@ class FileStamp:
             )
 
     def check_bytes(self, path: Path, where: str = "") -> None:
-        """Compare the sha256.
-
-        Args:
-            path: The file.
-            where: The folder or repository it belongs to, for the message.
-
-        Raises:
-            IntegrityError: The bytes differ.
-        """
+        """Compare the sha256."""
         self.check_size(path, where)
         sha256 = verified_sha256(path)
         if sha256 != self.sha256:
@@ -172,15 +156,7 @@ def _describe(path: Path, where: str) -> str:
 
 
 def plain_json(value: Any, what: str) -> Any:
-    """Return a value that JSON can hold: numbers, arrays and tensors of numpy and torch as Python's, paths as text.
-
-    Args:
-        value: The value to write.
-        what: What it is, for the message.
-
-    Raises:
-        CheckpointError: A NaN, an infinity, or an object that JSON cannot hold.
-    """
+    """Return a value that JSON can hold: numbers, arrays and tensors of numpy and torch as Python's, paths as text."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, os.PathLike):

@@ -51,10 +51,6 @@ def donor_folders(names: Sequence[str], foreign: Collection[str] = ()) -> list[s
 
     A folder has the name of its donor if every file system accepts that name and nothing else there can have it.
 
-    Args:
-        names: The donors' names.
-        foreign: Names in the target folder that belong to other files; see `foreign_names`.
-
     Example:
         >>> donor_folders(["law", "README.md", "LAW"]), donor_folders(["law"])
         (['law', 'donor-2', 'donor-3'], [None])
@@ -76,11 +72,7 @@ def donor_folders(names: Sequence[str], foreign: Collection[str] = ()) -> list[s
 
 
 def refuse_recipients_place(recipient: str, folder: Path, revision: str | None) -> None:
-    """Refuse a folder in which this save, or the next one, would replace the recipient itself.
-
-    Raises:
-        ConfigurationError: The folder is the recipient's own, or the recipient is where full saves write theirs.
-    """
+    """Refuse a folder in which this save, or the next one, would replace the recipient itself."""
     path = points_to_folder(recipient, revision=revision)
     if path is None or not path.is_dir():
         return
@@ -104,16 +96,7 @@ def vocabulary_of(fields: Mapping[str, Any]) -> int | None:
 
 
 def save_donor(donor: Donor, folder: Path, **options: Any) -> set[str]:
-    """Write a donor repo into a folder, whole or not at all; see `Donor.save_pretrained`.
-
-    Args:
-        donor: The donor.
-        folder: The folder.
-        **options: As in `write_donor_repo`.
-
-    Returns:
-        The files that were written, by their paths in the folder.
-    """
+    """Write a donor repo into a folder, whole or not at all; see `Donor.save_pretrained`."""
     with publish(folder, replaced_in) as staging:
         write_donor_repo(donor, staging, folder, **options)
         return files_in(staging)
@@ -133,21 +116,7 @@ def write_donor_repo(
     mode: str | None = None,
     strength: float | None = None,
 ) -> None:
-    """Write the files of a donor repo.
-
-    Args:
-        donor: The donor.
-        staging: The folder to write them into.
-        folder: The folder where they will be in the end.
-        position: The recommended position; by default the donor's.
-        recipient: The recipient it is meant for; by default the model its layers came from.
-        recipient_revision: Its revision.
-        max_shard_size: Largest weight file.
-        repo_id: The repository that it will be loaded from.
-        license: The license that the card names; by default what the author or the recipient's card says.
-        mode: The recommended mode; by default the donor's.
-        strength: The recommended strength; by default the donor's.
-    """
+    """Write the files of a donor repo."""
     position = donor.position if position is None else position
     if position is None:
         raise ConfigurationError(
@@ -195,11 +164,7 @@ def write_donor_repo(
 
 
 def write_donor(folder: Path, record: DonorRecord, store: TensorStore, max_shard_size: int | str) -> DonorRecord:
-    """Write a donor's weights and record into a folder, and return the record with the files' sha256.
-
-    Raises:
-        CheckpointError: A tensor holds NaN or infinity.
-    """
+    """Write a donor's weights and record into a folder, and return the record with the files' sha256."""
     infos, parts = store.infos(), store.slices()
     shapes = {
         name: torch.empty(info.shape, dtype=loaded_dtype(info.dtype), device="meta") for name, info in infos.items()

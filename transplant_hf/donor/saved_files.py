@@ -38,21 +38,12 @@ _WEIGHTS = re.compile(r"(model|donor)(\.[^.]+)?(-\d{5}-of-\d{5})?\.safetensors(\
 
 
 def check_artifact_folder(folder: str | os.PathLike[str], overwrite: bool) -> None:
-    """Refuse a folder to save a donor, transplant or model into; see `check_output_folder`.
-
-    Raises:
-        ConfigurationError: It is not empty, or `overwrite` would replace files that transplant_hf did not write.
-        CheckpointError: A record in it is malformed.
-    """
+    """Refuse a folder to save a donor, transplant or model into; see `check_output_folder`."""
     check_output_folder(folder, overwrite, _unrecorded)
 
 
 def replaced_in(folder: Path) -> set[str]:
-    """Return the files of the old donor, transplant or model in a folder, which the next save removes.
-
-    Raises:
-        CheckpointError: The old `config.json` is malformed.
-    """
+    """Return the files of the old donor, transplant or model in a folder, which the next save removes."""
     folder = folder.expanduser()
     names = files_in(folder)
     replaced = _replaced(names, _own_folders(folder))
@@ -96,18 +87,7 @@ def foreign_names(folder: Path) -> set[str]:
 
 
 def recorded_files(folder: Path) -> set[str]:
-    """Return the files of a saved donor, transplant or model that its records name.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Configurations, records, weight files and their indices as paths relative to the folder, `/` between the parts;
-        not the card, the tokenizer and the like. Empty where there is no `config.json`.
-
-    Raises:
-        CheckpointError: A record is malformed.
-    """
+    """Return the files of a saved donor, transplant or model that its records name."""
     folder = folder.resolve()
     if not (folder / _CONFIG).is_file():
         return set()
@@ -133,11 +113,7 @@ def _transplant_in(folder: Path) -> dict[str, Any] | None:
 
 
 def _donors_of(folder: Path, fields: dict[str, Any]) -> Iterator[tuple[DonorSpec, Path]]:
-    """The donors of a transplant that are in folders on this machine.
-
-    Raises:
-        CheckpointError: The fields are malformed.
-    """
+    """The donors of a transplant that are in folders on this machine."""
     try:
         for spec in donor_specs(fields.get("donors")):
             place = points_to_folder(spec.donor, Source(str(folder), folder), spec.revision)

@@ -73,9 +73,6 @@ class TensorStore(Protocol):
 def layer_of(name: str) -> tuple[int, str]:
     """Split `layers.{i}.{name inside the layer}`.
 
-    Raises:
-        CheckpointError: The name is not of that form.
-
     Example:
         >>> layer_of("layers.2.mlp.c_fc.weight")
         (2, 'mlp.c_fc.weight')
@@ -147,14 +144,7 @@ def _open(path: Path) -> Any:
 
 
 def open_donor_files(folder: Path) -> FileTensors:
-    """Open a donor's weight files, one or sharded, by their headers.
-
-    Args:
-        folder: The donor's folder.
-
-    Raises:
-        CheckpointError: No weights, a malformed index or file, or names that lead out of the folder.
-    """
+    """Open a donor's weight files, one or sharded, by their headers."""
     index = folder / DONOR_INDEX
     if index.exists():
         weight_map = read_shard_index(index)
@@ -170,16 +160,7 @@ def open_donor_files(folder: Path) -> FileTensors:
 
 
 def read_shard_index(path: Path, where: str | None = None, suffix: str = ".safetensors") -> dict[str, str]:
-    """Read the index of a sharded checkpoint: which file holds which tensor.
-
-    Args:
-        path: The index.
-        where: What it is called in messages; by default its path.
-        suffix: How the names of its files end.
-
-    Raises:
-        CheckpointError: Malformed, or file names that lead out of the folder.
-    """
+    """Read the index of a sharded checkpoint: which file holds which tensor."""
     where = where or str(path)
     weight_map = read_json(path, "the shard index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -191,16 +172,7 @@ def read_shard_index(path: Path, where: str | None = None, suffix: str = ".safet
 
 
 def check_shards(weight_map: Mapping[str, str], shards: Mapping[str, Iterable[str]], where: str) -> None:
-    """Compare a shard index with the tensors that the shards hold.
-
-    Args:
-        weight_map: The index, see `read_shard_index`.
-        shards: The names of the tensors in each file.
-        where: The index, for the message.
-
-    Raises:
-        CheckpointError: A tensor in two shards, in another shard than the index says, or in only one of the two.
-    """
+    """Compare a shard index with the tensors that the shards hold."""
     names = {name: set(tensors) for name, tensors in shards.items()}
     count = Counter(tensor for tensors in names.values() for tensor in tensors)
     for wrong, how in (
@@ -213,11 +185,7 @@ def check_shards(weight_map: Mapping[str, str], shards: Mapping[str, Iterable[st
 
 
 def safe_name(name: str, suffix: str = ".safetensors") -> str:
-    """Return a weight file's name if it cannot lead out of its folder.
-
-    Raises:
-        CheckpointError: It could.
-    """
+    """Return a weight file's name if it cannot lead out of its folder."""
     if not _FILE_NAME.fullmatch(name) or not name.endswith(suffix):
         raise CheckpointError(f"{name!r} is not a plain {suffix} file name; weight files lie beside their index.")
     return name

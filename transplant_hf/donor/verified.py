@@ -42,11 +42,7 @@ _hashed: dict[Path, tuple[_FileState, str]] = {}
 
 
 def verified_sha256(path: Path) -> str:
-    """Return the sha256 of a file, which is hashed only if that is not known of the file as it is.
-
-    Args:
-        path: The file.
-    """
+    """Return the sha256 of a file, which is hashed only if that is not known of the file as it is."""
     state, stamp = _FileState.of(path), _stamp_of(path)
     known = _hashed.get(path) or (_read(stamp) if stamp is not None else None)
     if known is not None and known[0] == state:

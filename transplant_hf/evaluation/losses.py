@@ -178,17 +178,7 @@ def _measure(model: Any, batches: Iterable[Batch], count: int, name: str, quiet:
 
 
 def batch_loss(logits: torch.Tensor, batch: Batch, number: int, name: str) -> float:
-    """Return the summed loss of a batch, in nats.
-
-    Args:
-        logits: `[batch, tokens, vocabulary]`.
-        batch: The batch.
-        number: Its number, for the message.
-        name: The text's name, for the message.
-
-    Raises:
-        CheckpointError: It is not finite.
-    """
+    """Return the summed loss of a batch, in nats."""
     loss = summed_loss(logits, batch.targets)
     if not math.isfinite(loss):
         raise CheckpointError(
@@ -223,11 +213,7 @@ def _check_batch_size(batch_size: int) -> None:
 
 
 def check_vocabulary(model: Any, windows: Windows) -> None:
-    """Refuse a text with tokens that the model does not know.
-
-    Raises:
-        DataError: A token number that is not in the model's vocabulary.
-    """
+    """Refuse a text with tokens that the model does not know."""
     size = vocab_size(model)
     if size is not None and windows.highest >= size:
         raise DataError(

@@ -47,17 +47,7 @@ class LoadedModel:
 
 
 def model_to_measure(model: Any, revision: str | None = None, kwargs: Mapping[str, Any] | None = None) -> LoadedModel:
-    """Load a model by its name; a model that is already loaded is returned unchanged.
-
-    Args:
-        model: A model, or the Hub id or folder of a model, a transplant or a donor.
-        revision: The revision, if it is named.
-        kwargs: As in `from_pretrained`.
-
-    Raises:
-        ConfigurationError: Arguments for loading, but the model is already loaded.
-        TransplantError: It cannot be loaded.
-    """
+    """Load a model by its name; a model that is already loaded is returned unchanged."""
     kwargs = dict(kwargs or {})
     if isinstance(model, str | os.PathLike):
         reference = os.fspath(model)
@@ -70,11 +60,7 @@ def model_to_measure(model: Any, revision: str | None = None, kwargs: Mapping[st
 
 
 def find_tokenizer(loaded: LoadedModel) -> Any:
-    """Load the tokenizer of a model, or of the recipient of a transplant.
-
-    Raises:
-        ConfigurationError: There is none.
-    """
+    """Load the tokenizer of a model, or of the recipient of a transplant."""
     places: list[tuple[str, str | None]] = []
     if loaded.reference is not None:
         places.append((loaded.reference, loaded.revision))
@@ -103,22 +89,7 @@ def read_windows(
     token: str | bool | None = None,
     quiet: bool = False,
 ) -> list[Windows]:
-    """Read texts once, as windows for a model.
-
-    Args:
-        loaded: The model.
-        texts: `{name: text}`, where a text is `Blocks`, a stream `[tokens]`, a `TextSource`, a file, a folder or the
-            Hub id of a dataset. With the name `None`, a text has its own name.
-        tokenizer: The model's tokenizer; by default the one beside it.
-        block_length: Tokens in a window of a stream; by default what the model can read, at most 1024.
-        stride: The distance between windows of a stream.
-        max_tokens: Read at most this many tokens of each text.
-        token: As in `from_pretrained`, for a dataset on the Hub.
-        quiet: Show no progress bar.
-
-    Raises:
-        DataError: Text that is missing, empty or of an unknown kind, or a tokenizer of another model.
-    """
+    """Read texts once, as windows for a model."""
     get_tokenizer = functools.cache(lambda: tokenizer if tokenizer is not None else find_tokenizer(loaded))
     length = choose_block_length(loaded.model.config, block_length)
     windows = []

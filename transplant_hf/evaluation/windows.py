@@ -103,11 +103,7 @@ class Windows:
         return len(self._groups(batch_size))
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yield the windows in batches; a shorter last window is a batch of its own.
-
-        Args:
-            batch_size: Windows in a batch.
-        """
+        """Yield the windows in batches; a shorter last window is a batch of its own."""
         for windows in self._groups(batch_size):
             ids = torch.stack([self._stream[begin:end] for begin, end, _ in windows]).long()
             targets = torch.stack([self._stream[begin + 1 : end + 1] for begin, end, _ in windows]).long()

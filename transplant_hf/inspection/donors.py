@@ -52,11 +52,7 @@ class Asked:
 
 
 def open_donor_headers(files: Files) -> Donor:
-    """Open a donor by the headers of its weights, which may be on the Hub.
-
-    Raises:
-        CheckpointError: Not a donor, or malformed.
-    """
+    """Open a donor by the headers of its weights, which may be on the Hub."""
     return _open_donor(files, verify=False)[0]
 
 
@@ -78,16 +74,7 @@ def _open_donor(files: Files, verify: bool) -> tuple[Donor, Weights, list[str]]:
 
 
 def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> DonorInspection:
-    """Inspect a donor.
-
-    Args:
-        files: Its files.
-        fields: Its `config.json`; empty when there is none.
-        asked: The arguments of `inspect`.
-
-    Raises:
-        TransplantError: Malformed, or out of reach.
-    """
+    """Inspect a donor."""
     config = TransplantConfig()
     if fields.get("model_type") == TransplantConfig.model_type:
         config = read_transplant_config(fields, files.source)
@@ -138,16 +125,7 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
 
 
 def inspect_transplant(files: Files, fields: Mapping[str, Any], asked: Asked) -> TransplantInspection:
-    """Inspect a transplant.
-
-    Args:
-        files: Its files.
-        fields: Its `config.json`.
-        asked: The arguments of `inspect`.
-
-    Raises:
-        TransplantError: Malformed, or a donor out of reach.
-    """
+    """Inspect a transplant."""
     config = read_transplant_config(fields, files.source)
     if not config.recipient or not config.donors:
         missing = "donors" if config.recipient else "recipient"
@@ -236,11 +214,7 @@ def _open_part(spec: DonorSpec, base: Source, asked: Asked) -> _Part:
 
 
 def read_transplant_config(fields: Mapping[str, Any], source: Source) -> TransplantConfig:
-    """Read the `config.json` of a transplant.
-
-    Raises:
-        ConfigurationError: Invalid fields.
-    """
+    """Read the `config.json` of a transplant."""
     try:
         return TransplantConfig(**{**fields, "name_or_path": str(source)})
     except BUILD_ERRORS as error:
@@ -270,11 +244,7 @@ def _layer_map(
     hub: HubOptions,
     overrides: Mapping[str, Any],
 ) -> tuple[LayerMap, list[str]]:
-    """Return the layer map and notes; a recipient out of reach gives a note and an empty map.
-
-    Raises:
-        ConfigurationError: A position outside the recipient.
-    """
+    """Return the layer map and notes; a recipient out of reach gives a note and an empty map."""
     try:
         found = open_recipient(recipient, revision, hub, relative_to=base, overrides=overrides)
         num_layers = found.anatomy().num_layers

@@ -102,15 +102,7 @@ class Files:
         return lfs.sha256 if lfs else None
 
     def headers(self, names: Sequence[str]) -> Headers:
-        """Read the headers of a weight file, or of all shards that an index names.
-
-        Args:
-            names: The possible names of the file or index, most preferred first.
-
-        Raises:
-            CheckpointError: Malformed or missing, or an index that does not agree with its shards.
-            HubError: Out of reach.
-        """
+        """Read the headers of a weight file, or of all shards that an index names."""
         name = next((name for name in names if self.has(name)), names[-1])
         if not name.endswith(".index.json"):
             return {name: self._header(name)}

@@ -31,18 +31,7 @@ _DTYPE = re.compile(r"[A-Za-z0-9_]{1,16}")
 def read_header(
     repo: str, path: str, revision: str | None, size: int, token: str | bool | None
 ) -> dict[str, TensorInfo]:
-    """Read the header of a safetensors file in a repository.
-
-    Args:
-        repo: The repository.
-        path: The path of the file in it.
-        revision: The commit.
-        size: The size of the file in bytes.
-        token: As in `from_pretrained`.
-
-    Raises:
-        CheckpointError: Not a safetensors file, truncated, or a header that cannot be true.
-    """
+    """Read the header of a safetensors file in a repository."""
     where = f"{repo}@{revision}/{path}" if revision else f"{repo}/{path}"
     start = fetch_range(repo, path, revision, 0, min(size, _FIRST_READ), token)
     length = int.from_bytes(start[:8], "little")

@@ -18,19 +18,7 @@ __all__ = ["inspect_model"]
 
 
 def inspect_model(files: Files, fields: Mapping[str, Any], what: str, verify: bool, hub: HubOptions) -> ModelInspection:
-    """Inspect a model of a class of Transformers.
-
-    Args:
-        files: Its files.
-        fields: Its `config.json`.
-        what: The name that it was asked for by.
-        verify: Hash its files and compare them with what the Hub lists.
-        hub: How to reach the Hub.
-
-    Raises:
-        ConfigurationError: Not a model.
-        CheckpointError: Malformed weights.
-    """
+    """Inspect a model of a class of Transformers."""
     model_type = fields.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigurationError(f"{files.source} is not a model: its config.json has model_type {model_type!r}.")

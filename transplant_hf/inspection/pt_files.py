@@ -24,16 +24,7 @@ _MAX_PROBLEMS = 8
 
 
 def inspect_pt(path: Path, asked: Asked) -> PtInspection:
-    """Inspect a `.pt` file.
-
-    Args:
-        path: The file.
-        asked: What the user wants to know.
-
-    Raises:
-        CheckpointError: Not a file that torch.save wrote, or damaged.
-        HubError: The recipient is out of reach.
-    """
+    """Inspect a `.pt` file."""
     file = PtFile(path)
     dtypes: Counter[str] = Counter()
     # Tied tensors count once. By their texts: a file can choose numbers whose hashes are all equal.

@@ -21,15 +21,7 @@ def summarize_weights(
     verify: bool,
     per_layer: Sequence[int] = (),
 ) -> tuple[Weights, list[str]]:
-    """Return the sum of headers, and a line for each file that differs from what is recorded of it.
-
-    Args:
-        files: The files.
-        headers: Their headers.
-        recorded: sha256 and size by file.
-        verify: Hash the files that are on this machine.
-        per_layer: Parameters of each decoder layer.
-    """
+    """Return the sum of headers, and a line for each file that differs from what is recorded of it."""
     names = sorted({*headers, *recorded})
     hashes = {}
     paths = {name: path for name in names if verify and (path := files.local_path(name)) is not None}

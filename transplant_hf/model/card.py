@@ -27,16 +27,7 @@ def write_full_card(
     repo_id: str | None = None,
     license: str | None = None,
 ) -> None:
-    """Write the card of a full save, unless a person wrote or edited the one that is there.
-
-    Args:
-        model: The transplanted model.
-        staging: The folder that holds its weights.
-        target: The folder that it is going to replace.
-        records: What is known of each donor; in the transplant format, with the sha256 of their files.
-        repo_id: The repository that it is going to be loaded from, if not from the target.
-        license: The license that the caller named.
-    """
+    """Write the card of a full save, unless a person wrote or edited the one that is there."""
     state = model._transplant
     config = state.blueprint.config
     folders = donor_folders(state.blueprint.splice.names, foreign_names(target))

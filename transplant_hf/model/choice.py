@@ -38,17 +38,7 @@ class Choice:
 
 
 def parse_choice(blueprint: Blueprint, donors: Any, rows: Sequence[Any] | None) -> Choice:
-    """Read the arguments of `model.using`.
-
-    Args:
-        blueprint: The donors of the model.
-        donors: A donor's name, several, or `{name: strength}`; a strength is a number or one for each row.
-        rows: For each row of the batch, what `donors` takes, or `None` for a row without donors.
-
-    Raises:
-        ConfigurationError: No such donor, a strength that is not finite, lists of different lengths, or a donor that
-            replaces layers and would be left out or scaled.
-    """
+    """Read the arguments of `model.using`."""
     if (donors is None) == (rows is None):
         raise ConfigurationError(
             'say which donors to use: using("law"), using({"law": 0.5}), using(()) for none, or one entry for each row '

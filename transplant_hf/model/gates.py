@@ -21,16 +21,6 @@ def attach_gate(model: Any, name: str) -> nn.Parameter:
     """Make a donor's strength a parameter, which `named_parameters()` lists with the donor's first layer.
 
     A model that is saved meanwhile has the value as the donor's strength.
-
-    Args:
-        model: A transplanted model.
-        name: The donor's name.
-
-    Returns:
-        The parameter, `[1]` in float32; it starts at the donor's strength.
-
-    Raises:
-        ConfigurationError: No such donor, one that replaces layers or is offloaded, or one that has a gate.
     """
     state = state_of(model)
     state.blueprint.check_name(name)
@@ -53,11 +43,7 @@ def attach_gate(model: Any, name: str) -> nn.Parameter:
 
 
 def detach_gate(model: Any, name: str) -> float:
-    """Remove a donor's gate, set the donor's strength to its value, and return it.
-
-    Raises:
-        ConfigurationError: No gate, or one that is not finite, which stays.
-    """
+    """Remove a donor's gate, set the donor's strength to its value, and return it."""
     state = state_of(model)
     state.blueprint.check_name(name)
     gate = state.hooks.gates().get(name)

@@ -142,11 +142,7 @@ def _hold_none(model: Any) -> None:
 
 
 def _refuse_edited(model: Any, recipient: Anatomy) -> None:
-    """Refuse a recipient whose layers are not those that its configuration describes.
-
-    Raises:
-        ConfigurationError: With both numbers.
-    """
+    """Refuse a recipient whose layers are not those that its configuration describes."""
     layers = list(decoder_stack(model, recipient.stack_path))
     reasons = [
         f"config.{name} has {length} entries for {recipient.num_layers} layers"

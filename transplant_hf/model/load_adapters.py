@@ -35,11 +35,7 @@ _MERGE = "merge it into the weights (PEFT's merge_and_unload, then save_pretrain
 
 
 def base_of_adapter(source: Source) -> tuple[str, str | None] | None:
-    """Return the model that an adapter was trained on, and its revision; `None` where there is no adapter.
-
-    Raises:
-        ConfigurationError: The adapter does not say.
-    """
+    """Return the model that an adapter was trained on, and its revision; `None` where there is no adapter."""
     if not (source.folder / ADAPTER_CONFIG).exists():
         return None
     fields = read_json(source.folder / ADAPTER_CONFIG, ADAPTER_CONFIG)
@@ -68,16 +64,7 @@ class Adapter:
 
 
 def find_adapter(request: LoadRequest, kwargs: Mapping[str, Any]) -> tuple[Adapter | None, dict[str, Any]]:
-    """Find the adapter that goes on the transplant.
-
-    Args:
-        request: What was asked for.
-        kwargs: Keyword arguments of `from_pretrained`.
-
-    Returns:
-        The adapter, if there is one, and the keyword arguments without it. An adapter of the recipient stays among
-        them: the recipient's class loads it.
-    """
+    """Find the adapter that goes on the transplant."""
     options = dict(kwargs.get("adapter_kwargs") or {})
     others = {name: value for name, value in kwargs.items() if name != "adapter_kwargs"}
     if not request.names_transplant:
@@ -94,16 +81,7 @@ def find_adapter(request: LoadRequest, kwargs: Mapping[str, Any]) -> tuple[Adapt
 
 
 def load_adapter_beside(model: Any, adapter: Adapter, recipient: str) -> None:
-    """Load an adapter that was trained on a transplant.
-
-    Args:
-        model: The transplant.
-        adapter: The adapter.
-        recipient: The recipient, for messages.
-
-    Raises:
-        ConfigurationError: PEFT is missing, or the recipient has an adapter too.
-    """
+    """Load an adapter that was trained on a transplant."""
     if importlib.util.find_spec("peft") is None:
         raise ConfigurationError(
             f"{adapter.where} holds an adapter ({ADAPTER_CONFIG}), which needs PEFT: pip install peft. To load the "
@@ -118,11 +96,7 @@ def load_adapter_beside(model: Any, adapter: Adapter, recipient: str) -> None:
 
 
 def refuse_replaced(model: Any, where: Any) -> None:
-    """Refuse an adapter of the recipient where some of the recipient's layers were not loaded.
-
-    Raises:
-        ConfigurationError: Saying how to load them.
-    """
+    """Refuse an adapter of the recipient where some of the recipient's layers were not loaded."""
     blueprint = model._transplant.blueprint
     names = [part.name for part in blueprint.parts if part.spec.mode == "replace"]
     if names and not blueprint.keep_replaced:

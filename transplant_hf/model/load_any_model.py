@@ -33,22 +33,7 @@ def load_model(
     keep_replaced: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Load a causal language model from any kind of repository.
-
-    Args:
-        reference: Hub id or folder of a model, a transplant or a donor.
-        donors: Donors to insert, as in `AutoModelWithTransplant.from_pretrained`.
-        revision: Its branch, tag or commit.
-        keep_replaced: Keep recipient layers that donors replace, if there are any.
-        **kwargs: As in `AutoModelForCausalLM.from_pretrained`.
-
-    Returns:
-        The model; a transplanted one if the repository holds donors.
-
-    Raises:
-        TransplantError: Out of reach, or something does not fit.
-        ConfigurationError: No model, one of a kind that cannot be loaded, or a device that this machine lacks.
-    """
+    """Load a causal language model from any kind of repository."""
     check_device_map(kwargs.get("device_map"))
     name, gguf_file, hub = os.fspath(reference), kwargs.pop("gguf_file", None), HubOptions.from_kwargs(kwargs)
     check_gguf_reader(gguf_file)
@@ -95,20 +80,7 @@ def _load_plain(name: str, revision: str | None, gguf_file: str | None, hub: Hub
 
 
 def load_tokenizer(reference: str, revision: str | None, hub: HubOptions, gguf_file: str | None = None) -> Any:
-    """Load the tokenizer beside a model.
-
-    Args:
-        reference: Hub id or folder.
-        revision: Its branch, tag or commit.
-        hub: How to reach the Hub.
-        gguf_file: The file that the model is read from, which also holds a tokenizer.
-
-    Returns:
-        The tokenizer; `None` where there is none.
-
-    Raises:
-        HubError: Out of reach.
-    """
+    """Load the tokenizer beside a model."""
     revision = revision_for(reference, revision)
     source = locate_with_companions(reference, revision=revision, hub=hub)
     if not has_tokenizer(source.folder):
@@ -145,14 +117,7 @@ def _refuse_without_model(name: str, revision: str | None) -> None:
 
 
 def check_device_map(device_map: Any) -> None:
-    """Refuse a device that is not there, before anything is downloaded or read.
-
-    Args:
-        device_map: As in `from_pretrained`.
-
-    Raises:
-        ConfigurationError: Neither a device of this machine nor a way of spreading a model over devices.
-    """
+    """Refuse a device that is not there, before anything is downloaded or read."""
     if not isinstance(device_map, str | int | torch.device) or device_map in _SPREAD:
         return
     there = torch.accelerator.current_accelerator(check_available=True)
@@ -172,14 +137,6 @@ def pinned_commit(reference: str, revision: str | None, kwargs: Mapping[str, Any
     """Return the commit that a model on the Hub is at; `None` for a folder.
 
     Transformers forgets it once a model is loaded.
-
-    Args:
-        reference: Hub id or folder.
-        revision: Branch, tag or commit.
-        kwargs: Of `from_pretrained`, for how to reach the Hub.
-
-    Raises:
-        HubError: Out of reach.
     """
     revision = revision_for(reference, revision)
     if points_to_folder(reference, revision=revision) is not None:

@@ -58,11 +58,7 @@ class TransplantParts:
     recipient: Recipient
 
     def blueprint(self, auto_class: Any, keep_replaced: bool = False) -> Blueprint:
-        """Plan what runs, under the head of an Auto class.
-
-        Raises:
-            CompatibilityError: A donor does not fit, with every mismatch.
-        """
+        """Plan what runs, under the head of an Auto class."""
         return draw_blueprint(*self.recipient.model_class(auto_class), self.donors, self.config, keep_replaced)
 
 
@@ -79,24 +75,7 @@ def read_request(
     overrides: Mapping[str, Any] | None = None,
     adapter: Source | None = None,
 ) -> LoadRequest:
-    """Find out what a repo or folder is, and which transplant it describes.
-
-    Args:
-        asked: Hub id or folder.
-        donors: The donors of the call: what `donor_specs` takes, or `Donor` objects in place of names.
-        config: The configuration of the call.
-        revision: The revision asked for.
-        subfolder: The folder inside it.
-        hub: How to reach the Hub.
-        gguf_file: The file that a recipient is read from; it may be the only one.
-        composition: How donors at one position go together; by default as the configuration says.
-        overrides: Fields to set in the recipient's configuration.
-        adapter: The adapter that was asked for, whose base model `asked` is.
-
-    Raises:
-        ConfigurationError: A recipient without donors, a transplant with further ones, or neither.
-        HubError: Out of reach.
-    """
+    """Find out what a repo or folder is, and which transplant it describes."""
     asked = os.fspath(asked)
     gguf_only = bool(gguf_file and donors)
     files = (*([str(gguf_file)] if gguf_only else []), "config.json", "generation_config.json", *ADAPTER_FILES)
@@ -175,19 +154,7 @@ def find_parts(
     trust_remote_code: bool | None = False,
     kwargs: Mapping[str, Any] | None = None,
 ) -> TransplantParts:
-    """Open the recipient and the donors of a request by configurations and headers.
-
-    Args:
-        request: The request.
-        hub: How to reach the Hub.
-        trust_remote_code: As in `from_pretrained`.
-        kwargs: Keyword arguments of `from_pretrained`; those of the recipient's configuration are applied to it.
-
-    Raises:
-        HubError: Out of reach.
-        CheckpointError: A donor that is none, or malformed.
-        ConfigurationError: The recipient is itself a transplant, or cannot be loaded.
-    """
+    """Open the recipient and the donors of a request by configurations and headers."""
     donors = _open_donors(request, hub)
     recipient = recipient_of(request, hub, trust_remote_code, kwargs)
     config = request.config.replaced(

@@ -63,19 +63,6 @@ def from_pretrained(
 
     The model is built from the configuration that most likely describes its layers, and compared with them. Only if
     they differ, other configurations are tried on the meta device.
-
-    Args:
-        model_class: The transplanted class.
-        blueprint: What is going to run.
-        name: The recipient; `None` for `state_dict=`.
-        *args: Positional arguments of the model class.
-        from_memory: Whether the recipient's weights come from a model in memory, under the model's own names.
-        adapt_config: Applied to the configuration that the model is built from.
-        **kwargs: Keyword arguments of `from_pretrained`.
-
-    Raises:
-        CheckpointError: Weights that are missing, unexpected, mis-shaped or not finite.
-        IntegrityError: A donor file's sha256 is not the recorded one.
     """
 
     def load(loader: WeightLoader, config: PreTrainedConfig) -> Any:
@@ -120,11 +107,7 @@ class FileChecks:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def result(self) -> None:
-        """Wait for every file.
-
-        Raises:
-            IntegrityError: The bytes of one differ.
-        """
+        """Wait for every file."""
         for check in self._checks:
             check.result()
 
@@ -217,12 +200,7 @@ class WeightLoader:
         return second, offloaded
 
     def check_before_finish(self, info: Any) -> None:
-        """Refuse donor tensors that are mis-shaped, not finite or could not be converted.
-
-        Raises:
-            CheckpointError: With the first of them.
-            IntegrityError: A file's sha256 is not the recorded one.
-        """
+        """Refuse donor tensors that are mis-shaped, not finite or could not be converted."""
         bad = self._merged.check.not_finite if self._merged else []
         if bad or info.mismatched_keys or info.conversion_errors:
             self._checks.result()  # changed bytes look like any of these
@@ -243,12 +221,7 @@ class WeightLoader:
             )
 
     def check_after_finish(self, info: Any) -> None:
-        """Refuse a donor with missing or unexpected tensors, or with changed files, and modules that were replaced.
-
-        Raises:
-            CheckpointError: With the first of them; or weights that a recipient in memory has under other names.
-            IntegrityError: A file's sha256 is not the recorded one.
-        """
+        """Refuse a donor with missing or unexpected tensors, or with changed files, and modules that were replaced."""
         for number, name in self._donor_layers():
             start = f"{self.blueprint.recipient.stack_path}.{number}."
             for verb, keys in (("lacks", info.missing_keys), ("has unexpected tensors", info.unexpected_keys)):

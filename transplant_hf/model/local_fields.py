@@ -22,15 +22,7 @@ _OF_PARTS = {"quantization_config", "auto_map", "text_config", "text_encoder", "
 
 
 def field_at_hand(config: TransplantConfig, name: str) -> Any:
-    """Return a field of the recipient's configuration; the number of layers is that of the layers that run.
-
-    Args:
-        config: A transplant's configuration.
-        name: The field; only plain values are found, and lists of token ids.
-
-    Returns:
-        The value, or `TransplantConfig.missing` where nothing at hand says it. The Hub is not asked.
-    """
+    """Return a field of the recipient's configuration; the number of layers is that of the layers that run."""
     if name in _OF_PARTS:
         return config.missing
     try:

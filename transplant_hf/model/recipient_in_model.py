@@ -30,10 +30,6 @@ def recipient_state(model: Any, given: Mapping[str, torch.Tensor] | None = None)
     """Return the recipient's weights in a transplanted model, under the recipient's own names.
 
     Layers that a donor replaced and that were not kept are absent.
-
-    Args:
-        model: The model.
-        given: Weights to use instead of those that the model holds.
     """
     state = model._transplant
     path = f"{state.blueprint.recipient.stack_path}."
@@ -56,11 +52,7 @@ def _recipient_layers(
 
 
 def live_recipient_config(model: Any, blueprint: Blueprint) -> PreTrainedConfig:
-    """Return the recipient's configuration, with the fields that were set on the model's after loading.
-
-    Raises:
-        ConfigurationError: As `config_changes`.
-    """
+    """Return the recipient's configuration, with the fields that were set on the model's after loading."""
     return changed(blueprint.recipient.config, config_changes(model, blueprint))
 
 
@@ -72,11 +64,7 @@ def changed(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedC
 
 
 def config_changes(model: Any, blueprint: Blueprint) -> dict[str, Any]:
-    """Return the fields that were set on the model's configuration after loading.
-
-    Raises:
-        ConfigurationError: A field was changed that describes each running layer.
-    """
+    """Return the fields that were set on the model's configuration after loading."""
     recipient, running = blueprint.recipient.config, blueprint.state(model._transplant.disabled).config
     changes = differences(running, model.config)
     spliced = _shared(changes, differences(recipient, running))

@@ -137,11 +137,7 @@ def _write_model(
 
 
 def push_transplant(model: Any, native: Callable[..., Any], repo_id: str, thin: bool, kwargs: Mapping[str, Any]) -> Any:
-    """Implement `push_to_hub`; `native` is `save_pretrained` of the recipient's class.
-
-    Raises:
-        ConfigurationError: Arguments of neither a push nor a save.
-    """
+    """Implement `push_to_hub`; `native` is `save_pretrained` of the recipient's class."""
     pushed = {name: kwargs[name] for name in PUSH_ARGS if name in kwargs}
     saved = {name: value for name, value in kwargs.items() if name not in pushed}
     known = {*inspect.signature(native).parameters, "license"} - {"save_directory", "push_to_hub", "kwargs"}

@@ -29,16 +29,7 @@ _KNOWN_WRITERS = ("accelerate", "torch", "torch_xla")
 
 
 def by_name(native: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all arguments by their names.
-
-    Args:
-        native: The class's own `save_pretrained`.
-        args: The positional ones after the folder.
-        kwargs: The others.
-
-    Raises:
-        ConfigurationError: Too many, or one that is given twice.
-    """
+    """Return all arguments by their names."""
     parameters = list(inspect.signature(native).parameters.values())[1:]
     names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
     twice = [name for name in names[: len(args)] if name in kwargs]
@@ -49,15 +40,7 @@ def by_name(native: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
 
 
 def refuse_arguments(what: str, kwargs: Mapping[str, Any]) -> None:
-    """Refuse what a save that Transformers does not write cannot honor.
-
-    Args:
-        what: What is saved, for the message.
-        kwargs: The arguments.
-
-    Raises:
-        ConfigurationError: With every argument that is unknown or cannot be honored.
-    """
+    """Refuse what a save that Transformers does not write cannot honor."""
     wrong = []
     for name, value in kwargs.items():
         allowed, advice = _FIXED.get(name, ((), ""))
@@ -75,15 +58,7 @@ def refuse_arguments(what: str, kwargs: Mapping[str, Any]) -> None:
 
 
 def checked_state(model: Any, given: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
-    """Return the whole `state_dict=` of a save; tied weights may be in it once.
-
-    Args:
-        model: The transplanted model.
-        given: Weights under the names that they have in it.
-
-    Raises:
-        ConfigurationError: Names that the model does not have or that lack, or other shapes, the first of them named.
-    """
+    """Return the whole `state_dict=` of a save; tied weights may be in it once."""
     if given is None:
         return None
     own: dict[str, torch.Tensor] = model.state_dict()

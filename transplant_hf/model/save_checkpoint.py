@@ -41,13 +41,7 @@ class TrainerCheckpoint:
     def of(
         cls, model: Any, folder: str | os.PathLike[str], state: Mapping[str, torch.Tensor] | None
     ) -> TrainerCheckpoint | None:
-        """Collect the weights, if `Trainer` names its checkpoints like the folder; else return `None`.
-
-        Args:
-            model: The transplanted model.
-            folder: Where it is saved.
-            state: Gathered weights, if the model itself holds shards.
-        """
+        """Collect the weights, if `Trainer` names its checkpoints like the folder; else return `None`."""
         if not _TRAINERS_FOLDER.fullmatch(Path(folder).name):
             return None
         own: Mapping[str, torch.Tensor] = model.state_dict() if state is None else state

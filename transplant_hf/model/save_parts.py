@@ -43,11 +43,7 @@ def write_thin(
     repo_id: str | None,
     license: str | None,
 ) -> None:
-    """Write the donors and a pinned reference to the recipient.
-
-    Raises:
-        ConfigurationError: The recipient has no name, or is not the pinned one.
-    """
+    """Write the donors and a pinned reference to the recipient."""
     blueprint, config = state.blueprint, state.blueprint.config
     if not config.recipient:
         raise ConfigurationError(
@@ -78,11 +74,7 @@ def write_thin(
 def write_with_recipient(
     model: Any, blueprint: Blueprint, staging: Path, target: Path, kwargs: Mapping[str, Any]
 ) -> list[DonorRecord]:
-    """Write the donors and the recipient in a folder beside them; return the donors' records.
-
-    Raises:
-        ConfigurationError: A folder of the user has the name of the recipient's.
-    """
+    """Write the donors and the recipient in a folder beside them; return the donors' records."""
     foreign = foreign_names(target)
     if RECIPIENT_FOLDER in foreign:
         raise ConfigurationError(

@@ -22,17 +22,7 @@ __all__ = ["check_unchanged", "kept_overrides"]
 
 
 def check_unchanged(model: PreTrainedModel, state: Any, current: dict[str, torch.Tensor]) -> None:
-    """Compare the recipient's weights with those of the pinned recipient, which is read again.
-
-    Args:
-        model: The transplanted model.
-        state: Its transplant.
-        current: The recipient's weights in it.
-
-    Raises:
-        ConfigurationError: Some differ or are missing; the first is named, the rest counted. Or an adapter is
-            attached, or weights are offloaded.
-    """
+    """Compare the recipient's weights with those of the pinned recipient, which is read again."""
     adapters = [name for name in current if is_adapted(name)]
     if adapters:
         raise ConfigurationError(
@@ -127,19 +117,7 @@ def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
 
 
 def kept_overrides(model: Any, blueprint: Blueprint, hub: HubOptions) -> dict[str, Any]:
-    """Return the fields in which the recipient's configuration in a model differs from the pinned recipient's.
-
-    Args:
-        model: The transplanted model, all donors on.
-        blueprint: What runs in it.
-        hub: How to reach the recipient.
-
-    Returns:
-        The fields, as JSON; for a nested configuration, its fields.
-
-    Raises:
-        ConfigurationError: A change with which the recipient's weights or the donors could not be loaded.
-    """
+    """Return the fields in which the recipient's configuration in a model differs from the pinned recipient's."""
     live = config_changes(model, blueprint)
     if live:
         _refuse_other_shapes(blueprint, changed(blueprint.recipient.config, live), live)

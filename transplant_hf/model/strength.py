@@ -211,13 +211,7 @@ class StrengthHooks:
         self._groups: dict[tuple[str, ...], _PerThread] = {}
 
     def set(self, blueprint: Blueprint, disabled: Collection[str], by_call: bool) -> None:
-        """Set what the hooks do.
-
-        Args:
-            blueprint: The strengths and the composition.
-            disabled: The donors that are switched off.
-            by_call: Whether calls may choose donors.
-        """
+        """Set what the hooks do."""
         group_of = {name: group for group in blueprint.side_by_side_groups for name in group}
         gates = self.gates()
         for name, hooks in self._hooks.items():

@@ -43,16 +43,7 @@ def hidden_states(
 
 @contextmanager
 def recorded_states(model: Any, positions: Collection[int], stop: bool = False) -> Iterator[dict[int, torch.Tensor]]:
-    """Record hidden states of the forward passes inside a `with` block.
-
-    Args:
-        model: Any decoder-only model.
-        positions: As in `hidden_states`.
-        stop: End a forward pass at the last position, by an exception.
-
-    Yields:
-        `{position: hidden state [batch, tokens, hidden]}`, filled by each forward pass.
-    """
+    """Record hidden states of the forward passes inside a `with` block."""
     stack = stack_of(model)
     last = max(positions, default=-1)
     if min(positions, default=-1) < 0 or last > len(stack):

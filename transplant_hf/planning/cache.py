@@ -33,12 +33,7 @@ class LayerCache:
 
 
 def layer_caches(anatomy: Anatomy, context: int) -> tuple[LayerCache, ...] | str:
-    """Return the cache of every layer for one sequence, or the reason why it is not known.
-
-    Args:
-        anatomy: The model.
-        context: Tokens of the sequence.
-    """
+    """Return the cache of every layer for one sequence, or the reason why it is not known."""
     name = anatomy.model_class.__name__
     try:
         model = _model_to_run(anatomy)

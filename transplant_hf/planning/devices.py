@@ -21,17 +21,7 @@ _CPU, _DISK = "cpu", "disk"
 def place_model(
     model: PreTrainedModel, stack_path: str, cache: Sequence[int] | None, hardware: Hardware
 ) -> tuple[tuple[Share, ...], list[str]]:
-    """Place a model on devices.
-
-    Args:
-        model: The model, on the meta device.
-        stack_path: Path of its decoder layers.
-        cache: Bytes of cache by layer; `None` when not known.
-        hardware: The devices.
-
-    Returns:
-        The share of each device, and why the model does not fit.
-    """
+    """Place a model on devices."""
     if hardware.devices == 1 and hardware.memory is None:
         shares = _shares(model, stack_path, {"": 0}, cache, hardware)
     else:

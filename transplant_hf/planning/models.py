@@ -50,11 +50,7 @@ def find_models(
     revision: str | None,
     hub: HubOptions,
 ) -> PlannedModels:
-    """Find what is planned; the arguments are those of `plan`.
-
-    Raises:
-        TransplantError: Out of reach, malformed, or a donor that does not fit.
-    """
+    """Find what is planned; the arguments are those of `plan`."""
     if donors and count:
         raise ConfigurationError("pass either donors, or the count of layers that do not exist yet.")
     if position is not None and not count:

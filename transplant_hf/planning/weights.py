@@ -34,11 +34,7 @@ def dtype_name(dtype: object) -> str:
 
 
 def loaded_model(anatomy: Anatomy, quantized: bool) -> PreTrainedModel:
-    """Return a model as it is after loading, its tied weights tied and, if asked for, its experts in MXFP4.
-
-    Raises:
-        ConfigurationError: Quantized in a way whose sizes are not known here.
-    """
+    """Return a model as it is after loading, its tied weights tied and, if asked for, its experts in MXFP4."""
     model = copy.deepcopy(anatomy.model)
     model.tie_weights(recompute_mapping=False)
     fields = quantization(anatomy.config, anatomy.what) if quantized else None
@@ -48,11 +44,7 @@ def loaded_model(anatomy: Anatomy, quantized: bool) -> PreTrainedModel:
 
 
 def loaded_transplant(blueprint: Blueprint, quantized: bool) -> PreTrainedModel:
-    """Return a transplant as it is after loading: donors stay in full precision, unless their files are in MXFP4.
-
-    Raises:
-        ConfigurationError: The recipient is quantized in a way whose sizes are not known here.
-    """
+    """Return a transplant as it is after loading: donors stay in full precision, unless their files are in MXFP4."""
     path = blueprint.recipient.stack_path
     model = loaded_model(blueprint.recipient, quantized)
     stacks = {RECIPIENT: decoder_stack(model, path)}
@@ -74,11 +66,7 @@ def weights_by_dtype(module: nn.Module) -> dict[str, int]:
 
 
 def quantization(config: PreTrainedConfig, what: str) -> dict[str, Any] | None:
-    """Return the `quantization_config` of a recipient, if it has one.
-
-    Raises:
-        ConfigurationError: Another method than MXFP4.
-    """
+    """Return the `quantization_config` of a recipient, if it has one."""
     fields = getattr(config, "quantization_config", None)
     if not fields:
         return None

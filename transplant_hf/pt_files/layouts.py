@@ -67,22 +67,7 @@ def match_layers(
     wanted: Sequence[int] | None,
     file: str,
 ) -> Layout:
-    """Recognize the layout of a file.
-
-    Args:
-        tensors: The file's tensors, by dotted name.
-        anatomy: The source model.
-        recorded: The layer numbers that the author recorded, if any.
-        wanted: The layer numbers that the user asks for; by default all that the file is for.
-        file: The file, for messages.
-
-    Returns:
-        Which tensors make up which layers.
-
-    Raises:
-        CheckpointError: No layers of this architecture, other layers than recorded, or shapes that do not fit; the
-            message lists what the file holds and what was expected.
-    """
+    """Recognize the layout of a file."""
     reader = NameReader(anatomy)
     stack = _find_stack(tensors, reader, anatomy, file)
     chosen = choose_layers(sorted(stack.layers), anatomy.num_layers, recorded, wanted, file)
@@ -110,20 +95,6 @@ def choose_layers(
     numbers: Sequence[int], num_layers: int, recorded: Sequence[int] | None, wanted: Sequence[int] | None, file: str
 ) -> dict[int, int]:
     """Choose layers of a file, and say which layers of the source model they are.
-
-    Args:
-        numbers: The layers' numbers in the file, in order.
-        num_layers: How many layers the source model has.
-        recorded: The layer numbers that the author recorded, if any.
-        wanted: The layer numbers that the user asks for, if any.
-        file: The file, for messages.
-
-    Returns:
-        The source model's numbers by the file's.
-
-    Raises:
-        CheckpointError: The file holds other layers than recorded or asked for.
-        ConfigurationError: Nothing says which layers they are, or they are not consecutive.
 
     Example:
         >>> choose_layers([0, 1, 2], 12, recorded=[4, 5, 6], wanted=None, file="donor.pt")

@@ -113,11 +113,7 @@ class PtFile:
         self._checked: set[str] = set()
 
     def check_claims(self, name: str) -> None:
-        """Compare what a tensor claims with the bytes that the file has for it.
-
-        Raises:
-            CheckpointError: Its storage is missing, or smaller than the tensor.
-        """
+        """Compare what a tensor claims with the bytes that the file has for it."""
         tensor = self.tensors[name]
         if tensor.storage not in self._storages:
             raise CheckpointError(
@@ -140,9 +136,6 @@ class PtFile:
 
         Contiguous tensors stay in the file until they are used. Others, and tensors that share their storage with one
         before, are copied into memory.
-
-        Raises:
-            CheckpointError: The file was changed, or bytes do not have the checksum recorded for them.
         """
         try:
             unchanged = _stamp(self.path) == self._stamp

@@ -258,19 +258,7 @@ def draw_blueprint(
     config: TransplantConfig,
     keep_replaced: bool = False,
 ) -> Blueprint:
-    """Check that donors fit a recipient at their positions, and return what is going to run.
-
-    Args:
-        model_class: The recipient's own class.
-        recipient_config: Its configuration.
-        donors: The donors and their specs.
-        config: The transplant's configuration, with the same specs.
-        keep_replaced: Keep the layers that donors replace.
-
-    Raises:
-        ConfigurationError: A position out of range, overlapping replacements.
-        CompatibilityError: A donor that does not fit, with every mismatch.
-    """
+    """Check that donors fit a recipient at their positions, and return what is going to run."""
     recipient = Anatomy(model_class, recipient_config, f"recipient {config.recipient or model_class.__name__}")
     refuse_unsupported(recipient)
     return _blueprint_of(recipient, config, [_fit(recipient, spec, donor) for spec, donor in donors], keep_replaced)

@@ -21,15 +21,7 @@ QUANTISED = ("qdata", "_blocks", "_scales", "scale_inv", "absmax", "qweight", "q
 
 
 def follow_quantization(config: PreTrainedConfig, blueprint: Blueprint) -> PreTrainedConfig:
-    """Keep full-precision donors in full precision in a recipient whose files are quantized.
-
-    Args:
-        config: The configuration that the model is built from.
-        blueprint: What is going to run.
-
-    Returns:
-        The configuration, or a copy whose `quantization_config` names layers by their new numbers.
-    """
+    """Keep full-precision donors in full precision in a recipient whose files are quantized."""
     fields = getattr(config, "quantization_config", None)
     if not isinstance(fields, dict):
         return config
@@ -80,13 +72,7 @@ def _places(blueprint: Blueprint) -> dict[int, int]:
 
 
 def renumber_metadata(metadata: Mapping[str, str], names: LayerNames, blueprint: Blueprint) -> dict[str, str]:
-    """Renumber the records that torchao writes into the header of a safetensors file for each quantized parameter.
-
-    Args:
-        metadata: The headers' metadata.
-        names: Reads this architecture's checkpoint names.
-        blueprint: What is going to run.
-    """
+    """Renumber the records that torchao writes into the header of a safetensors file for each quantized parameter."""
     places = _places(blueprint)
     moved: dict[str, str] = {}
     for key, value in metadata.items():

@@ -22,11 +22,6 @@ def insert_layers(model: PreTrainedModel, blueprint: Blueprint, stages: Sequence
 
     The layers keep the numbers they were built with until `renumber`: buffers that depend on a layer's number are
     computed when the weights are loaded.
-
-    Args:
-        model: The recipient, on any device; changed in place.
-        blueprint: The transplant.
-        stages: The layers that it should have.
     """
     stack = decoder_stack(model, blueprint.recipient.stack_path)
     sources: dict[str, Sequence[nn.Module]] = {RECIPIENT: list(stack)}
@@ -42,13 +37,7 @@ def insert_layers(model: PreTrainedModel, blueprint: Blueprint, stages: Sequence
 
 
 def build_layers(anatomy: Anatomy, indices: Sequence[int], config: PreTrainedConfig) -> list[nn.Module]:
-    """Build a donor's layers as in its source model, on the current device and in the current dtype.
-
-    Args:
-        anatomy: The source model.
-        indices: The layers to build.
-        config: The configuration of the model that they will run in; they use it from then on.
-    """
+    """Build a donor's layers as in its source model, on the current device and in the current dtype."""
     source = copy.deepcopy(anatomy.config)
     with inner_models(source):
         built = anatomy.model_class(source)
@@ -71,13 +60,7 @@ def renumber(layers: Iterable[nn.Module], origins: Sequence[LayerOrigin]) -> Non
 
 
 def use_config(model: PreTrainedModel, recipient: Anatomy, spliced: SplicedConfig) -> None:
-    """Make a model that was built from the recipient's configuration run with another.
-
-    Args:
-        model: Changed in place, its configuration objects included.
-        recipient: The recipient.
-        spliced: The configuration to run with.
-    """
+    """Make a model that was built from the recipient's configuration run with another."""
     mine, new = text_config(model.config).config, text_config(spliced.config).config
     mine.__class__ = new.__class__
     mine.__dict__.update({k: copy.deepcopy(v) for k, v in new.__dict__.items() if not _own(k)})

@@ -95,19 +95,7 @@ class _Watched:
 def open_checkpoint(
     files: Sequence[str], disable_mmap: bool | None, weights_only: bool
 ) -> tuple[dict[str, Any], dict[str, Provenance]]:
-    """Open a recipient's checkpoint without reading its tensors.
-
-    Args:
-        files: Its files, as Transformers resolved them.
-        disable_mmap: As in `from_pretrained`.
-        weights_only: As in `from_pretrained`.
-
-    Returns:
-        Lazy tensors by their names in the files, and the provenance of those in safetensors files.
-
-    Raises:
-        CheckpointError: A safetensors file that is not whole.
-    """
+    """Open a recipient's checkpoint without reading its tensors."""
     tensors: dict[str, Any] = {}
     provenance: dict[str, Provenance] = {}
     for path in files:
@@ -132,17 +120,7 @@ def merge_weights(
     provenance: Mapping[str, Provenance],
     names: LayerNames,
 ) -> MergedWeights:
-    """Renumber the recipient's layers and insert the donors'.
-
-    Args:
-        blueprint: What is going to run.
-        recipient: The recipient's lazy tensors, by checkpoint name.
-        provenance: Their files.
-        names: Reads this architecture's checkpoint names.
-
-    Returns:
-        The merged weights, without replaced layers that are not kept.
-    """
+    """Renumber the recipient's layers and insert the donors'."""
     places = {stage.slot: number for number, stage in enumerate(blueprint.built)}
     merged = MergedWeights({}, {}, {}, FiniteCheck())
     prefixes: dict[str, int] = {}

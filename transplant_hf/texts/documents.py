@@ -133,16 +133,7 @@ def documents(source: TextSource, token: str | bool | None = None) -> Iterator[s
 
 
 def row_documents(rows: Iterable[Mapping[str, Any]], column: str | None, where: str) -> Iterator[str]:
-    """Yield the text of each row, without the empty ones.
-
-    Args:
-        rows: The rows, each with its columns by name.
-        column: The column with the text. `None`: "text", or else the only column of strings.
-        where: Where the rows come from, for error messages.
-
-    Raises:
-        DataError: There is no such column, or it does not hold text.
-    """
+    """Yield the text of each row, without the empty ones."""
     text_column = column
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):

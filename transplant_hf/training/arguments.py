@@ -178,10 +178,6 @@ def default_learning_rate(method: str, width: int) -> float:
     The proportion is the rule of maximal update parametrization (arXiv 2203.03466) for Adam and hidden matrices; it
     was not measured here.
 
-    Args:
-        method: "in_place" or "standalone".
-        width: The hidden size.
-
     Example:
         >>> default_learning_rate("in_place", 192), default_learning_rate("in_place", 768)
         (0.01, 0.0025)
@@ -191,11 +187,6 @@ def default_learning_rate(method: str, width: int) -> float:
 
 def default_position(mode: str, num_layers: int, count: int) -> int:
     """Return the best measured position: before the last layer; for a replacing donor the last layers.
-
-    Args:
-        mode: "insert" or "replace".
-        num_layers: The recipient's L.
-        count: The donor's k.
 
     Example:
         >>> default_position("insert", 9, 3), default_position("replace", 9, 3)

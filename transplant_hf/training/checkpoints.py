@@ -45,18 +45,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def save_trained(
     folder: Path, model: nn.Module, run: Mapping[str, Any], gathered: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the trained parameters and what identifies the run.
-
-    Args:
-        folder: The checkpoint's folder.
-        model: The model.
-        run: What must be equal in a run that resumes from it.
-        gathered: The parameters, where the model itself has shards of them.
-
-    Raises:
-        TrainingError: A parameter is not finite; nothing is written.
-        CheckpointError: The disk is full.
-    """
+    """Write the trained parameters and what identifies the run."""
     parameters: Mapping[str, Any] = trained_parameters(model)
     tensors = {name: (gathered or parameters)[name].detach().contiguous() for name in parameters}
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -72,11 +61,7 @@ def save_trained(
 
 
 def load_trained(folder: Path, model: nn.Module) -> None:
-    """Read trained parameters back into a model.
-
-    Raises:
-        CheckpointError: Other parameters than the model trains, or other shapes.
-    """
+    """Read trained parameters back into a model."""
     path, parameters = folder / _TRAINED_FILE, trained_parameters(model)
     try:
         tensors = load_file(path)
@@ -129,12 +114,7 @@ def _is_complete(folder: Path, step: int) -> bool:
 
 
 def check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
-    """Refuse to resume from a checkpoint of another run; only the length of the run may differ.
-
-    Raises:
-        ConfigurationError: With all differences.
-        CheckpointError: The checkpoint is not complete.
-    """
+    """Refuse to resume from a checkpoint of another run; only the length of the run may differ."""
     saved = read_json(folder / _RUN_FILE, "the checkpoint's run")
     now = json.loads(json.dumps(dict(run)))
     differing = [name for name in sorted({*saved, *now} - _LENGTH) if saved.get(name) != now.get(name)]

@@ -47,12 +47,7 @@ class RunData:
     held_out: Blocks | dict[str, Blocks] | None
 
     def rows(self, args: Any, mark: bool = False) -> Rows:
-        """Return the rows of the run, in order.
-
-        Args:
-            args: Batch sizes, steps or epochs, the share of general text and the seed.
-            mark: Whether rows say if they are general text.
-        """
+        """Return the rows of the run, in order."""
         share = args.replay_share if self.general is not None else 0.0
         steps = args.max_steps
         if steps <= 0:
@@ -70,21 +65,7 @@ def read_run(
     revision: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> RunData:
-    """Load the model of a run and pack its texts into blocks.
-
-    Args:
-        model: A model, or the Hub id or folder of a model, a transplant or a donor.
-        args: With `block_length`, `held_out_blocks`, steps and batch sizes.
-        domain: The text to learn, as in `as_blocks`.
-        general: General text, or `None`.
-        held_out: Text to measure on, several as `{name: text}`, or `None`.
-        tokenizer: The model's tokenizer; by default the one beside it.
-        revision: The revision of a model that is named.
-        model_kwargs: As in `from_pretrained`.
-
-    Raises:
-        DataError: There is no text to learn, or a text cannot be read.
-    """
+    """Load the model of a run and pack its texts into blocks."""
     loaded, tokenizer, commit = model_and_tokenizer(model, tokenizer, revision, model_kwargs)
     if domain is None:
         raise DataError("train_dataset is missing: name the text to learn.")
@@ -108,17 +89,7 @@ def read_run(
 def model_and_tokenizer(
     model: Any, tokenizer: Any, revision: str | None, kwargs: Mapping[str, Any] | None
 ) -> tuple[Any, Any, str | None]:
-    """Load a model that is named, at one commit; a loaded model is returned unchanged.
-
-    Args:
-        model: A model, or the Hub id or folder of a model, a transplant or a donor.
-        tokenizer: Its tokenizer; by default the one beside a model that is named.
-        revision: Its revision.
-        kwargs: As in `from_pretrained`.
-
-    Returns:
-        The model, the tokenizer, and the commit where the model came from the Hub.
-    """
+    """Load a model that is named, at one commit; a loaded model is returned unchanged."""
     if isinstance(model, PreTrainedModel):
         return model, tokenizer, None
     reference, loading = os.fspath(model), dict(kwargs or {})
@@ -133,20 +104,7 @@ def model_and_tokenizer(
 def as_blocks(
     data: Any, model: Any, tokenizer: Any, block_length: int | None, what: str, max_blocks: int | None = None
 ) -> Blocks:
-    """Pack text into blocks, unless it is packed already.
-
-    Args:
-        data: `Blocks`, a `TextSource`, a file or Hub id, or rows with a "text" column.
-        model: The model that reads it.
-        tokenizer: Its tokenizer.
-        block_length: Tokens in a block; by default what the model can read, at most 1024.
-        what: What the text is for, for messages.
-        max_blocks: The largest number of blocks; by default all.
-
-    Raises:
-        ConfigurationError: No tokenizer, or a stream without an end.
-        DataError: Text that is missing or too short, or a tokenizer of another model.
-    """
+    """Pack text into blocks, unless it is packed already."""
     if isinstance(data, Blocks):
         return data if max_blocks is None else data.part(0, max_blocks)
     if tokenizer is None:

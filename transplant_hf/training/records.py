@@ -71,11 +71,6 @@ def training_record(trainer: DonorTrainer) -> dict[str, Any]:
 
 
 def note_in_donors(model: Any, notes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add to the metadata that a transplanted model's donors are saved with.
-
-    Args:
-        model: The model; copies of it are not changed.
-        notes: What to add, by the donors' names.
-    """
+    """Add to the metadata that a transplanted model's donors are saved with."""
     state = model._transplant
     state.blueprint = state.blueprint.with_metadata(notes)
