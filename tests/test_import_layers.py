@@ -1,4 +1,4 @@
-"""The order of the rooms, and the house rules that a program can check."""
+"""The order of the modules, and the rules that a program can check."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
-# Left to right: a room (a module or sub-package of transplant_hf) imports only from rooms to its left.
-ROOMS = (
+# Left to right: a module or subpackage of transplant_hf imports only from those to its left.
+MODULES = (
     "errors",
     "numeric",  # numbers as users write them
     "display",  # sizes, tables and progress bars for a person
@@ -50,7 +50,7 @@ ROOMS = (
     "demo",
     "cli",
 )
-# Rooms that may use the public names as a user would: `from transplant_hf import Donor`.
+# Modules that may use the public names as a user would: `from transplant_hf import Donor`.
 USERS = ("demo", "cli")
 MOST_LINES = 450
 
@@ -60,19 +60,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 class Import(NamedTuple):
-    """An import of something inside the package; the room is "" for the package's own names."""
+    """An import of something inside the package; the module is "" for the package's own names."""
 
-    room: str
+    module: str
     line: int
 
 
-def rooms_on_disk(package: Path) -> set[str]:
-    modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
-    return modules | {path.parent.name for path in package.glob("*/*.py")}
+def modules_on_disk(package: Path) -> set[str]:
+    names = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+    return names | {path.parent.name for path in package.glob("*/*.py")}
 
 
-def room_of(path: Path, package: Path) -> str:
-    """The room a file is in; "" for files of the package itself, such as its `__init__.py`."""
+def module_of(path: Path, package: Path) -> str:
+    """The module a file is in; "" for files of the package itself, such as its `__init__.py`."""
     first = path.relative_to(package).parts[0]
     name = first.removesuffix(".py")
     return "" if name in ("__init__", "__main__") else name
@@ -107,34 +107,34 @@ def imports_of(path: Path, package: Path) -> Iterator[Import]:
             name = target[1] if len(target) > 1 else ""
             if name.startswith("__"):  # `from transplant_hf import __version__`
                 continue
-            yield Import(name if name in rooms_on_disk(package) else "", statement.lineno)
+            yield Import(name if name in modules_on_disk(package) else "", statement.lineno)
 
 
-def wrong_imports(package: Path, rooms: tuple[str, ...] = ROOMS) -> list[str]:
+def wrong_imports(package: Path, modules: tuple[str, ...] = MODULES) -> list[str]:
     """Say of every import that points to the right what to do about it."""
     problems = []
     for path in sorted(package.rglob("*.py")):
-        room = room_of(path, package)
-        if room not in rooms:  # the package's own files, or a room that unknown_rooms() reports
+        module = module_of(path, package)
+        if module not in modules:  # the package's own files, or a module that unknown_modules() reports
             continue
         for target, line in imports_of(path, package):
             place = f"{path.relative_to(package.parent).as_posix()}:{line}"
             if not target:
-                if room not in USERS:
-                    problems.append(f"{place}: import from the room that defines the name, not {package.name} itself")
-            elif target in rooms and rooms.index(target) > rooms.index(room):
+                if module not in USERS:
+                    problems.append(f"{place}: import from the module that defines the name, not {package.name} itself")
+            elif target in modules and modules.index(target) > modules.index(module):
                 problems.append(
-                    f"{place}: {room} imports {target}, which stands to its right. Move what both need "
-                    f"to the left of {room}, or hand it over as an argument"
+                    f"{place}: {module} imports {target}, which stands to its right. Move what both need "
+                    f"to the left of {module}, or hand it over as an argument"
                 )
     return problems
 
 
-def unknown_rooms(package: Path, rooms: tuple[str, ...] = ROOMS) -> list[str]:
+def unknown_modules(package: Path, modules: tuple[str, ...] = MODULES) -> list[str]:
     return [
-        f"transplant_hf/{name} is a room without a place: add {name!r} to ROOMS at the top of "
+        f"transplant_hf/{name} has no place in the order: add {name!r} to MODULES at the top of "
         "tests/test_import_layers.py, right of all that it imports and left of all that imports it"
-        for name in sorted(rooms_on_disk(package) - set(rooms))
+        for name in sorted(modules_on_disk(package) - set(modules))
     ]
 
 
@@ -161,17 +161,17 @@ def loads_that_unpickle(tree: ast.AST) -> Iterator[int]:
                 yield node.lineno
 
 
-def test_a_room_imports_only_from_its_left() -> None:
+def test_a_module_imports_only_from_its_left() -> None:
     problems = wrong_imports(PACKAGE)
     assert not problems, "\n".join(problems)
 
 
-def test_every_room_has_its_place() -> None:
-    problems = unknown_rooms(PACKAGE)
+def test_every_module_has_its_place() -> None:
+    problems = unknown_modules(PACKAGE)
     assert not problems, "\n".join(problems)
 
 
-def test_no_room_for_everything() -> None:
+def test_no_utils_module() -> None:
     names = [path.relative_to(REPOSITORY).as_posix() for path in FILES if path.name == "utils.py"]
     assert not names, f"{names}: name the module after its one job"
 
@@ -179,7 +179,7 @@ def test_no_room_for_everything() -> None:
 def test_no_file_is_too_long() -> None:
     lines = {path.relative_to(REPOSITORY).as_posix(): len(path.read_bytes().splitlines()) for path in FILES}
     long = {name: count for name, count in lines.items() if count > MOST_LINES}
-    assert not long, f"{long}: over {MOST_LINES} lines, make two rooms or modules of it"
+    assert not long, f"{long}: over {MOST_LINES} lines, split it"
 
 
 @pytest.mark.parametrize(
@@ -303,9 +303,9 @@ def test_the_check_sees_it(
         assert problem in found[0]
 
 
-def test_a_room_without_a_place_is_named(small_package: Callable[[dict[str, str]], Path]) -> None:
+def test_a_module_without_a_place_is_named(small_package: Callable[[dict[str, str]], Path]) -> None:
     package = small_package({**SMALL, "cellar/__init__.py": "", "attic.py": ""})
-    found = unknown_rooms(package)
+    found = unknown_modules(package)
     assert len(found) == 2
     assert all("tests/test_import_layers.py" in text for text in found)
     assert "'attic'" in found[0]

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from tests.docs.pages import DOCS
 from transplant_hf.model.surface import TransplantMixin
 
-# Rooms whose public names users import; the package's own names come first.
-ROOMS = (
+# Modules whose public names users import; the package's own names come first.
+MODULES = (
     "evaluation",
     "texts",
     "partial",
@@ -29,7 +29,7 @@ ROOMS = (
     "pushing",
     "planning",
 )
-# Names of other rooms that the reference shows too.
+# Names of other modules that the reference shows too.
 MORE = ("donor.DonorRecord", "model.surface.TransplantMixin")
 
 ENTRIES = [
@@ -42,10 +42,10 @@ ENTRIES = [
 def wanted() -> Iterator[str]:
     """The full name of every public object, once: the first that it has.
 
-    The site reads files, so the verb `export`, which is also a submodule there, has the name that it has in its room.
+    The site reads files, so the verb `export`, which is also a submodule there, has the name that it has in its module.
     """
     seen: set[int] = set()
-    for module in ("", *(f".{room}" for room in ROOMS)):
+    for module in ("", *(f".{module}" for module in MODULES)):
         found = importlib.import_module(f"transplant_hf{module}")
         for name in found.__all__:
             value = getattr(found, name)

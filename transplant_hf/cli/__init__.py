@@ -1,4 +1,4 @@
-"""The command line: arguments in, one call, a result out. A file for each command; the logic is in other rooms."""
+"""The command line. Each command has a file that parses arguments, makes one call and prints the result."""
 
 from __future__ import annotations
 
