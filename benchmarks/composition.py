@@ -67,7 +67,7 @@ class Study:
             "general": pack(options.general, tokenizer, 128),
         }
         parts = {name: blocks.split(9, 1) for name, blocks in packed.items()}
-        self.learnt = {name: _spread(part[0], 1000) for name, part in parts.items()}
+        self.learned = {name: _spread(part[0], 1000) for name, part in parts.items()}
         self.held = {name: part[1].part(-options.held_out_blocks) for name, part in parts.items()}
         self.setting = _setting(lambda: load_model(options.recipient))
 
@@ -131,7 +131,7 @@ class Study:
     def _train(self, prepared: Prepared, name: str, rate: float) -> None:
         print(f"training on the {name} domain", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
-            train_once(prepared, folder, rate, Budget(self.options.steps, seed=0, bf16=True), self.learnt[name], None)
+            train_once(prepared, folder, rate, Budget(self.options.steps, seed=0, bf16=True), self.learned[name], None)
 
     def _grown(self, donors: Mapping[str, Donor]) -> Any:
         model = self.setting.shared

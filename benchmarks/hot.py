@@ -1,4 +1,4 @@
-"""Changing the donors of a loaded model against loading it anew; and what a choice by call or row costs.
+"""Changing the donors of a loaded model against loading it again; and what a choice by call or row costs.
 
 Each change is timed on one live model, interleaved with a load of the same transplant from the same files, which are
 in the page cache for both. The logits after the change must be those of the load, to the bit. A load in the dtype of
@@ -50,7 +50,7 @@ def _timed(action: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measure_changes(shape: ModelShape, folders: Folders, runs: int, dtype: str) -> dict[str, dict[str, list[float]]]:
-    """Time changes of a live model, each beside a load anew, and the first logits after both.
+    """Time changes of a live model, each beside a new load, and the first logits after both.
 
     Args:
         shape: The model.

@@ -72,7 +72,7 @@ class Clock:
         self.forget_peak()
 
     def forget_peak(self) -> None:
-        """Measure peak memory anew."""
+        """Reset the measurement of peak memory."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
 

@@ -25,7 +25,7 @@ STYLE = """
 
 
 def draw(layer_map: LayerMap, strength: float = 1.0) -> str:
-    """Draw which layers run, first to last from the top; a donor's colour is as full as it is strong."""
+    """Draw which layers run, first to last from the top; a donor's color is as strong as its strength."""
     rows: list[str] = []
     numbered = list(enumerate(layer_map))
     for source, run in itertools.groupby(numbered, key=lambda layer: layer[1].source):
