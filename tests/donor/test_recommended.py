@@ -102,7 +102,7 @@ def test_the_card_says_it(tiny_gpt2: Path, tmp_path: Path) -> None:
     assert "- `donor`: 2, at strength 0.5" in card
     card = (saved(tiny_gpt2, tmp_path / "code", position=1, mode="replace") / "README.md").read_text()
     assert "- `donor`: 1, replacing 2 of the recipient's layers" in card
-    assert "from position 1 on" in card
+    assert "of the recipient from position 1" in card
 
 
 def test_inspect_says_it(tiny_gpt2: Path, tmp_path: Path) -> None:

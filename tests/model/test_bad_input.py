@@ -62,7 +62,7 @@ def test_negative_position(family: Path) -> None:
 
 
 def test_replacement_past_the_end(family: Path) -> None:
-    with refused(ConfigurationError, "'donor' of 2 layers", "position 3", "last is 3", "at most 2"):
+    with refused(ConfigurationError, "position 3 of donor 'donor'", "outside 0..2", "4 layers"):
         loaded(family, 3, "replace")
 
 

@@ -256,7 +256,7 @@ def test_changes_that_could_not_be_loaded_are_refused(tiny_llama: Path, tmp_path
         ("vocab_size", 300, ("lm_head", "another shape")),
         ("hidden_act", "gelu", ("hidden_act", "does not fit")),
         ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}, ("rope_parameters",)),
-        ("num_hidden_layers", 3, ("num_hidden_layers", "describes the layers that run")),
+        ("num_hidden_layers", 3, ("num_hidden_layers", "describes all layers that run")),
     ):
         model = load(tiny_llama / "donor")
         setattr(model.config, field, value)
