@@ -24,21 +24,21 @@ check:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest -q tests/test_import_layers.py
+	$(PYTHON) -m pytest -q -n 0 tests/test_import_layers.py
 
 format:
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
 test:
-	$(PYTHON) -m pytest -n auto
+	$(PYTHON) -m pytest
 
 test-slow:
 	$(PYTHON) -m pytest -m slow
 
 # Every row, with the packages of the `ecosystem` extra; rows whose package is missing say so.
 ecosystem:
-	TRANSPLANT_HF_ECOSYSTEM_REPORT=docs/ecosystem.md $(PYTHON) -m pytest -q tests/ecosystem -m "slow or not slow"
+	TRANSPLANT_HF_ECOSYSTEM_REPORT=docs/ecosystem.md $(PYTHON) -m pytest -q -n 0 tests/ecosystem -m "slow or not slow"
 
 docs:
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

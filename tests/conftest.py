@@ -50,9 +50,9 @@ def tiny_gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_family(tmp_path_factory.mktemp("gpt_oss"), BUILDERS["gpt_oss"])
 
 
-@pytest.fixture(params=sorted(BUILDERS))
+@pytest.fixture(params=["gpt2", "gpt_oss", pytest.param("llama", marks=pytest.mark.slow)])
 def tiny(request: pytest.FixtureRequest) -> Path:
-    """Each of the three families."""
+    """Each of the three families; many tests of `tiny_llama` alone run by default."""
     return request.getfixturevalue(f"tiny_{request.param}")
 
 

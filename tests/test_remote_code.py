@@ -73,11 +73,13 @@ def test_a_donor_repo_by_every_class(tiny_llama: Path) -> None:
     assert probe(tiny_llama / "donor") == ALL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("only", ["AutoModelForTokenClassification", "pipeline"])
 def test_each_class_may_be_the_first(tiny_llama: Path, only: str) -> None:
     assert probe(tiny_llama / "donor", only) == {only: ALL[only]}
 
 
+@pytest.mark.slow
 def test_other_transplants(tiny_llama: Path, inverse_gpt2: Path, tmp_path: Path) -> None:
     two_donors(tiny_llama).save_pretrained(tmp_path / "two", thin=True)
     assert probe(tmp_path / "two", "pipeline") == {"pipeline": ["LlamaForCausalLM", 7]}
@@ -85,6 +87,7 @@ def test_other_transplants(tiny_llama: Path, inverse_gpt2: Path, tmp_path: Path)
     assert probe(tmp_path / "surgery", "pipeline") == {"pipeline": ["GPT2LMHeadModel", 6]}
 
 
+@pytest.mark.slow
 def test_arguments_mean_the_same_as_with_the_import(tiny_llama: Path) -> None:
     code = """
 import sys
@@ -184,6 +187,7 @@ def written(folder: Path) -> dict[str, str] | None:
     return found
 
 
+@pytest.mark.slow
 def test_round_trips_keep_it_right(tiny_llama: Path, tmp_path: Path) -> None:
     """Whoever loaded by it, thin saves name the file beside them, and native ones name none."""
     code = """

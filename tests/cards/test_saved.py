@@ -188,6 +188,7 @@ def test_the_snippets_of_a_donor_run(tiny_gpt2: Path, tmp_path: Path) -> None:
     run_in(family, WITHOUT_IMPORT.format(codes[1]) + codes[0])
 
 
+@pytest.mark.slow
 def test_the_snippets_of_full_saves_run(tiny_gpt2: Path, inverse_gpt2: Path, tmp_path: Path) -> None:
     loaded(tiny_gpt2).save_pretrained(tmp_path / "native")
     loaded(inverse_gpt2).save_pretrained(tmp_path / "surgery")
@@ -199,6 +200,7 @@ def test_the_snippets_of_full_saves_run(tiny_gpt2: Path, inverse_gpt2: Path, tmp
     run_in(tmp_path, WITHOUT_IMPORT.format(codes[1]) + codes[0])
 
 
+@pytest.mark.slow
 @pytest.mark.hub
 def test_the_snippets_of_repositories_run(both: Shelf, tmp_path: Path) -> None:
     model = AutoModelWithTransplant.from_pretrained(both.law)
@@ -212,6 +214,7 @@ def test_the_snippets_of_repositories_run(both: Shelf, tmp_path: Path) -> None:
         assert run.returncode == 0, f"{code}\n{run.stderr}"
 
 
+@pytest.mark.slow
 def test_the_snippets_of_the_seeds_run(tiny_gpt2: Path, tmp_path: Path) -> None:
     """With a tiny donor under the name that the conversion gives."""
     family = copied(tiny_gpt2, tmp_path / "family")

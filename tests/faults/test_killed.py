@@ -74,6 +74,7 @@ def test_a_folder(family: Path, tmp_path: Path, action: str, times: dict[str, in
     loop.close()
 
 
+@pytest.mark.slow
 @pytest.mark.hub
 @pytest.mark.parametrize("times", TIMES)
 def test_a_push(hub: HubServer, family: Path, times: dict[str, int]) -> None:

@@ -26,6 +26,7 @@ def run_both(action: str, family: Path, target: str, environment: dict[str, str]
     return [process.returncode for process in processes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["convert", "save"])
 def test_into_one_folder(tiny_gpt2: Path, tmp_path: Path, action: str) -> None:
     """Each writes the same two artefacts six times; what stays is the one that both wrote last, whole."""

@@ -122,6 +122,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thin", ["full", "thin"])
 def test_killed_at_any_moment(tiny_gpt2: Path, tmp_path: Path, thin: str) -> None:
     """A process that saves two models in turn into one folder is killed; the folder is one or the other."""

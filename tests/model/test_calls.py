@@ -60,6 +60,7 @@ def toggle(model: Any) -> Callable[[], None]:
     return off_and_on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["forward", "generate", "generate without a cache"])
 def test_donors_switched_beside_calls(tiny: Path, call: str) -> None:
     model, ids = loaded(tiny, 1), some_ids(1, 4)

@@ -167,6 +167,7 @@ def test_a_copy_has_a_gate_of_its_own(tiny_llama: Path) -> None:
     assert (detach_gate(again, "donor"), detach_gate(model, "donor")) == (1.0, 0.5)
 
 
+@pytest.mark.slow
 def test_compiled(tiny_llama: Path) -> None:
     torch.compiler.reset()
     model = loaded(tiny_llama, 1)

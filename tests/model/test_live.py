@@ -265,6 +265,7 @@ def test_gradient_checkpointing(tiny: Path) -> None:
         torch.testing.assert_close(found.grad, other.grad, msg=name)
 
 
+@pytest.mark.slow
 def test_compiled(tiny: Path) -> None:
     torch.compiler.reset()
     model = loaded(tiny, 1)

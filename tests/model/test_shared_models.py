@@ -64,6 +64,7 @@ def perplexity(model: Any, blocks: torch.Tensor) -> float:
     return math.exp(float(loss))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "position", "expected"),
     [

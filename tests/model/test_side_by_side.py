@@ -171,6 +171,7 @@ def test_offloaded(tiny: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(model), by_hand(tiny, strengths={"a": 0.5}))
 
 
+@pytest.mark.slow
 def test_compiled(tiny_llama: Path) -> None:
     torch.compiler.reset()
     model = trio(tiny_llama, composition="stacked")

@@ -194,6 +194,7 @@ def test_checkpointing_that_would_be_wrong_is_refused(tiny_llama: Path, monkeypa
     model(some_ids(), use_cache=False)
 
 
+@pytest.mark.slow
 def test_compiled(tiny: Path) -> None:
     """What was compiled before another strength was set must not run, although torch.compile does not watch hooks."""
     torch.compiler.reset()
@@ -207,6 +208,7 @@ def test_compiled(tiny: Path) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_nothing_else_is_compiled_again(tiny_llama: Path) -> None:
     """Neither a change of a setting nor one of donors costs other compiled functions of the process anything."""
     torch.compiler.reset()

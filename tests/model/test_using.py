@@ -433,21 +433,22 @@ def test_an_abandoned_generator_keeps_nothing(tiny_llama: Path) -> None:
 
 
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="torch 2.10 cannot trace a thread's choice")
-def test_compiled(tiny: Path) -> None:
+def test_compiled(tiny_gpt2: Path) -> None:
     torch.compiler.reset()
-    model = two_donors(tiny)
+    model = two_donors(tiny_gpt2)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(logits_of(compiled), logits_of(two_donors(tiny)))
+    torch.testing.assert_close(logits_of(compiled), logits_of(two_donors(tiny_gpt2)))
     for names in ("a", (), ("a", "b"), "b"):
         with model.using(names):
             wanted = logits_of(model)
             torch.testing.assert_close(logits_of(compiled), wanted)
     with model.using(rows=["a", None]):
         torch.testing.assert_close(logits_of(compiled), logits_of(model))
-    torch.testing.assert_close(logits_of(compiled), logits_of(two_donors(tiny)))
+    torch.testing.assert_close(logits_of(compiled), logits_of(two_donors(tiny_gpt2)))
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="torch 2.10 cannot trace a thread's choice")
 def test_compiled_where_other_code_may_interleave(tiny_llama: Path, answers: dict[Any, torch.Tensor]) -> None:
     """A compiled call cannot tell tasks and generators apart, and refuses while one of them has a block open."""

@@ -79,6 +79,7 @@ def gpt_oss_parts(layers: int, experts: int, H: int = 2880, V: int = 201088) -> 
     return matrices, others
 
 
+@pytest.mark.slow
 def test_llama_405b(tmp_path: Path) -> None:
     found = plan(written(tmp_path, LLAMA_405B), count=6, context=8192, devices=8, memory="90GiB")
     assert found.before.parameters == llama_numbers(126) == 405_853_388_800
