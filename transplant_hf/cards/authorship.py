@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from transformers.utils import logging
 
 from ..storage import writing
-from .text import python_literal
+from .escape import python_literal
 
 __all__ = ["CARD_FILE", "began_as_ours", "name_in_card", "sign_card", "write_card", "written_by_us"]
 

@@ -19,8 +19,8 @@ from ..heads import CAUSAL_LM, Head
 from ..layer_map import RECIPIENT, LayerMap, Placement, Splice
 from ..storage import read_json
 from .authorship import sign_card
+from .escape import code_span, escape_markdown, one_line, python_literal
 from .licenses import check_license, choose_license
-from .text import code_span, escape_markdown, one_line, python_literal
 
 if TYPE_CHECKING:
     from ..donor.record import DonorRecord

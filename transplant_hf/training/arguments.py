@@ -161,7 +161,8 @@ class RecoveryArguments(_PartTrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.neighbours is not None or "neighbours" in self.parts:
-            warnings.warn("neighbours is spelled neighbors now; the old spelling goes.", FutureWarning, stacklevel=3)
+            message = "neighbours is deprecated and will be removed in the next release: use neighbors."
+            warnings.warn(message, FutureWarning, stacklevel=3)
             self.neighbors = self.neighbors if self.neighbours is None else self.neighbours
             self.parts = [part.replace("neighbours", "neighbors") for part in self.parts]
         if not self.parts or set(self.parts) - set(_PARTS):
