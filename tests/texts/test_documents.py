@@ -90,6 +90,14 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
     [
         ("a.jsonl", '\ufeff{"text": "one"}\n\n{"text": "two\\nlines"}', ["one", "two\nlines"]),
         ("a.json", '[{"text": "one"}, {"text": "two"}]', ["one", "two"]),
+        ("a.jsonl", "", []),
+        (
+            "a.jsonl",
+            '{"text": "2026-11-27", "n": null}\n{"text": "2026-11-28", "n": "x"}\n',
+            ["2026-11-27", "2026-11-28"],
+        ),
+        ("a[1]*.jsonl", '{"text": "one"}\n', ["one"]),
+        ("a::b.jsonl", '{"text": "one"}\n', ["one"]),
         ("a.json", '{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
         ("a.csv", '\ufeffid,body\n1,"one, ""quoted""\nline"\n2,two\n', ['one, "quoted"\nline', "two"]),
         ("a.csv", "text\n42\nx\n", ["42", "x"]),
@@ -105,13 +113,13 @@ def test_json_and_csv_as_people_write_them(tmp_path: Path, name: str, content: s
 @pytest.mark.parametrize(
     ("name", "content", "facts"),
     [
-        ("a.jsonl", '{"text": "one"}\n{"text": ', ("row 1",)),
-        ("a.jsonl", '{"text": "one"}\n["two"]\n', ("object", "string")),
-        ("a.json", "[1]", ("not text but int",)),
-        ("a.json", "[" * 100_000, ("depth",)),
-        ("a.json", "{", ("row 0",)),
-        ("a.csv", 'text\n"one\n', ("EOF inside string",)),
-        ("a.csv", "a,b\n1,2,3\n", ("no column of text", "a, b")),
+        ("a.jsonl", '{"text": "one"}\n{"text": ', ("line 1 column",)),
+        ("a.jsonl", '{"text": "one"}\n["two"]\n', ("line 2 of", "list")),
+        ("a.json", "[1]", ("row 0 of", "int")),
+        ("a.json", "[" * 100_000, ("recursion",)),
+        ("a.json", "{", ("line 1",)),
+        ("a.csv", 'text\n"one\n', ("unexpected end",)),
+        ("a.csv", "a,b\n1,2,3\n", ("line 2 of", "more cells")),
     ],
 )
 def test_a_damaged_table_is_refused_by_name(tmp_path: Path, name: str, content: str, facts: tuple[str, ...]) -> None:
@@ -119,6 +127,19 @@ def test_a_damaged_table_is_refused_by_name(tmp_path: Path, name: str, content: 
     path.write_text(content)
     with refused(DataError, str(path), *facts):
         read(path)
+
+
+def test_a_name_is_not_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "a[1].jsonl").write_text('{"text": "right"}')
+    (tmp_path / "a1.jsonl").write_text('{"text": "wrong"}')
+    assert read(tmp_path / "a[1].jsonl") == ["right"]
+
+
+def test_all_tables_of_a_folder_have_the_same_column(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}')
+    (tmp_path / "b.jsonl").write_text('{"body": "two"}')
+    with refused(DataError, "b.jsonl has no column 'text'", "body"):
+        read(tmp_path)
 
 
 def test_a_folder_is_read_in_order_and_by_split(tmp_path: Path) -> None:

@@ -1,9 +1,15 @@
-"""Documents from a file, a folder of files, or a dataset on the Hub. Tables are read by the library `datasets`."""
+"""Documents from a file, a folder of files, or a dataset on the Hub.
+
+Files are opened by their exact names. The library `datasets`, which reads the Hub, would take `a[1].jsonl` as a
+pattern.
+"""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,14 +21,8 @@ from ..sources import hub_errors
 
 __all__ = ["TextSource", "documents", "row_documents"]
 
-# The reader of each kind of file: "text" is read whole, the others are names of readers in `datasets`.
-_READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-_READER_OPTIONS: dict[str, dict[str, Any]] = {
-    "json": {"encoding": "utf-8-sig"},
-    # An empty cell, or one with the word "None", is text and not a missing value.
-    "csv": {"encoding": "utf-8-sig", "keep_default_na": False},
-    "parquet": {},
-}
+# The format of each kind of file; "text" is read whole, the others are tables.
+_FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 # A file belongs to the split that a word in its path names, and else to "train".
 _SPLIT_OF_WORD = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -65,7 +65,7 @@ class TextSource:
         object.__setattr__(self, "data", os.fspath(self.data))
         if self.name is None:
             last = Path(self.data.rstrip("/\\"))
-            object.__setattr__(self, "name", (last.stem if last.suffix in _READERS else last.name) or self.data)
+            object.__setattr__(self, "name", (last.stem if last.suffix in _FORMATS else last.name) or self.data)
 
     @classmethod
     def parse(cls, text: str, **fields: Any) -> TextSource:
@@ -127,7 +127,7 @@ def documents(source: TextSource, token: str | bool | None = None) -> Iterator[s
     if path.exists():
         return _file_documents(_files_of_split(path, source.split), source.column)
     is_path = path.is_absolute() or source.data.startswith((".", "~")) or source.data.count("/") > 1
-    if is_path or path.suffix in _READERS:
+    if is_path or path.suffix in _FORMATS:
         raise DataError(f"there is no file or folder {source.data!r}. Check the path.")
     return _hub_documents(source, token)
 
@@ -136,8 +136,6 @@ def row_documents(rows: Iterable[Mapping[str, Any]], column: str | None, where: 
     """Yield the text of each row, without the empty ones."""
     text_column = column
     for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise DataError(f"row {number} of {where} is not an object with columns, but a {type(row).__name__}.")
         text_column = text_column or _text_column(row, where)
         if number == 0 and text_column not in row:
             raise DataError(f"{where} has no column {text_column!r}; its columns are {', '.join(row)}.")
@@ -152,7 +150,9 @@ def _text_column(row: Mapping[str, Any], where: str) -> str:
     if "text" in row:
         return "text"
     # An empty cell says nothing about its column: there may be text further down.
-    columns = [name for name, value in row.items() if value is None or isinstance(value, str)]
+    columns = [
+        name for name, value in row.items() if value is None or (isinstance(value, str) and not _is_number(value))
+    ]
     if len(columns) != 1:
         problem = "several columns of text" if columns else "no column of text"
         raise DataError(
@@ -162,11 +162,19 @@ def _text_column(row: Mapping[str, Any], where: str) -> str:
     return columns[0]
 
 
+def _is_number(text: str) -> bool:
+    try:  # CSV has no types: its numbers are text too
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _files_of_split(path: Path, split: str) -> list[Path]:
     """The text files of a split, sorted."""
-    suffixes = ", ".join(_READERS)
+    suffixes = ", ".join(_FORMATS)
     if path.is_file():
-        if path.suffix not in _READERS:
+        if path.suffix not in _FORMATS:
             raise DataError(f"{path} cannot be read as text: its name must end in one of {suffixes}.")
         if split != "train":
             raise DataError(f"{path} is a single file and has no split {split!r}. Leave the split out.")
@@ -174,7 +182,7 @@ def _files_of_split(path: Path, split: str) -> list[Path]:
     files = {
         file: _split_of(file.relative_to(path))
         for file in sorted(path.rglob("*"))
-        if file.suffix in _READERS and file.is_file() and not _is_hidden(file.relative_to(path))
+        if file.suffix in _FORMATS and file.is_file() and not _is_hidden(file.relative_to(path))
     }
     if not files:
         raise DataError(f"{path} contains no text: no file name ends in one of {suffixes}.")
@@ -194,12 +202,15 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _file_documents(files: Sequence[Path], column: str | None) -> Iterator[str]:
-    for reader, group in itertools.groupby(files, key=lambda file: _READERS[file.suffix]):
-        if reader == "text":
-            yield from filter(None, map(_read_text, group))
-        else:
-            for file in group:  # one at a time, so that an error names its file
-                yield from row_documents(_table_rows(reader, file), column, str(file))
+    for file in files:
+        if _FORMATS[file.suffix] == "text":
+            yield from filter(None, [_read_text(file)])
+            continue
+        rows = _table_rows(file)
+        first = next(rows, None)
+        if first is not None:
+            column = column or _text_column(first, str(file))  # the same one in all files
+            yield from row_documents(itertools.chain([first], rows), column, str(file))
 
 
 def _read_text(path: Path) -> str:
@@ -211,15 +222,58 @@ def _read_text(path: Path) -> str:
         raise DataError(f"cannot read {path}: {error}.") from error
 
 
-def _table_rows(reader: str, path: Path) -> Iterator[Any]:
-    import datasets  # takes a second to import
-
-    # Streaming reads the file in place; without it, `datasets` first copies the rows into its cache.
-    options = _READER_OPTIONS[reader]
+def _table_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Read a table row by row."""
     try:
-        yield from datasets.load_dataset(reader, data_files=[str(path)], split="train", streaming=True, **options)
-    except (ValueError, OSError, RecursionError, datasets.exceptions.DatasetsError) as error:
+        yield from _ROW_READERS[_FORMATS[path.suffix]](path)
+    except (ValueError, OSError, RecursionError, csv.Error) as error:
         raise DataError(f"cannot read {path} as a table of text: {error}") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.isspace():
+                yield _json_object(json.loads(line), f"line {number} of {path}")
+
+
+def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        content = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":  # otherwise one object in each line, which some write with this suffix
+            raise
+        yield from _jsonl_rows(path)
+        return
+    for number, row in enumerate(content if isinstance(content, list) else [content]):
+        yield _json_object(row, f"row {number} of {path}")
+
+
+def _json_object(row: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where} is not an object with columns, but a {type(row).__name__}.")
+    return row
+
+
+def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        for row in reader:
+            if None in row:
+                raise DataError(
+                    f"line {reader.line_num} of {path} has more cells than columns. Put text with commas in quotes."
+                )
+            yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    from pyarrow.parquet import ParquetFile
+
+    for batch in ParquetFile(path).iter_batches():
+        yield from batch.to_pylist()
+
+
+_ROW_READERS = {"json": _json_rows, "jsonl": _jsonl_rows, "csv": _csv_rows, "parquet": _parquet_rows}
 
 
 def _hub_documents(source: TextSource, token: str | bool | None) -> Iterator[str]:
@@ -244,5 +298,5 @@ def _hub_documents(source: TextSource, token: str | bool | None) -> Iterator[str
             f"{where} is neither a local file or folder nor a dataset on the Hub that can be read: it is missing, "
             f"private or gated. Check the name, or log in with `hf auth login` or pass token=. {error}"
         ) from error
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, TypeError, OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"cannot read split {source.split!r} of {where}: {error}") from error
