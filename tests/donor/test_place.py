@@ -135,3 +135,14 @@ def test_a_bare_donor_is_enough_to_check_and_to_sweep(family: Path) -> None:
     for donors in (folder, [folder], {folder: None}, Donor.from_pretrained(folder)):
         report = sweep(plain(family / "recipient"), donors, some_ids(1, 40)[0], [2], block_length=16, quiet=True)
         assert [(row.donor, row.position, row.reason) for row in report.rows] == [("law", 2, None)]
+
+
+def test_one_donor_with_its_position_in_a_dictionary(family: Path) -> None:
+    folder, recipient = str(family / "llama-law"), family / "recipient"
+    assert check(recipient, {folder: 1}).position == 1
+    assert check(recipient, {folder: None}).position == 2
+    model = transplant(plain(recipient), {folder: 1})
+    assert torch.equal(logits_of(model), logits_of(transplant(plain(recipient), folder, 1)))
+    for donor, position in (({folder: 1, "other": 2}, None), ({folder: 1}, 3), ({}, None)):
+        with refused(ConfigurationError, "one donor", "{donor: position}"):
+            transplant(plain(recipient), donor, position)

@@ -112,6 +112,7 @@ def test_the_tokenizer_is_the_recipients(tiny_llama: Path, text: Path, tmp_path:
         file.unlink()
     assert evaluate(thin, {"hamlet": str(text)}).of("recipient", "hamlet").tokens > 0
     assert evaluate(loaded(tiny_llama), {"hamlet": str(text)}).texts == ("hamlet",)
+    assert evaluate(loaded(tiny_llama), str(text)).texts == (text.stem,)
     assert evaluate(plain(tiny_llama / "recipient"), {"hamlet": str(text)}).texts == ("hamlet",)
     with refused(ConfigurationError, "no tokenizer", "source", "tokenizer="):
         evaluate(tiny_llama / "source", {"hamlet": str(text)})

@@ -8,7 +8,7 @@ used. Without one, the donor's recommended position is used, and its recommended
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,17 @@ from ..storage import read_json
 if TYPE_CHECKING:
     from .donor import Donor
 
-__all__ = ["named", "placed", "recommendation", "recommended_in", "spec_of"]
+__all__ = ["donor_and_position", "named", "placed", "recommendation", "recommended_in", "spec_of"]
+
+
+def donor_and_position(donor: Any, position: int | None) -> tuple[Any, int | None]:
+    """Return a donor and its position, which may be given together as `{donor: position}`."""
+    if not isinstance(donor, Mapping):
+        return donor, position
+    if len(donor) != 1 or position is not None:
+        raise ConfigurationError(f"expected one donor, as donor and position or as {{donor: position}}, got {donor}.")
+    [(donor, position)] = donor.items()
+    return donor, position
 
 
 def recommended_in(folder: Path) -> dict[str, Any]:

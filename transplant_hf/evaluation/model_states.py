@@ -21,7 +21,7 @@ _RECIPIENT = "recipient"
 
 def evaluate(
     model: Any,
-    texts: Mapping[str, Any],
+    texts: Any,
     tokenizer: Any = None,
     recipient: Any = None,
     *,
@@ -37,8 +37,8 @@ def evaluate(
 
     Args:
         model: A loaded model, or the Hub id or folder of a model, a transplant or a donor.
-        texts: `{name: text}`; a text is `Blocks`, a stream of tokens, a `TextSource`, a file, a folder or the Hub id of
-            a dataset.
+        texts: A text, or several as `{name: text}`; a text is `Blocks`, a stream of tokens, a `TextSource`, a file, a
+            folder or the Hub id of a dataset.
         tokenizer: The model's tokenizer; by default the one beside the model or its recipient.
         recipient: The model to compare with; by default the model itself with its donors switched off.
         block_length: Tokens that are read at once; by default what the model can read, at most 1024.
@@ -67,7 +67,7 @@ def evaluate(
         >>> report.models
         ('recipient', 'with law')
     """
-    if not texts:
+    if isinstance(texts, Mapping) and not texts:
         raise ConfigurationError("there is no text to measure on: texts={'name': text}.")
     loaded = model_to_measure(model, revision, kwargs)
     windows = read_windows(

@@ -80,7 +80,7 @@ def find_tokenizer(loaded: LoadedModel) -> Any:
 
 def read_windows(
     loaded: LoadedModel,
-    texts: Mapping[Any, Any],
+    texts: Any,
     tokenizer: Any = None,
     *,
     block_length: int | None = None,
@@ -89,11 +89,11 @@ def read_windows(
     token: str | bool | None = None,
     quiet: bool = False,
 ) -> list[Windows]:
-    """Read texts once, as windows for a model."""
+    """Read a text, or several as `{name: text}`, as windows for a model."""
     get_tokenizer = functools.cache(lambda: tokenizer if tokenizer is not None else find_tokenizer(loaded))
     length = choose_block_length(loaded.model.config, block_length)
     windows = []
-    for name, text in texts.items():
+    for name, text in (texts if isinstance(texts, Mapping) else {None: texts}).items():
         if isinstance(text, Blocks):
             blocks = text if max_tokens is None else text.part(0, max(1, max_tokens // text.block_length))
             windows.append(Windows(blocks, name=name))

@@ -12,7 +12,7 @@ from ..architecture import native_class, open_recipient, unwrapped
 from ..compatibility import CompatibilityReport
 from ..config import TransplantConfig
 from ..donor import Donor
-from ..donor.place import spec_of
+from ..donor.place import donor_and_position, spec_of
 from ..errors import CheckpointError, ConfigurationError
 from ..sources import HubOptions, locate
 from ..splice import report_fit
@@ -28,7 +28,7 @@ def check_compatibility(
 
     Args:
         recipient: Hub id, folder, configuration or model.
-        donor: A `Donor`, or its Hub id or folder.
+        donor: A `Donor`, its Hub id or folder, or `{donor: position}`.
         position: Where it would go, 0..L; by default the donor's recommended position.
         mode: "insert" or "replace"; by default what the donor recommends together with its position, at a position of
             your own "insert".
@@ -39,6 +39,7 @@ def check_compatibility(
     """
     trust = hub_kwargs.pop("trust_remote_code", None)
     hub = HubOptions.from_kwargs(hub_kwargs)
+    donor, position = donor_and_position(donor, position)
     try:
         opened = donor if isinstance(donor, Donor) else Donor.from_pretrained(donor, **hub.as_kwargs())
     except CheckpointError as error:

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from ..architecture import Anatomy, decoder_stack, text_config
 from ..config import DonorSpec
 from ..donor import Donor
-from ..donor.place import spec_of
+from ..donor.place import donor_and_position, spec_of
 from ..donor.tensors import MemoryTensors
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, Slot
@@ -78,6 +78,7 @@ def open_donor(
     donor: Donor | str, *, position: int | None, mode: str | None, name: str | None, strength: float | None
 ) -> tuple[DonorSpec, Donor]:
     """Open a donor for a loaded model; arguments that are `None` come from its recommendation."""
+    donor, position = donor_and_position(donor, position)
     opened = donor if isinstance(donor, Donor) else Donor.from_pretrained(donor)
     return spec_of(opened, position, mode=mode, name=name, strength=strength), opened
 
