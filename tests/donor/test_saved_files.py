@@ -141,3 +141,24 @@ def test_what_is_ours_is_what_the_configuration_names(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert replaced_in(tmp_path) == ours
+
+
+@pytest.mark.parametrize("thin", [True, False])
+def test_donors_are_not_saved_over_a_model_of_the_user(tiny_gpt2: Path, tmp_path: Path, thin: bool) -> None:
+    own = tmp_path / "own"
+    plain(tiny_gpt2 / "recipient").save_pretrained(own)
+    before = digest_of(own)
+    with refused(ConfigurationError, str(own), "model.safetensors", "delete its weights", "another folder"):
+        if thin:
+            loaded(tiny_gpt2, 1).save_pretrained(own, thin=True)
+        else:
+            Donor.from_pretrained(tiny_gpt2 / "donor").save_pretrained(own, position=1)
+    assert digest_of(own) == before
+
+
+def test_donors_are_saved_over_a_full_save_of_ours(tiny_gpt2: Path, tmp_path: Path) -> None:
+    model = loaded(tiny_gpt2, 1)
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, thin=True)
+    assert not (tmp_path / "model.safetensors").exists()
+    torch.testing.assert_close(logits_of(load(tmp_path)), logits_of(model))

@@ -24,7 +24,7 @@ from .companions import COMPANION_FOLDERS, at_hand, copy_companions, has_tokeniz
 from .dtypes import loaded_dtype
 from .entry import write_entry
 from .record import DonorRecord, FileStamp
-from .saved_files import RECIPIENT_FOLDER, replaced_in
+from .saved_files import RECIPIENT_FOLDER, refuse_foreign_model, replaced_in
 from .tensors import DONOR_INDEX, TensorStore
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def vocabulary_of(fields: Mapping[str, Any]) -> int | None:
 
 def save_donor(donor: Donor, folder: Path, **options: Any) -> set[str]:
     """Write a donor repo into a folder, whole or not at all; see `Donor.save_pretrained`."""
+    refuse_foreign_model(folder)
     with publish(folder, replaced_in) as staging:
         write_donor_repo(donor, staging, folder, **options)
         return files_in(staging)

@@ -24,6 +24,7 @@ __all__ = [
     "check_artifact_folder",
     "foreign_names",
     "recorded_files",
+    "refuse_foreign_model",
     "replaced_among",
     "replaced_in",
 ]
@@ -84,6 +85,19 @@ def foreign_names(folder: Path) -> set[str]:
         for path in folder.iterdir()
         if path.name not in own and (path.is_symlink() or not path.is_dir() or any(path.iterdir()))
     }
+
+
+def refuse_foreign_model(folder: Path) -> None:
+    """Refuse to save donors over a model that this package did not save, whose weights the save would delete."""
+    folder = folder.expanduser()
+    if not folder.is_dir() or _transplant_in(folder) is not None or began_as_ours(_card_of(folder)):
+        return
+    weights = sorted(path.name for path in folder.glob("model*") if _WEIGHTS.fullmatch(path.name))
+    if weights:
+        raise ConfigurationError(
+            f"{folder} holds a model that transplant_hf did not save ({weights[0]}), and saving donors there would "
+            "delete its weights. Choose another folder."
+        )
 
 
 def recorded_files(folder: Path) -> set[str]:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..architecture import is_quantized
 from ..donor.companions import kept_in_repository
 from ..donor.save import refuse_recipients_place
-from ..donor.saved_files import replaced_among, replaced_in
+from ..donor.saved_files import refuse_foreign_model, replaced_among, replaced_in
 from ..errors import ConfigurationError
 from ..hub import push_folder
 from ..splice import Blueprint
@@ -115,6 +115,7 @@ def _write_model(
     if native_format or folded is not None:
         _refuse_donors_place(blueprint, target)
     if thin:
+        refuse_foreign_model(target)
         refuse_recipients_place(blueprint.config.recipient, target, blueprint.config.recipient_revision)
     with publish(target, (lambda folder: ()) if variant else replaced_in) as staging:
         if thin:
