@@ -196,6 +196,7 @@ def train_recipient(texts: Mapping[str, Path], settings: DemoSettings, target: P
             weight_decay=0.1,
             save_strategy="no",
             report_to="none",
+            dataloader_pin_memory=False,
             disable_tqdm=True,
         )
         trainer: Any = Trainer(
@@ -259,6 +260,7 @@ def _train_donor(
         per_device_train_batch_size=settings.batch_size,
         save_strategy="no",
         report_to="none",
+        dataloader_pin_memory=False,
         disable_tqdm=quiet,
     )
     return report.seconds + report.cache_seconds
