@@ -55,7 +55,7 @@ def test_without_an_end_of_text_nothing_is_between(tokenizer: Any) -> None:
 def test_many_batches_give_the_same_as_one(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"document {number}" * (number % 5) for number in range(50)]
     whole = encode(texts, tokenizer)
-    monkeypatch.setattr("transplant_hf.texts.blocks._DOCUMENTS_PER_CALL", 3)
+    monkeypatch.setattr("transplant_hf.texts.blocks._CHARACTERS_PER_CALL", 30)
     assert torch.equal(encode(texts, tokenizer), whole)
 
 
@@ -91,7 +91,7 @@ def test_reading_stops_when_there_is_enough(tokenizer: Any) -> None:
     texts = Endless()
     blocks = pack(texts, tokenizer, block_length=11, max_blocks=4)
     assert blocks.tokens.shape == (4, 11)
-    assert texts.read <= 256
+    assert texts.read <= 5
 
 
 def test_the_last_part_block_is_dropped(tokenizer: Any) -> None:

@@ -19,8 +19,8 @@ from .documents import TextSource, documents, row_documents
 
 __all__ = ["Blocks", "check_tokenizer", "encode", "pack", "starting_token"]
 
-# Documents that are tokenized in one call, so that fast tokenizers use all cores.
-_DOCUMENTS_PER_CALL = 256
+# Characters that are tokenized in one call: enough for fast tokenizers to use all cores.
+_CHARACTERS_PER_CALL = 1 << 21
 
 
 class Blocks(Dataset[dict[str, torch.Tensor]]):
@@ -207,7 +207,9 @@ def encode(
     remaining = iter(documents)
     with progress_bar(max_tokens, f"Reading {name}", unit="token", quiet=quiet) as progress:
         while max_tokens is None or len(stream) < max_tokens:
-            batch = list(itertools.islice(remaining, _DOCUMENTS_PER_CALL))
+            # Few tokens are shorter than a character, so this reads hardly further than needed.
+            missing = _CHARACTERS_PER_CALL if max_tokens is None else max_tokens - len(stream)
+            batch = _next_batch(remaining, min(missing, _CHARACTERS_PER_CALL))
             if not batch:
                 break
             before = len(stream)
@@ -221,6 +223,15 @@ def encode(
     if not stream:
         raise DataError(f"{name} is empty: it has no tokens.")
     return torch.frombuffer(stream, dtype=torch.int32)[:max_tokens].clone()
+
+
+def _next_batch(documents: Iterator[str], min_characters: int) -> list[str]:
+    batch: list[str] = []
+    characters = 0
+    while characters < min_characters and (document := next(documents, None)) is not None:
+        batch.append(document)
+        characters += len(document)
+    return batch
 
 
 def starting_token(tokenizer: Any) -> int | None:
