@@ -16,7 +16,7 @@ from .display import progress_bar
 from .donor import Donor
 from .donor.companions import code_named_in, companions_in
 from .donor.saved_files import recorded_files, replaced_among
-from .donor.tensors import FileTensors
+from .donor.tensors import FileTensors, read_shard_index
 from .errors import CheckpointError, ConfigurationError
 from .hub import push_folder
 from .numeric import is_finite
@@ -131,7 +131,7 @@ def push(
 
 
 def _files_to_upload(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Return the sizes of the files that belong to what was saved in a folder, and the names of everything else."""
+    """Return the sizes of the files that belong to what was saved in a folder, and the names of all other files."""
     code = code_named_in(folder, [folder / _CONFIG])
     wanted = recorded_files(folder) | companions_in(folder) | code | {*TERMS, CARD_FILE}
     present = files_in(folder)
@@ -174,10 +174,10 @@ def _check_weights(folder: Path) -> tuple[int, int]:
     """Read every weight file of what was saved in a folder; return the number of its tensors, and their bytes."""
     names = recorded_files(folder)
     for index in (name for name in names if name.endswith(".index.json")):
-        weight_map = read_json(folder / index, "the shard index").get("weight_map") or {}
-        missing = [name for name in sorted({*map(str, weight_map.values())}) if f"{_parent(index)}{name}" not in names]
-        if missing or not weight_map:
-            raise CheckpointError(f"{folder / index} names {missing[0] if missing else 'no files'}, which is missing.")
+        shards = read_shard_index(folder / index, suffix=Path(index.removesuffix(".index.json")).suffix).values()
+        missing = [name for name in sorted(set(shards)) if f"{_parent(index)}{name}" not in names]
+        if missing:
+            raise CheckpointError(f"{folder / index} names {missing[0]}, which is missing.")
     files = sorted(name for name in names if name.endswith(_WEIGHTS))
     if not files:
         raise CheckpointError(f"{folder} holds no weights that its records name.")

@@ -90,10 +90,8 @@ def foreign_names(folder: Path) -> set[str]:
 def refuse_foreign_model(folder: Path) -> None:
     """Refuse to save donors over a model that this package did not save, whose weights the save would delete."""
     folder = folder.expanduser()
-    if not folder.is_dir() or _transplant_in(folder) is not None or began_as_ours(_card_of(folder)):
-        return
     weights = sorted(path.name for path in folder.glob("model*") if _WEIGHTS.fullmatch(path.name))
-    if weights:
+    if weights and not _is_ours(folder):
         raise ConfigurationError(
             f"{folder} holds a model that transplant_hf did not save ({weights[0]}), and saving donors there would "
             "delete its weights. Choose another folder."
@@ -169,8 +167,12 @@ def _model_files(folder: Path) -> set[str]:
 
 def _unrecorded(folder: Path) -> set[str]:
     """The files that a save would replace because of their names, and that no record of ours names."""
-    ours = _transplant_in(folder) is not None or began_as_ours(_card_of(folder))
-    return _replaced(files_in(folder), _own_folders(folder)) - (recorded_files(folder) if ours else set())
+    return _replaced(files_in(folder), _own_folders(folder)) - (recorded_files(folder) if _is_ours(folder) else set())
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether this package saved what is in a folder."""
+    return _transplant_in(folder) is not None or began_as_ours(_card_of(folder))
 
 
 def _card_of(folder: Path) -> str:
