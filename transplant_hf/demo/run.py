@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -18,8 +17,8 @@ from ..errors import CheckpointError
 from ..evaluation import perplexity
 from ..outputs import check_output_folder
 from ..storage import read_json, write_json
-from ..texts import Blocks, pack
-from ..training import train_donor
+from ..texts import Blocks, TextSource, documents, pack
+from ..training import train
 from .texts import write_texts
 
 __all__ = ["DemoReport", "DemoSettings", "run_demo"]
@@ -228,7 +227,7 @@ def _train_tokenizer(texts: Mapping[str, Path], settings: DemoSettings) -> Any:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # so that no text needs an unknown token
         show_progress=False,
     )
-    english, source = ([json.loads(line)["text"] for line in texts[name].open()] for name in _TRAIN_TEXTS)
+    english, source = (list(documents(TextSource(str(texts[f"{name}-train"])))) for name in ("english", "source"))
     tokenizer.train_from_iterator([*english, "\n".join(source)[: sum(map(len, english)) // 3]], trainer=trainer)
     # clean_up_tokenization_spaces would join " ." and "(" to the words before, which is wrong for source code.
     return PreTrainedTokenizerFast(
@@ -240,14 +239,11 @@ def _train_tokenizer(texts: Mapping[str, Path], settings: DemoSettings) -> Any:
     )
 
 
-_TRAIN_TEXTS = ("english-train", "source-train")
-
-
 def _train_donor(
     texts: Mapping[str, Path], settings: DemoSettings, recipient: Path, target: Path, quiet: bool
 ) -> float:
     """Train a donor on Python source, with a quarter of English replayed; return the seconds it took."""
-    report = train_donor(
+    report = train(
         recipient,
         texts["source-train"],
         target,

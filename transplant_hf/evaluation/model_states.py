@@ -84,7 +84,7 @@ def evaluate(
 
 def strength_curve(
     model: Any,
-    texts: Mapping[str, Any],
+    texts: Any,
     strengths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     *,
     names: Sequence[str] | None = None,

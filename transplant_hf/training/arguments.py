@@ -143,7 +143,7 @@ class RecoveryArguments(_PartTrainingArguments):
         cache_prefix: As in `DonorTrainingArguments`.
         prefix_cache_limit: As in `DonorTrainingArguments`.
         prefix_cache_dir: As in `DonorTrainingArguments`.
-        learning_rate: The learning rate of everything except gates.
+        learning_rate: The learning rate of all parts except gates.
         gate_learning_rate: The learning rate of gates.
         neighbours: The old name of `neighbors`.
 
