@@ -86,7 +86,7 @@ def test_a_trained_gate_becomes_the_strength(tiny_llama: Path, tmp_path: Path) -
     strength = made.model.strengths["donor"]
     assert strength != 1.0
     after = logits_of(made.model.eval())
-    made.save_transplant(family / "gated")
+    made.save_model(str(family / "gated"))
     loaded = AutoModelForCausalLM.from_pretrained(family / "gated")
     assert loaded.strengths == {"donor": pytest.approx(strength)}
     assert torch.allclose(logits_of(loaded), after, atol=1e-5)

@@ -14,6 +14,7 @@ from ..errors import ConfigurationError
 
 __all__ = [
     "DonorTrainingArguments",
+    "PartTrainingArguments",
     "RecoveryArguments",
     "default_learning_rate",
     "default_position",
@@ -33,8 +34,8 @@ _LEARNING_RATES = {"in_place": 1e-2, "standalone": 3e-3}
 
 
 @dataclass
-class _PartTrainingArguments(TrainingArguments):
-    """What donor training and recovery share; the subclasses document the fields."""
+class PartTrainingArguments(TrainingArguments):
+    """The fields of both kinds of training, described in `DonorTrainingArguments`."""
 
     block_length: int | None = None
     held_out_blocks: int | None = None
@@ -73,7 +74,7 @@ class _PartTrainingArguments(TrainingArguments):
 
 
 @dataclass
-class DonorTrainingArguments(_PartTrainingArguments):
+class DonorTrainingArguments(PartTrainingArguments):
     """`TrainingArguments` of Transformers with fields for donors, and with defaults from measurements.
 
     Args:
@@ -129,7 +130,7 @@ class DonorTrainingArguments(_PartTrainingArguments):
 
 
 @dataclass
-class RecoveryArguments(_PartTrainingArguments):
+class RecoveryArguments(PartTrainingArguments):
     """`TrainingArguments` of Transformers with fields for recovery.
 
     Args:
@@ -137,12 +138,8 @@ class RecoveryArguments(_PartTrainingArguments):
             (only the norms of both), "gate" (the donor's strength); one or several.
         neighbors: How many recipient layers on either side are neighbors.
         donors: The donors to recover, by name; by default all that are inserted.
-        block_length: Tokens in a block; by default what the recipient can read, at most 1024.
-        held_out_blocks: As in `DonorTrainingArguments`.
-        replay_share: As in `DonorTrainingArguments`.
-        cache_prefix: As in `DonorTrainingArguments`.
-        prefix_cache_limit: As in `DonorTrainingArguments`.
-        prefix_cache_dir: As in `DonorTrainingArguments`.
+        block_length, held_out_blocks, replay_share: As in `DonorTrainingArguments`.
+        cache_prefix, prefix_cache_limit, prefix_cache_dir: As in `DonorTrainingArguments`.
         learning_rate: The learning rate of all parts except gates.
         gate_learning_rate: The learning rate of gates.
         neighbours: The old name of `neighbors`.

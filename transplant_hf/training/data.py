@@ -28,16 +28,7 @@ REPLAYED = "replayed"
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run starts from.
-
-    Args:
-        model: The loaded model.
-        tokenizer: Its tokenizer.
-        commit: The commit, where the model came from the Hub.
-        domain: Blocks of the text to learn.
-        general: Blocks of general text.
-        held_out: The texts to measure on; one, or several by name.
-    """
+    """What a run starts from: a loaded model, its commit on the Hub, and texts as blocks."""
 
     model: Any
     tokenizer: Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..donor import Donor
 from ..errors import ConfigurationError
@@ -18,9 +16,10 @@ from ..layer_map import RECIPIENT, check_position
 from ..model.in_memory import transplant
 from ..partial import stack_of
 from .arguments import DonorTrainingArguments, default_learning_rate, default_position, default_strength
-from .data import read_run, rows_per_step
-from .part_trainer import CachePlan, Part, PartTrainer
+from .data import RunData, rows_per_step
+from .part_trainer import Part
 from .records import note_in_donors, training_record
+from .transplant_trainer import TransplantTrainer
 
 __all__ = ["DonorTrainer"]
 
@@ -28,7 +27,7 @@ __all__ = ["DonorTrainer"]
 _RUN = ("method", "mode", "donor_layers", "start_layers", "init", "distillation", "learning_rate", "seed")
 
 
-class DonorTrainer(PartTrainer):
+class DonorTrainer(TransplantTrainer):
     """Trains a donor, with everything that `Trainer` of Transformers can do.
 
     By default the donor is inserted before the recipient's last layer, starts as the identity, and alone is trained.
@@ -63,26 +62,11 @@ class DonorTrainer(PartTrainer):
         (1, [2])
     """
 
-    label_after = "with donor"  # of the perplexity after training
+    arguments_class = DonorTrainingArguments
+    label_after = "with donor"
 
-    def __init__(
-        self,
-        model: PreTrainedModel | str | os.PathLike[str],
-        args: DonorTrainingArguments,
-        train_dataset: Any,
-        replay_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        revision: str | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not isinstance(args, DonorTrainingArguments):
-            raise ConfigurationError(f"args must be DonorTrainingArguments, got {type(args).__name__}.")
-        args = copy.copy(args)
-        data = read_run(
-            model, args, train_dataset, replay_dataset, eval_dataset, processing_class, revision, model_kwargs
-        )
+    def prepare(self, data: RunData, args: Any) -> tuple[Any, Part, dict[str, Any]]:
+        """Return the recipient with an untrained donor, the part that runs, and what identifies the run."""
         recipient = data.model
         self.donor_name = args.donor_name or (data.domain.name if data.domain.name not in ("", RECIPIENT) else "donor")
         self.held_out_perplexity: Mapping[str, Mapping[str, float | None]] = {}
@@ -95,34 +79,17 @@ class DonorTrainer(PartTrainer):
             args.learning_rate = default_learning_rate(args.method, width)
         transplanted = _with_donor(recipient, args, self.position, self.donor_name, data.commit)
         own = transplanted.layer_map.layers_of(self.donor_name)
-        if args.method == "standalone":
-            part = Part(own, from_embeddings=True, donor=own)
-        else:
-            part = Part(range(own[0], len(transplanted.layer_map)), donor=own)
-        super().__init__(
-            transplanted,
-            args,
-            data.rows(args, mark=bool(args.distillation)),
-            part=part,
-            cache=CachePlan.from_arguments(args),
-            run={
-                "recipient": str(recipient.config.name_or_path),
-                "position": self.position,
-                **{name: getattr(args, name) for name in _RUN},
-                "batch": rows_per_step(args),
-                "dtype": str(recipient.dtype),
-                "torch": torch.__version__,
-            },
-            distillation=args.distillation,
-            eval_dataset=data.held_out,
-            processing_class=data.tokenizer,
-            **kwargs,
-        )
-
-    @property
-    def transplant(self) -> Any:
-        """The recipient with the donor, without wrappers for training."""
-        return self.accelerator.unwrap_model(self.model)
+        alone = args.method == "standalone"
+        part = Part(own if alone else range(own[0], len(transplanted.layer_map)), from_embeddings=alone, donor=own)
+        run = {
+            "recipient": str(recipient.config.name_or_path),
+            "position": self.position,
+            **{name: getattr(args, name) for name in _RUN},
+            "batch": rows_per_step(args),
+            "dtype": str(recipient.dtype),
+            "torch": torch.__version__,
+        }
+        return transplanted, part, run
 
     @property
     def donor(self) -> Donor:
@@ -133,7 +100,7 @@ class DonorTrainer(PartTrainer):
         return donor.replaced(record=record, **self._recommended)
 
     def states_before(self) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
-        """Yield what is measured before training: a label, and a context manager for the state of the model."""
+        """Yield the recipient, other donors included."""
         yield RECIPIENT, self.transplant.disable_transplants(self.donor_name)
 
     def finish(self) -> None:
@@ -141,26 +108,11 @@ class DonorTrainer(PartTrainer):
         self.transplant.set_strength(self.donor_name, self.recommended_strength)
 
     def note_measured(self, held_out: Mapping[str, Mapping[str, float | None]]) -> None:
-        """Record in the donor's metadata what was measured on held-out text.
-
-        Args:
-            held_out: `{text: {state of the model: perplexity}}`.
-        """
+        """Record in the donor's metadata what was measured on held-out text."""
         self.held_out_perplexity = held_out
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the donor repo, as `save_donor` does; inside a run, a checkpoint.
-
-        Args:
-            output_dir: The folder; by default the trainer's own.
-        """
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-        else:
-            self.save_donor(output_dir or str(self.args.output_dir))
-
-    def save_donor(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the donor as a repo that `from_pretrained` and `pipeline` can load.
+    def save(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the donor as a repo that `from_pretrained` and `pipeline` can load; also called `save_donor`.
 
         A donor that was trained beside others is saved with them, as a thin transplant.
 
@@ -168,13 +120,14 @@ class DonorTrainer(PartTrainer):
             folder: The folder.
             **kwargs: As in `Donor.save_pretrained`; position, mode and strength are those of the training.
         """
-        if self.args.should_save and self._has_other_donors:
-            self._finished_transplant().save_pretrained(folder, thin=True, **kwargs)
+        if self._has_other_donors:
+            self._note_run()
+            super().save(folder, **kwargs)
         elif self.args.should_save:
             self.donor.save_pretrained(folder, **{**self._recommended, **kwargs})
 
-    def push_donor(self, repo_id: str, **kwargs: Any) -> Any:
-        """Upload what `save_donor` writes, as one commit.
+    def push(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload what `save` writes, as one commit; also called `push_donor`.
 
         Args:
             repo_id: The repository; created if it does not exist.
@@ -183,20 +136,21 @@ class DonorTrainer(PartTrainer):
         Returns:
             The commit.
         """
-        if not self.args.should_save:
-            return None
         if self._has_other_donors:
-            return self._finished_transplant().push_to_hub(repo_id, thin=True, **kwargs)
-        return self.donor.push_to_hub(repo_id, **{**self._recommended, **kwargs})
+            self._note_run()
+            return super().push(repo_id, **kwargs)
+        return self.donor.push_to_hub(repo_id, **{**self._recommended, **kwargs}) if self.args.should_save else None
+
+    save_donor = save
+    push_donor = push
 
     @property
     def _has_other_donors(self) -> bool:
         return len(self.transplant.transplant_config.donors) > 1
 
-    def _finished_transplant(self) -> Any:
+    def _note_run(self) -> None:
         self.finish()
         note_in_donors(self.transplant, {self.donor_name: training_record(self)})
-        return self.transplant
 
     @property
     def _recommended(self) -> dict[str, Any]:

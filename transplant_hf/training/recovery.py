@@ -6,13 +6,11 @@ its recipient stays pinned.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..donor import Donor
 from ..errors import ConfigurationError
@@ -21,79 +19,49 @@ from ..model.gates import attach_gate, detach_gate
 from ..model.in_memory import transplant
 from ..partial import stack_of
 from .arguments import RecoveryArguments
-from .data import read_run
-from .part_trainer import CachePlan, Part, PartTrainer
+from .data import RunData
+from .part_trainer import Part
 from .records import note_in_donors, versions
+from .transplant_trainer import TransplantTrainer
 
 __all__ = ["RecoveryTrainer"]
 
 _PREFIX = "recovered-"
 
 
-class RecoveryTrainer(PartTrainer):
+class RecoveryTrainer(TransplantTrainer):
     """Trains chosen parts of a transplant for a few steps.
 
     Args:
         model: A transplanted model, or the Hub id or folder of a transplant or donor.
         args: `RecoveryArguments`; not changed.
-        train_dataset: As in `DonorTrainer`.
-        replay_dataset: As in `DonorTrainer`.
-        eval_dataset: As in `DonorTrainer`.
-        processing_class: As in `DonorTrainer`.
-        revision: The revision of a transplant that is named.
-        model_kwargs: Further arguments for loading it.
-        **kwargs: As in `Trainer`.
+        **kwargs: As in `DonorTrainer`.
 
     Raises:
         ConfigurationError: Not a transplant, or nothing to train.
     """
 
-    label_after = "after"  # of the perplexity after training
+    arguments_class = RecoveryArguments
+    save_transplant = TransplantTrainer.save
+    push_transplant = TransplantTrainer.push
 
-    def __init__(
-        self,
-        model: PreTrainedModel | str | os.PathLike[str],
-        args: RecoveryArguments,
-        train_dataset: Any,
-        replay_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        revision: str | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        data = read_run(
-            model, args, train_dataset, replay_dataset, eval_dataset, processing_class, revision, model_kwargs
-        )
+    def prepare(self, data: RunData, args: Any) -> tuple[Any, Part, dict[str, Any]]:
+        """Return the transplant with neighbors as donors, the part that runs, and what identifies the run."""
         self.recovered = _donors_to_recover(data.model, args)
-        prepared = data.model
+        model = data.model
         if {"neighbors", "norms"} & set(args.parts):
-            prepared = _with_neighbors(prepared, self.recovered, args.neighbors)
-        _require_gradients(prepared, args.parts, self.recovered)
+            model = _with_neighbors(model, self.recovered, args.neighbors)
+        _require_gradients(model, args.parts, self.recovered)
         self._gates = list(self.recovered) if "gate" in args.parts else []
-        gates = {id(attach_gate(prepared, name)) for name in self._gates}
-        self._gate_names = {name for name, value in prepared.named_parameters() if id(value) in gates}
-        super().__init__(
-            prepared,
-            args,
-            data.rows(args),
-            part=Part(range(_first_trained(prepared), len(prepared.layer_map))),
-            cache=CachePlan.from_arguments(args),
-            run={
-                "recipient": prepared.transplant_config.recipient,
-                "parts": sorted(args.parts),
-                "donors": self.recovered,
-                "learning_rate": args.learning_rate,
-            },
-            eval_dataset=data.held_out,
-            processing_class=data.tokenizer,
-            **kwargs,
-        )
-
-    @property
-    def transplant(self) -> Any:
-        """The transplanted model, without wrappers for training."""
-        return self.accelerator.unwrap_model(self.model)
+        gates = {id(attach_gate(model, name)) for name in self._gates}
+        self._gate_names = {name for name, value in model.named_parameters() if id(value) in gates}
+        run = {
+            "recipient": model.transplant_config.recipient,
+            "parts": sorted(args.parts),
+            "donors": self.recovered,
+            "learning_rate": args.learning_rate,
+        }
+        return model, Part(range(_first_trained(model), len(model.layer_map))), run
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; afterwards gates are strengths again."""
@@ -104,19 +72,12 @@ class RecoveryTrainer(PartTrainer):
         return output
 
     def states_before(self) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
-        """Yield what is measured before training: a label, and a context manager for the state of the model."""
-        yield RECIPIENT, self.transplant.disable_transplants()
+        """Yield the recipient, and the transplant before it is trained."""
+        yield from super().states_before()
         yield "before", nullcontext()
 
-    def finish(self) -> None:
-        """Nothing is left to do after training."""
-
     def note_measured(self, held_out: Mapping[str, Mapping[str, float | None]]) -> None:
-        """Record in the trained donors what was done, and what was measured on held-out text.
-
-        Args:
-            held_out: `{text: {state of the model: perplexity}}`.
-        """
+        """Record in the trained donors what was done, and what was measured on held-out text."""
         record = {
             "parts": sorted(self.args.parts),
             "steps": self.state.global_step,
@@ -139,25 +100,6 @@ class RecoveryTrainer(PartTrainer):
             groups += [{"params": rest, "weight_decay": self.args.weight_decay}] if rest else []
             self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(*args, **kwargs)
-
-    def save_transplant(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the thin transplant: donors, trained layers of the recipient, and the pinned reference to it.
-
-        Args:
-            folder: The folder.
-            **kwargs: As in the model's `save_pretrained`.
-        """
-        if self.args.should_save:
-            self.transplant.save_pretrained(folder, thin=True, **kwargs)
-
-    def push_transplant(self, repo_id: str, **kwargs: Any) -> Any:
-        """Upload what `save_transplant` writes, as one commit.
-
-        Args:
-            repo_id: The repository; created if it does not exist.
-            **kwargs: As in the model's `push_to_hub`.
-        """
-        return self.transplant.push_to_hub(repo_id, thin=True, **kwargs) if self.args.should_save else None
 
 
 def _donor_names(model: Any) -> list[str]:

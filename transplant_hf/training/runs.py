@@ -18,10 +18,10 @@ from ..layer_map import RECIPIENT
 from ..outputs import check_output_folder
 from ..sources import points_to_folder
 from ..texts import Blocks
-from .arguments import DonorTrainingArguments, RecoveryArguments
 from .checkpoints import checkpoints, last_checkpoint, remove_checkpoints
 from .donor_trainer import DonorTrainer
 from .recovery import RecoveryTrainer
+from .transplant_trainer import TransplantTrainer
 
 __all__ = ["TrainingReport", "recover", "train"]
 
@@ -99,6 +99,7 @@ def train(
     revision: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     push_kwargs: Mapping[str, Any] | None = None,
+    trainer_class: type[TransplantTrainer] = DonorTrainer,
     **arguments: Any,
 ) -> TrainingReport:
     """Train a donor on a text and save it as a donor repo.
@@ -117,6 +118,7 @@ def train(
         revision: The recipient's revision.
         model_kwargs: Further arguments for loading it.
         push_kwargs: Further arguments for the upload.
+        trainer_class: What trains; `recover` passes `RecoveryTrainer`.
         **arguments: Those of `DonorTrainingArguments`; `donor_name` is by default the name of the output.
 
     Returns:
@@ -125,98 +127,33 @@ def train(
     Raises:
         TransplantError: The reason; checkpoints of the training so far are kept.
     """
-    if arguments.get("donor_name") is None:
+    if issubclass(trainer_class, DonorTrainer) and arguments.get("donor_name") is None:
         last = Path(output).absolute().name if output is not None else str(push_to or "").rpartition("/")[2]
         arguments["donor_name"] = last if last not in ("", RECIPIENT) else None
     with _checkpoint_folder(output, push_to, resume, overwrite) as folder:
-        args = DonorTrainingArguments(folder, **arguments)
-        trainer = DonorTrainer(recipient, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs)
-        return _run(trainer, output, push_to, push_kwargs, resume, keep_checkpoints)
-
-
-def recover(
-    transplant: str | os.PathLike[str],
-    text: Any,
-    output: str | os.PathLike[str] | None,
-    *,
-    general: Any = None,
-    held_out: Any = None,
-    push_to: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    keep_checkpoints: bool = False,
-    revision: str | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    push_kwargs: Mapping[str, Any] | None = None,
-    **arguments: Any,
-) -> TrainingReport:
-    """Train chosen parts of a transplant and save it thin.
-
-    Args:
-        transplant: Hub id or folder of a transplant or donor.
-        text: As in `train`.
-        output: As in `train`.
-        general: As in `train`.
-        held_out: As in `train`.
-        push_to: As in `train`.
-        resume: As in `train`.
-        overwrite: As in `train`.
-        keep_checkpoints: As in `train`.
-        revision: The transplant's revision.
-        model_kwargs: Further arguments for loading it.
-        push_kwargs: Further arguments for the upload.
-        **arguments: Those of `RecoveryArguments`.
-
-    Returns:
-        The report.
-
-    Raises:
-        TransplantError: The reason; checkpoints of the training so far are kept.
-    """
-    with _checkpoint_folder(output, push_to, resume, overwrite) as folder:
-        args = RecoveryArguments(folder, **arguments)
-        trainer = RecoveryTrainer(
-            transplant, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs
-        )
-        return _run(trainer, output, push_to, push_kwargs, resume, keep_checkpoints)
-
-
-def _run(
-    trainer: DonorTrainer | RecoveryTrainer,
-    output: str | os.PathLike[str] | None,
-    push_to: str | None,
-    push_kwargs: Mapping[str, Any] | None,
-    resume: bool,
-    keep_checkpoints: bool,
-) -> TrainingReport:
-    """Measure, train, measure, save, and remove the checkpoints of what is saved."""
-    push_kwargs = dict(push_kwargs or {})
-    if push_to is not None:
-        _check_push(trainer.transplant.transplant_config, push_to, push_kwargs.get("token"))
-    trainer.checkpoint_to_resume(resume)
-    held_out: _HeldOut = {}
-    for label, state in trainer.states_before():
-        with state:
-            held_out = _measure(trainer, label, held_out)
-    folder = Path(str(trainer.args.output_dir))
-    if not resume:
-        remove_checkpoints(folder)
-    result = trainer.train(resume_from_checkpoint=resume)
-    trainer.finish()
-    try:
-        held_out = _measure(trainer, trainer.label_after, held_out)
-        trainer.note_measured(_for_record(held_out))
-    finally:  # a measurement that fails loses no training
-        if isinstance(trainer, DonorTrainer):
-            save, push = trainer.save_donor, trainer.push_donor
-        else:
-            save, push = trainer.save_transplant, trainer.push_transplant
-        if output is not None:
-            save(output)
+        args = trainer_class.arguments_class(str(folder), **arguments)
+        trainer = trainer_class(recipient, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs)
         if push_to is not None:
-            push(push_to, **push_kwargs)
-    if not keep_checkpoints:
-        remove_checkpoints(folder)
+            _check_push(trainer.transplant.transplant_config, push_to, (push_kwargs or {}).get("token"))
+        trainer.checkpoint_to_resume(resume)
+        perplexities: _HeldOut = {}
+        for label, state in trainer.states_before():
+            with state:
+                perplexities = _measure(trainer, label, perplexities)
+        if not resume:
+            remove_checkpoints(folder)
+        result = trainer.train(resume_from_checkpoint=resume)
+        trainer.finish()
+        try:
+            perplexities = _measure(trainer, trainer.label_after, perplexities)
+            trainer.note_measured(_for_record(perplexities))
+        finally:  # a measurement that fails loses no training
+            if output is not None:
+                trainer.save(output)
+            if push_to is not None:
+                trainer.push(push_to, **(push_kwargs or {}))
+        if not keep_checkpoints:
+            remove_checkpoints(folder)
     return TrainingReport(
         output=str(output or push_to),
         layer_map=str(trainer.transplant.layer_map),
@@ -227,8 +164,28 @@ def _run(
         trainable_parameters=trainer.trainable_parameters,
         learning_rate=trainer.args.learning_rate,
         strength=dict(trainer.transplant.strengths),
-        held_out=held_out,
+        held_out=perplexities,
     )
+
+
+def recover(
+    transplant: str | os.PathLike[str], text: Any, output: str | os.PathLike[str] | None, **options: Any
+) -> TrainingReport:
+    """Train chosen parts of a transplant and save it thin.
+
+    Args:
+        transplant: Hub id or folder of a transplant or donor.
+        text: The text to learn.
+        output: The folder to write; may be omitted with `push_to`.
+        **options: Those of `train`, and the fields of `RecoveryArguments`.
+
+    Returns:
+        The report.
+
+    Raises:
+        TransplantError: The reason; checkpoints of the training so far are kept.
+    """
+    return train(transplant, text, output, trainer_class=RecoveryTrainer, **options)
 
 
 # -- Before the run --------------------------------------------------------------------------------------------------
@@ -237,7 +194,7 @@ def _run(
 @contextmanager
 def _checkpoint_folder(
     output: str | os.PathLike[str] | None, push_to: str | None, resume: bool, overwrite: bool
-) -> Iterator[str]:
+) -> Iterator[Path]:
     """Yield a folder for checkpoints beside the output; it is removed again if it is empty."""
     if output is None and push_to is None:
         raise ConfigurationError("there is no place for the result: pass an output folder, or a repository to push to.")
@@ -257,7 +214,7 @@ def _checkpoint_folder(
         # A finished run that continues replaces its own result.
         check_artifact_folder(output, overwrite or resume)
     try:
-        yield str(folder)
+        yield folder
     except KeyboardInterrupt as stopped:
         last = last_checkpoint(folder)
         message = "no checkpoint was written, as the first one comes after save_steps (--save-steps) steps"

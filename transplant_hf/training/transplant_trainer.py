@@ -1,0 +1,112 @@
+"""What `DonorTrainer` and `RecoveryTrainer` share: texts and models by name, and thin transplants as results."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import ConfigurationError
+from ..layer_map import RECIPIENT
+from .arguments import PartTrainingArguments
+from .data import RunData, read_run
+from .part_trainer import CachePlan, Part, PartTrainer
+
+__all__ = ["TransplantTrainer"]
+
+
+class TransplantTrainer(PartTrainer):
+    """Trains donors inside a model on text; the arguments are described in `DonorTrainer`."""
+
+    arguments_class: type[PartTrainingArguments] = PartTrainingArguments
+    label_after = "after"  # of the perplexity after training
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | os.PathLike[str],
+        args: PartTrainingArguments,
+        train_dataset: Any,
+        replay_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        revision: str | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, self.arguments_class):
+            raise ConfigurationError(f"args must be {self.arguments_class.__name__}, got {type(args).__name__}.")
+        args = copy.copy(args)
+        data = read_run(
+            model, args, train_dataset, replay_dataset, eval_dataset, processing_class, revision, model_kwargs
+        )
+        prepared, part, run = self.prepare(data, args)
+        super().__init__(
+            prepared,
+            args,
+            data.rows(args, mark=bool(args.distillation)),
+            part=part,
+            cache=CachePlan.from_arguments(args),
+            run=run,
+            distillation=args.distillation,
+            eval_dataset=data.held_out,
+            processing_class=data.tokenizer,
+            **kwargs,
+        )
+
+    def prepare(self, data: RunData, args: Any) -> tuple[Any, Part, dict[str, Any]]:
+        """Return the model to train, the part of it that runs, and what must be equal in a run that is resumed."""
+        raise NotImplementedError
+
+    @property
+    def transplant(self) -> Any:
+        """The transplanted model, without wrappers for training."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def states_before(self) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
+        """Yield what is measured before training: a label, and a context manager for the state of the model."""
+        yield RECIPIENT, self.transplant.disable_transplants()
+
+    def finish(self) -> None:
+        """Bring the model into the state in which it is measured and saved."""
+
+    def note_measured(self, held_out: Mapping[str, Mapping[str, float | None]]) -> None:
+        """Record in the donors' metadata what was measured on held-out text.
+
+        Args:
+            held_out: `{text: {state of the model: perplexity}}`.
+        """
+        raise NotImplementedError
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the result, as `save` does; inside a run, a checkpoint.
+
+        Args:
+            output_dir: The folder; by default the trainer's own.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+        else:
+            self.save(output_dir or str(self.args.output_dir))
+
+    def save(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the thin transplant: its donors, and the pinned reference to the recipient.
+
+        Args:
+            folder: The folder.
+            **kwargs: As in the model's `save_pretrained`.
+        """
+        if self.args.should_save:
+            self.transplant.save_pretrained(folder, thin=True, **kwargs)
+
+    def push(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload what `save` writes, as one commit.
+
+        Args:
+            repo_id: The repository; created if it does not exist.
+            **kwargs: As in the model's `push_to_hub`.
+        """
+        return self.transplant.push_to_hub(repo_id, thin=True, **kwargs) if self.args.should_save else None
