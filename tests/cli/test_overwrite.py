@@ -147,7 +147,7 @@ def test_resuming_is_no_overwriting(family: Path, run: Run) -> None:
     words = [*train(family), "--save-steps", 1]
     script = (
         "import os, sys\nfrom transplant_hf.cli import main\nfrom transplant_hf.training import DonorTrainer\n"
-        "DonorTrainer.save_donor = lambda *args, **kwargs: os._exit(7)\nmain(sys.argv[1:])\n"
+        "DonorTrainer.save = lambda *args, **kwargs: os._exit(7)\nmain(sys.argv[1:])\n"
     )
     assert subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True).returncode == 7
     assert (family / "out.training" / "checkpoint-2").is_dir() and not (family / "out").exists()
