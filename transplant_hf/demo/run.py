@@ -166,7 +166,7 @@ def train_recipient(texts: Mapping[str, Path], settings: DemoSettings, target: P
     """Pretrain a small Llama on English with Transformers' own `Trainer`."""
     from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
-    from ..training.part_trainer import StderrProgress
+    from ..training.progress import StderrProgress
 
     tokenizer = _train_tokenizer(texts, settings)
     config = LlamaConfig(

@@ -19,7 +19,7 @@ from ..architecture import decoder_stack, eval_mode, find_stack
 from ..errors import CompatibilityError, ConfigurationError
 from ..model.strength import is_entrance
 
-__all__ = ["PREFIX_STATES", "PartialRun", "hidden_argument", "running_only", "stack_of"]
+__all__ = ["PREFIX_STATES", "PartialRun", "hidden_argument", "replace_forward", "running_only", "stack_of"]
 
 # The keyword argument with the hidden state that enters the first running layer.
 PREFIX_STATES = "prefix_states"
@@ -174,18 +174,23 @@ def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torc
     return kwargs["hidden_states"], lambda states: (args, {**kwargs, "hidden_states": states})
 
 
-def _leave_out(layer: nn.Module, form: _Form) -> Callable[[], None]:
-    """Let a layer return its hidden state; returns a function that undoes it."""
-    own = vars(layer).get("forward")
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Replace the forward method of one module; returns a function that undoes it."""
+    own = vars(module).get("forward")
 
     def undo() -> None:
         if own is None:
-            del layer.forward
+            del module.forward
         else:
-            layer.forward = own
+            module.forward = own
 
-    layer.forward = lambda *args, **kwargs: form(hidden_argument(args, kwargs)[0])
+    module.forward = forward
     return undo
+
+
+def _leave_out(layer: nn.Module, form: _Form) -> Callable[[], None]:
+    """Let a layer return its hidden state; returns a function that undoes it."""
+    return replace_forward(layer, lambda *args, **kwargs: form(hidden_argument(args, kwargs)[0]))
 
 
 def _output_forms(model: PreTrainedModel, stack: nn.ModuleList) -> list[_Form]:

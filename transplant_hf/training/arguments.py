@@ -44,6 +44,7 @@ class PartTrainingArguments(TrainingArguments):
     prefix_cache_limit: str = "20GB"
     prefix_cache_dir: str | None = None
     distillation: float = 0.0
+    loss_chunk: int | None = None
     lr_scheduler_type: Any = field(default="cosine")
     warmup_steps: float = field(default=0.05)
     save_total_limit: int | None = field(default=2)
@@ -70,6 +71,8 @@ class PartTrainingArguments(TrainingArguments):
                 raise ConfigurationError(f"{name} must be at least 1, got {count}.")
         if not 0.0 <= self.replay_share < 1.0:
             raise ConfigurationError(f"replay_share must be at least 0 and below 1, got {self.replay_share}.")
+        if self.loss_chunk is not None and self.loss_chunk < 0:
+            raise ConfigurationError(f"loss_chunk must be at least 0, got {self.loss_chunk}.")
         parse_size(self.prefix_cache_limit, "prefix_cache_limit")
 
 
@@ -95,6 +98,8 @@ class DonorTrainingArguments(PartTrainingArguments):
             "disk", "off", or "auto": in memory up to one GiB, otherwise on disk.
         prefix_cache_limit: The largest size of that cache, such as "20GB" or "20GiB".
         prefix_cache_dir: Where to keep the cache on disk; by default in the output folder, removed after training.
+        loss_chunk: Tokens whose logits are in memory at one time; by default as many as take 128 MiB in float32, where
+            the loss can be computed so; 0 for the model's own loss.
         strength: The strength that the donor's repo recommends; by default 1, or 0.75 without general text.
         learning_rate: By default the best measured for the method, in proportion to 1 / width.
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,25 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
 
 from ..architecture import eval_mode
-from ..display import parse_size, progress_bar
+from ..display import parse_size
 from ..errors import CompatibilityError, ConfigurationError, TrainingError
 from ..partial import PREFIX_STATES, PartialRun, fill_cache, running_only, stack_of
 from .checkpoints import check_same_run, last_checkpoint, load_trained, save_trained, trained_parameters
+from .chunked_loss import ChunkedLoss, check_liger, reason_against, tokens_per_chunk
 from .data import REPLAYED, Rows, rows_per_step
+from .progress import StderrProgress
 
-__all__ = ["CachePlan", "Part", "PartTrainer", "StderrProgress"]
+__all__ = ["CachePlan", "Part", "PartTrainer"]
 
 _IN_MEMORY = 1 << 30  # bytes of a cache that "auto" keeps in memory
 _TOLERANCE = 1e-3
+_LOSS_ONLY = "loss_only"  # marks a batch of an evaluation that needs no logits
+_NOT_IN_CHUNKS = "the loss cannot be computed in chunks (loss_chunk): {}. Leave loss_chunk out."
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ class PartTrainer(Trainer):
         inner: The model inside `model`, where that is a wrapper such as PEFT's.
         run: What must be equal in a run that is resumed.
         distillation: Weight of the divergence from the untouched recipient.
+        loss_chunk: Tokens whose logits are in memory at one time; by default as many as take 128 MiB in float32, where
+            the loss can be computed so; 0 for the model's own loss.
         **kwargs: As in Transformers.
     """
 
@@ -120,6 +126,7 @@ class PartTrainer(Trainer):
         inner: Any = None,
         run: Mapping[str, Any] | None = None,
         distillation: float = 0.0,
+        loss_chunk: int | None = None,
         **kwargs: Any,
     ) -> None:
         if args.push_to_hub:
@@ -127,6 +134,8 @@ class PartTrainer(Trainer):
                 "push_to_hub=True would upload checkpoints, which nobody can load. Train, then call push_donor(repo) "
                 "or the model's push_to_hub(repo, thin=True)."
             )
+        self.inner = inner if inner is not None else model
+        check_liger(args, self.inner.config.model_type, distillation)
         kwargs.setdefault("data_collator", default_data_collator)
         args = copy.copy(args)
         args.max_steps = len(rows) // rows_per_step(args)
@@ -143,9 +152,16 @@ class PartTrainer(Trainer):
         self.add_callback(self._progress)
         self.rows = rows
         self.part = part
-        self.inner = inner if inner is not None else model
         self.cache_plan = cache or CachePlan()
         self.distillation = distillation
+        self._chunked: ChunkedLoss | None = None
+        self._chunk_chosen, self._chunked_checked = bool(loss_chunk), False
+        reason = reason_against(self)
+        if reason is not None and loss_chunk:
+            raise ConfigurationError(_NOT_IN_CHUNKS.format(reason))
+        if reason is None and loss_chunk != 0:
+            vocab_size = self.inner.config.get_text_config(decoder=True).vocab_size
+            self._chunked = ChunkedLoss(self.inner, tokens_per_chunk(vocab_size, loss_chunk), self.accelerator.autocast)
         self.cache_seconds = 0.0
         self._run = {**rows.described(), **dict(run or {}), "max_steps": args.max_steps}
         if rows.share:
@@ -291,12 +307,40 @@ class PartTrainer(Trainer):
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
         inputs = dict(inputs)
         replayed = inputs.pop(REPLAYED, None)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss_only = inputs.pop(_LOSS_ONLY, model.training and not return_outputs)
+        chunked = self._chunked_loss(model, inputs) if loss_only else None
+        reference = None
         if self.distillation and self._running is not None and self.part is not None and model.training:
+            plain = {name: value for name, value in inputs.items() if name != "labels"}
             with torch.no_grad(), self._running.without(self.part.donor):
-                reference = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
-            loss = loss + self.distillation * _divergence(reference, outputs["logits"], replayed)
+                reference = chunked.hidden_states(model, plain) if chunked else model(**plain).logits
+        call: Any = partial(chunked, model, reference=reference, rows=replayed) if chunked else model
+        loss, outputs = super().compute_loss(call, inputs, True, num_items_in_batch)
+        if reference is not None:
+            divergence = outputs["divergence"] if chunked else _divergence(reference, outputs["logits"], replayed)
+            # With the number of items known, the loss is the batch's share of the mean over all accumulated batches.
+            share = num_items_in_batch is not None and self.model_accepts_loss_kwargs
+            loss = loss + self.distillation * divergence / (self.current_gradient_accumulation_steps if share else 1)
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate one batch; see `Trainer.prediction_step`."""
+        inputs = {**inputs, _LOSS_ONLY: True} if prediction_loss_only else inputs
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    def _chunked_loss(self, model: Any, inputs: Mapping[str, Any]) -> ChunkedLoss | None:
+        """Return how to compute the loss of a batch in chunks, or None for the model's own loss."""
+        labels = inputs.get("labels")
+        if self._chunked is None or labels is None or labels.numel() <= self._chunked.chunk:
+            return None
+        if not self._chunked_checked:
+            known = {**inputs, "num_items_in_batch": 1} if self.model_accepts_loss_kwargs else inputs
+            reason = self._chunked.difference(model, known)
+            self._chunked_checked = True
+            if reason is not None and self._chunk_chosen:
+                raise ConfigurationError(_NOT_IN_CHUNKS.format(reason))
+            self._chunked = None if reason is not None else self._chunked
+        return self._chunked
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute one loss and its gradients; see `Trainer.training_step`.
@@ -338,39 +382,6 @@ class PartTrainer(Trainer):
     def trainable_parameters(self) -> int:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in trained_parameters(self.model).values())
-
-
-class StderrProgress(TrainerCallback):
-    """A progress bar on standard error with the last loss; standard output is for results."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-        self._bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar."""
-        quiet = self._quiet or not state.is_world_process_zero
-        self._bar = progress_bar(state.max_steps, "Training", unit="step", quiet=quiet)
-        self._bar.update(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance the bar."""
-        self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the last loss."""
-        if self._bar is not None and "loss" in (logs or {}):
-            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        self.close()
-
-    def close(self) -> None:
-        """Close the bar, also after an error."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 def _divergence(reference: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

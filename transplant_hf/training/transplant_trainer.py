@@ -52,6 +52,7 @@ class TransplantTrainer(PartTrainer):
             cache=CachePlan.from_arguments(args),
             run=run,
             distillation=args.distillation,
+            loss_chunk=args.loss_chunk,
             eval_dataset=data.held_out,
             processing_class=data.tokenizer,
             **kwargs,
