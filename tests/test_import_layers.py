@@ -24,7 +24,6 @@ MODULES = (
     "layer_map",  # up to here pure: what reads or writes files stands to the right
     "storage",
     "cards",  # model cards, from facts that others hand over
-    "outputs",
     "sources",
     "hub",
     "architecture",

@@ -17,18 +17,6 @@ from .errors import ConfigurationError
 from .numeric import consecutive_layers, finite_number, is_whole, shown, whole_number
 from .recipient_fields import OWN_FIELDS, RecipientFields, checked_overrides
 
-__all__ = [
-    "FORMAT_VERSION",
-    "OVERRIDES_FORMAT",
-    "SIDE_BY_SIDE",
-    "STACKED",
-    "DonorSpec",
-    "TransplantConfig",
-    "check_composition",
-    "check_format_version",
-    "donor_specs",
-]
-
 FORMAT_VERSION = 1
 # The format of a `config.json` with `recipient_overrides`: releases that do not know the field must not ignore it.
 OVERRIDES_FORMAT = 2
@@ -211,12 +199,7 @@ def _default_name(donor: str, subfolder: str | None) -> str:
 
 
 def donor_specs(donors: Any) -> list[DonorSpec]:
-    """Return the specs of donors that are named in any accepted way.
-
-    Example:
-        >>> [spec.position for spec in donor_specs({"user/law": 2, "user/code": None})]
-        [2, None]
-    """
+    """Return the specs of donors that are named in any accepted way."""
     if donors is None:
         return []
     if isinstance(donors, Mapping) and not isinstance(donors.get("donor"), str):

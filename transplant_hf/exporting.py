@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Mxfp4Config, PreTrainedConfig, PreTrainedModel  # type: ignore[attr-defined]
@@ -28,9 +28,12 @@ from .model.load_request import LoadRequest, read_request, recipient_of
 from .model.native_methods import recipient_class
 from .model.surface import transplant_class
 from .numeric import is_finite
-from .sources import HubOptions, locate, points_to_folder, reading
+from .sources import HubArguments, HubOptions, locate, points_to_folder, reading
 from .splice import Blueprint
 from .storage import publish, sha256_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Export", "export"]
 
@@ -115,9 +118,7 @@ def export(
     composition: str | None = None,
     license: str | None = None,
     revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | None = None,
-    local_files_only: bool = False,
+    **hub_kwargs: Unpack[HubArguments],
 ) -> Export:
     """Write a transplant as a plain checkpoint that loads without this package.
 
@@ -136,9 +137,7 @@ def export(
         composition: "stacked" or "side_by_side"; by default as the source says.
         license: The license that the card names; by default the one that recipient and donors agree on.
         revision: The source's branch, tag or commit.
-        token: As in `from_pretrained`.
-        cache_dir: As in `from_pretrained`.
-        local_files_only: As in `from_pretrained`.
+        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `from_pretrained`.
 
     Returns:
         What was written.
@@ -168,7 +167,7 @@ def export(
     dtype = _checked_dtype(dtype)
     if license is not None:
         check_license(license)
-    hub = HubOptions(token, cache_dir, local_files_only)
+    hub = HubOptions(**hub_kwargs)
     request = read_request(source, donors=donors, revision=revision, hub=hub)
     recipient = recipient_of(request, hub)
     _refuse_adapters(request, recipient)

@@ -10,21 +10,10 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig
 
-__all__ = ["BASE", "CAUSAL_LM", "HEADS", "Head", "auto_classes", "auto_classes_for", "head_of", "model_mapping"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A head, or no head.
-
-    Args:
-        auto_class: The name of the Auto class of models with this head.
-        task: The pipeline for such a model, for model cards.
-
-    Example:
-        >>> Head("AutoModelForCausalLM").loader
-        'TransplantForCausalLM'
-    """
+    """A head, or no head."""
 
     auto_class: str
     task: str | None = None

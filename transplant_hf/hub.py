@@ -17,8 +17,6 @@ from .errors import ConfigurationError, HubError
 from .sources import hub_errors
 from .storage import sha256_of
 
-__all__ = ["check_can_push", "push_folder"]
-
 logger = logging.get_logger(__name__)
 
 # What the Hub answers when the branch has moved on since its files were read.

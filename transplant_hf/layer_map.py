@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 from .errors import ConfigurationError
 from .numeric import whole_number
 
-__all__ = ["RECIPIENT", "LayerMap", "Placement", "Slot", "Splice", "Stage", "check_position", "paper_layers"]
-
 RECIPIENT = "recipient"
 
 
@@ -117,14 +115,7 @@ class LayerMap(tuple[Slot, ...]):
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A donor and its position.
-
-    Args:
-        name: The donor's name in this transplant.
-        position: Recipient layers that run before it, 0..L.
-        layer_indices: The donor layers' indices in the donor's source model, k of them.
-        replaces: Whether it replaces recipient layers position .. position+k-1.
-    """
+    """A donor and its position."""
 
     name: str
     position: int
@@ -139,16 +130,10 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A layer that the model holds, and when it runs.
-
-    Args:
-        slot: Where it came from.
-        donor_layer: Its number inside the donor, 0..k-1; `None` for a recipient layer.
-        replaced_by: The donor that replaces this recipient layer, if any.
-    """
+    """A layer that the model holds, and when it runs."""
 
     slot: Slot
-    donor_layer: int | None = None
+    donor_layer: int | None = None  # its number inside the donor; `None` for a recipient layer
     replaced_by: str | None = None
 
     def runs(self, disabled: Collection[str]) -> bool:
@@ -159,22 +144,7 @@ class Stage:
 
 
 class Splice:
-    """A recipient of L layers with donors in place.
-
-    Args:
-        num_layers: L.
-        placements: The donors; those at one position run in this order.
-
-    Raises:
-        ConfigurationError: A position outside 0..L, a replacement that reaches past the end, or two that overlap.
-
-    Example:
-        >>> splice = Splice(3, [Placement("law", 1, (4, 5))])
-        >>> splice.layer_map() == (("recipient", 0), ("law", 4), ("law", 5), ("recipient", 1), ("recipient", 2))
-        True
-        >>> len(splice.layer_map(disabled={"law"}))
-        3
-    """
+    """A recipient of L layers with donors in place."""
 
     def __init__(self, num_layers: int, placements: Sequence[Placement]) -> None:
         self.num_layers = num_layers
@@ -230,12 +200,7 @@ class Splice:
 def check_position(
     position: Any, num_layers: int, *, recipient: str = "", donor: str | None = None, replaced: int = 0
 ) -> int:
-    """Return a position as an integer, or refuse one that the recipient does not have.
-
-    Example:
-        >>> check_position(12, 12)
-        12
-    """
+    """Return a position as an integer, or refuse one that the recipient does not have."""
     what = "position" if donor is None else f"position of donor {donor!r}"
     found, known = whole_number(position, what), f"recipient {recipient}" if recipient else "the recipient"
     what = what.replace("position", f"position {found}", 1)
@@ -255,12 +220,7 @@ def check_position(
 
 
 def paper_layers(num_layers: int, count: int = 3) -> range:
-    """Return the layers that the paper uses for a donor: `count` layers, starting at a third of the model.
-
-    Example:
-        >>> list(paper_layers(12)), list(paper_layers(22, count=4))
-        ([4, 5, 6], [7, 8, 9, 10])
-    """
+    """Return the layers that the paper uses for a donor: `count` layers, starting at a third of the model."""
     if not 1 <= count <= num_layers:
         raise ConfigurationError(f"a donor of {count} layers cannot be extracted from a model of {num_layers} layers.")
     start = min(num_layers // 3, num_layers - count)

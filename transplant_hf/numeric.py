@@ -11,17 +11,6 @@ from .errors import ConfigurationError
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "consecutive_layers",
-    "finite_number",
-    "is_finite",
-    "is_number",
-    "is_whole",
-    "plain_number",
-    "shown",
-    "whole_number",
-]
-
 _MAX = 1 << 63  # a larger number is never a count, and Python does not print one of thousands of digits
 _MAX_SHOWN = 200
 
@@ -37,13 +26,7 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of any shape and type holds neither NaN nor infinity; nothing of its size is allocated.
-
-    Example:
-        >>> import torch
-        >>> is_finite(torch.tensor([1.0, 2.0])), is_finite(torch.tensor([1.0, float("nan")]))
-        (True, False)
-    """
+    """Whether a tensor of any shape and type holds neither NaN nor infinity; nothing of its size is allocated."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     if tensor.element_size() == 1:  # float8 has no reductions
@@ -60,13 +43,7 @@ def plain_number(value: Any) -> Any:
 
 
 def whole_number(value: Any, what: str) -> int:
-    """Return a whole number of any library as an `int`.
-
-    Example:
-        >>> import torch
-        >>> whole_number(torch.tensor(3), "position")
-        3
-    """
+    """Return a whole number of any library as an `int`."""
     found = plain_number(value)
     if not is_whole(found):
         raise ConfigurationError(f"{what} must be a whole number, got {shown(value)}.")
@@ -74,12 +51,7 @@ def whole_number(value: Any, what: str) -> int:
 
 
 def finite_number(value: Any, what: str) -> float:
-    """Return a finite number of any library as a `float`.
-
-    Example:
-        >>> finite_number(2, "strength")
-        2.0
-    """
+    """Return a finite number of any library as a `float`."""
     found = plain_number(value)
     if not is_number(found):
         raise ConfigurationError(f"{what} must be a finite number, got {shown(value)}.")
@@ -87,12 +59,7 @@ def finite_number(value: Any, what: str) -> float:
 
 
 def consecutive_layers(values: Any, what: str, example: str = "[4, 5, 6]") -> list[int]:
-    """Return consecutive layer numbers as a list.
-
-    Example:
-        >>> consecutive_layers(range(4, 6), "layers")
-        [4, 5]
-    """
+    """Return consecutive layer numbers as a list."""
     several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
     several = several and getattr(values, "ndim", None) != 0
     numbers: list[Any] = [plain_number(value) for value in values] if several else [None]

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigurationError
-from .outputs import check_output_file
-from .storage import writing
+from .storage import check_output_file, writing
 
 if TYPE_CHECKING:
     from .comparison import ComparisonReport, RunResult

@@ -12,8 +12,6 @@ from transformers import PreTrainedConfig
 
 from .errors import BUILD_ERRORS, ConfigurationError
 
-__all__ = ["OWN_FIELDS", "RecipientFields", "checked_overrides", "is_settable"]
-
 # The fields of a transplant's own configuration. Every other field is one of the recipient's configuration.
 OWN_FIELDS = {
     *("recipient", "recipient_revision", "recipient_overrides", "donors", "format_version", "composition"),

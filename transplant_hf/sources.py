@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -30,18 +30,6 @@ from .storage import writing
 # on the client's version.
 _HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 
-__all__ = [
-    "HubOptions",
-    "Source",
-    "commit_of",
-    "for_transformers",
-    "hub_errors",
-    "locate",
-    "points_to_folder",
-    "reading",
-    "revision_for",
-]
-
 
 class _Bar(tqdm):
     """The client's progress bar, shown after one second: the client also shows one if nothing is downloaded."""
@@ -57,9 +45,18 @@ class _Bar(tqdm):
         return None
 
 
+class HubArguments(TypedDict, total=False):
+    """Keyword arguments of every function that reads from the Hub; they mean what they mean in `from_pretrained`."""
+
+    token: str | bool | None
+    cache_dir: str | None
+    local_files_only: bool
+    force_download: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class HubOptions:
-    """How to reach the Hub; the fields mean what they mean in `from_pretrained`."""
+    """How to reach the Hub: `HubArguments` with their defaults."""
 
     token: str | bool | None = None
     cache_dir: str | None = None
@@ -81,18 +78,11 @@ class HubOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A folder of files, and where they came from.
+    """A folder of files, and where they came from."""
 
-    Args:
-        reference: What the user wrote: a Hub id or a folder.
-        folder: Where the files are now.
-        revision: The commit; `None` for a plain folder.
-        subfolder: The folder inside the repository that is meant.
-    """
-
-    reference: str
+    reference: str  # what the user wrote: a Hub id or a folder
     folder: Path
-    revision: str | None = None
+    revision: str | None = None  # the commit; `None` for a plain folder
     subfolder: str | None = None
 
     @property

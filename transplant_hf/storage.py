@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import dataclasses
 import errno
 import glob
 import hashlib
@@ -14,11 +16,13 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers.utils import logging
 
@@ -26,8 +30,6 @@ from .errors import CheckpointError, ConfigurationError
 
 if sys.platform != "win32":
     import fcntl
-
-__all__ = ["files_in", "publish", "read_json", "sha256_of", "write_json", "writing"]
 
 logger = logging.get_logger(__name__)
 
@@ -58,6 +60,73 @@ def sha256_of(path: Path) -> str:
             for start in range(0, len(view), _HASH_STEP):
                 digest.update(view[start : start + _HASH_STEP])
     return digest.hexdigest()
+
+
+# A process remembers the files that it hashed. For files in the cache of the Hub client, a stamp beside the file lets
+# other processes know what the file was like when it was hashed. No stamp is read or written outside that cache, where
+# others could have put both the file and the stamp.
+_STAMP = ".verified"
+
+
+@dataclasses.dataclass(frozen=True)
+class _FileState:
+    """What changes when a file is changed or replaced."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> _FileState:
+        stat = path.stat()
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+_hashed: dict[Path, tuple[_FileState, str]] = {}
+
+
+def verified_sha256(path: Path) -> str:
+    """Return the sha256 of a file, which is hashed only if that is not known of the file as it is."""
+    state, stamp = _FileState.of(path), _stamp_of(path)
+    known = _hashed.get(path) or (_read_stamp(stamp) if stamp is not None else None)
+    if known is not None and known[0] == state:
+        return known[1]
+    sha256 = sha256_of(path)
+    if _FileState.of(path) == state:  # else it was changed meanwhile
+        _hashed[path] = (state, sha256)
+        if stamp is not None:
+            _write_stamp(stamp, state, sha256)
+    return sha256
+
+
+def _stamp_of(path: Path) -> Path | None:
+    """The stamp of a file of the cache: beside the blob that a snapshot links to."""
+    cache, blob = Path(constants.HF_HUB_CACHE).resolve(), path.resolve()
+    inside = blob.relative_to(cache).parts if path.is_symlink() and blob.is_relative_to(cache) else ()
+    is_blob = len(inside) == 3 and "--" in inside[0] and inside[1] == "blobs"
+    return blob.with_name(blob.name + _STAMP) if is_blob else None
+
+
+def _read_stamp(stamp: Path) -> tuple[_FileState, str] | None:
+    try:
+        fields = json.loads(stamp.read_text("utf-8"))
+        return _FileState(**{name: int(value) for name, value in fields["file"].items()}), str(fields["sha256"])
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):  # none, or not a whole one
+        return None
+
+
+def _write_stamp(stamp: Path, state: _FileState, sha256: str) -> None:
+    """Write a stamp in one step; without a stamp, the next process hashes the file again."""
+    with contextlib.suppress(OSError):
+        descriptor, temporary = tempfile.mkstemp(dir=stamp.parent, prefix=stamp.name)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump({"sha256": sha256, "file": dataclasses.asdict(state)}, file)
+            os.replace(temporary, stamp)
+        except OSError:
+            os.unlink(temporary)
+            raise
 
 
 def files_in(folder: Path) -> set[str]:
@@ -261,3 +330,57 @@ def _set_usual_modes(folder: Path) -> None:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
+
+
+_MAX_NAMES = 3
+
+
+def check_output_folder(
+    folder: str | os.PathLike[str],
+    overwrite: bool,
+    unrecorded: Callable[[Path], Collection[str]] = lambda folder: (),
+) -> None:
+    """Refuse a folder that is not empty, before any work is done."""
+    path = Path(folder).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ConfigurationError(f"{folder} is a file; choose a folder to write into.")
+    _check_writable(path)
+    names = [inner.name for inner in path.iterdir()] if path.is_dir() else []
+    if names and not overwrite:
+        raise ConfigurationError(
+            f"{folder} is not empty: it holds {some_of(names)}. Choose another folder, or pass overwrite=True "
+            "(--overwrite), which replaces what transplant_hf wrote there and keeps other files."
+        )
+    foreign = sorted(unrecorded(path)) if names else []
+    if foreign:
+        raise ConfigurationError(
+            f"{folder} holds {some_of(foreign)}, which transplant_hf has no record of writing and which would be lost. "
+            "Choose another folder, or move these files away."
+        )
+
+
+def check_output_file(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Refuse a file that exists, before any work is done."""
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ConfigurationError(f"{path} is a folder; name a file to write.")
+    if file.exists() and not overwrite:
+        raise ConfigurationError(f"{path} exists. Choose another name, or pass overwrite=True (--overwrite).")
+    _check_writable(file)
+
+
+def some_of(names: Collection[str]) -> str:
+    """Return the first few names for a message."""
+    listed = ", ".join(sorted(names)[:_MAX_NAMES])
+    return listed if len(names) <= _MAX_NAMES else f"{listed} and {len(names) - _MAX_NAMES} more"
+
+
+def _check_writable(path: Path) -> None:
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not (nearest.is_dir() or nearest == path):
+        raise ConfigurationError(f"cannot write {path}: {nearest} is a file. Choose another place.")
+    if not os.access(nearest, os.W_OK | (os.X_OK if nearest.is_dir() else 0)):
+        raise ConfigurationError(
+            f"cannot write {path}: {nearest} is read-only, or permission is denied. Choose another place, or change "
+            "who may write there."
+        )

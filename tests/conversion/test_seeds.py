@@ -15,8 +15,7 @@ from tests.helpers import BUILDERS, layers_of, logits_of, plain, refused, write_
 from tests.pt_files.crafted import bits, saved
 from transplant_hf import AutoModelWithTransplant, CheckpointError, Donor
 from transplant_hf.architecture import Anatomy, native_class
-from transplant_hf.conversion import SEEDS, convert, convert_seeds
-from transplant_hf.conversion.seeds import Seed
+from transplant_hf.conversion import SEEDS, Seed, convert, convert_seeds
 
 KINDS = {"gpt2": "gpt2", "tinyllama": "llama", "gptoss": "gpt_oss"}
 COUNTS = {"gpt2": {"n_layer": 12}, "tinyllama": {"num_hidden_layers": 22}, "gptoss": {"num_hidden_layers": 24}}

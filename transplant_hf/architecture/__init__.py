@@ -1,15 +1,13 @@
 """Find, describe and compare decoder layers, and the configuration that builds them: by looking."""
 
 from .anatomy import Anatomy
-from .classes import native_class
-from .context import choose_block_length, max_context_length
+from .context import choose_block_length, eval_mode, max_context_length
 from .gguf import check_gguf_reader, config_of_weights, forget_gguf, is_quantized, was_gguf
 from .identity import output_projections, projections_of_layers, zero_output_projections
-from .modes import eval_mode
 from .names import LayerNames, LayerTensorName
 from .native import LayerOrigin, SplicedConfig, build_failure, first_candidate, layer_differences, splice_config
 from .overrides import apply_overrides
-from .recipient import Recipient, open_recipient
+from .recipient import Recipient, native_class, open_recipient
 from .stack import decoder_stack, find_stack, text_config, unwrapped
 
 __all__ = [

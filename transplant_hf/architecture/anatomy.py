@@ -9,27 +9,19 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import CompatibilityError
-from .build import BUILD_ERRORS, build_on_meta
+from ..errors import BUILD_ERRORS, CompatibilityError
+from .build import build_on_meta
 from .fingerprint import Fingerprint, Standing, fingerprint
 from .stack import decoder_stack, find_stack
-
-__all__ = ["Anatomy"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Anatomy:
-    """The structure of a model, built on the meta device.
-
-    Args:
-        model_class: The native class.
-        config: Its configuration.
-        what: Its name in messages: "recipient X" or "donor Y".
-    """
+    """The structure of a model, built on the meta device."""
 
     model_class: Any
     config: PreTrainedConfig
-    what: str = "model"
+    what: str = "model"  # "recipient X" or "donor Y" in messages
 
     @cached_property
     def model(self) -> PreTrainedModel:

@@ -20,19 +20,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import BUILD_ERRORS
-
-__all__ = [
-    "BUILD_ERRORS",
-    "build_on_meta",
-    "build_random",
-    "construction",
-    "initialize",
-    "inner_models",
-    "settle",
-    "thread_contexts",
-]
-
 # The dtype of the model that this context builds; unset outside.
 _dtype: ContextVar[torch.dtype] = ContextVar("transplant_hf_dtype")
 

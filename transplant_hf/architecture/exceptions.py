@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["COMPLETIONS", "FIRST_STAYS_FIRST", "REFUSALS", "REWRITES", "ROWS_APART", "SEVERAL_STREAMS"]
-
 Fields = dict[str, Any]
 
 # Layers that cannot be moved alone, recognized by a field of the configuration. They are refused before weights are

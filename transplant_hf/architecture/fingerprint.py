@@ -19,17 +19,6 @@ from transformers import PreTrainedConfig
 
 from ..numeric import is_whole
 
-__all__ = [
-    "Fingerprint",
-    "Standing",
-    "differences",
-    "fingerprint",
-    "is_layer_number",
-    "is_structure",
-    "module_attributes",
-    "plain",
-]
-
 Fingerprint = dict[str, Any]
 
 _LAYER_NUMBER = re.compile(r"(layer|block|decoder|depth)_?(idx|id|index|number|num|i)$|^(idx|index|layer|i)$", re.I)

@@ -15,12 +15,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..errors import BUILD_ERRORS
 from ..numeric import is_whole
-from .build import BUILD_ERRORS
 from .exceptions import COMPLETIONS, REWRITES
 from .stack import text_config
-
-__all__ = ["ConfigOrigin", "Follower", "is_rule", "stale_lists"]
 
 Fields = dict[str, Any]
 
@@ -40,13 +38,7 @@ def is_rule(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class ConfigOrigin:
-    """The configuration of one running layer.
-
-    Args:
-        config: The full configuration of the layer's source model.
-        index: The layer's number there.
-        num_layers: How many layers that model has.
-    """
+    """The configuration of one running layer."""
 
     config: PreTrainedConfig
     index: int
@@ -54,13 +46,7 @@ class ConfigOrigin:
 
 
 class Follower:
-    """Rewrites the recipient's configuration for layers that come from several configurations.
-
-    Args:
-        recipient: The untouched recipient's configuration.
-        num_layers: L, the recipient's layers.
-        origins: For each running layer, its configuration.
-    """
+    """Rewrites the recipient's configuration for layers that come from several configurations."""
 
     def __init__(self, recipient: PreTrainedConfig, num_layers: int, origins: Sequence[ConfigOrigin]) -> None:
         self.recipient = recipient

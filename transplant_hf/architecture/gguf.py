@@ -10,8 +10,6 @@ from transformers import PreTrainedConfig
 
 from ..errors import ConfigurationError
 
-__all__ = ["check_gguf_reader", "config_of_weights", "forget_gguf", "is_quantized", "was_gguf"]
-
 _MARK = "transplant_was_gguf"
 
 

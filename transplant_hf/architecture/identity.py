@@ -16,13 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, CompatibilityError, ConfigurationError
+from .context import eval_mode
 from .fingerprint import Fingerprint, fingerprint, is_layer_number
 from .gguf import is_quantized
-from .modes import eval_mode
 from .replay import Call, Replay, own_parameters, record_calls
 from .stack import decoder_stack
-
-__all__ = ["output_projections", "projections_of_layers", "zero_output_projections"]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _SEARCH_SEED, _CHECK_SEED = 0, 1
@@ -30,31 +28,16 @@ _SEARCH_SEED, _CHECK_SEED = 0, 1
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A module whose output can be made zero.
+    """A module whose output can be made zero."""
 
-    Args:
-        path: Its path in the layer; the number of an expert is left out.
-        calls: The paths of those that ran.
-        names: Their own parameters that must be zero for that.
-        matrix: Whether one of them is a matrix; a norm has none.
-    """
-
-    path: str
-    calls: tuple[str, ...]
-    names: tuple[str, ...]
-    matrix: bool
+    path: str  # the number of an expert is left out
+    calls: tuple[str, ...]  # the paths of those that ran
+    names: tuple[str, ...]  # their own parameters that must be zero
+    matrix: bool  # whether one of these is a matrix; a norm has none
 
 
 def output_projections(model: PreTrainedModel, stack_path: str, number: int) -> tuple[str, ...]:
-    """Return the parameters of a decoder layer that must be zero for it to be the identity.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 16}
-        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
-        >>> output_projections(model, "model.layers", 0)
-        ('self_attn.o_proj.weight', 'mlp.down_proj.weight')
-    """
+    """Return the parameters of a decoder layer that must be zero for it to be the identity."""
     return projections_of_layers(model, stack_path, [number])[number]
 
 

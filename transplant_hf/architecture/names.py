@@ -16,8 +16,6 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ..errors import CompatibilityError
 
-__all__ = ["LayerNames", "LayerTensorName"]
-
 
 class LayerTensorName(NamedTuple):
     """A checkpoint's name of a layer's tensor: `prefix.number.rest`."""
@@ -32,13 +30,7 @@ class LayerTensorName(NamedTuple):
 
 
 class LayerNames:
-    """Reads checkpoint names of one architecture.
-
-    Args:
-        model: A model of that architecture; the meta device will do.
-        stack_path: Path of its list of decoder layers.
-        transforms: The renaming rules; by default the model's own.
-    """
+    """Reads checkpoint names of one architecture."""
 
     def __init__(self, model: PreTrainedModel, stack_path: str, transforms: Sequence[Any] | None = None) -> None:
         if transforms is None:
@@ -98,3 +90,16 @@ class LayerNames:
             f"checkpoint tensor {name!r} becomes {self._renamed(name)!r}: its layer's number is computed while "
             "loading, so it cannot be moved."
         )
+
+
+_ADAPTER = re.compile(r"(?:^|\.)(?:lora_|ia3_|hada_|lokr_|oft_|boft_|vera_|adalora)")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor belongs to an adapter that was not merged into the layers."""
+    return bool(_ADAPTER.search(name))
+
+
+def is_adapted(name: str) -> bool:
+    """Whether a tensor of a model in memory belongs to an adapter, or to a layer that an adapter wraps."""
+    return is_adapter(name) or "base_layer" in name.split(".")

@@ -8,22 +8,13 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import CompatibilityError
+from ..errors import BUILD_ERRORS, CompatibilityError
 from .anatomy import Anatomy
-from .build import BUILD_ERRORS, build_on_meta
+from .build import build_on_meta
 from .exceptions import FIRST_STAYS_FIRST
 from .fingerprint import Standing, differences, fingerprint
 from .follow import ConfigOrigin, Follower
 from .stack import decoder_stack, text_config
-
-__all__ = [
-    "LayerOrigin",
-    "SplicedConfig",
-    "build_failure",
-    "first_candidate",
-    "layer_differences",
-    "splice_config",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +27,11 @@ class LayerOrigin:
 
 @dataclasses.dataclass(frozen=True)
 class SplicedConfig:
-    """The configuration of a transplant.
-
-    Args:
-        config: The configuration of the running model: its counts and per-layer fields describe the layers that run.
-        native: Whether the recipient's own class builds every layer from it as it was.
-        reasons: If not native, one line for each difference of the best candidate.
-    """
+    """The configuration of a transplant."""
 
     config: PreTrainedConfig
-    native: bool
-    reasons: tuple[str, ...] = ()
+    native: bool  # the recipient's own class builds every layer from it as it was
+    reasons: tuple[str, ...] = ()  # if not native, a line for each difference of the best candidate
 
 
 def splice_config(recipient: Anatomy, origins: Sequence[LayerOrigin], rejected: Sequence[str] = ()) -> SplicedConfig:

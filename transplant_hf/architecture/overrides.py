@@ -13,8 +13,6 @@ from transformers import PreTrainedConfig
 from ..errors import BUILD_ERRORS, ConfigurationError
 from ..recipient_fields import is_settable
 
-__all__ = ["NOT_SETTABLE", "apply_overrides"]
-
 # How a configuration is read, and where the model is from: not part of what a model computes.
 NOT_SETTABLE = re.compile(r"_.*|auto_map|model_type|quantization_config|transformers_weights|name_or_path|\w*_file")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")

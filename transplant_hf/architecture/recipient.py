@@ -7,45 +7,61 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..config import TransplantConfig
-from ..errors import BUILD_ERRORS, ConfigurationError, TransplantError
+from ..errors import BUILD_ERRORS, CompatibilityError, ConfigurationError, TransplantError
+from ..heads import auto_classes_for, model_mapping
 from ..sources import HubOptions, Source, for_transformers, locate, points_to_folder, reading
 from ..storage import read_json
 from .anatomy import Anatomy
-from .classes import native_class
 from .overrides import apply_overrides
 from .stack import text_config
-
-__all__ = ["Recipient", "open_recipient"]
 
 # A model is built to find its layers, which takes time for each. A larger number is a mistake or an attack.
 _MAX_LAYERS = 2000
 
 
+class _NextHeadError(CompatibilityError, ValueError):
+    """The pipeline "decision" tries `AutoModelForImageTextToText` first, and another class after a `ValueError`."""
+
+
+def native_class(auto_class: Any, config: PreTrainedConfig, name: str) -> tuple[Any, PreTrainedConfig]:
+    """Return the class that an Auto class would use, and the configuration it would pass to it."""
+    mapping = model_mapping(auto_class)
+    if type(config) not in mapping:
+        what = "is not a decoder-only model" if auto_class is AutoModelForCausalLM else "has no such head"
+        others = ", ".join(auto_classes_for(config))
+        raise (_NextHeadError if auto_class is AutoModelForImageTextToText else CompatibilityError)(
+            f"recipient {name} ({config.model_type}) {what}: {auto_class.__name__} has no class for "
+            f"{type(config).__name__}. {f'These have one: {others}.' if others else ''}".rstrip()
+        )
+    found = mapping[type(config)]
+    if isinstance(found, list | tuple):
+        by_name = {option.__name__: option for option in found}
+        found = next((by_name[a] for a in config.architectures or () if a in by_name), found[0])
+    text = config.sub_configs.get("text_config")
+    if text is not None and getattr(found, "config_class", None) == text:
+        quantization = getattr(config, "quantization_config", None)
+        config = config.get_text_config()
+        if quantization is not None:
+            config.quantization_config = quantization
+    if config.is_encoder_decoder and not getattr(config, "is_decoder", False):
+        config.is_encoder_decoder, config.is_decoder = False, True
+    return found, config
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipient:
-    """A recipient, before any weight is read.
+    """A recipient, before any weight is read."""
 
-    Args:
-        reference: Its Hub id, or the absolute path of its folder.
-        revision: Its commit; `None` for a folder.
-        source: Where its files are.
-        fields: Its `config.json`; empty for a GGUF file without one.
-        config: Its configuration, overrides applied.
-        unused_kwargs: The keyword arguments that are not fields of its configuration.
-        trust_remote_code: Whether code from its repository may run.
-        hub: How to reach the Hub.
-    """
-
-    reference: str
-    revision: str | None
+    reference: str  # Hub id, or the absolute path of a folder
+    revision: str | None  # a commit; `None` for a folder
     source: Source
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Any]  # its `config.json`; empty for a GGUF file without one
     config: PreTrainedConfig
-    unused_kwargs: Mapping[str, Any]
+    unused_kwargs: Mapping[str, Any]  # keyword arguments that are not fields of its configuration
     trust_remote_code: bool
     hub: HubOptions
 

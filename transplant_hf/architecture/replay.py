@@ -17,12 +17,9 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ..errors import CompatibilityError
-from .build import BUILD_ERRORS
+from ..errors import BUILD_ERRORS, CompatibilityError
 from .context import max_context_length
 from .stack import text_config
-
-__all__ = ["Call", "Replay", "record_calls"]
 
 _BATCH, _TOKENS = 3, 8
 
@@ -33,17 +30,11 @@ Weights = dict[str, torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """How a model called a layer.
-
-    Args:
-        args: Copies of the positional arguments.
-        kwargs: Copies of the others.
-        streams: The values that are passed to the next layer: the place among the arguments, and in the output.
-    """
+    """How a model called a layer."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    streams: tuple[Stream, ...]
+    streams: tuple[Stream, ...]  # what goes on to the next layer: its place in the arguments and in the output
 
 
 def record_calls(model: PreTrainedModel, stack: nn.ModuleList, numbers: Collection[int], seed: int) -> dict[int, Call]:
@@ -123,12 +114,7 @@ def _streams(entered: Mapping[int, Any], left: Mapping[int, Any]) -> tuple[Strea
 
 
 class Replay:
-    """A layer, called as its model called it.
-
-    Args:
-        layer: The layer.
-        call: The recorded call.
-    """
+    """A layer, called as its model called it."""
 
     def __init__(self, layer: nn.Module, call: Call) -> None:
         self.layer = layer

@@ -12,20 +12,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import CompatibilityError, ConfigurationError
 
-__all__ = ["TextConfig", "decoder_stack", "find_stack", "text_config", "unwrapped"]
-
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The part of a configuration that describes the decoder.
-
-    Args:
-        config: The decoder's configuration.
-        key: Its field in the full configuration; `None` when it is the full one.
-    """
+    """The part of a configuration that describes the decoder."""
 
     config: PreTrainedConfig
-    key: str | None
+    key: str | None  # its field in the full configuration; `None` if it is the full one
 
 
 def text_config(config: PreTrainedConfig) -> TextConfig:

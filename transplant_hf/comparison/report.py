@@ -12,8 +12,7 @@ from typing import Any
 
 from ..display import align_table
 from ..errors import ConfigurationError
-from ..outputs import check_output_folder
-from ..storage import read_json, write_json, writing
+from ..storage import check_output_folder, read_json, write_json, writing
 from .runs import RunResult
 
 __all__ = ["PICTURE", "ComparisonReport", "ComparisonRow", "RunFiles", "check_comparison_folder"]

@@ -15,8 +15,7 @@ from typing import Any
 from ..display import align_table
 from ..errors import CheckpointError
 from ..evaluation import perplexity
-from ..outputs import check_output_folder
-from ..storage import read_json, write_json
+from ..storage import check_output_folder, read_json, write_json
 from ..texts import Blocks, TextSource, documents, pack
 from ..training import train
 from .texts import write_texts

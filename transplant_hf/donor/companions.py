@@ -19,20 +19,6 @@ from ..sources import HubOptions, Source, locate, points_to_folder
 from ..storage import read_json
 from .entry import CODE_FILE
 
-__all__ = [
-    "COMPANION_FOLDERS",
-    "NAMED_TEMPLATES",
-    "at_hand",
-    "code_named_in",
-    "companions_in",
-    "copy_companions",
-    "has_tokenizer",
-    "is_companion",
-    "kept_in_repository",
-    "locate_with_companions",
-    "tokenizer_class",
-]
-
 logger = logging.get_logger(__name__)
 
 NAMED_TEMPLATES = "additional_chat_templates"

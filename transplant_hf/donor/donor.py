@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import CommitInfo
@@ -14,16 +14,16 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, ConfigurationError, IntegrityError
 from ..numeric import consecutive_layers
-from ..sources import HubOptions, Source, locate
-from .deliver import output_folder, push_donor
+from ..sources import HubArguments, HubOptions, Source, locate
 from .extract import layers_of_model
 from .from_pt import PtTensors, match_pt_file
 from .place import recommendation, recommended_in
 from .record import DONOR_CONFIG, DonorRecord
-from .save import save_donor
+from .save import output_folder, push_donor, save_donor
 from .tensors import FileTensors, TensorInfo, TensorStore, layer_of, open_donor_files
 
-__all__ = ["DONOR_FILES", "Donor"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DONOR_FILES = (DONOR_CONFIG, "donor*.safetensors", "donor.safetensors.index.json", "config.json")
 
@@ -84,10 +84,7 @@ class Donor:
         repo_or_folder: str | os.PathLike[str],
         revision: str | None = None,
         subfolder: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
+        **hub: Unpack[HubArguments],
     ) -> Donor:
         """Open a donor; only headers are read.
 
@@ -95,10 +92,7 @@ class Donor:
             repo_or_folder: Hub id or folder.
             revision: Branch, tag or commit.
             subfolder: Folder inside the repo.
-            token: As in `from_pretrained` of Transformers.
-            cache_dir: The same.
-            local_files_only: The same.
-            force_download: The same.
+            **hub: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `from_pretrained` of Transformers.
 
         Returns:
             The donor.
@@ -108,9 +102,8 @@ class Donor:
             CheckpointError: Files are missing or malformed.
             IntegrityError: A weight file has another size than recorded.
         """
-        hub = HubOptions(token, cache_dir, local_files_only, force_download)
-        name = os.fspath(repo_or_folder)
-        return cls.open(locate(name, files=DONOR_FILES, revision=revision, subfolder=subfolder, hub=hub))
+        name, options = os.fspath(repo_or_folder), HubOptions(**hub)
+        return cls.open(locate(name, files=DONOR_FILES, revision=revision, subfolder=subfolder, hub=options))
 
     @classmethod
     def open(cls, source: Source, store: TensorStore | None = None) -> Donor:
@@ -189,10 +182,7 @@ class Donor:
         layers: Sequence[int] | None = None,
         name: str | None = None,
         recipient_revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
+        **hub: Unpack[HubArguments],
     ) -> Donor:
         """Open a `.pt` file of decoder layers. Nothing in the file runs.
 
@@ -208,10 +198,7 @@ class Donor:
             layers: The layer indices in the source model; by default those that the metadata or the file names.
             name: What to call the donor; by default after the folder or repo it is saved to.
             recipient_revision: The recipient's revision.
-            token: As in `from_pretrained` of Transformers.
-            cache_dir: The same.
-            local_files_only: The same.
-            force_download: The same.
+            **hub: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `from_pretrained` of Transformers.
 
         Returns:
             The donor; `position` is the best that the metadata knows, else the first quarter of the recipient.
@@ -221,8 +208,7 @@ class Donor:
             ConfigurationError: Nothing says which layers they are.
             HubError: The recipient is out of reach.
         """
-        hub = HubOptions(token, cache_dir, local_files_only, force_download)
-        found = match_pt_file(path, recipient, metadata, layers, name, recipient_revision, hub)
+        found = match_pt_file(path, recipient, metadata, layers, name, recipient_revision, HubOptions(**hub))
         return cls(found.record, found.store, position=found.position, companions=found.recipient)
 
     @property

@@ -9,8 +9,6 @@ from ..config import TransplantConfig
 from ..heads import HEADS
 from ..storage import write_json
 
-__all__ = ["AUTO_MAP", "CODE_FILE", "transplant_fields", "write_entry"]
-
 CODE_FILE = "modeling_transplant.py"
 
 # With `trust_remote_code=True` Transformers runs this file if transplant_hf was not imported. For missing imports

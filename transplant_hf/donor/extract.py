@@ -13,14 +13,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..architecture import LayerNames, config_of_weights, decoder_stack, find_stack, projections_of_layers, unwrapped
-from ..architecture.adapters import is_adapted
+from ..architecture.names import is_adapted
 from ..config import DonorSpec
 from ..errors import CheckpointError, ConfigurationError
 from ..numeric import consecutive_layers
 from .record import DonorRecord
 from .tensors import MemoryTensors
-
-__all__ = ["GATE", "checkpoint_tensors", "layers_of_model"]
 
 # The parameter on a donor's first layer that trains its strength; it is not a weight of the layer.
 GATE = "transplant_gate"

@@ -19,23 +19,15 @@ from ..pt_files import Layout, Packed, PtFile, match_layers
 from ..sources import HubOptions, Source
 from ..storage import read_json
 from .companions import locate_with_companions
-from .dtypes import stored_dtype
 from .record import DonorRecord, plain_json
-from .tensors import TensorInfo
-
-__all__ = ["METADATA_FILE", "MatchedFile", "PtTensors", "match_pt_file"]
+from .tensors import TensorInfo, stored_dtype
 
 METADATA_FILE = "donor_metadata.json"
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 class PtTensors:
-    """The tensors of a donor that is still a `.pt` file.
-
-    Args:
-        file: The file.
-        layout: Which of its tensors they are.
-    """
+    """The tensors of a donor that is still a `.pt` file."""
 
     def __init__(self, file: PtFile, layout: Layout) -> None:
         self.path: Path = file.path
@@ -94,25 +86,15 @@ class _Unpacked:
 
 @dataclasses.dataclass(frozen=True)
 class MatchedFile:
-    """A `.pt` file whose tensors were matched with the layers of its source model.
-
-    Args:
-        record: What is known of the donor.
-        store: Its tensors.
-        position: The best known position, else the first quarter of the recipient.
-        num_layers: L, the number of layers of the recipient.
-        layout: Where the donor's tensors are in the file.
-        recipient: The source model's configuration and tokenizer.
-        classes: Classes and functions that the file names; none of them was imported or run.
-    """
+    """A `.pt` file whose tensors were matched with the layers of its source model."""
 
     record: DonorRecord
     store: PtTensors
-    position: int
+    position: int  # the best known one
     num_layers: int
     layout: Layout
     recipient: Source
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # that the file names; none of them was imported or run
 
 
 def match_pt_file(

@@ -19,8 +19,6 @@ from ..storage import read_json
 if TYPE_CHECKING:
     from .donor import Donor
 
-__all__ = ["donor_and_position", "named", "placed", "recommendation", "recommended_in", "spec_of"]
-
 
 def donor_and_position(donor: Any, position: int | None) -> tuple[Any, int | None]:
     """Return a donor and its position, which may be given together as `{donor: position}`."""

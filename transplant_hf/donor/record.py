@@ -11,11 +11,8 @@ from typing import Any
 from ..config import FORMAT_VERSION, check_format_version
 from ..errors import CheckpointError, IntegrityError
 from ..numeric import is_number, is_whole, plain_number, shown
-from ..storage import read_json, write_json
+from ..storage import read_json, verified_sha256, write_json
 from .tensors import safe_name
-from .verified import verified_sha256
-
-__all__ = ["DONOR_CONFIG", "DonorRecord", "FileStamp"]
 
 DONOR_CONFIG = "donor_config.json"
 
@@ -24,12 +21,7 @@ _MAX_BITS = 4096  # of an integer in metadata; Python does not print one of more
 
 @dataclasses.dataclass(frozen=True)
 class FileStamp:
-    """The recorded bytes of one weight file.
-
-    Args:
-        sha256: Hexadecimal.
-        size: In bytes.
-    """
+    """The recorded bytes of one weight file."""
 
     sha256: str
     size: int

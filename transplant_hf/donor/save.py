@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import CommitInfo, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from ..cards import DONOR_TEMPLATE, render_card, write_card
 from ..config import DonorSpec, TransplantConfig
 from ..display import parse_size, progress_bar
 from ..errors import CheckpointError, ConfigurationError
+from ..hub import push_folder
 from ..numeric import is_finite
 from ..sources import points_to_folder
 from ..storage import files_in, publish, sha256_of, write_json
-from .companions import COMPANION_FOLDERS, at_hand, copy_companions, has_tokenizer, is_companion, tokenizer_class
-from .dtypes import loaded_dtype
+from .companions import (
+    COMPANION_FOLDERS,
+    at_hand,
+    copy_companions,
+    has_tokenizer,
+    is_companion,
+    kept_in_repository,
+    tokenizer_class,
+)
 from .entry import write_entry
 from .record import DonorRecord, FileStamp
-from .saved_files import RECIPIENT_FOLDER, refuse_foreign_model, replaced_in
-from .tensors import DONOR_INDEX, TensorStore
+from .saved_files import RECIPIENT_FOLDER, refuse_foreign_model, replaced_among, replaced_in
+from .tensors import DONOR_INDEX, TensorStore, loaded_dtype
 
 if TYPE_CHECKING:
     from .donor import Donor
-
-__all__ = [
-    "donor_folders",
-    "refuse_recipients_place",
-    "save_donor",
-    "vocabulary_of",
-    "write_donor",
-    "write_donor_repo",
-    "written_reference",
-]
 
 _LONGEST_FOLDER = 100
 # Names that every file system accepts, without a file's suffix; and the devices of Windows.
@@ -47,14 +48,7 @@ _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", 
 
 
 def donor_folders(names: Sequence[str], foreign: Collection[str] = ()) -> list[str | None]:
-    """Return the folders of donors with these names: one donor is at the root, several have a folder each.
-
-    A folder has the name of its donor if every file system accepts that name and nothing else there can have it.
-
-    Example:
-        >>> donor_folders(["law", "README.md", "LAW"]), donor_folders(["law"])
-        (['law', 'donor-2', 'donor-3'], [None])
-    """
+    """Return the folders of donors with these names: one donor is at the root, several have a folder each."""
     if len(names) == 1:
         return [None]
     found: list[str | None] = []
@@ -225,3 +219,21 @@ def written_reference(recipient: str, folder: Path, revision: str | None) -> str
         relative = os.path.relpath(path, folder)
         return relative if relative.startswith(".") else f"./{relative}"
     return str(path)
+
+
+@contextmanager
+def output_folder(output: str | os.PathLike[str] | None, push_to: str | None) -> Iterator[Path]:
+    """Yield the folder to write a donor repo into: `output`, else a temporary one named after the repository."""
+    if output is not None:
+        yield Path(output)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch) / (push_to or "donor").rpartition("/")[2]
+
+
+def push_donor(folder: Path, repo_id: str, files: Collection[str], message: str, **kwargs: Any) -> CommitInfo:
+    """Upload a donor repo as one commit."""
+    kept = functools.partial(kept_in_repository, folder)
+    return push_folder(
+        folder, repo_id, commit_message=message, replaced=replaced_among, kept=kept, only=set(files), **kwargs
+    )

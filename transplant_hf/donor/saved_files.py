@@ -11,23 +11,12 @@ from typing import Any
 from ..cards import CARD_FILE, began_as_ours, written_by_us
 from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..errors import CheckpointError, ConfigurationError
-from ..outputs import check_output_folder
 from ..sources import Source, points_to_folder
-from ..storage import files_in, read_json
+from ..storage import check_output_folder, files_in, read_json
 from .companions import NAMED_TEMPLATES, is_companion
 from .entry import CODE_FILE
 from .record import DONOR_CONFIG, DonorRecord
 from .tensors import DONOR_FILE, DONOR_INDEX, read_shard_index
-
-__all__ = [
-    "RECIPIENT_FOLDER",
-    "check_artifact_folder",
-    "foreign_names",
-    "recorded_files",
-    "refuse_foreign_model",
-    "replaced_among",
-    "replaced_in",
-]
 
 # A full save in the transplant format holds its recipient here. A save whose recipient is already there is refused
 # (`refuse_recipients_place`), so a reference that we wrote never points to a folder of that name that the user made.

@@ -14,21 +14,6 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..storage import read_json
-from .dtypes import stored_dtype
-
-__all__ = [
-    "DONOR_FILE",
-    "DONOR_INDEX",
-    "FileTensors",
-    "MemoryTensors",
-    "TensorInfo",
-    "TensorStore",
-    "check_shards",
-    "layer_of",
-    "open_donor_files",
-    "read_shard_index",
-    "safe_name",
-]
 
 DONOR_FILE = "donor.safetensors"
 DONOR_INDEX = "donor.safetensors.index.json"
@@ -36,20 +21,49 @@ _NAME = re.compile(r"layers\.(0|[1-9]\d{0,8})\.(.+)")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+# Data types by the names that safetensors uses, and back.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def stored_dtype(dtype: torch.dtype, name: str) -> str:
+    """Return safetensors' name of a data type."""
+    if dtype not in _NAMES:
+        raise CheckpointError(f"donor tensor {name!r} has type {dtype}, which safetensors cannot store.")
+    return _NAMES[dtype]
+
+
+def loaded_dtype(stored: str) -> torch.dtype:
+    """Return the data type with this name in safetensors."""
+    if stored not in _DTYPES:
+        raise CheckpointError(f"{stored!r} is not a data type of torch.")
+    return _DTYPES[stored]
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """The header of a tensor.
-
-    Args:
-        shape: Its dimensions.
-        dtype: Its type in safetensors, such as "F32" or "BF16".
-        file: The file that holds it; `None` for a tensor in memory.
-        name_in_file: Its name in the file.
-    """
+    """The header of a tensor."""
 
     shape: tuple[int, ...]
-    dtype: str
-    file: Path | None = None
+    dtype: str  # safetensors' name of it
+    file: Path | None = None  # `None` for a tensor in memory
     name_in_file: str | None = None
 
     @property
@@ -71,12 +85,7 @@ class TensorStore(Protocol):
 
 
 def layer_of(name: str) -> tuple[int, str]:
-    """Split `layers.{i}.{name inside the layer}`.
-
-    Example:
-        >>> layer_of("layers.2.mlp.c_fc.weight")
-        (2, 'mlp.c_fc.weight')
-    """
+    """Split `layers.{i}.{name inside the layer}`."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise CheckpointError(f"donor tensor {name!r} is not named layers.<number>.<name inside the layer>.")

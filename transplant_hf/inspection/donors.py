@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..architecture import open_recipient
-from ..architecture.build import BUILD_ERRORS
 from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig
 from ..donor import Donor
 from ..donor.place import named, placed
 from ..donor.tensors import DONOR_FILE, DONOR_INDEX, layer_of
-from ..errors import ConfigurationError, TransplantError
+from ..errors import BUILD_ERRORS, ConfigurationError, TransplantError
 from ..layer_map import LayerMap, Placement, Splice
 from ..model.check import check_compatibility
 from ..sources import HubOptions, Source, points_to_folder

@@ -15,8 +15,7 @@ from typing import Any
 from huggingface_hub import constants, get_session, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-from ..donor.dtypes import loaded_dtype
-from ..donor.tensors import TensorInfo
+from ..donor.tensors import TensorInfo, loaded_dtype
 from ..errors import CheckpointError
 from ..numeric import is_whole
 

@@ -10,8 +10,7 @@ from typing import Any
 from ..architecture import decoder_stack, find_stack
 from ..donor import Donor
 from ..donor.companions import locate_with_companions
-from ..donor.deliver import output_folder, push_donor
-from ..donor.save import save_donor
+from ..donor.save import output_folder, push_donor, save_donor
 from ..donor.saved_files import check_artifact_folder
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, check_position, paper_layers

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architecture import Anatomy, config_of_weights, decoder_stack, forget_gguf, is_quantized
-from ..architecture.adapters import is_adapted
 from ..architecture.follow import stale_lists
+from ..architecture.names import is_adapted
 from ..compatibility import refuse_unsupported
 from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor import Donor

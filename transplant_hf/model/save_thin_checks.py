@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import Anatomy, apply_overrides, is_quantized, was_gguf
-from ..architecture.adapters import is_adapted
+from ..architecture.names import is_adapted
 from ..errors import CompatibilityError, ConfigurationError
 from ..layer_map import RECIPIENT
 from ..sources import HubOptions, for_transformers, hub_errors, locate

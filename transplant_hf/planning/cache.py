@@ -10,7 +10,8 @@ import torch
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from ..architecture import Anatomy
-from ..architecture.build import BUILD_ERRORS, build_on_meta
+from ..architecture.build import build_on_meta
+from ..errors import BUILD_ERRORS
 
 __all__ = ["LayerCache", "layer_caches"]
 

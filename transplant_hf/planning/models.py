@@ -12,9 +12,8 @@ from transformers import PreTrainedConfig
 from ..architecture import Anatomy, open_recipient, text_config
 from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..donor import DONOR_CONFIG, Donor, DonorRecord
-from ..donor.dtypes import loaded_dtype
 from ..donor.place import named, placed
-from ..donor.tensors import MemoryTensors
+from ..donor.tensors import MemoryTensors, loaded_dtype
 from ..errors import ConfigurationError
 from ..inspection.donors import open_donor_headers, read_transplant_config
 from ..inspection.files import MODEL_FILES, Files, all_tensors

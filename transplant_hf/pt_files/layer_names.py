@@ -8,8 +8,6 @@ from collections.abc import Iterator
 
 from ..architecture import Anatomy, LayerNames
 
-__all__ = ["LayerTensor", "NameReader"]
-
 # What wrappers add to names: DataParallel, torch.compile, FSDP, activation checkpointing, PEFT.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
 _NUMBER = re.compile(r"(.*?)([0-9]{1,9})")
@@ -22,31 +20,18 @@ _PACKED = ("_blocks", "_scales")
 
 @dataclasses.dataclass(frozen=True)
 class LayerTensor:
-    """A tensor of a layer, by its name in a file.
+    """A tensor of a layer, by its name in a file."""
 
-    Args:
-        start: The beginning that the names of all tensors of the layer share.
-        prefix: The part of the name before the number of the layer.
-        number: The number; 0 in a file of one layer without a number.
-        rest: The name inside the layer, as checkpoints have it.
-        inside: The name inside the layer, as the model has it; `None` for what the layer computes itself.
-        packed: "_blocks" or "_scales" for a part of an MXFP4 tensor, else "".
-    """
-
-    start: str
-    prefix: str
-    number: int
-    rest: str
-    inside: str | None
-    packed: str = ""
+    start: str  # the names of all tensors of the layer begin with it
+    prefix: str  # before the layer's number
+    number: int  # 0 in a file of one layer without a number
+    rest: str  # inside the layer, as checkpoints name it
+    inside: str | None  # as the model names it; `None` for what the layer computes itself
+    packed: str = ""  # "_blocks" or "_scales" for a part of an MXFP4 tensor
 
 
 class NameReader:
-    """Finds the number of the layer in the names of an architecture's tensors.
-
-    Args:
-        anatomy: The source model.
-    """
+    """Finds the number of the layer in the names of an architecture's tensors."""
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.names = LayerNames(anatomy.model, anatomy.stack_path)

@@ -8,25 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from ..architecture import Anatomy
-from ..architecture.adapters import is_adapter
+from ..architecture.names import is_adapter
 from ..errors import CheckpointError, ConfigurationError
 from ..numeric import consecutive_layers
 from .layer_names import LayerTensor, NameReader
 from .pt_file import PtTensor
-
-__all__ = ["Layout", "Packed", "choose_layers", "match_layers"]
 
 _MAX_LISTED = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """The two tensors of a file that hold one in MXFP4.
-
-    Args:
-        blocks: The name of the packed values, two in a byte.
-        scales: The name of their exponents.
-    """
+    """The two tensors of a file that hold one in MXFP4."""
 
     blocks: str
     scales: str
@@ -34,19 +27,12 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A donor found in a file.
-
-    Args:
-        layers: The layers' numbers in the source model.
-        tensors: The file's names of the donor's tensors, by `layers.{i}.{name inside the layer}`.
-        prefix: The part of the file's names before the numbers of the layers.
-        dropped: Names in the file that belong to no layer of the donor.
-    """
+    """A donor found in a file."""
 
     layers: tuple[int, ...]
-    tensors: Mapping[str, str | Packed]
+    tensors: Mapping[str, str | Packed]  # names in the file by the donor's names
     prefix: str
-    dropped: tuple[str, ...]
+    dropped: tuple[str, ...]  # names in the file that belong to no layer of the donor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +80,7 @@ def match_layers(
 def choose_layers(
     numbers: Sequence[int], num_layers: int, recorded: Sequence[int] | None, wanted: Sequence[int] | None, file: str
 ) -> dict[int, int]:
-    """Choose layers of a file, and say which layers of the source model they are.
-
-    Example:
-        >>> choose_layers([0, 1, 2], 12, recorded=[4, 5, 6], wanted=None, file="donor.pt")
-        {0: 4, 1: 5, 2: 6}
-        >>> choose_layers(range(12), 12, recorded=None, wanted=[4, 5], file="model.pt")
-        {4: 4, 5: 5}
-    """
+    """Choose layers of a file, and say which layers of the source model they are."""
     if recorded is not None:
         recorded = _existing_layers(recorded, num_layers, "the metadata's layer_indices", file)
     if wanted is not None:

@@ -17,8 +17,6 @@ import torch
 
 from ..errors import CheckpointError
 
-__all__ = ["PtFile", "PtTensor"]
-
 _PROGRAM = Path(__file__).with_name("pickle_process.py")
 _MEMORY = 1 << 30
 _SECONDS = 20
@@ -45,23 +43,14 @@ _SEE = "Get the file again from its author."
 
 @dataclasses.dataclass(frozen=True)
 class PtTensor:
-    """The description of a tensor in a file.
-
-    Args:
-        storage: The name of the storage that holds its elements.
-        storage_bytes: The size that the storage claims to have.
-        dtype: The type of the elements.
-        offset: Elements of the storage before the first one.
-        shape: Its dimensions.
-        stride: Elements from one entry to the next, for each dimension.
-    """
+    """The description of a tensor in a file."""
 
     storage: str
-    storage_bytes: int
+    storage_bytes: int  # as the pickle claims
     dtype: torch.dtype
-    offset: int
+    offset: int  # elements of the storage before the first one
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    stride: tuple[int, ...]  # elements from one entry to the next
 
     @property
     def num_elements(self) -> int:
@@ -78,24 +67,7 @@ class PtTensor:
 
 
 class PtFile:
-    """A file that `torch.save` wrote, of any size.
-
-    Nothing in it runs: a child process with limited memory and time reads the pickle (`pickle_process.py`). Tensors are
-    mapped from the file, so that their bytes are read when they are used.
-
-    Args:
-        path: The file.
-
-    Raises:
-        CheckpointError: Not such a file, cut short, compressed, inconsistent, or too costly to read.
-
-    Example:
-        >>> import tempfile, torch
-        >>> path = Path(tempfile.mkdtemp()) / "layers.pt"
-        >>> torch.save([{"weight": torch.ones(2, 3)}], path)
-        >>> PtFile(path).open_tensors(["0.weight"])["0.weight"][1:]
-        tensor([[1., 1., 1.]])
-    """
+    """A file that `torch.save` wrote, of any size."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser()

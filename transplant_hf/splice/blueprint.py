@@ -27,18 +27,10 @@ from ..errors import CompatibilityError, ConfigurationError
 from ..layer_map import RECIPIENT, LayerMap, Placement, Slot, Splice, Stage
 from ..numeric import finite_number
 
-__all__ = ["Blueprint", "DonorPart", "draw_blueprint", "report_fit"]
-
 
 @dataclasses.dataclass(frozen=True)
 class DonorPart:
-    """A donor in a blueprint.
-
-    Args:
-        spec: Its position, mode and strength.
-        donor: Its layers.
-        anatomy: Its source model, inspected.
-    """
+    """A donor in a blueprint."""
 
     spec: DonorSpec
     donor: Donor
@@ -52,15 +44,7 @@ class DonorPart:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Blueprint:
-    """What runs. It never changes: a change gives another blueprint, so that copies of a model can share it.
-
-    Args:
-        recipient: The recipient, inspected.
-        config: The transplant's configuration, with resolved revisions; the only home of the donors' specs.
-        donors: The donors, in the order of the configuration.
-        anatomies: Their source models, inspected.
-        keep_replaced: Whether layers that a donor replaces are kept, so that it can be switched off.
-    """
+    """What runs. It never changes: a change gives another blueprint, so that copies of a model can share it."""
 
     recipient: Anatomy
     config: TransplantConfig

@@ -12,8 +12,6 @@ from ..architecture import LayerNames
 from ..layer_map import RECIPIENT
 from .blueprint import Blueprint, DonorPart
 
-__all__ = ["QUANTISED", "follow_quantization", "renumber_metadata"]
-
 # Where quantizers keep the names of modules that stay in full precision.
 _SKIP_FIELDS = ("modules_to_not_convert", "llm_int8_skip_modules")
 # Words in the names of tensors that hold quantized weights, or what is needed to read them.

@@ -9,12 +9,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import Anatomy, LayerOrigin, SplicedConfig, decoder_stack, text_config
-from ..architecture.build import BUILD_ERRORS, build_on_meta, inner_models
+from ..architecture.build import build_on_meta, inner_models
 from ..architecture.fingerprint import is_layer_number, module_attributes, plain
+from ..errors import BUILD_ERRORS
 from ..layer_map import RECIPIENT, Stage
 from .blueprint import Blueprint
-
-__all__ = ["build_layers", "insert_layers", "outer_modules", "renumber", "use_config"]
 
 
 def insert_layers(model: PreTrainedModel, blueprint: Blueprint, stages: Sequence[Stage]) -> None:

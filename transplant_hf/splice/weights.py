@@ -20,8 +20,6 @@ from ..layer_map import RECIPIENT
 from ..numeric import is_finite
 from .blueprint import Blueprint
 
-__all__ = ["FiniteCheck", "MergedWeights", "Provenance", "merge_weights", "open_checkpoint"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
@@ -33,18 +31,11 @@ class Provenance:
 
 @dataclasses.dataclass
 class MergedWeights:
-    """The weights of a transplant before they are read.
+    """The weights of a transplant before they are read."""
 
-    Args:
-        tensors: By checkpoint name after renumbering, an object from which `[...]` reads the tensor.
-        provenance: The files of those in safetensors files.
-        donor_names: For each name from a donor, the donor's name and the tensor's name in it.
-        check: Collects donor tensors that are not finite.
-    """
-
-    tensors: dict[str, Any]
+    tensors: dict[str, Any]  # by new checkpoint name, lazy: `[...]` reads one
     provenance: dict[str, Provenance]
-    donor_names: dict[str, tuple[str, str]]
+    donor_names: dict[str, tuple[str, str]]  # the donor, and the tensor's name in it
     check: FiniteCheck
 
     def weight_map(self) -> dict[str, str]:

@@ -15,8 +15,8 @@ from ..errors import ConfigurationError
 from ..evaluation import perplexity
 from ..hub import check_can_push
 from ..layer_map import RECIPIENT
-from ..outputs import check_output_folder
 from ..sources import points_to_folder
+from ..storage import check_output_folder
 from ..texts import Blocks
 from .checkpoints import checkpoints, last_checkpoint, remove_checkpoints
 from .donor_trainer import DonorTrainer

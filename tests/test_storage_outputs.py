@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import refused
 from transplant_hf import ConfigurationError
-from transplant_hf.outputs import check_output_file, check_output_folder
+from transplant_hf.storage import check_output_file, check_output_folder
 
 
 def test_new_and_empty_folders(tmp_path: Path) -> None:

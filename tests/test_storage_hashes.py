@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from transplant_hf.donor import verified
-from transplant_hf.donor.verified import verified_sha256
+from transplant_hf import storage
+from transplant_hf.storage import verified_sha256
 
 CONTENT = b"weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -19,7 +19,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verified, "_hashed", {})
+    monkeypatch.setattr(storage, "_hashed", {})
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ def put(repository: Path) -> Path:
 
 def forget(monkeypatch: pytest.MonkeyPatch, allow: bool = False) -> None:
     """Be another process; one that must not hash, unless it may."""
-    monkeypatch.setattr(verified, "_hashed", {})
+    monkeypatch.setattr(storage, "_hashed", {})
     if not allow:
-        monkeypatch.setattr(verified, "sha256_of", lambda path: pytest.fail(f"{path} was hashed again"))
+        monkeypatch.setattr(storage, "sha256_of", lambda path: pytest.fail(f"{path} was hashed again"))
 
 
 def test_another_process_does_not_hash_it_again(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +101,6 @@ def test_a_cache_that_cannot_be_written(cached: Path, monkeypatch: pytest.Monkey
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(verified.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(storage.tempfile, "mkstemp", refuse)
     assert verified_sha256(cached) == SHA256
     assert not cached.resolve().with_name("etag.verified").exists()
