@@ -84,6 +84,8 @@ SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
     (convert_moe_packed_tensors, "(blocks, scales, dtype, rows_per_chunk)", "donor/pt_tensors.py"),
     (Trainer._load_from_checkpoint, "(self, resume_from_checkpoint, model)", "training/part_trainer.py"),
     (Trainer._load_best_model, "(self)", "training/part_trainer.py"),
+    (Trainer._save_optimizer_and_scheduler, "(self, output_dir)", "training/part_trainer.py"),
+    (Trainer._load_optimizer_and_scheduler, "(self, checkpoint)", "training/part_trainer.py"),
 ]
 
 

@@ -58,6 +58,8 @@ WATCHED: dict[str, Watched] = {
     # Training.
     "_load_from_checkpoint": Watched("checkpoints have only what is trained", SIGNED),
     "_load_best_model": Watched("the same", SIGNED),
+    "_save_optimizer_and_scheduler": Watched("under FSDP Trainer writes the whole model there", SIGNED),
+    "_load_optimizer_and_scheduler": Watched("the same", SIGNED),
 }  # fmt: skip
 # With an underscore, and not of Transformers.
 NOT_THEIRS = {

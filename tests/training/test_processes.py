@@ -1,4 +1,4 @@
-"""Several processes train one donor."""
+"""Several processes train one donor: DDP and FSDP2, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -7,51 +7,101 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 _SCRIPT = """
-import json, os, sys
+import json, sys
 from pathlib import Path
+import accelerate.state
 import torch
-from tests.training.helpers import losses, noise, trainer
+from accelerate.utils import DistributedType
+from transformers import TrainerCallback
+from tests.training.helpers import losses, noise, recipient, trainer
 
 torch.set_num_threads(1)
-folder, batch = Path(sys.argv[1]), int(sys.argv[2])
-several = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
-general = noise(seed=2, name="general")
-made = trainer(folder, per_device_train_batch_size=batch, replay_dataset=general, position=3, **several)
-made.train()
-if made.is_world_process_zero():
-    made.donor.save_pretrained(folder / "donor", position=3, recipient="recipient")
-    (folder / "losses.json").write_text(json.dumps(losses(made)))
+folder, run = Path(sys.argv[1]), sys.argv[2]
+fields = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, **json.loads(sys.argv[3])}
+if "fsdp" in fields:
+    prepare = accelerate.state.AcceleratorState.__init__
+
+    def with_plugin(self, *args, fsdp_plugin=None, **kwargs):
+        # Accelerate uses FSDP on accelerators only; torch can do it on CPUs.
+        prepare(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    accelerate.state.AcceleratorState.__init__ = with_plugin
+
+
+class StopAt5(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+made = trainer(
+    folder, recipient(), position=3, replay_dataset=noise(seed=2, name="general"), eval_dataset=noise(seed=1), **fields
+)
+assert made.is_fsdp_enabled == ("fsdp" in fields)
+if run == "stop":
+    made.add_callback(StopAt5())
+try:
+    made.train(resume_from_checkpoint=run == "resume")
+except KeyboardInterrupt:
+    assert run == "stop"
+else:
+    loss = made.evaluate()["eval_loss"]
+    made.save_donor(folder / "donor", recipient="recipient")
+    if made.is_world_process_zero():
+        (folder / "losses.json").write_text(json.dumps([*losses(made), loss]))
 """
+_FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 
 
-def _run(script: Path, folder: Path, batch: int, processes: int) -> list[float]:
+def _run(folder: Path, run: str = "whole", processes: int = 2, **fields: Any) -> list[float]:
+    """Train in several processes; returns the losses of the steps and of an evaluation after them."""
+    folder.mkdir(exist_ok=True)
+    script = folder / "script.py"
+    script.write_text(_SCRIPT)
     # Accelerate starts several processes on CPUs only through MPI; with this flag it starts them itself.
     words = ["--multi_gpu"] if processes > 1 else ["--cpu"]
     words += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
     words += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    run = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *words, str(script), str(folder), str(batch)],
+    fields |= {"ddp_backend": "gloo"} if processes > 1 else {}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *words, script, folder, run, json.dumps(fields)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: list[float] = json.loads((folder / "losses.json").read_text())
-    return found
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [] if run == "stop" else json.loads((folder / "losses.json").read_text())
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(_SCRIPT)
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    one = _run(script, tmp_path / "one", batch=4, processes=1)
-    two = _run(script, tmp_path / "two", batch=2, processes=2)
-    assert len(one) == 8 and two == pytest.approx(one, rel=1e-4)
+    one = _run(tmp_path / "one", processes=1, per_device_train_batch_size=4)
+    assert len(one) == 9
+    assert _run(tmp_path / "two") == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, _FSDP, {"distillation": 2.0, "gradient_checkpointing": True, **_FSDP}])
+def test_several_processes_resume_with_the_weights_of_a_run_that_was_never_stopped(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = _run(tmp_path / "whole", **{name: value for name, value in fields.items() if "fsdp" not in name})
+    _run(tmp_path / "run", "stop", **fields)
+    assert not (tmp_path / "run" / "checkpoint-4" / "pytorch_model_fsdp.bin").exists(), "the whole model was gathered"
+    assert _run(tmp_path / "run", "resume", **fields) == pytest.approx(whole, rel=1e-5)
+    donors = [load_file(tmp_path / name / "donor" / "donor.safetensors") for name in ("whole", "run")]
+    assert donors[0].keys() == donors[1].keys()
+    for name, tensor in donors[0].items():
+        torch.testing.assert_close(donors[1][name], tensor, rtol=1e-5, atol=1e-6)

@@ -17,8 +17,10 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigurationError, TrainingError
 from ..storage import read_json, write_json, writing
+from .sharded import fill
 
 __all__ = [
+    "OPTIMIZER_FILE",
     "check_same_run",
     "checkpoints",
     "last_checkpoint",
@@ -31,7 +33,7 @@ __all__ = [
 _TRAINED_FILE = "trained.safetensors"
 _RUN_FILE = "transplant_run.json"
 _STATE_FILE = "trainer_state.json"
-_OPTIMIZER_FILE = "optimizer.pt"
+OPTIMIZER_FILE = "optimizer.pt"
 # What may differ when a run is resumed: the first rows of a longer run are those of a shorter one.
 _LENGTH = {"rows", "max_steps"}
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -42,12 +44,8 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_trained(
-    folder: Path, model: nn.Module, run: Mapping[str, Any], gathered: Mapping[str, Any] | None = None
-) -> None:
+def save_trained(folder: Path, tensors: Mapping[str, torch.Tensor], run: Mapping[str, Any]) -> None:
     """Write the trained parameters and what identifies the run."""
-    parameters: Mapping[str, Any] = trained_parameters(model)
-    tensors = {name: (gathered or parameters)[name].detach().contiguous() for name in parameters}
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise TrainingError(
@@ -57,7 +55,7 @@ def save_trained(
     with writing(folder / _TRAINED_FILE, "Checkpoints before this one are unchanged."):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / _RUN_FILE, dict(run))
-        save_file(tensors, folder / _TRAINED_FILE)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _TRAINED_FILE)
 
 
 def load_trained(folder: Path, model: nn.Module) -> None:
@@ -75,9 +73,8 @@ def load_trained(folder: Path, model: nn.Module) -> None:
             f"{path} belongs to another run: {name!r} has shape {shapes.get(name)} there and {expected.get(name)} in "
             f"this run ({len(differing)} parameters differ)."
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+    for name, parameter in parameters.items():
+        fill(parameter, tensors[name])
 
 
 def checkpoints(output: Path) -> list[tuple[int, Path]]:
@@ -104,7 +101,7 @@ def remove_checkpoints(output: Path) -> None:
 
 def _is_complete(folder: Path, step: int) -> bool:
     # The state is written last: if it can be read, everything is there.
-    if not all((folder / name).is_file() for name in (_TRAINED_FILE, _RUN_FILE, _OPTIMIZER_FILE, _STATE_FILE)):
+    if not all((folder / name).is_file() for name in (_TRAINED_FILE, _RUN_FILE, OPTIMIZER_FILE, _STATE_FILE)):
         return False
     try:
         state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..donor import Donor
 from ..errors import ConfigurationError
@@ -19,6 +20,7 @@ from .arguments import DonorTrainingArguments, default_learning_rate, default_po
 from .data import RunData, rows_per_step
 from .part_trainer import Part
 from .records import note_in_donors, training_record
+from .sharded import unsharded
 from .transplant_trainer import TransplantTrainer
 
 __all__ = ["DonorTrainer"]
@@ -123,8 +125,10 @@ class DonorTrainer(TransplantTrainer):
         if self._has_other_donors:
             self._note_run()
             super().save(folder, **kwargs)
-        elif self.args.should_save:
-            self.donor.save_pretrained(folder, **{**self._recommended, **kwargs})
+            return
+        with self._whole_donor():
+            if self.args.should_save:
+                self.donor.save_pretrained(folder, **{**self._recommended, **kwargs})
 
     def push(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload what `save` writes, as one commit; also called `push_donor`.
@@ -139,10 +143,16 @@ class DonorTrainer(TransplantTrainer):
         if self._has_other_donors:
             self._note_run()
             return super().push(repo_id, **kwargs)
-        return self.donor.push_to_hub(repo_id, **{**self._recommended, **kwargs}) if self.args.should_save else None
+        with self._whole_donor():
+            return self.donor.push_to_hub(repo_id, **{**self._recommended, **kwargs}) if self.args.should_save else None
 
     save_donor = save
     push_donor = push
+
+    def _whole_donor(self) -> AbstractContextManager[None]:
+        layers = stack_of(self.transplant)
+        own = nn.ModuleList(layers[number] for number in self.transplant.layer_map.layers_of(self.donor_name))
+        return unsharded(own, needed=self.args.should_save)
 
     @property
     def _has_other_donors(self) -> bool:

@@ -29,15 +29,17 @@ from ..architecture import eval_mode
 from ..display import parse_size
 from ..errors import CompatibilityError, ConfigurationError, TrainingError
 from ..partial import PREFIX_STATES, PartialRun, fill_cache, running_only, stack_of
-from .checkpoints import check_same_run, last_checkpoint, load_trained, save_trained, trained_parameters
+from .checkpoints import OPTIMIZER_FILE, check_same_run, last_checkpoint, load_trained, save_trained, trained_parameters
 from .chunked_loss import ChunkedLoss, check_liger, reason_against, tokens_per_chunk
 from .data import REPLAYED, Rows, rows_per_step
 from .progress import StderrProgress
+from .sharded import check_sharding, gathered, load_optimizer, optimizer_state
 
 __all__ = ["CachePlan", "Part", "PartTrainer"]
 
 _IN_MEMORY = 1 << 30  # bytes of a cache that "auto" keeps in memory
 _TOLERANCE = 1e-3
+_SCHEDULER_FILE = "scheduler.pt"
 _LOSS_ONLY = "loss_only"  # marks a batch of an evaluation that needs no logits
 _NOT_IN_CHUNKS = "the loss cannot be computed in chunks (loss_chunk): {}. Leave loss_chunk out."
 
@@ -114,6 +116,7 @@ class PartTrainer(Trainer):
     args: Any
     model: Any
     state: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -146,6 +149,7 @@ class PartTrainer(Trainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # everything that is trained runs
         super().__init__(model=model, args=args, train_dataset=rows, **kwargs)
+        check_sharding(self)
         for to_standard_output in (PrinterCallback, ProgressCallback):
             self.pop_callback(to_standard_output)
         self._progress = StderrProgress(quiet=bool(args.disable_tqdm))
@@ -229,8 +233,8 @@ class PartTrainer(Trainer):
             raise ConfigurationError(
                 f"there is no complete checkpoint in {output} to resume from. Start without resuming."
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ConfigurationError("runs under FSDP or DeepSpeed cannot be resumed here yet; start again.")
+        if self.is_deepspeed_enabled:
+            raise ConfigurationError("runs under DeepSpeed cannot be resumed here yet; start again.")
         check_same_run(folder, self._run)
         return str(folder)
 
@@ -367,13 +371,28 @@ class PartTrainer(Trainer):
         Args:
             output_dir: The folder; by default the trainer's own.
         """
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        gathered = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
+        tensors = gathered(trained_parameters(self.model))
         if self.args.should_save:
-            save_trained(Path(output_dir or str(self.args.output_dir)), self.model, self._run, gathered)
+            save_trained(Path(output_dir or str(self.args.output_dir)), tensors, self._run)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(Path(resume_from_checkpoint), self.model if model is None else model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = optimizer_state(self.model, self.optimizer)  # Trainer's own way writes the whole model too
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER_FILE))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, _SCHEDULER_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(Path(checkpoint, OPTIMIZER_FILE), self.model, self.optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, _SCHEDULER_FILE), weights_only=True))
 
     def _load_best_model(self) -> None:
         load_trained(Path(str(self.state.best_model_checkpoint)), self.model)

@@ -15,6 +15,7 @@ from ..layer_map import RECIPIENT
 from .arguments import PartTrainingArguments
 from .data import RunData, read_run
 from .part_trainer import CachePlan, Part, PartTrainer
+from .sharded import unsharded
 
 __all__ = ["TransplantTrainer"]
 
@@ -100,8 +101,9 @@ class TransplantTrainer(PartTrainer):
             folder: The folder.
             **kwargs: As in the model's `save_pretrained`.
         """
-        if self.args.should_save:
-            self.transplant.save_pretrained(folder, thin=True, **kwargs)
+        with unsharded(self.transplant, needed=self.args.should_save):
+            if self.args.should_save:
+                self.transplant.save_pretrained(folder, thin=True, **kwargs)
 
     def push(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload what `save` writes, as one commit.
@@ -110,4 +112,5 @@ class TransplantTrainer(PartTrainer):
             repo_id: The repository; created if it does not exist.
             **kwargs: As in the model's `push_to_hub`.
         """
-        return self.transplant.push_to_hub(repo_id, thin=True, **kwargs) if self.args.should_save else None
+        with unsharded(self.transplant, needed=self.args.should_save):
+            return self.transplant.push_to_hub(repo_id, thin=True, **kwargs) if self.args.should_save else None
