@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -25,7 +24,7 @@ from tests.helpers import (
     refused,
     refused_by_hub,
 )
-from tests.hub_server import ALICE, BOB, EXPIRED, json_result, run_with_hub
+from tests.hub_server import ALICE, BOB, EXPIRED
 from transplant_hf import (
     AutoModelWithTransplant,
     ConfigurationError,
@@ -188,27 +187,3 @@ def test_a_thin_save_without_the_hub(both: Shelf, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "thin", thin=True)
     assert len(both.hub.requests) == 0
     assert json.loads((tmp_path / "thin" / "config.json").read_text())["recipient_revision"] == both.base_commit
-
-
-def test_offline_mode(both: Shelf) -> None:
-    """The switch that users set in the environment, with what this process has downloaded and with something else."""
-    model = load(both.law)
-    code = f"""
-        import json, torch
-        from transplant_hf import AutoModelWithTransplant, HubError
-        model = AutoModelWithTransplant.from_pretrained({both.law!r})
-        total = model(torch.arange(6)[None], use_cache=False).logits.sum().item()
-        try:
-            AutoModelWithTransplant.from_pretrained("alice/never-seen")
-        except HubError as error:
-            print(json.dumps([total, model.transplant_config.recipient_revision, str(error), repr(error.__cause__)]))
-    """
-    both.hub.requests.clear()
-    run = run_with_hub(both.hub, code, cache=Path(constants.HF_HOME), offline=True)
-    total, revision, message, cause = json_result(run)
-    assert len(both.hub.requests) == 0
-    assert revision == both.base_commit
-    assert total == pytest.approx(float(logits_of(model, torch.arange(6)[None]).sum()), rel=1e-4)
-    assert "alice/never-seen" in message
-    assert "offline mode" in message
-    assert cause != "None"

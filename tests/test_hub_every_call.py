@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from tests.faults.looping import pt_file
-from tests.helpers import DONOR_LAYERS, NUM_LAYERS, Shelf, copied, edit_json, refused, refused_by_hub
+from tests.helpers import DONOR_LAYERS, NUM_LAYERS, Shelf, edit_json, refused, refused_by_hub
 from tests.hub_server import ALICE, BOB, EXPIRED, HubServer, json_result, run_with_hub
-from transplant_hf import AutoModelWithTransplant, Donor, HubError
+from transplant_hf import AutoModelWithTransplant, Donor, HubError, inspect
 from transplant_hf.conversion import convert
 
 pytestmark = pytest.mark.hub
@@ -40,6 +41,10 @@ def call_convert(shelf: Shelf, **kwargs: Any) -> Any:
 def call_push(shelf: Shelf, **kwargs: Any) -> Any:
     donor = Donor.from_pretrained(shelf.family / "donor")
     return donor.push_to_hub(f"{shelf.law}-mine", position=1, recipient=shelf.base, **kwargs)
+
+
+def call_inspect(shelf: Shelf, **kwargs: Any) -> Any:
+    return inspect(shelf.law, **kwargs)
 
 
 READS_LAW, READS_BASE, PUSHES = [call_donor, call_load], [call_load, call_from_pt, call_convert], [call_push]
@@ -120,65 +125,57 @@ def test_a_busy_commit(both: Shelf, as_user: Any) -> None:
 # -- Nobody there ----------------------------------------------------------------------------------------------------
 
 EVERY_CALL = """
-    import json, sys, time
+    import json, time
     from pathlib import Path
     from tests.helpers import Shelf
-    from tests.test_hub_every_call import ALL
+    from tests.test_hub_every_call import ALL, call_inspect
     from transplant_hf import TransplantError
-    shelf = Shelf(None, Path({family!r}), "alice/base", "alice/law")
     said = {{}}
-    for call in ALL:
-        began = time.time()
-        try:
-            call(shelf)
-            text = "done"
-        except TransplantError as error:
-            text = f"{{type(error).__name__}}: {{error}}"
-        said[call.__name__] = [text, time.time() - began]
+    for state, family, base, law in {shelves!r}:
+        for call in [*ALL, call_inspect]:
+            began = time.time()
+            try:
+                made = call(Shelf(None, Path(family), base, law))
+                text = made.transplant_config.recipient_revision if call.__name__ == "call_load" else "done"
+            except TransplantError as error:
+                assert error.__cause__ is not None
+                text = f"{{type(error).__name__}}: {{error}}"
+            said[f"{{state}} {{call.__name__}}"] = [text, time.time() - began]
     print(json.dumps(said))
 """
-
-
-@pytest.fixture(scope="module")
-def said(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What every call says without a server or without permission to ask it, before and after a first use."""
-    folder = tmp_path_factory.mktemp("nobody")
-    family = copied(tiny_llama, folder / "family")
-    edit_json(family / "donor" / "config.json", recipient="alice/base")
-    code = EVERY_CALL.format(family=str(family))
-    found = {}
-    with HubServer() as server:
-        server.add_repo("alice/base", family / "recipient")
-        server.add_repo("alice/law", family / "donor")
-        found["offline, cold"] = json_result(run_with_hub(server, code, cache=folder / "cold", offline=True))
-        found["up"] = json_result(run_with_hub(server, code, token=ALICE, cache=folder / "warm"))
-        found["offline, warm"] = json_result(run_with_hub(server, code, cache=folder / "warm", offline=True))
-    found["down, warm"] = json_result(run_with_hub(server, code, token=ALICE, cache=folder / "warm"))
-    found["down, cold"] = json_result(run_with_hub(server, code, token=ALICE, cache=folder / "cold"))
-    return found
-
-
-READS = ["call_donor", "call_load", "call_from_pt"]
+READS = ["call_donor", "call_load", "call_from_pt", "call_inspect"]
 WRITES = ["call_convert", "call_push"]
 
 
 @pytest.mark.parametrize("state", ["offline", "down"])
-def test_without_the_hub(said: dict[str, dict[str, Any]], state: str) -> None:
+def test_without_the_hub(shelf: Shelf, as_user: Any, state: str) -> None:
     """What was used before works, fast; what was not says so; nothing can be pushed."""
-    assert {text for text, _ in said["up"].values()} == {"done"}
-    for name in READS:
-        text, seconds = said[f"{state}, warm"][name]
-        assert text == "done", name
+    as_user(ALICE)
+    used = shelf.put_base().put_law()
+    assert all(call(used) for call in [*ALL, call_inspect])
+    used.hub.requests.clear()
+    shelves = [("warm", str(used.family), used.base, used.law), ("cold", str(used.family), "alice/base", "alice/law")]
+    code, cache = EVERY_CALL.format(shelves=shelves), Path(constants.HF_HOME)
+    if state == "offline":
+        said = json_result(run_with_hub(used.hub, code, cache=cache, offline=True))
+        assert len(used.hub.requests) == 0
+    else:
+        with HubServer() as gone:
+            pass
+        said = json_result(run_with_hub(gone, code, token=ALICE, cache=cache))
+    for name in READS if state == "offline" else READS[:-1]:  # `inspect` asks the Hub where it may
+        text, seconds = said[f"warm {name}"]
+        assert text == (used.base_commit if name == "call_load" else "done"), name
         assert seconds < 5, name
     for name in [*READS, *WRITES]:
-        text, seconds = said[f"{state}, cold"][name]
+        text, seconds = said[f"cold {name}"]
         assert text.startswith("HubError: "), (name, text)
         assert "alice/" in text
         assert "connection" in text
         assert "offline" in text or "cannot be reached" in text
         assert seconds < 20, (name, seconds)
     for name in WRITES:
-        text, _ = said[f"{state}, warm"][name]
+        text, _ = said[f"warm {name}"]
         assert text.startswith("HubError: "), (name, text)
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.helpers import NUM_LAYERS, tiny_llama_model
 from tests.hub_server import (
     ALICE,
     ALICE_READ_ONLY,
@@ -299,39 +304,30 @@ def test_cache_without_hub(hub_server: HubServer, hub_cache: Path) -> None:
     assert (hub_cache / "hub" / "models--alice--open" / "refs" / "main").read_text() == sha
 
 
-def test_transformers(hub_server: HubServer) -> None:
+def test_transformers(hub: HubServer, as_user: Any) -> None:
     """A tiny Llama goes up and comes down again; its tensors can be listed without its weights."""
-    code = """
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-        sizes = dict(vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-                     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32)
-        model = LlamaForCausalLM(LlamaConfig(**sizes))
-        model.push_to_hub("alice/tiny")
-        config = AutoConfig.from_pretrained("alice/tiny")
-        metadata = api.parse_safetensors_file_metadata("alice/tiny", "model.safetensors")
-        api.whoami()
-        loaded = AutoModelForCausalLM.from_pretrained("alice/tiny", revision="main")
-        pairs = zip(model.state_dict().values(), loaded.state_dict().values())
-        finish(layers=config.num_hidden_layers, tensors=len(metadata.tensors),
-               same=all(torch.equal(a, b) for a, b in pairs),
-               parameters=sum(metadata.parameter_count.values()), expected=loaded.num_parameters())
-    """
-    result = run_script(hub_server, code, token=ALICE)
-    assert result["same"]
-    assert (result["layers"], result["tensors"]) == (2, 21)
-    assert result["parameters"] == result["expected"]
-    size = len(hub_server.read("alice/tiny", "model.safetensors"))
-    ranged, full = hub_server.requests.downloads("*/model.safetensors")
+    as_user(ALICE)
+    model = tiny_llama_model(seed=1, hidden_size=64)
+    model.push_to_hub("alice/tiny")
+    config = AutoConfig.from_pretrained("alice/tiny")
+    metadata = HfApi().parse_safetensors_file_metadata("alice/tiny", "model.safetensors")
+    HfApi().whoami()
+    loaded = AutoModelForCausalLM.from_pretrained("alice/tiny", revision="main")
+    assert config.num_hidden_layers == NUM_LAYERS and len(metadata.tensors) == len(model.state_dict())
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+    assert sum(metadata.parameter_count.values()) == loaded.num_parameters()
+    size = len(hub.read("alice/tiny", "model.safetensors"))
+    ranged, full = hub.requests.downloads("*/model.safetensors")
     assert (ranged.range, ranged.status, ranged.bytes_sent) == ("bytes=0-100000", 206, 100001)
     assert (full.range, full.status, full.bytes_sent) == (None, 200, size)
     assert size > 200_000
-    records = list(hub_server.requests)
+    records = list(hub.requests)
     (mark,) = [index for index, record in enumerate(records) if record.path == "/api/whoami-v2"]
     # Before it only the header was read: neither `AutoConfig` nor the push brought any weights down.
     assert records.index(ranged) < mark < records.index(full)
-    assert not hub_server.requests.unrouted()
+    assert not hub.requests.unrouted()
 
 
 SESSION = """

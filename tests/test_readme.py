@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,18 +98,24 @@ def test_the_commands_that_are_shown(desk: Path, capsys: pytest.CaptureFixture[s
     assert AutoModelForCausalLM.from_pretrained(desk / "gpt2-law").config.n_layer == 15
 
 
-def test_the_script_for_the_authors_donors(desk: Path) -> None:
+def run_script(*options: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    script = ROOT / "conversion_scripts" / "convert_not_checkpoints.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "donors", *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    return int(str(ended.value.code))
+
+
+def test_the_script_for_the_authors_donors(
+    desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (desk / "checkpoints" / "gpt2").mkdir(parents=True)
     shutil.copy(desk / "donor_layers.pt", desk / "checkpoints" / "gpt2")
     metadata = {"layer_indices": [4, 5, 6], "perplexity": 21.5, "method": "in place"}
     (desk / "checkpoints" / "gpt2" / "donor_metadata.json").write_text(json.dumps(metadata))
-    script = ROOT / "conversion_scripts" / "convert_not_checkpoints.py"
     options = ["--source", "checkpoints", "--only", "gpt2", "--recipient", "gpt2=recipient", "--verify", "--json"]
-    done = subprocess.run(
-        [sys.executable, script, "donors", *options], capture_output=True, text=True, cwd=desk, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)[0]["layer_indices"] == [4, 5, 6]
+    assert run_script(*options, monkeypatch=monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)[0]["layer_indices"] == [4, 5, 6]
     record = json.loads((desk / "donors" / "not-gpt2" / "donor_config.json").read_text())
     assert record["metadata"] == metadata
     assert record["name"] == "not-gpt2"
@@ -117,17 +123,11 @@ def test_the_script_for_the_authors_donors(desk: Path) -> None:
     assert config["donors"][0]["position"] == 1
 
 
-def test_the_script_says_what_is_missing(desk: Path) -> None:
-    script = ROOT / "conversion_scripts" / "convert_not_checkpoints.py"
-    done = subprocess.run(
-        [sys.executable, script, "donors", "--source", "recipient"],
-        capture_output=True,
-        text=True,
-        cwd=desk,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "gpt2/donor_layers.pt" in done.stderr
+def test_the_script_says_what_is_missing(
+    desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_script("--source", "recipient", monkeypatch=monkeypatch) == 1
+    assert "gpt2/donor_layers.pt" in capsys.readouterr().err
     assert not (desk / "donors").exists()
 
 

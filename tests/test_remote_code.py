@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.helpers import Shelf, copied, edit_json, loaded, logits_of, run_python, two_donors
-from tests.hub_server.client import run_with_hub
+from tests.hub_server import json_result, run_with_hub
 from transplant_hf import AutoModelWithTransplant, Donor
 from transplant_hf.donor.entry import AUTO_MAP, CODE_FILE
 
@@ -161,17 +161,18 @@ for trust in ({}, {"trust_remote_code": True}, {"trust_remote_code": False}):
 @pytest.mark.hub
 def test_on_the_hub_pinned_and_offline(both: Shelf, tmp_path: Path) -> None:
     both.hub.commit(both.law, {CODE_FILE: b"raise RuntimeError('a later commit')\n"})
-
-    def run(options: dict[str, object], offline: bool = False) -> str:
-        code = f"import sys\nsys.argv = ['', {both.law!r}, {json.dumps(options)!r}]\n{PROBE}"
-        done = run_with_hub(both.hub, code, cache=tmp_path / "cache", offline=offline)
-        return done.stdout if done.returncode == 0 else done.stderr
-
-    pinned = {"revision": both.law_commit}
-    for options, offline in (({**pinned, "only": "AutoModelForCausalLM"}, False), (pinned, False), (pinned, True)):
-        found = json.loads(run(options, offline).splitlines()[-1])
-        assert found == (ALL if "only" not in options else {"AutoModelForCausalLM": ALL["AutoModelForCausalLM"]})
-    assert "a later commit" in run({})
+    pinned = f"import sys\nsys.argv = ['', {both.law!r}, '{json.dumps({'revision': both.law_commit})}']\n{PROBE}"
+    newest = f"""
+from transformers import AutoConfig
+try:
+    AutoConfig.from_pretrained({both.law!r}, trust_remote_code=True)
+except RuntimeError as error:
+    assert "a later commit" in str(error)
+else:
+    raise AssertionError("the code of the newest commit did not run")
+"""
+    for code, offline in ((newest + pinned, False), (pinned, True)):
+        assert json_result(run_with_hub(both.hub, code, cache=tmp_path / "cache", offline=offline)) == ALL
 
 
 # -- What is written -------------------------------------------------------------------------------------------------

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from tests.cli.conftest import Run
 from tests.helpers import digest_of, layers_of, plain
 from transplant_hf import Donor
+from transplant_hf.training import DonorTrainer
 
 TRAINED = ("--steps", "2", "--batch-size", "2", "--block-length", "16", "--count", "1")
 Words = Callable[[Path], list[Any]]
@@ -143,13 +142,14 @@ def test_checkpoints_of_an_earlier_run(family: Path, command: Words, run: Run) -
     assert [path.name for path in work.iterdir()] == ["mine.txt"]
 
 
-def test_resuming_is_no_overwriting(family: Path, run: Run) -> None:
+def test_resuming_is_no_overwriting(family: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
     words = [*train(family), "--save-steps", 1]
-    script = (
-        "import os, sys\nfrom transplant_hf.cli import main\nfrom transplant_hf.training import DonorTrainer\n"
-        "DonorTrainer.save = lambda *args, **kwargs: os._exit(7)\nmain(sys.argv[1:])\n"
-    )
-    assert subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True).returncode == 7
+    with monkeypatch.context() as patched:
+        patched.setattr(DonorTrainer, "save", interrupted)
+        assert run(*words)[0] == 130
     assert (family / "out.training" / "checkpoint-2").is_dir() and not (family / "out").exists()
     status, _, err = run(*words, "--resume")
     assert status == 0, err

@@ -26,7 +26,7 @@ from tests.helpers import (
     refused,
     refused_by_hub,
 )
-from tests.hub_server import ALICE, BOB, EXPIRED, json_result, run_with_hub
+from tests.hub_server import ALICE, BOB, EXPIRED
 from tests.inspection.helpers import count_of, same_as_json, size_of
 from tests.inspection.test_headers import HOSTILE
 from transplant_hf import CheckpointError, ConfigurationError, Donor, check_compatibility
@@ -275,27 +275,6 @@ def test_a_cached_model_is_compared_with_the_hub(both: Shelf) -> None:
     data[-1] ^= 1
     path.write_bytes(data)
     assert "the Hub lists" in inspect(both.base, verify=True).problems[0]
-
-
-def test_offline_mode(both: Shelf) -> None:
-    Donor.from_pretrained(both.law)
-    inspect(both.law)
-    code = f"""
-        import json
-        from transplant_hf import HubError
-        from transplant_hf.inspection import inspect
-        found = inspect({both.law!r})
-        try:
-            inspect("alice/never-seen")
-        except HubError as error:
-            print(json.dumps([len(found.layer_map), found.weights.sha256, str(error)]))
-    """
-    both.hub.requests.clear()
-    run = run_with_hub(both.hub, code, cache=Path(constants.HF_HOME), offline=True)
-    layers, state, message = json_result(run)
-    assert (layers, state) == (6, "recorded")
-    assert "offline mode" in message
-    assert len(both.hub.requests) == 0
 
 
 @pytest.mark.parametrize("how", [{"drop_connection": True}, {"truncate_to": 100}, {"status": 400}])
