@@ -14,10 +14,11 @@ from transformers import PreTrainedConfig
 from .architecture import Anatomy, LayerNames, text_config
 from .architecture.exceptions import REFUSALS
 from .architecture.follow import is_rule
+from .display import position_text
 from .donor import Donor
 from .donor.tensors import layer_of
 from .errors import BUILD_ERRORS, CompatibilityError
-from .layer_map import LayerMap
+from .layer_map import LayerMap, Position
 from .numeric import is_whole
 
 _MAX_TENSORS = 8  # further tensors are counted
@@ -57,7 +58,7 @@ class CompatibilityReport:
 
     recipient: str
     donor: str
-    position: int
+    position: Position
     mismatches: tuple[str, ...] = ()
     native: bool | None = None
     notes: tuple[str, ...] = ()
@@ -72,7 +73,7 @@ class CompatibilityReport:
         return self.compatible
 
     def __str__(self) -> str:
-        head = f"donor {self.donor} {{}} recipient {self.recipient} at position {self.position}"
+        head = f"donor {self.donor} {{}} recipient {self.recipient} at {position_text(self.position)}"
         if self.mismatches:
             return "\n".join([f"{head.format('does not fit')}:", *(f"  - {line}" for line in self.mismatches)])
         kind = "as a native model" if self.native else "with layers only transplant_hf can load"

@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from .errors import ConfigurationError
+from .layer_map import Position
 from .numeric import consecutive_layers, finite_number, is_whole, shown, whole_number
 from .recipient_fields import OWN_FIELDS, RecipientFields, checked_overrides
 
 FORMAT_VERSION = 1
-# The format of a `config.json` with `recipient_overrides`: releases that do not know the field must not ignore it.
-OVERRIDES_FORMAT = 2
+# The format of a `config.json` with `recipient_overrides`, or a donor at several positions: releases that do not know
+# these must not ignore them.
+NEWEST_FORMAT = 2
 # The first release of transplant_hf that reads each format.
 _RELEASE_OF_FORMAT = {1: "0.1.0"}
 _MODES = ("insert", "replace")
@@ -81,7 +83,7 @@ class DonorSpec:
 
     donor: str
     # Position, mode and strength are `None` only for a donor's recommendation that has not been read yet.
-    position: int = None  # type: ignore[assignment]
+    position: Position = None  # type: ignore[assignment]
     mode: str = None  # type: ignore[assignment]
     revision: str | None = None
     subfolder: str | None = None
@@ -132,12 +134,19 @@ class DonorSpec:
         return dataclasses.replace(self, **{"name": self.name if self.is_named else None, **changes})
 
     def _check_position(self) -> None:
-        object.__setattr__(self, "position", whole_number(self.position, f"position of donor {self.donor!r}"))
-        if self.position < 0:
+        what = f"position of donor {self.donor!r}"
+        if isinstance(self.position, list | tuple):
+            found = tuple(whole_number(value, what) for value in self.position)
+            if not found or list(found) != sorted(set(found)):
+                raise ConfigurationError(f"{what} must be a number, or several in ascending order, got {list(found)}.")
+        else:
+            found = (whole_number(self.position, what),)
+        if found[0] < 0:
             raise ConfigurationError(
-                f"position of donor {self.donor!r} is {self.position}; it counts the recipient layers that run "
-                "before the donor, so it must be in 0..L. Negative positions are not counted from the end."
+                f"{what} is {found[0]}; it counts the recipient layers that run before the donor, so it must be in "
+                "0..L. Negative positions are not counted from the end."
             )
+        object.__setattr__(self, "position", found if len(found) > 1 else found[0])
 
     def _check_strength(self) -> None:
         object.__setattr__(self, "strength", finite_number(self.strength, f"strength of donor {self.donor!r}"))
@@ -286,7 +295,7 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
     ) -> None:
         # Checked first: the lines below might misread the fields of a newer format.
         where = kwargs.get("name_or_path") or "config.json"
-        self.format_version = check_format_version(format_version, where, OVERRIDES_FORMAT)
+        self.format_version = check_format_version(format_version, where, NEWEST_FORMAT)
         self.composition = check_composition(composition, kwargs.get("name_or_path") or "the transplant")
         self.recipient = _text(recipient, f"recipient in {where}", "a Hub id or a folder") if recipient != "" else ""
         self.recipient_revision = (
@@ -313,7 +322,7 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
         """The names of inserted donors that run side by side: at one position, without a replacing donor between."""
         if self.composition != SIDE_BY_SIDE:
             return ()
-        runs: dict[int, list[list[str]]] = {}
+        runs: dict[Position, list[list[str]]] = {}
         for spec in self.donors:
             here = runs.setdefault(spec.position, [[]])
             if spec.mode == "insert":
@@ -368,5 +377,6 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
         if fields.get("composition") == STACKED:
             del fields["composition"]
         fields = self._with_overrides(fields)
-        fields["format_version"] = OVERRIDES_FORMAT if self.recipient_overrides else FORMAT_VERSION
+        newest = self.recipient_overrides or any(isinstance(spec.position, tuple) for spec in donors)
+        fields["format_version"] = NEWEST_FORMAT if newest else FORMAT_VERSION
         return fields

@@ -14,14 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .architecture import Anatomy, LayerOrigin, decoder_stack, native_class, splice_config
 from .architecture.build import build_on_meta, initialize
-from .display import bytes_text, numbers_text, progress_bar
+from .display import bytes_text, numbers_text, position_text, progress_bar
 from .donor import Donor
 from .donor.from_pt import METADATA_FILE, match_pt_file
 from .donor.save import output_folder, push_donor, write_donor_repo
 from .donor.saved_files import check_artifact_folder, replaced_in
 from .donor.tensors import TensorStore, loaded_dtype
 from .errors import CheckpointError, ConfigurationError
-from .layer_map import check_position
+from .layer_map import Position, check_position
 from .model.in_memory import transplant
 from .sources import HubArguments, HubOptions, locate
 from .storage import files_in, publish
@@ -60,7 +60,7 @@ class Conversion:
     recipient: str
     model_type: str
     layer_indices: tuple[int, ...]
-    position: int
+    position: Position
     prefix: str
     dropped: tuple[str, ...]
     classes: tuple[str, ...]
@@ -77,7 +77,7 @@ class Conversion:
         lines = [
             f"{self.source} -> {self.commit or self.folder}",
             f"  {len(self.layer_indices)} layers of {self.recipient} ({self.model_type}): "
-            f"{numbers_text(self.layer_indices)}; recommended position {self.position}",
+            f"{numbers_text(self.layer_indices)}; recommended {position_text(self.position)}",
             f"  {len(self.files)} weight file{'s' if len(self.files) > 1 else ''}, {bytes_text(size)}, equal to the "
             f"file bit for bit{'; layer 0 gives equal outputs' if self.verified else ''}",
         ]
@@ -97,7 +97,7 @@ def convert(
     overwrite: bool = False,
     metadata: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     layers: Sequence[int] | None = None,
-    position: int | None = None,
+    position: Position | None = None,
     name: str | None = None,
     recipient_revision: str | None = None,
     max_shard_size: int | str = "5GB",
@@ -276,7 +276,7 @@ class Seed:
     folder: str
     recipient: str
     layers: tuple[int, ...]
-    position: int
+    position: Position
     name: str
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from .errors import ConfigurationError
 
-__all__ = ["align_table", "bytes_text", "numbers_text", "parse_size", "progress_bar"]
+__all__ = ["align_table", "bytes_text", "numbers_text", "parse_size", "position_text", "progress_bar"]
 
 _MAX_LISTED = 6  # a longer run of consecutive numbers is shown as a range
 _MAX_LISTED_NUMBERS = 12
@@ -45,6 +45,16 @@ def numbers_text(numbers: Sequence[int]) -> str:
     listed = ", ".join(map(str, numbers[:_MAX_LISTED_NUMBERS]))
     hidden = len(numbers) - _MAX_LISTED_NUMBERS
     return f"{listed}, ... and {hidden} more" if hidden > 0 else listed or "none"
+
+
+def position_text(position: int | Sequence[int]) -> str:
+    """Return a donor's position, or its positions, as text.
+
+    Example:
+        >>> position_text(3), position_text((10, 20, 29))
+        ('position 3', 'positions 10, 20, 29')
+    """
+    return f"position {position}" if isinstance(position, int) else f"positions {', '.join(map(str, position))}"
 
 
 def align_table(rows: Sequence[Sequence[str]]) -> str:

@@ -15,6 +15,8 @@ from .errors import ConfigurationError
 from .numeric import whole_number
 
 RECIPIENT = "recipient"
+# Of a donor; several for one that is spread through the recipient.
+Position = int | tuple[int, ...]
 
 
 class Slot(NamedTuple):
@@ -115,17 +117,40 @@ class LayerMap(tuple[Slot, ...]):
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A donor and its position."""
+    """A donor and its position; several positions divide its layers into parts of one size."""
 
     name: str
-    position: int
+    position: Position
     layer_indices: tuple[int, ...]
     replaces: bool = False
 
+    def __post_init__(self) -> None:
+        if len(self.layer_indices) % len(self._positions):
+            raise ConfigurationError(
+                f"donor {self.name!r} has {len(self.layer_indices)} layers, which cannot be divided into "
+                f"{len(self._positions)} parts of one size, for positions {list(self._positions)}."
+            )
+
     @property
-    def replaced(self) -> range:
+    def _positions(self) -> tuple[int, ...]:
+        return self.position if isinstance(self.position, tuple) else (self.position,)
+
+    @property
+    def parts(self) -> tuple[tuple[int, range], ...]:
+        """Each part: its position, and its layers' numbers in the donor."""
+        size = len(self.layer_indices) // len(self._positions)
+        return tuple((place, range(part * size, (part + 1) * size)) for part, place in enumerate(self._positions))
+
+    @property
+    def end(self) -> int:
+        """How many layers the recipient has at least."""
+        return max(self._positions[-1], *(layer + 1 for layer in self.replaced), 0)
+
+    @property
+    def replaced(self) -> tuple[int, ...]:
         """The recipient layers that it replaces; empty for an inserted donor."""
-        return range(self.position, self.position + len(self.layer_indices) if self.replaces else self.position)
+        parts = self.parts if self.replaces else ()
+        return tuple(place + number for place, layers in parts for number in range(len(layers)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +175,9 @@ class Splice:
         self.num_layers = num_layers
         self.placements = tuple(placements)
         for placement in self.placements:
-            check_position(
-                placement.position,
-                num_layers,
-                donor=placement.name,
-                replaced=len(placement.layer_indices) if placement.replaces else 0,
-            )
+            for position, layers in placement.parts:
+                replaced = len(layers) if placement.replaces else 0
+                check_position(position, num_layers, donor=placement.name, replaced=replaced)
         self.stages = self._lay_out(self._owners())
 
     def _owners(self) -> dict[int, str]:
@@ -173,12 +195,13 @@ class Splice:
     def _lay_out(self, owners: dict[int, str]) -> tuple[Stage, ...]:
         stages: list[Stage] = []
         for position in range(self.num_layers + 1):
-            for placement in self.placements:
-                if placement.position == position:
-                    stages += [
-                        Stage(Slot(placement.name, index), donor_layer=number)
-                        for number, index in enumerate(placement.layer_indices)
-                    ]
+            stages += [
+                Stage(Slot(placement.name, placement.layer_indices[number]), donor_layer=number)
+                for placement in self.placements
+                for place, layers in placement.parts
+                if place == position
+                for number in layers
+            ]
             if position < self.num_layers:
                 stages.append(Stage(Slot(RECIPIENT, position), replaced_by=owners.get(position)))
         return tuple(stages)

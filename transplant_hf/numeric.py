@@ -58,19 +58,30 @@ def finite_number(value: Any, what: str) -> float:
     return float(found)
 
 
-def consecutive_layers(values: Any, what: str, example: str = "[4, 5, 6]") -> list[int]:
-    """Return consecutive layer numbers as a list."""
+def ascending_layers(values: Any, what: str, example: str = "[4, 5, 6]", kind: str = "in ascending order") -> list[int]:
+    """Return layer numbers in ascending order as a list.
+
+    Example:
+        >>> ascending_layers((3, 7), "layers")
+        [3, 7]
+    """
     several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
     several = several and getattr(values, "ndim", None) != 0
     numbers: list[Any] = [plain_number(value) for value in values] if several else [None]
     if not all(map(is_whole, numbers)):
-        raise ConfigurationError(
-            f"{what} must be whole numbers, and consecutive, such as {example}, got {shown(values)}."
-        )
+        raise ConfigurationError(f"{what} must be whole numbers, and {kind}, such as {example}, got {shown(values)}.")
     numbers = sorted(numbers) if isinstance(values, Set) else numbers
-    if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-        raise ConfigurationError(f"{what} must be consecutive, such as {example}, got {shown(values)}.")
+    if not numbers or numbers != sorted(set(numbers)):
+        raise ConfigurationError(f"{what} must be {kind}, such as {example}, got {shown(values)}.")
     return [int(number) for number in numbers]
+
+
+def consecutive_layers(values: Any, what: str, example: str = "[4, 5, 6]") -> list[int]:
+    """Return consecutive layer numbers as a list."""
+    numbers = ascending_layers(values, what, example, "consecutive")
+    if numbers[-1] - numbers[0] >= len(numbers):
+        raise ConfigurationError(f"{what} must be consecutive, such as {example}, got {shown(values)}.")
+    return numbers
 
 
 def shown(value: Any) -> str:

@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..config import DonorSpec, TransplantConfig
+from ..display import position_text
 from ..errors import ConfigurationError
 from ..heads import CAUSAL_LM, Head
 from ..layer_map import RECIPIENT, LayerMap, Placement, Splice
@@ -130,7 +131,8 @@ def _donor_facts(spec: DonorSpec, record: DonorRecord, native: bool) -> dict[str
         "count": count,
         "layers": f"layer{'s' if count > 1 else ''} {', '.join(map(str, record.layer_indices))}",
         "source": _model_name(record.source_id) if record.source_id else None,
-        "position": spec.position,
+        "position": position_text(spec.position).partition(" ")[2],
+        "place": position_text(spec.position),
         "replaces": spec.mode == "replace",
         "strength": spec.strength if spec.strength != 1.0 else None,
         "reference": code_span(spec.donor) if spec.revision else None,
@@ -203,7 +205,7 @@ def _drawn_map(
         Placement(str(spec.name), spec.position, record.layer_indices, spec.mode == "replace")
         for spec, record in zip(config.donors, records, strict=True)
     ]
-    last = max(max(placement.position, placement.replaced.stop) for placement in placements)
+    last = max(placement.end for placement in placements)
     if recipient_files is not None and (recipient_files / "config.json").is_file():
         count = _layer_count(read_json(recipient_files / "config.json", "the recipient's config.json"))
     else:

@@ -41,8 +41,12 @@ def add(commands: Any) -> None:
     init = "initialize the donor so that it changes nothing, or as a copy of recipient layers"
     add_choice(train, "--init", ("identity", "copy"), init)
     position = "number of recipient layers before the donor (default: L-1 to insert, L-K to replace)"
-    add_number(train, "--position", position, None, whole(0), "P")
-    add_number(train, "--count", "number of layers", 3, metavar="K", dest="donor_layers")
+    place = train.add_mutually_exclusive_group()
+    add_number(place, "--position", position, None, whole(0), "P")
+    spread = "spread the donor through the recipient: the position of each part, such as 10 20 29"
+    place.add_argument("--positions", nargs="+", type=whole(0), dest="position", metavar="P", help=spread)
+    count = "number of layers (default: 3, or one for each of --positions)"
+    add_number(train, "--count", count, metavar="K", dest="donor_layers")
     old_spelling(train, "--layers", "--count", "donor_layers", type=whole())
     add_layers(train, "--start-layers", "recipient layers to start from, such as 4 5 6 or 4-6")
     train.add_argument("--name", dest="donor_name", help="name of the donor (default: the name of the output)")

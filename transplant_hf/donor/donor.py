@@ -12,7 +12,9 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
+from ..display import position_text
 from ..errors import CheckpointError, ConfigurationError, IntegrityError
+from ..layer_map import Position
 from ..numeric import consecutive_layers
 from ..sources import HubArguments, HubOptions, Source, locate
 from .extract import layers_of_model
@@ -38,7 +40,7 @@ class Donor:
     Args:
         record: Its record.
         store: Its tensors.
-        position: The recommended position, if any.
+        position: The recommended position, if any; several for a donor that is spread through its recipient.
         mode: The recommended mode, "insert" or "replace".
         strength: The recommended strength.
         source: Where it was read from, if anywhere.
@@ -55,7 +57,7 @@ class Donor:
     record: DonorRecord
     store: TensorStore
     _: dataclasses.KW_ONLY
-    position: int | None = None
+    position: Position | None = None
     mode: str = "insert"
     strength: float = 1.0
     source: Source | None = None
@@ -143,12 +145,13 @@ class Donor:
         init: str = "copy",
         revision: str | None = None,
     ) -> Donor:
-        """Make a donor from contiguous layers of a loaded model, sharing its memory.
+        """Make a donor from layers of a loaded model, sharing its memory.
 
         Args:
             model: Any decoder-only model, also a transplant; wrappers of torch.compile, DataParallel or PEFT are
                 removed.
-            layers: Consecutive running numbers, such as `[4, 5, 6]` or `range(4, 7)`.
+            layers: Running numbers in ascending order, such as `range(4, 7)`; `[9, 19, 28]` for a donor that is going
+                to be spread through its recipient.
             name: The donor's name.
             init: "copy" copies the layers. "identity" sets their output projections to zero in the donor, so that it
                 changes nothing until it is trained; the projections are found by running the model on a few tokens.
@@ -159,7 +162,7 @@ class Donor:
             The donor, with the tensor names and types of the model's checkpoint.
 
         Raises:
-            ConfigurationError: Not a loaded model, or layers that are not consecutive or do not exist.
+            ConfigurationError: Not a loaded model, or layers that are not in ascending order or do not exist.
             CheckpointError: Weights that are offloaded, quantized or computed from others.
             CompatibilityError: Layers that cannot start as the identity, with the reason.
 
@@ -297,7 +300,7 @@ class Donor:
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        position: int | None = None,
+        position: Position | None = None,
         recipient: str | None = None,
         recipient_revision: str | None = None,
         max_shard_size: int | str = "5GB",
@@ -310,7 +313,8 @@ class Donor:
         Args:
             save_directory: The folder; a donor in it is replaced in one step. A `README.md` that a person wrote or
                 edited is kept.
-            position: The recommended position; by default the donor's.
+            position: The recommended position; by default the donor's. Several, such as `(10, 20, 29)`, spread the
+                donor through the recipient, in parts of one size.
             recipient: Its recipient; by default the model that its layers came from.
             recipient_revision: The recipient's revision.
             max_shard_size: The size of the largest weight file.
@@ -340,7 +344,7 @@ class Donor:
     def push_to_hub(
         self,
         repo_id: str,
-        position: int | None = None,
+        position: Position | None = None,
         *,
         commit_message: str = "Upload donor",
         token: str | bool | None = None,
@@ -379,7 +383,7 @@ class Donor:
         return str(self.source or file or self.name or "in memory")
 
     def __repr__(self) -> str:
-        place = "no recommended position" if self.position is None else f"{self.mode} at position {self.position}"
+        place = "no recommended position" if self.position is None else f"{self.mode} at {position_text(self.position)}"
         source = f", from {self.source}" if self.source else ""
         return f"Donor({self.name!r}, {self.model_type}, layers {self.layer_indices}, {place}{source})"
 

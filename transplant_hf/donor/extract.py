@@ -16,7 +16,7 @@ from ..architecture import LayerNames, config_of_weights, decoder_stack, find_st
 from ..architecture.names import is_adapted
 from ..config import DonorSpec
 from ..errors import CheckpointError, ConfigurationError
-from ..numeric import consecutive_layers
+from ..numeric import ascending_layers
 from .record import DonorRecord
 from .tensors import MemoryTensors
 
@@ -37,7 +37,7 @@ def layers_of_model(
     model = unwrapped(model)
     path = find_stack(model)
     count = len(decoder_stack(model, path))
-    numbers = consecutive_layers(layers, "layers")
+    numbers = ascending_layers(layers, "layers")
     if numbers[0] < 0 or numbers[-1] >= count:
         raise ConfigurationError(f"layers {numbers} are outside 0..{count - 1}: the model runs {count} layers.")
     # A transplant's layers come from several models, which its configuration does not tell.
@@ -106,7 +106,7 @@ def checkpoint_tensors(
         parts = names.split(raw)
         if parts is None:
             raise CheckpointError(f"the checkpoint name {raw!r} of a layer's tensor could not be traced back.")
-        tensors[f"layers.{parts.number - numbers[0]}.{parts.rest}"] = tensor
+        tensors[f"layers.{numbers.index(parts.number)}.{parts.rest}"] = tensor
     return tensors
 
 

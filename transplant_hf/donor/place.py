@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import DonorSpec, TransplantConfig
 from ..errors import ConfigurationError
+from ..layer_map import Position
 from ..storage import read_json
 
 if TYPE_CHECKING:
     from .donor import Donor
 
 
-def donor_and_position(donor: Any, position: int | None) -> tuple[Any, int | None]:
+def donor_and_position(donor: Any, position: Position | None) -> tuple[Any, Position | None]:
     """Return a donor and its position, which may be given together as `{donor: position}`."""
     if not isinstance(donor, Mapping):
         return donor, position
@@ -45,7 +46,7 @@ def recommendation(place: DonorSpec | None) -> dict[str, Any]:
     return {} if place is None else {name: getattr(place, name) for name in ("position", "mode", "strength")}
 
 
-def spec_of(donor: Donor, position: int | None = None, **given: Any) -> DonorSpec:
+def spec_of(donor: Donor, position: Position | None = None, **given: Any) -> DonorSpec:
     """Return the spec of a donor; everything that is not given is what the donor recommends."""
     source = donor.source
     spec = DonorSpec(

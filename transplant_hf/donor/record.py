@@ -54,7 +54,8 @@ class DonorRecord:
     Args:
         model_type: The source model's type, such as "gpt2".
         source_config: The source model's own configuration, as its `config.json` has it.
-        layer_indices: The donor layers' numbers in the source model, consecutive.
+        layer_indices: The donor layers' numbers in the source model, in ascending order; consecutive, unless the donor
+            is spread through the recipient.
         source_id: Hub id or folder of the source model, if known.
         source_revision: Its commit, if known.
         name: The donor's name.
@@ -178,6 +179,6 @@ def _typed(content: Mapping[str, Any], key: str, kind: type) -> Any:
 
 def _indices(values: list[Any]) -> tuple[int, ...]:
     whole = bool(values) and all(is_whole(value) and value >= 0 for value in values)
-    if not whole or values != list(range(values[0], values[0] + len(values))):
-        raise TypeError(f"layer_indices must be consecutive whole numbers, got {shown(values)}")
+    if not whole or values != sorted(set(values)):
+        raise TypeError(f"layer_indices must be whole numbers in ascending order, got {shown(values)}")
     return tuple(values)

@@ -21,6 +21,7 @@ from ..config import DonorSpec, TransplantConfig
 from ..display import parse_size, progress_bar
 from ..errors import CheckpointError, ConfigurationError
 from ..hub import push_folder
+from ..layer_map import Position
 from ..numeric import is_finite
 from ..sources import points_to_folder
 from ..storage import files_in, publish, sha256_of, write_json
@@ -102,7 +103,7 @@ def write_donor_repo(
     staging: Path,
     folder: Path,
     *,
-    position: int | None = None,
+    position: Position | None = None,
     recipient: str | None = None,
     recipient_revision: str | None = None,
     max_shard_size: int | str = "5GB",

@@ -140,6 +140,11 @@ def _donors_in_memory(loaded: LoadedModel, donors: Any) -> dict[str, tuple[Donor
         position = None
         if reference is None or isinstance(reference, int):  # {donor: position}, or {donor: None}
             name, reference, position = None, name, reference
+        if isinstance(reference, list | tuple):
+            raise ConfigurationError(
+                f"a sweep moves a donor as a whole, and cannot measure {name or reference} at positions "
+                f"{list(reference)}. Measure a donor that is spread through the recipient with evaluate."
+            )
         is_donor = isinstance(reference, Donor)
         donor = reference if is_donor else Donor.from_pretrained(reference, **loaded.hub.as_kwargs())
         name = name or donor.name or f"donor {len(found)}"

@@ -14,7 +14,7 @@ from ..donor import Donor
 from ..donor.place import named, placed
 from ..donor.tensors import DONOR_FILE, DONOR_INDEX, layer_of
 from ..errors import BUILD_ERRORS, ConfigurationError, TransplantError
-from ..layer_map import LayerMap, Placement, Splice
+from ..layer_map import LayerMap, Placement, Position, Splice
 from ..model.check import check_compatibility
 from ..sources import HubOptions, Source, points_to_folder
 from .files import Files, HeaderTensors, all_tensors
@@ -45,7 +45,7 @@ class Asked:
 
     what: str
     recipient: str | None
-    position: int | None
+    position: Position | None
     verify: bool
     hub: HubOptions
 
@@ -227,7 +227,7 @@ def has_recipient_inside(config: TransplantConfig, source: Source) -> bool:
 
 
 def _compare_with_recipient(
-    recipient: str, donor: Donor, position: int | None, mode: str, hub: HubOptions
+    recipient: str, donor: Donor, position: Position | None, mode: str, hub: HubOptions
 ) -> CompatibilityReport:
     try:
         return check_compatibility(recipient, donor, position, mode, trust_remote_code=False, **hub.as_kwargs())

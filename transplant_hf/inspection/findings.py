@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ..compatibility import CompatibilityReport
-from ..layer_map import LayerMap
+from ..layer_map import LayerMap, Position
 from .text import inspection_text
 
 __all__ = [
@@ -136,10 +136,10 @@ class DonorInspection(Inspection):
     source_revision: str | None
     recipient: str | None
     recipient_revision: str | None
-    position: int | None
+    position: Position | None
     mode: str
     strength: float
-    placed_at: int | None
+    placed_at: Position | None
     metadata: Mapping[str, Any]
     weights: Weights
     layer_map: LayerMap
@@ -167,7 +167,7 @@ class PlacedDonor:
     donor: str
     revision: str | None
     subfolder: str | None
-    position: int
+    position: Position
     mode: str
     strength: float
     layer_indices: tuple[int, ...]
@@ -298,7 +298,7 @@ class PtInspection(Inspection):
     layer_indices: tuple[int, ...] = ()
     prefix: str | None = None
     dropped: tuple[str, ...] = ()
-    placed_at: int | None = None
+    placed_at: Position | None = None
     layer_map: LayerMap = dataclasses.field(default_factory=LayerMap)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..config import TransplantConfig
 from ..donor import DONOR_CONFIG
 from ..errors import ConfigurationError
+from ..layer_map import Position
 from ..sources import HubOptions
 from ..storage import read_json
 from .donors import Asked, has_recipient_inside, inspect_donor, inspect_transplant, read_transplant_config
@@ -25,7 +26,7 @@ def inspect(
     what: str | os.PathLike[str],
     *,
     recipient: str | os.PathLike[str] | None = None,
-    position: int | None = None,
+    position: Position | None = None,
     verify: bool = False,
     revision: str | None = None,
     subfolder: str | None = None,

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import STACKED
-from ..display import bytes_text, numbers_text
-from ..layer_map import LayerMap
+from ..display import bytes_text, numbers_text, position_text
+from ..layer_map import LayerMap, Position
 
 if TYPE_CHECKING:
     from .findings import DonorInspection, Inspection, ModelInspection, PtInspection, TransplantInspection, Weights
@@ -83,11 +83,15 @@ def _donor(found: DonorInspection) -> tuple[str, Iterator[Row]]:
     return f"a donor of {_counted(len(found.layer_indices), 'layer')}", rows()
 
 
-def _position(recommended: int | None, placed_at: int | None) -> str:
-    known = "none is recommended" if recommended is None else f"{recommended} is recommended"
+def _position(recommended: Position | None, placed_at: Position | None) -> str:
+    known = "none is recommended" if recommended is None else f"{_numbers(recommended)} is recommended"
     if placed_at is None or placed_at == recommended:
-        return known if recommended is None else f"{recommended} (recommended)"
-    return f"{placed_at} (given; {known})"
+        return known if recommended is None else f"{_numbers(recommended)} (recommended)"
+    return f"{_numbers(placed_at)} (given; {known})"
+
+
+def _numbers(position: Position) -> str:
+    return position_text(position).partition(" ")[2]
 
 
 def _transplant(found: TransplantInspection) -> tuple[str, Iterator[Row]]:
@@ -102,7 +106,7 @@ def _transplant(found: TransplantInspection) -> tuple[str, Iterator[Row]]:
             strength = "" if donor.strength == 1 else f", strength {donor.strength:g}"
             yield "", ""
             yield donor.name, _named(donor.donor, donor.revision)
-            yield "", f"layers {numbers_text(donor.layer_indices)} {how} position {donor.position}{strength}"
+            yield "", f"layers {numbers_text(donor.layer_indices)} {how} {position_text(donor.position)}{strength}"
             for label, text in _weights(donor.weights):
                 yield "", f"{label}: {text}"
             for _, text in _values("", donor.metadata):

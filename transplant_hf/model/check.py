@@ -14,6 +14,7 @@ from ..config import TransplantConfig
 from ..donor import Donor
 from ..donor.place import donor_and_position, spec_of
 from ..errors import CheckpointError, ConfigurationError
+from ..layer_map import Position
 from ..sources import HubOptions, locate
 from ..splice import report_fit
 from ..storage import read_json
@@ -22,7 +23,7 @@ __all__ = ["check_compatibility"]
 
 
 def check_compatibility(
-    recipient: Any, donor: Any, position: int | None = None, mode: str | None = None, **hub_kwargs: Any
+    recipient: Any, donor: Any, position: Position | None = None, mode: str | None = None, **hub_kwargs: Any
 ) -> CompatibilityReport:
     """Say whether a donor fits a recipient, from headers and configurations only.
 

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..architecture import decoder_stack, find_stack
+from ..display import position_text
 from ..donor import Donor
 from ..donor.companions import locate_with_companions
 from ..donor.save import output_folder, push_donor, save_donor
 from ..donor.saved_files import check_artifact_folder
 from ..errors import ConfigurationError
-from ..layer_map import RECIPIENT, check_position, paper_layers
+from ..layer_map import RECIPIENT, Position, check_position, paper_layers
 from ..numeric import whole_number
 from ..sources import HubOptions
 from .load_any_model import load_model
@@ -44,7 +45,7 @@ class Extraction:
     recipient_revision: str | None
     model_type: str
     layer_indices: tuple[int, ...]
-    position: int
+    position: Position
     init: str
     files: Mapping[str, Mapping[str, Any]]
     commit: str | None = None
@@ -62,7 +63,7 @@ class Extraction:
                 f"{self.source} -> {self.commit or self.folder}",
                 f"  {len(self.layer_indices)} layers ({self.model_type}): {', '.join(map(str, self.layer_indices))}, "
                 f"{start}",
-                f"  for {self.recipient}{pinned}, recommended position {self.position}; "
+                f"  for {self.recipient}{pinned}, recommended {position_text(self.position)}; "
                 f"{len(self.files)} weight file{'s' if len(self.files) > 1 else ''}, {size:,} bytes",
             ]
         )
@@ -76,7 +77,7 @@ def extract(
     layers: Sequence[int] | None = None,
     count: int = 3,
     init: str = "copy",
-    position: int | None = None,
+    position: Position | None = None,
     name: str | None = None,
     revision: str | None = None,
     dtype: Any = "auto",

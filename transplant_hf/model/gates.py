@@ -30,6 +30,10 @@ def attach_gate(model: Any, name: str) -> nn.Parameter:
         raise ConfigurationError(
             f"donor {name!r} replaces recipient layers, so that its strength is 1 and cannot be trained. Insert it."
         )
+    if isinstance(spec.position, tuple):
+        raise ConfigurationError(
+            f"donor {name!r} is spread over positions {list(spec.position)}, and its strength cannot be trained."
+        )
     first = state.hooks.layers_of(name)[0]
     device = next(first.parameters()).device
     if device.type == "meta":

@@ -15,7 +15,7 @@ from ..compatibility import refuse_unsupported
 from ..config import DonorSpec, TransplantConfig, check_composition
 from ..donor import Donor
 from ..errors import ConfigurationError, TransplantError
-from ..layer_map import RECIPIENT
+from ..layer_map import RECIPIENT, Position
 from ..splice import Blueprint, draw_blueprint
 from .active_donors import attach_state
 from .live import add_donor, open_donor, own_tensors
@@ -31,7 +31,7 @@ __all__ = ["remove_transplants", "transplant"]
 
 
 def transplant(
-    model: PreTrainedModel, donor: Donor | str, position: int | None = None, mode: str | None = None, *,
+    model: PreTrainedModel, donor: Donor | str, position: Position | None = None, mode: str | None = None, *,
     name: str | None = None, strength: float | None = None, composition: str | None = None, in_place: bool = False,
 ) -> TransplantedModel:  # fmt: skip
     """Return a model that runs a loaded recipient's layers with a donor's between them.
@@ -103,7 +103,7 @@ def transplant(
 def _transplant_into(
     model: Any,
     donor: Donor | str,
-    position: int | None,
+    position: Position | None,
     mode: str | None,
     name: str | None,
     strength: float | None,

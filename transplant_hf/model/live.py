@@ -20,8 +20,7 @@ from ..donor import Donor
 from ..donor.place import donor_and_position, spec_of
 from ..donor.tensors import MemoryTensors
 from ..errors import ConfigurationError
-from ..layer_map import RECIPIENT, Slot
-from ..numeric import whole_number
+from ..layer_map import RECIPIENT, Position, Slot
 from ..splice import Blueprint, DonorPart
 from .active_donors import TransplantState, state_of
 from .load_weights import from_pretrained
@@ -31,7 +30,12 @@ __all__ = ["add_donor", "move_donor", "open_donor", "own_tensors", "remove_donor
 
 
 def add_donor(
-    model: Any, donor: Donor | str, position: int | None, mode: str | None, name: str | None, strength: float | None
+    model: Any,
+    donor: Donor | str,
+    position: Position | None,
+    mode: str | None,
+    name: str | None,
+    strength: float | None,
 ) -> None:
     """Implement `model.add_donor`."""
     with _changing(model, "add_donor()") as state:
@@ -46,18 +50,18 @@ def remove_donor(model: Any, name: str) -> None:
         _change(model, state, [part for part in state.blueprint.parts if part.name != name], "remove_donor()")
 
 
-def move_donor(model: Any, name: str, position: int) -> None:
+def move_donor(model: Any, name: str, position: Position) -> None:
     """Implement `model.move_donor`."""
     with _changing(model, "move_donor()", name) as state:
         part = state.blueprint.part(name)
-        spec = dataclasses.replace(part.spec, position=whole_number(position, f"position of donor {name!r}"))
+        spec = dataclasses.replace(part.spec, position=position)
         moved = dataclasses.replace(part, spec=spec)
         parts = [moved if other is part else other for other in state.blueprint.parts]
         _change(model, state, parts, "move_donor()")
 
 
 def swap_donor(
-    model: Any, name: str, donor: Donor | str, position: int | None, new_name: str | None, strength: float | None
+    model: Any, name: str, donor: Donor | str, position: Position | None, new_name: str | None, strength: float | None
 ) -> None:
     """Implement `model.swap_donor`."""
     with _changing(model, "swap_donor()", name) as state:
@@ -75,7 +79,7 @@ def swap_donor(
 
 
 def open_donor(
-    donor: Donor | str, *, position: int | None, mode: str | None, name: str | None, strength: float | None
+    donor: Donor | str, *, position: Position | None, mode: str | None, name: str | None, strength: float | None
 ) -> tuple[DonorSpec, Donor]:
     """Open a donor for a loaded model; arguments that are `None` come from its recommendation."""
     donor, position = donor_and_position(donor, position)
@@ -204,7 +208,8 @@ def _neighbor(model: Any, part: DonorPart) -> nn.Module:
     blueprint = model._transplant.blueprint
     running = [stage.slot for stage in blueprint.running(())]
     own = [slot for slot in running if slot.source == RECIPIENT] or running
-    nearest = min(own, key=lambda slot: abs(slot.index - max(part.spec.position - 1, 0)))
+    first = part.spec.position[0] if isinstance(part.spec.position, tuple) else part.spec.position
+    nearest = min(own, key=lambda slot: abs(slot.index - max(first - 1, 0)))
     return decoder_stack(model, blueprint.recipient.stack_path)[running.index(nearest)]
 
 

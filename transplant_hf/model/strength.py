@@ -1,9 +1,9 @@
 """The strength of a donor: how much of what it adds to the hidden state is kept.
 
 A donor d of strength s turns h into h + s (d(h) - h). Donors that run side by side at one position all get the same h,
-and what they add is summed. Two hooks do this, on the first and the last layer of each donor. They are always there,
-and pass the output of a donor of strength 1 through: torch.compile notices attributes of modules that change, but not
-hooks that are added or removed.
+and what they add is summed. Two hooks do this, on the first and the last layer of each donor; of a donor that is spread
+through the recipient, on those of each part. They are always there, and pass the output of a donor of strength 1
+through: torch.compile notices attributes of modules that change, but not hooks that are added or removed.
 
 A choice by call, with `model.using(...)`, goes through the same hooks and takes precedence.
 """
@@ -73,16 +73,16 @@ class _PerThread:
 
 
 class _DonorHooks:
-    """The two hooks of one donor.
+    """The two hooks of one donor, or of a part of one.
 
     Args:
         name: The donor's name.
-        layers: Its layers in order.
+        layers: Its layers, or those of the part, in order.
         choices: The donors that calls choose.
     """
 
     def __init__(self, name: str, layers: Sequence[nn.Module], choices: CallChoices) -> None:
-        self.name, self.choices = name, choices
+        self.name, self.layers, self.choices = name, layers, choices
         # The state that enters a group of donors side by side; `None` outside a group.
         self.group: _PerThread | None = None
         self._states = _PerThread()
@@ -207,30 +207,39 @@ class StrengthHooks:
             part.name: [layer for stage, layer in layers.items() if stage.slot.source == part.name]
             for part in blueprint.parts
         }
-        self._hooks = {name: _DonorHooks(name, donor, choices) for name, donor in self._layers.items()}
+        # Of each part of a donor that is spread through the recipient.
+        self._hooks = {
+            placement.name: [
+                _DonorHooks(placement.name, [self._layers[placement.name][number] for number in numbers], choices)
+                for _, numbers in placement.parts
+            ]
+            for placement in blueprint.splice.placements
+        }
         self._groups: dict[tuple[str, ...], _PerThread] = {}
 
     def set(self, blueprint: Blueprint, disabled: Collection[str], by_call: bool) -> None:
         """Set what the hooks do."""
         group_of = {name: group for group in blueprint.side_by_side_groups for name in group}
         gates = self.gates()
-        for name, hooks in self._hooks.items():
+        for name, parts in self._hooks.items():
             spec, group = blueprint.part(name).spec, group_of.get(name)
             running = [other for other in group or () if other not in disabled]
             leads = name not in running[1:]
             changes = group is not None or spec.strength != 1.0 or name in gates
             active = changes or (by_call and spec.mode == "insert")
-            hooks.group = self._groups.setdefault(group, _PerThread()) if group else None
-            if not active:
-                hooks.forget()
-            for number, layer in enumerate(self._layers[name]):
-                inside = (number > 0 and changes) or not leads
-                setattr(layer, _ROLE, _Role(active, spec.strength, leads, name in running[-1:], inside))
+            for hooks in parts:
+                hooks.group = self._groups.setdefault(group, _PerThread()) if group else None
+                if not active:
+                    hooks.forget()
+                for number, layer in enumerate(hooks.layers):
+                    inside = (number > 0 and changes) or not leads
+                    setattr(layer, _ROLE, _Role(active, spec.strength, leads, name in running[-1:], inside))
 
     def remove(self) -> None:
         """Remove all hooks."""
         while self._hooks:
-            self._hooks.popitem()[1].remove()
+            for hooks in self._hooks.popitem()[1]:
+                hooks.remove()
 
     def layers_of(self, name: str) -> list[nn.Module]:
         """The layers of a donor, in order."""

@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from ..config import DonorSpec, TransplantConfig, check_composition
+from ..display import position_text
 from ..donor import Donor
 from ..donor.record import DonorRecord
-from ..layer_map import RECIPIENT, LayerMap
+from ..layer_map import RECIPIENT, LayerMap, Position
 from .active_donors import state_of
 from .calls import counted, deep_copy
 from .live import add_donor, move_donor, remove_donor, swap_donor
@@ -56,7 +57,7 @@ class TransplantMixin(NativeMethods):
             place = "replaces layers from" if spec.mode == "replace" else "inserted at"
             on = "off" if spec.name in self._transplant.disabled else "on"
             strength = self.strengths[str(spec.name)]
-            lines.append((str(spec.name), f"{place} position {spec.position}, strength {strength:g}, {on}"))
+            lines.append((str(spec.name), f"{place} {position_text(spec.position)}, strength {strength:g}, {on}"))
         return lines
 
     def extra_repr(self) -> str:
@@ -175,7 +176,7 @@ class TransplantMixin(NativeMethods):
     def add_donor(
         self,
         donor: Donor | str,
-        position: int | None = None,
+        position: Position | None = None,
         mode: str | None = None,
         *,
         name: str | None = None,
@@ -211,7 +212,7 @@ class TransplantMixin(NativeMethods):
         """
         remove_donor(self, name)
 
-    def move_donor(self, name: str, position: int) -> None:
+    def move_donor(self, name: str, position: Position) -> None:
         """Move a donor to another position. No weight is read or copied.
 
         Args:
@@ -228,7 +229,7 @@ class TransplantMixin(NativeMethods):
         name: str,
         donor: Donor | str,
         *,
-        position: int | None = None,
+        position: Position | None = None,
         new_name: str | None = None,
         strength: float | None = None,
     ) -> None:

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..display import align_table, bytes_text, numbers_text
+from ..display import align_table, bytes_text, numbers_text, position_text
 from ..errors import ConfigurationError
-from ..layer_map import LayerMap
+from ..layer_map import LayerMap, Position
 
 __all__ = ["CacheKind", "Cost", "Hardware", "Plan", "PlannedDonor", "Share"]
 
@@ -146,7 +146,7 @@ class PlannedDonor:
     """
 
     name: str
-    position: int
+    position: Position
     mode: str
     layer_indices: tuple[int, ...]
     weights: int
@@ -154,7 +154,7 @@ class PlannedDonor:
     def __str__(self) -> str:
         how = "in place of recipient layers from" if self.mode == "replace" else "at"
         layers = f"layers {numbers_text(self.layer_indices)} of its source"
-        return f"{self.name}: {layers} {how} position {self.position}, {bytes_text(self.weights)}"
+        return f"{self.name}: {layers} {how} {position_text(self.position)}, {bytes_text(self.weights)}"
 
 
 @dataclasses.dataclass(frozen=True)

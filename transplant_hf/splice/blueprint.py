@@ -20,7 +20,7 @@ from ..architecture import (
 )
 from ..architecture.exceptions import SEVERAL_STREAMS
 from ..compatibility import CompatibilityReport, donor_anatomy, mismatches, refuse_unsupported
-from ..config import DonorSpec, TransplantConfig, donor_specs
+from ..config import SIDE_BY_SIDE, STACKED, DonorSpec, TransplantConfig, donor_specs
 from ..donor import Donor
 from ..donor.record import DonorRecord
 from ..errors import CompatibilityError, ConfigurationError
@@ -208,13 +208,12 @@ class Blueprint:
     ) -> tuple[DonorRecord, DonorSpec | None]:
         """The record of a donor made of running layers, and its spec if the layers are a donor's."""
         source, indices = slots[0].source, tuple(slot.index for slot in slots)
-        consecutive = tuple(range(indices[0], indices[0] + len(indices)))
-        if {slot.source for slot in slots} != {source} or indices != consecutive:
-            raise ConfigurationError(
-                f"layers {list(numbers)} come from {', '.join(map(str, map(tuple, slots)))}; a donor is made of "
-                "consecutive layers of one source."
-            )
         part = None if source == RECIPIENT else self.part(source)
+        if {slot.source for slot in slots} != {source}:
+            raise ConfigurationError(
+                f"layers {list(numbers)} come from {', '.join(map(str, map(tuple, slots)))}; a donor is made of layers "
+                "of one source."
+            )
         anatomy, known = (part.anatomy, part.donor.record) if part else (self.recipient, None)
         fields = anatomy.config.to_dict()
         fields.pop("_name_or_path", None)
@@ -260,6 +259,12 @@ def _blueprint_of(
                 f"donor {placement.name!r} would replace layers {shared} of {recipient.what}, which share weights with "
                 'its other layers. Use mode="insert", or another position.'
             )
+    spread = [part.name for part in parts if isinstance(part.spec.position, tuple)]
+    if spread and config.composition == SIDE_BY_SIDE:
+        raise ConfigurationError(
+            f"donor {spread[0]!r} is spread over several positions, and cannot run side by side with others. Use "
+            f'composition="{STACKED}".'
+        )
     if blueprint.beyond_native:
         blueprint.refuse_scaling()
     return blueprint

@@ -26,11 +26,10 @@ def insert_layers(model: PreTrainedModel, blueprint: Blueprint, stages: Sequence
     sources: dict[str, Sequence[nn.Module]] = {RECIPIENT: list(stack)}
     for part in blueprint.parts:
         sources[part.name] = build_layers(part.anatomy, part.donor.layer_indices, model.config)
-    first = {part.name: part.donor.layer_indices[0] for part in blueprint.parts}
-    layers = []
-    for stage in stages:
-        number = stage.slot.index - first.get(stage.slot.source, 0)
-        layers.append(sources[stage.slot.source][number])
+    layers = [
+        sources[stage.slot.source][stage.slot.index if stage.donor_layer is None else stage.donor_layer]
+        for stage in stages
+    ]
     del stack[:]
     stack.extend(layers)
 

@@ -141,11 +141,11 @@ def merge_weights(
 
 def _add_donors(merged: MergedWeights, blueprint: Blueprint, prefix: str) -> None:
     for part in blueprint.parts:
-        first = next(n for n, s in enumerate(blueprint.built) if s.slot.source == part.name)
+        places = [number for number, stage in enumerate(blueprint.built) if stage.slot.source == part.name]
         infos = part.donor.infos()
         for name, tensor in part.donor.store.slices().items():
             number, rest = layer_of(name)
-            new = f"{prefix}.{first + number}.{rest}"
+            new = f"{prefix}.{places[number]}.{rest}"
             merged.tensors[new] = merged.check.watch(f"{part.name}: {name}", tensor)
             merged.donor_names[new] = (part.name, name)
             file = infos[name].file

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..config import DonorSpec
 from ..display import parse_size
 from ..errors import ConfigurationError
 
@@ -84,8 +85,9 @@ class DonorTrainingArguments(PartTrainingArguments):
         method: "in_place" trains the donor inside the frozen recipient; "standalone" is the paper's wrapper: the donor
             alone between the frozen embeddings and the frozen head.
         mode: "insert" adds layers; "replace" trains the layers at the position, and adds no cost at run time.
-        position: How many recipient layers run before the donor, 0..L; by default L - 1, or L - k to replace.
-        donor_layers: k.
+        position: How many recipient layers run before the donor, 0..L; by default L - 1, or L - k to replace. Several,
+            such as `(10, 20, 29)`, spread the donor through the recipient, in parts of one size.
+        donor_layers: k; by default 3, or one layer for each of several positions.
         start_layers: The recipient layers it starts from; by default the k before the position, or the replaced ones.
         init: "identity" starts with output projections of zero, so that the recipient's output is unchanged; "copy"
             starts with copies of the layers. A replacing donor always starts as a copy.
@@ -113,8 +115,8 @@ class DonorTrainingArguments(PartTrainingArguments):
 
     method: str = "in_place"
     mode: str = "insert"
-    position: int | None = None
-    donor_layers: int = 3
+    position: Any = None
+    donor_layers: int = None  # type: ignore[assignment]
     start_layers: list[int] | None = None
     init: str = "identity"
     donor_name: str | None = None
@@ -123,6 +125,10 @@ class DonorTrainingArguments(PartTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.position is not None:
+            self.position = DonorSpec("donor", self.position).position  # which checks it
+        if self.donor_layers is None:
+            self.donor_layers = len(self.position) if isinstance(self.position, tuple) else 3
         if self.donor_layers < 1:
             raise ConfigurationError(f"donor_layers must be at least 1, got {self.donor_layers}.")
         if self.method == "standalone" and self.mode == "replace":

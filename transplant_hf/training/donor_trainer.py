@@ -13,7 +13,7 @@ from torch import nn
 
 from ..donor import Donor
 from ..errors import ConfigurationError
-from ..layer_map import RECIPIENT, check_position
+from ..layer_map import RECIPIENT, Placement, Position, Splice
 from ..model.in_memory import transplant
 from ..partial import stack_of
 from .arguments import DonorTrainingArguments, default_learning_rate, default_position, default_strength
@@ -167,7 +167,7 @@ class DonorTrainer(TransplantTrainer):
         return {"position": self.position, "mode": self.args.mode, "strength": self.recommended_strength}
 
 
-def _position(recipient: Any, args: DonorTrainingArguments) -> int:
+def _position(recipient: Any, args: DonorTrainingArguments) -> Position:
     state = getattr(recipient, "_transplant", None)
     layers = state.blueprint.splice.num_layers if state is not None else len(stack_of(recipient))
     if args.donor_layers > layers:
@@ -175,20 +175,31 @@ def _position(recipient: Any, args: DonorTrainingArguments) -> int:
             f"donor_layers={args.donor_layers}, but the recipient has {layers} layers to start from."
         )
     position = default_position(args.mode, layers, args.donor_layers) if args.position is None else args.position
-    return check_position(position, layers, replaced=args.donor_layers if args.mode == "replace" else 0)
+    # Which also checks them.
+    Splice(layers, [Placement("the donor", position, tuple(range(args.donor_layers)), args.mode == "replace")])
+    return position
 
 
-def _with_donor(recipient: Any, args: DonorTrainingArguments, position: int, name: str, commit: str | None) -> Any:
+def _start_layers(args: DonorTrainingArguments, position: Position, count: int) -> list[int]:
+    """The recipient layers that each part of the donor starts from: those before it, or those that it replaces."""
+    start: list[int] = []
+    for place, layers in Placement("the donor", position, tuple(range(args.donor_layers))).parts:
+        size = len(layers)
+        first = place if args.mode == "replace" else min(max(place - size, 0), max(count - size, 0))
+        start += range(first, min(first + size, count))
+    if start != sorted(set(start)):
+        raise ConfigurationError(
+            f"the parts of the donor at positions {list(position) if isinstance(position, tuple) else position} would "
+            f"start from layers {start}, some of them twice. Move the positions apart, or pass start_layers."
+        )
+    return start
+
+
+def _with_donor(recipient: Any, args: DonorTrainingArguments, position: Position, name: str, commit: str | None) -> Any:
     """Return the recipient with an untrained donor, whose parameters alone require gradients."""
     layer_map = getattr(recipient, "layer_map", None) or [(RECIPIENT, n) for n in range(len(stack_of(recipient)))]
     numbers = [number for number, (source, _) in enumerate(layer_map) if source == RECIPIENT]
-    if args.start_layers is not None:
-        start = list(args.start_layers)
-    elif args.mode == "replace":
-        start = list(range(position, position + args.donor_layers))
-    else:
-        first = min(max(position - args.donor_layers, 0), max(len(numbers) - args.donor_layers, 0))
-        start = list(range(first, min(first + args.donor_layers, len(numbers))))
+    start = list(args.start_layers or _start_layers(args, position, len(numbers)))
     if min(start) < 0 or max(start) >= len(numbers):
         raise ConfigurationError(
             f"the donor cannot start from layers {start}: {len(numbers)} recipient layers run, 0..{len(numbers) - 1}."

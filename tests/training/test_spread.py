@@ -1,0 +1,50 @@
+"""Training a donor whose parts stand at several positions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import logits_of, plain, refused
+from transplant_hf import ConfigurationError
+from transplant_hf.texts import Blocks
+from transplant_hf.training import DonorTrainer, DonorTrainingArguments
+
+
+def arguments(folder: Path, **more: object) -> DonorTrainingArguments:
+    options = {"max_steps": 2, "save_strategy": "no", "disable_tqdm": True, "replay_share": 0.0, **more}
+    return DonorTrainingArguments(str(folder), per_device_train_batch_size=2, use_cpu=True, **options)  # type: ignore
+
+
+@pytest.fixture
+def blocks() -> Blocks:
+    return Blocks(torch.randint(0, 250, (8, 12), generator=torch.Generator().manual_seed(0)), name="noise")
+
+
+def test_it_starts_as_the_recipient_and_learns_at_each_place(tiny_llama: Path, blocks: Blocks, tmp_path: Path) -> None:
+    recipient = plain(tiny_llama / "recipient")
+    before = logits_of(recipient)
+    trainer = DonorTrainer(recipient, arguments(tmp_path / "run", position=[1, 2, 4], learning_rate=1e-2), blocks)
+    assert trainer.args.donor_layers == 3
+    assert trainer.transplant.layer_map.layers_of("noise") == [1, 3, 6]
+    torch.testing.assert_close(logits_of(trainer.transplant), before, rtol=0, atol=1e-6)
+    trainer.train()
+    donor = trainer.donor
+    assert donor.layer_indices == [0, 1, 3] and donor.position == (1, 2, 4)
+    for number in range(3):  # zero before the training
+        assert donor.tensors()[f"layers.{number}.mlp.down_proj.weight"].any()
+    trainer.save(tmp_path / "noise", recipient=str(tiny_llama / "recipient"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "noise")
+    trainer.finish()
+    assert torch.equal(logits_of(again), logits_of(trainer.transplant))
+
+
+def test_parts_that_would_start_from_one_layer_are_refused(tiny_llama: Path, blocks: Blocks, tmp_path: Path) -> None:
+    args = arguments(tmp_path / "run", position=[2, 3], donor_layers=4)
+    with refused(ConfigurationError, "[2, 3]", "[0, 1, 1, 2]", "start_layers"):
+        DonorTrainer(plain(tiny_llama / "recipient"), args, blocks)
+    with refused(ConfigurationError, "3 layers", "2 parts"):
+        DonorTrainer(plain(tiny_llama / "recipient"), arguments(tmp_path, position=[2, 3], donor_layers=3), blocks)
