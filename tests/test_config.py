@@ -102,7 +102,7 @@ def test_numbers_of_numpy_and_torch_become_plain(position: Any, layers: Any, str
     "field",
     [
         {"position": 10**5000},
-        {"position": [1]},
+        {"position": [1.5]},
         {"position": np.True_},
         {"position": torch.tensor([1, 2])},
         {"position": torch.tensor(1, device="meta")},

@@ -18,10 +18,10 @@ MODULES = (
     "errors",
     "numeric",  # numbers as users write them
     "display",  # sizes, tables and progress bars for a person
+    "layer_map",
     "recipient_fields",
     "config",
-    "heads",  # names of Auto classes
-    "layer_map",  # up to here pure: what reads or writes files stands to the right
+    "heads",  # names of Auto classes; up to here pure: what reads or writes files stands to the right
     "storage",
     "cards",  # model cards, from facts that others hand over
     "sources",

@@ -63,7 +63,7 @@ def test_newer_format(tmp_path: Path) -> None:
         ("source_config", ["x"]),
         ("layer_indices", "4, 5"),
         ("layer_indices", []),
-        ("layer_indices", [4, 6]),
+        ("layer_indices", [6, 4]),
         ("layer_indices", [-1, 0]),
         ("layer_indices", [1.0]),
         ("layer_indices", [True]),
