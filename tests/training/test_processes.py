@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.helpers import refused
+from tests.training.helpers import arguments
+from transplant_hf import ConfigurationError
 
 _SCRIPT = """
 import json, sys
@@ -61,6 +66,13 @@ else:
         (folder / "losses.json").write_text(json.dumps([*losses(made), loss]))
 """
 _FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+_needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+
+def _zero(stage: int) -> dict[str, Any]:
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    config = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    return {**config, **dict.fromkeys(sizes, "auto")}
 
 
 def _run(folder: Path, run: str = "whole", processes: int = 2, **fields: Any) -> list[float]:
@@ -75,7 +87,12 @@ def _run(folder: Path, run: str = "whole", processes: int = 2, **fields: Any) ->
     fields |= {"ddp_backend": "gloo"} if processes > 1 else {}
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *words, script, folder, run, json.dumps(fields)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+        },
         capture_output=True,
         text=True,
         timeout=300,
@@ -93,11 +110,20 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{}, _FSDP, {"distillation": 2.0, "gradient_checkpointing": True, **_FSDP}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        _FSDP,
+        {"distillation": 2.0, "gradient_checkpointing": True, **_FSDP},
+        pytest.param({"deepspeed": _zero(2)}, marks=_needs_deepspeed),
+    ],
+)
 def test_several_processes_resume_with_the_weights_of_a_run_that_was_never_stopped(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    whole = _run(tmp_path / "whole", **{name: value for name, value in fields.items() if "fsdp" not in name})
+    sharding = ("fsdp", "fsdp_config", "deepspeed")
+    whole = _run(tmp_path / "whole", **{name: value for name, value in fields.items() if name not in sharding})
     _run(tmp_path / "run", "stop", **fields)
     assert not (tmp_path / "run" / "checkpoint-4" / "pytorch_model_fsdp.bin").exists(), "the whole model was gathered"
     assert _run(tmp_path / "run", "resume", **fields) == pytest.approx(whole, rel=1e-5)
@@ -105,3 +131,10 @@ def test_several_processes_resume_with_the_weights_of_a_run_that_was_never_stopp
     assert donors[0].keys() == donors[1].keys()
     for name, tensor in donors[0].items():
         torch.testing.assert_close(donors[1][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@_needs_deepspeed
+def test_zero_3_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with refused(ConfigurationError, "ZeRO-3 divides a model's weights", "stage 2", "FSDP2"):
+        arguments(tmp_path, deepspeed=_zero(3))

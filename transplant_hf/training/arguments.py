@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from ..config import DonorSpec
 from ..display import parse_size
 from ..errors import ConfigurationError
+from .sharded import ZERO_3
 
 __all__ = [
     "DonorTrainingArguments",
@@ -52,6 +53,8 @@ class PartTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.deepspeed and self.hf_deepspeed_config.is_zero3():
+            raise ConfigurationError(ZERO_3)
         for name, known in _CHOICES.items():
             if getattr(self, name, known[0]) not in known:
                 raise ConfigurationError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")

@@ -34,6 +34,7 @@ _TRAINED_FILE = "trained.safetensors"
 _RUN_FILE = "transplant_run.json"
 _STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.pt"
+_DEEPSPEED_FILE = "latest"  # names the folder with the optimizer
 # What may differ when a run is resumed: the first rows of a longer run are those of a shorter one.
 _LENGTH = {"rows", "max_steps"}
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -101,7 +102,8 @@ def remove_checkpoints(output: Path) -> None:
 
 def _is_complete(folder: Path, step: int) -> bool:
     # The state is written last: if it can be read, everything is there.
-    if not all((folder / name).is_file() for name in (_TRAINED_FILE, _RUN_FILE, OPTIMIZER_FILE, _STATE_FILE)):
+    optimizer = any((folder / name).is_file() for name in (OPTIMIZER_FILE, _DEEPSPEED_FILE))
+    if not optimizer or not all((folder / name).is_file() for name in (_TRAINED_FILE, _RUN_FILE, _STATE_FILE)):
         return False
     try:
         state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))

@@ -233,8 +233,6 @@ class PartTrainer(Trainer):
             raise ConfigurationError(
                 f"there is no complete checkpoint in {output} to resume from. Start without resuming."
             )
-        if self.is_deepspeed_enabled:
-            raise ConfigurationError("runs under DeepSpeed cannot be resumed here yet; start again.")
         check_same_run(folder, self._run)
         return str(folder)
 

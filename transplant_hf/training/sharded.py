@@ -16,11 +16,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import ConfigurationError
 
-__all__ = ["check_sharding", "fill", "gathered", "load_optimizer", "optimizer_state", "unsharded"]
+__all__ = ["ZERO_3", "check_sharding", "fill", "gathered", "load_optimizer", "optimizer_state", "unsharded"]
+
+ZERO_3 = (
+    "DeepSpeed ZeRO-3 divides a model's weights while it is loaded, before a donor can be inserted. Use stage 2 in the "
+    "DeepSpeed configuration, or FSDP2 (fsdp=True)."
+)
 
 
 def check_sharding(trainer: Any) -> None:
     """Refuse ways of sharding under which a part of a model cannot be trained, or its checkpoints not be resumed."""
+    deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise ConfigurationError(ZERO_3)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return
