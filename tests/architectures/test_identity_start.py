@@ -16,10 +16,7 @@ from tests.architectures.tiny_models import tiny_config, tiny_inputs, tiny_model
 from transplant_hf import AutoModelWithTransplant, CompatibilityError, Donor
 from transplant_hf.architecture import find_stack, projections_of_layers
 
-CHOSEN = [
-    "gpt2", "llama", "gpt_oss", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "falcon", "mixtral",
-    "deepseek_v3", "mamba", "cohere", "opt", "dbrx", "jetmoe",
-]  # fmt: skip
+CHOSEN = ["gpt2", "gpt_oss", "gemma3_text", "gpt_neox", "mixtral", "deepseek_v3", "mamba", "opt", "dbrx"]
 
 AFTER_ADDING = "changes the hidden state, like layers that normalize or scale it after the addition"
 # Normalised after the residual is added, as in the first transformers: no output of theirs leaves the state alone.
@@ -91,7 +88,7 @@ def _check_it_can_learn(model: Any, ids: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("model_type", CHOSEN)
-def test_a_dozen(model_type: str, tmp_path: Path) -> None:
+def test_one_of_each_kind(model_type: str, tmp_path: Path) -> None:
     _check_type(model_type, tmp_path)
 
 
