@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import Gemma3nTextConfig
 
-from tests.helpers import copied, edit_json, edit_weights, make_family, tiny_gpt2_model, tiny_llama_model
+from tests.helpers import edit_json, edit_weights, make_family, tiny_gpt2_model, tiny_llama_model
 from tests.hub_server import ALICE
 from transplant_hf import (
     AutoModelWithTransplant,
@@ -84,26 +84,12 @@ def position_outside(desk: Desk) -> None:
     load("recipient", donors={"law": 9})
 
 
-def replacements_overlap(desk: Desk) -> None:
-    copied(desk.folder / "law", desk.folder / "code")
-    load("recipient", donors=[DonorSpec("law", 0, "replace"), DonorSpec("code", 1, "replace")])
-
-
-def two_of_one_name(desk: Desk) -> None:
-    load("recipient", donors=[DonorSpec("law", 1), DonorSpec("law", 3)])
-
-
 def does_not_fit(desk: Desk) -> None:
     load("llama", donors={"law": 1})
 
 
 def other_architecture(desk: Desk) -> None:
     load("gpt2", donors={"law": 1})
-
-
-def unknown_field(desk: Desk) -> None:
-    desk.config(donors=[{"donor": ".", "position": 1, "strenght": 0.5}])
-    load("law")
 
 
 def layers_depend_on_each_other(desk: Desk) -> None:
@@ -137,12 +123,6 @@ def not_finite(desk: Desk) -> None:
     load("law")
 
 
-def lfs_pointer(desk: Desk) -> None:
-    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 7087872\n"
-    Path("donor_layers.pt").write_text(text)
-    Donor.from_pt("donor_layers.pt", recipient="recipient", layers=[1, 2])
-
-
 def layers_unknown(desk: Desk) -> None:
     source = tiny_llama_model(seed=2)
     torch.save([source.model.layers[n].state_dict() for n in (1, 2)], "donor_layers.pt")
@@ -158,11 +138,6 @@ def other_source(desk: Desk) -> None:
 # -- A loaded model ------------------------------------------------------------------------------------------------
 
 
-def replaced_not_kept(desk: Desk) -> None:
-    with desk.model("replace").disable_transplants():
-        pass
-
-
 def strength_of_replacing(desk: Desk) -> None:
     desk.model("replace").set_strength("law", 0.5)
 
@@ -172,12 +147,6 @@ def cache_of_the_other_side(desk: Desk) -> None:
     cache = model(ids, use_cache=True).past_key_values
     with model.disable_transplants():
         model(ids[:, :1], past_key_values=cache)
-
-
-def saved_while_off(desk: Desk) -> None:
-    model = desk.model()
-    with model.disable_transplants():
-        model.save_pretrained("saved", thin=True)
 
 
 def thin_of_a_changed_recipient(desk: Desk) -> None:
@@ -220,21 +189,11 @@ def pushed_with_a_local_recipient(desk: Desk) -> None:
 # -- Text ----------------------------------------------------------------------------------------------------------
 
 
-def _train(resume: bool = False, **kwargs: Any) -> None:
-    args = DonorTrainingArguments(
-        "work", max_steps=2, per_device_train_batch_size=2, block_length=16, donor_layers=2, disable_tqdm=True, **kwargs
-    )
-    DonorTrainer("recipient", args, "law.txt").train(resume_from_checkpoint=resume)
-
-
 def loss_not_finite(desk: Desk) -> None:
     Path("law.txt").write_text("The court holds that the contract is void. " * 40)
-    _train(learning_rate=1e38)
-
-
-def nothing_to_resume(desk: Desk) -> None:
-    Path("law.txt").write_text("The court holds that the contract is void. " * 40)
-    _train(resume=True)
+    sizes = {"per_device_train_batch_size": 2, "block_length": 16, "donor_layers": 2}
+    args = DonorTrainingArguments("work", max_steps=2, learning_rate=1e38, disable_tqdm=True, **sizes)
+    DonorTrainer("recipient", args, "law.txt").train()
 
 
 PROVOKED: dict[str, Callable[[Desk], None]] = {
