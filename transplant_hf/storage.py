@@ -197,14 +197,14 @@ def publish(target: str | os.PathLike[str], replaced: Callable[[Path], Collectio
         place = target if target.is_mount() else target.parent
         place.mkdir(parents=True, exist_ok=True)
         staging = place / f".{target.name}.{secrets.token_hex(4)}.tmp"
-        with _locked(place):
+        with locked(place):
             _remove_abandoned(target, place)
             staging.mkdir()
             lock = _lock(staging)
         try:
             yield staging
             _set_usual_modes(staging)
-            with _locked(place):
+            with locked(place):
                 _put_in_place(staging, target, replaced)
         finally:
             if lock is not None:
@@ -295,9 +295,13 @@ def _lock(folder: Path, wait: bool = False) -> int | None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, say_waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Let one process at a time change which files a folder holds."""
-    handle = _lock(folder, wait=True)
+    handle = _lock(folder)
+    if handle is None:
+        if say_waiting is not None and folder.is_dir() and sys.platform != "win32":
+            say_waiting()
+        handle = _lock(folder, wait=True)
     try:
         yield
     finally:

@@ -50,6 +50,13 @@ def add(commands: Any) -> None:
     old_spelling(train, "--layers", "--count", "donor_layers", type=whole())
     add_layers(train, "--start-layers", "recipient layers to start from, such as 4 5 6 or 4-6")
     train.add_argument("--name", dest="donor_name", help="name of the donor (default: the name of the output)")
+    train.add_argument(
+        "--stream-prefix",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="leave the layers before the donor in their files and read each of them once, so that they take no memory "
+        "(default: where the recipient does not fit into free memory)",
+    )
     add_number(train, "--distillation", "weight of the KL divergence from the recipient", 0.0, number(), "W")
     strength = "strength to recommend (default: 1; 0.75 without general text)"
     add_number(train, "--strength", strength, None, number(), "S")
@@ -103,6 +110,11 @@ def _add_shared(parser: argparse.ArgumentParser, learning_rate: float | None = N
     parser.add_argument(
         "--prefix-cache-limit", default="20GB", metavar="SIZE", help="largest size of that cache (default: 20GB)"
     )
+    parser.add_argument(
+        "--prefix-cache-dir",
+        metavar="DIR",
+        help="folder for that cache, where later runs find it (default: beside the output, removed in the end)",
+    )
     add_number(parser, "--save-steps", "steps between checkpoints", 200)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, also for more steps")
     parser.add_argument("--keep-checkpoints", action="store_true", help="keep checkpoints when training is done")
@@ -113,7 +125,7 @@ def _train(options: argparse.Namespace) -> int:
     from .. import train
 
     names = ("method", "mode", "init", "position", "donor_layers", "start_layers", "donor_name", "distillation")
-    return _run(options, train, pick(options, *names, "strength"))
+    return _run(options, train, pick(options, *names, "strength", "stream_prefix"))
 
 
 def _recover(options: argparse.Namespace) -> int:
@@ -129,7 +141,9 @@ def _run(options: argparse.Namespace, run: Any, chosen: dict[str, Any]) -> int:
     if options.held_out_blocks is not None and options.held_out is None:
         options.usage_error("--held-out-blocks goes with --held-out")
     names = ("block_length", "held_out_blocks", "replay_share", "learning_rate", "seed", "cache_prefix", "bf16")
-    chosen |= pick(options, *names, "prefix_cache_limit", "max_steps", "num_train_epochs", "save_steps")
+    chosen |= pick(
+        options, *names, "prefix_cache_limit", "prefix_cache_dir", "max_steps", "num_train_epochs", "save_steps"
+    )
     arguments = {name: value for name, value in chosen.items() if value is not None}
     loading = loading_arguments(options)
     report = run(

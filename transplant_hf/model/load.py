@@ -19,7 +19,7 @@ from ..splice import follow_quantization
 from .active_donors import attach_state
 from .load_adapters import find_adapter, load_adapter_beside
 from .load_request import find_parts, read_request
-from .load_weights import FileChecks, WeightLoader, from_pretrained, use_loader
+from .load_weights import FileChecks, HeldBack, WeightLoader, from_pretrained, use_loader
 from .surface import transplant_class
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ def load_transplant(
     revision: str | None = None,
     subfolder: str | None = None,
     recipient_overrides: Mapping[str, Any] | None = None,
+    held_back: HeldBack | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a transplant with the head of one Auto class; see `AutoModelWithTransplant.from_pretrained`."""
@@ -202,6 +203,7 @@ def load_transplant(
             name,
             *model_args,
             adapt_config=lambda config: follow_quantization(config, blueprint),
+            held_back=held_back,
             revision=parts.recipient.revision or "main",
             **kwargs,
         )

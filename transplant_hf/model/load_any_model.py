@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from ..architecture import check_gguf_reader, forget_gguf, open_recipient
+from ..architecture.recipient import Recipient
+from ..compatibility import refuse_unsupported
 from ..config import TransplantConfig
 from ..donor.companions import has_tokenizer, locate_with_companions
 from ..errors import CompatibilityError, ConfigurationError
 from ..sources import HubOptions, commit_of, for_transformers, locate, points_to_folder, reading, revision_for
+from ..splice import Blueprint
 from ..storage import read_json
 from .load import FOR_MODEL, load_transplant
+from .load_weights import HeldBack, from_pretrained
 from .surface import transplant_class
 
 __all__ = ["check_device_map", "load_model", "load_tokenizer", "pinned_commit"]
@@ -31,9 +36,19 @@ def load_model(
     donors: Any = None,
     revision: str | None = None,
     keep_replaced: bool = False,
+    held_back: HeldBack | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Load a causal language model from any kind of repository."""
+    """Load a causal language model from any kind of repository.
+
+    Args:
+        reference: Hub id or folder.
+        donors: As in `AutoModelWithTransplant.from_pretrained`.
+        revision: Branch, tag or commit.
+        keep_replaced: Also load layers that donors replace.
+        held_back: Returns how many of the first layers stay in their files.
+        **kwargs: As in `from_pretrained`.
+    """
     check_device_map(kwargs.get("device_map"))
     name, gguf_file, hub = os.fspath(reference), kwargs.pop("gguf_file", None), HubOptions.from_kwargs(kwargs)
     check_gguf_reader(gguf_file)
@@ -45,12 +60,24 @@ def load_model(
         if fields.get("model_type") == TransplantConfig.model_type:
             donors = donors or ()
     if donors is not None:
-        how: dict[str, Any] = {"gguf_file": gguf_file, "revision": revision, "keep_replaced": keep_replaced}
+        how: dict[str, Any] = {
+            "gguf_file": gguf_file,
+            "revision": revision,
+            "keep_replaced": keep_replaced,
+            "held_back": held_back,
+        }
         return load_transplant(AutoModelForCausalLM, name, donors=donors or None, **how, **kwargs)
-    return _load_plain(name, revision, gguf_file, hub, kwargs)
+    return _load_plain(name, revision, gguf_file, hub, held_back, kwargs)
 
 
-def _load_plain(name: str, revision: str | None, gguf_file: str | None, hub: HubOptions, kwargs: dict[str, Any]) -> Any:
+def _load_plain(
+    name: str,
+    revision: str | None,
+    gguf_file: str | None,
+    hub: HubOptions,
+    held_back: HeldBack | None,
+    kwargs: dict[str, Any],
+) -> Any:
     """Load a model without donors as a transplant is loaded: for this thread only, without changing the process."""
     trust = kwargs.pop("trust_remote_code", None)
     for_model = {key: kwargs.pop(key) for key in FOR_MODEL if key in kwargs}
@@ -63,20 +90,34 @@ def _load_plain(name: str, revision: str | None, gguf_file: str | None, hub: Hub
     except CompatibilityError as error:
         raise ConfigurationError(f"cannot load model {name}: {error}") from error
     where = (found.reference, found.revision)
+    made_class: Any = transplant_class(model_class)
+    arguments = {
+        "revision": found.revision or "main",
+        "trust_remote_code": trust,
+        **hub.as_kwargs(),
+        **found.unused_kwargs,
+        **for_model,
+    }
+    blueprint = _without_donors(found, config) if held_back is not None else None
+    count = held_back(blueprint) if held_back is not None and blueprint is not None else 0
     with reading("the model", *where):
-        model = transplant_class(model_class).from_pretrained(
-            for_transformers(*where, hub, weights=True, file=gguf_file),
-            config=config,
-            revision=found.revision or "main",
-            trust_remote_code=trust,
-            **hub.as_kwargs(),
-            **found.unused_kwargs,
-            **for_model,
-        )
-    model.__class__ = model_class
+        place = for_transformers(*where, hub, weights=True, file=gguf_file)
+        if blueprint is not None and count:
+            model = from_pretrained(made_class, blueprint, place, held_back=lambda _: count, **arguments)
+        else:
+            model = made_class.from_pretrained(place, config=config, **arguments)
+            model.__class__ = model_class
     model.config.name_or_path = model.name_or_path = name
     forget_gguf(model)
     return model
+
+
+def _without_donors(found: Recipient, config: PreTrainedConfig) -> Blueprint:
+    """The blueprint of a recipient to which donors are added later."""
+    recipient = dataclasses.replace(found.anatomy(), config=config)
+    refuse_unsupported(recipient)
+    own = TransplantConfig(recipient=found.reference, recipient_revision=found.revision)
+    return Blueprint(recipient, own).with_native_config(config)
 
 
 def load_tokenizer(reference: str, revision: str | None, hub: HubOptions, gguf_file: str | None = None) -> Any:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import LayerNames, build_failure
@@ -29,8 +30,11 @@ from ..splice import (
     open_checkpoint,
     renumber_metadata,
 )
+from .layers_in_files import LayersInFiles
 
-__all__ = ["FileChecks", "WeightLoader", "building", "current_loader", "from_pretrained", "use_loader"]
+__all__ = ["FileChecks", "HeldBack", "WeightLoader", "building", "current_loader", "from_pretrained", "use_loader"]
+
+HeldBack = Callable[[Blueprint], int]
 
 _current: ContextVar[WeightLoader | None] = ContextVar("transplant_hf_loader", default=None)
 
@@ -57,6 +61,7 @@ def from_pretrained(
     *args: Any,
     from_memory: bool = False,
     adapt_config: Callable[[PreTrainedConfig], PreTrainedConfig] = lambda config: config,
+    held_back: HeldBack | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a transplant with `from_pretrained` of its class.
@@ -73,12 +78,12 @@ def from_pretrained(
         candidate = blueprint.native_candidate()
         if candidate is not None:
             try:
-                return load(WeightLoader(blueprint, checks, from_memory, candidate), candidate)
+                return load(WeightLoader(blueprint, checks, from_memory, candidate, held_back), candidate)
             except _CandidateError as error:
                 blueprint = blueprint.without_candidate(error.reasons)
         spliced = blueprint.built_config
         config = spliced.config if spliced.native else blueprint.recipient.config
-        return load(WeightLoader(blueprint, checks, from_memory), config)
+        return load(WeightLoader(blueprint, checks, from_memory, held_back=held_back), config)
 
 
 class _CandidateError(Exception):
@@ -120,6 +125,7 @@ class WeightLoader:
         checks: The checks of the donors' files, in progress.
         from_memory: Whether the recipient's weights come from a model in memory, under the model's own names.
         candidate: A configuration that the model is built from, not yet compared with the layers.
+        held_back: Returns how many of the first layers stay in their files; by default none.
     """
 
     def __init__(
@@ -128,13 +134,16 @@ class WeightLoader:
         checks: FileChecks,
         from_memory: bool = False,
         candidate: PreTrainedConfig | None = None,
+        held_back: HeldBack | None = None,
     ) -> None:
         self.blueprint = blueprint
         self.model: Any = None
         self._checks = checks
         self._from_memory = from_memory
         self._candidate = candidate
+        self._held_back = held_back
         self._merged: MergedWeights | None = None
+        self._layers_in_files: LayersInFiles | None = None
 
     @contextmanager
     def building(self, model: Any) -> Iterator[None]:
@@ -179,10 +188,27 @@ class WeightLoader:
         quantizer = config.hf_quantizer
         if getattr(quantizer, "metadata", None):
             quantizer.metadata = renumber_metadata(quantizer.metadata, names, self.blueprint)
+        keys = self._hold_back(model, names, load, config) if self._held_back is not None else None
         config = dataclasses.replace(config, sharded_metadata={"weight_map": self._merged.weight_map()})
-        info, offloaded = load(self._merged.tensors, files, config)
+        info, offloaded = load(self._merged.tensors, files, config, *([] if keys is None else [keys]))
+        if keys is not None:
+            info.missing_keys &= set(keys)
         self._merged.restore_offload_names(offloaded)
         return info, offloaded
+
+    def _hold_back(self, model: PreTrainedModel, names: LayerNames, load: Any, config: Any) -> list[str] | None:
+        """Take the weights of the first layers out of those to load; returns the names that are left in the model."""
+        assert self._merged is not None and self._held_back is not None
+        count, path = self._held_back(self.blueprint), self.blueprint.recipient.stack_path
+        if count == 0:
+            return None
+
+        def load_some(tensors: dict[str, Any], keys: list[str], device: torch.device) -> Any:
+            place = {"": device} if device.type != "cpu" else None
+            return load(tensors, None, dataclasses.replace(config, device_map=place), keys)[0]
+
+        self._layers_in_files = LayersInFiles(model, path, count, self._merged, names, load_some)
+        return [name for name in model.state_dict() if name not in self._layers_in_files.own_names]
 
     def _read_from_memory(
         self, model: PreTrainedModel, state_dict: dict[str, Any], path: str, config: Any, load: Any
@@ -237,6 +263,12 @@ class WeightLoader:
                 "it were replaced, for instance by a parametrization. Undo that before the transplant."
             )
         self._checks.result()
+
+    def finish(self, model: Any) -> None:
+        """Free the placeholders of layers that stay in files."""
+        if self._layers_in_files is not None:
+            self._layers_in_files.drop()
+            model._layers_in_files = self._layers_in_files
 
     def _donor_layers(self) -> list[tuple[int, str]]:
         return [

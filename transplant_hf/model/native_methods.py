@@ -22,6 +22,7 @@ class NativeMethods:
     """The base class of `TransplantMixin`; its own base at run time is the recipient's class."""
 
     _transplant: Any = None  # a TransplantState once the model is loaded
+    _layers_in_files: Any = None  # LayersInFiles where some layers stay in files
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         with building(self), inner_models(config):
@@ -64,7 +65,7 @@ class NativeMethods:
             state_dict,
             checkpoint_files,
             load_config,
-            lambda tensors, files, config: native(model, tensors, files, config, expected_keys),
+            lambda tensors, files, config, keys=expected_keys: native(model, tensors, files, config, keys),
         )
 
     @staticmethod
@@ -78,6 +79,7 @@ class NativeMethods:
         loading_info = native(model, load_config, loading_info)
         loader.check_after_finish(loading_info)
         attach_state(model, loader.blueprint)
+        loader.finish(model)
         return loading_info
 
     # -- Idle layers: held by the model, but not running -----------------------------------------------------------

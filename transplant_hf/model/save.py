@@ -23,6 +23,7 @@ from ..storage import publish
 from .card import write_full_card
 from .folded_strength import folded_strengths
 from .gates import gates_aside
+from .layers_in_files import refuse_layers_in_files
 from .save_arguments import PUSH_ARGS, by_name, checked_state, refuse_arguments
 from .save_checkpoint import TrainerCheckpoint
 from .save_parts import copy_model_companions, write_thin, write_with_recipient
@@ -43,6 +44,8 @@ def save_transplant(
 ) -> Any:
     """Implement `save_pretrained`; `native` is that of the recipient's class."""
     state = model._transplant
+    if not thin:
+        refuse_layers_in_files(model, "save_pretrained")
     adapters_only = getattr(model, "_hf_peft_config_loaded", False)
     if thin and (state is None or not state.blueprint.parts):
         raise ConfigurationError("thin=True saves donors, but this model holds no transplant.")

@@ -16,6 +16,7 @@ from ..errors import CompatibilityError, ConfigurationError
 from ..layer_map import RECIPIENT
 from ..sources import HubOptions, for_transformers, hub_errors, locate
 from ..splice import Blueprint, draw_blueprint
+from .layers_in_files import layers_in_files
 from .recipient_in_model import changed, config_changes, differences
 
 __all__ = ["check_unchanged", "kept_overrides"]
@@ -36,6 +37,8 @@ def check_unchanged(model: PreTrainedModel, state: Any, current: dict[str, torch
             f"{f' and {len(away) - 1} more' if len(away) > 1 else ''} are offloaded. Load the model without offload to "
             "save it thin, or save in full."
         )
+    if layers_in_files(model) is not None:
+        return  # loaded by its name for one training, in which only donors change; the rest is not in memory
     recipient, config = _pinned_recipient(model, state), state.blueprint.config
     pinned = recipient.state_dict()
     where = f"{config.recipient}@{config.recipient_revision}" if config.recipient_revision else config.recipient

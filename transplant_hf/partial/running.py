@@ -7,6 +7,7 @@ For training and evaluation only: a cache of keys and values would have empty pl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..architecture import decoder_stack, eval_mode, find_stack
 from ..errors import CompatibilityError, ConfigurationError
+from ..model.layers_in_files import layers_in_files
 from ..model.strength import is_entrance
 
 __all__ = ["PREFIX_STATES", "PartialRun", "hidden_argument", "replace_forward", "running_only", "stack_of"]
@@ -35,21 +37,41 @@ class PartialRun:
         numbers: The layers that run, by their running numbers.
         outer: The object to call instead of the model, such as a PEFT model around it.
         from_embeddings: Whether calls may omit `prefix_states` although layers before the first one are left out.
+        find_states: Returns `prefix_states` for `input_ids`, where a call does not have them.
     """
 
-    def __init__(self, model: Any, numbers: Collection[int], outer: Any = None, from_embeddings: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        numbers: Collection[int],
+        outer: Any = None,
+        from_embeddings: bool = False,
+        find_states: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         self.model = model
         self._outer = model if outer is None else outer
+        self._from_embeddings, self._find_states = from_embeddings, find_states
         self._stack = stack_of(model)
-        if not numbers or min(numbers) < 0 or max(numbers) >= len(self._stack):
+        self._states: torch.Tensor | None = None  # of the current call
+        self._forms: list[_Form] = []  # found when it starts for the first time
+        self._undo: list[Callable[[], None]] = []
+        self.numbers: list[int] = []
+        self.choose(numbers)
+
+    def choose(self, numbers: Collection[int]) -> None:
+        """Choose the layers that run from the next start on.
+
+        Args:
+            numbers: Their running numbers; none, for hidden states that go on to the final norm.
+        """
+        if numbers and (min(numbers) < 0 or max(numbers) >= len(self._stack)):
             raise ConfigurationError(
                 f"layers {sorted(numbers)} cannot run alone: the model runs layers 0..{len(self._stack) - 1}."
             )
         self.numbers = sorted(set(numbers))
-        self._needs_states = self.numbers[0] > 0 and not from_embeddings
-        self._states: torch.Tensor | None = None  # of the current call
-        self._forms: list[_Form] = []  # found when it starts for the first time
-        self._undo: list[Callable[[], None]] = []
+        # Without layers the last one is called, too, and returns what it gets.
+        self._first = self.numbers[0] if self.numbers else len(self._stack) - 1
+        self._needs_states = self.numbers[:1] != [0] and not self._from_embeddings
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; `prefix_states` `[batch, tokens, hidden]` enter its first running layer."""
@@ -65,7 +87,7 @@ class PartialRun:
         hooks = (
             self._outer.register_forward_pre_hook(self._remember_states, with_kwargs=True),
             # Before a donor's own hook, which keeps what enters the donor.
-            self._stack[self.numbers[0]].register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+            self._stack[self._first].register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
         )
         self._undo += [hook.remove for hook in hooks]
 
@@ -74,6 +96,15 @@ class PartialRun:
         while self._undo:
             self._undo.pop()()
         self._states = None
+
+    @contextmanager
+    def running(self) -> Iterator[PartialRun]:
+        """Leave the other layers out inside a `with` block."""
+        try:
+            self.start()
+            yield self
+        finally:
+            self.stop()
 
     @contextmanager
     def without(self, numbers: Collection[int]) -> Iterator[None]:
@@ -92,6 +123,8 @@ class PartialRun:
     def _remember_states(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # No forward method knows this argument, but it reaches this hook through every wrapper of the model.
         self._states = kwargs.pop(PREFIX_STATES, None)
+        if self._states is None and self._find_states is not None:
+            self._states = self._find_states(kwargs["input_ids"])
         return args, kwargs
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -101,12 +134,12 @@ class PartialRun:
             if self._needs_states:
                 raise ConfigurationError(
                     f"layers {self.numbers} run alone and need {PREFIX_STATES}=, the hidden state before layer "
-                    f"{self.numbers[0]}; hidden_states(model, input_ids, [{self.numbers[0]}]) computes it."
+                    f"{self._first}; hidden_states(model, input_ids, [{self._first}]) computes it."
                 )
             return None
         if not is_entrance(module):
             raise ConfigurationError(
-                f"{PREFIX_STATES} cannot enter at layer {self.numbers[0]}: it is inside a donor whose strength is not "
+                f"{PREFIX_STATES} cannot enter at layer {self._first}: it is inside a donor whose strength is not "
                 "1, or its donor runs side by side with others before it. Let these run too, from the first on."
             )
         hidden, replace = hidden_argument(args, kwargs)
@@ -120,7 +153,11 @@ class PartialRun:
 
 @contextmanager
 def running_only(
-    model: Any, numbers: Collection[int], outer: Any = None, from_embeddings: bool = False
+    model: Any,
+    numbers: Collection[int],
+    outer: Any = None,
+    from_embeddings: bool = False,
+    find_states: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[PartialRun]:
     """Run only some layers of a model inside a `with` block; the others return the hidden state they get.
 
@@ -129,6 +166,7 @@ def running_only(
         numbers: The layers that run, by their running numbers.
         outer: The object to call instead of the model, such as a PEFT model around it.
         from_embeddings: Whether the first of the layers may get the output of the embeddings.
+        find_states: Returns `prefix_states` for `input_ids`, where a call does not have them.
 
     Yields:
         The model; calls take `prefix_states` `[batch, tokens, hidden]`, the hidden state that enters the first of the
@@ -149,12 +187,8 @@ def running_only(
         >>> torch.equal(logits, model(input_ids=ids).logits)
         True
     """
-    part = PartialRun(model, numbers, outer, from_embeddings)
-    try:
-        part.start()
+    with PartialRun(model, numbers, outer, from_embeddings, find_states).running() as part:
         yield part
-    finally:
-        part.stop()
 
 
 def stack_of(model: Any) -> nn.ModuleList:
@@ -201,13 +235,30 @@ def _output_forms(model: PreTrainedModel, stack: nn.ModuleList) -> list[_Form]:
         for number, layer in enumerate(stack)
     ]
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
+    undo = _borrow_forward(model, stack)
     try:
         with eval_mode(model):
             model(input_ids=ids, use_cache=False)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for step in (*undo, *(hook.remove for hook in hooks)):
+            step()
     return [_form(outputs[number], number) for number in range(len(stack))]
+
+
+def _borrow_forward(model: Any, stack: nn.ModuleList) -> list[Callable[[], None]]:
+    """Let layers whose weights are in files run as another layer does; returns functions that undo it."""
+    held = layers_in_files(model)
+    absent = set(held.absent) if held is not None else set()
+    present = [layer for number, layer in enumerate(stack) if number not in absent]
+    if not present:  # donors that are switched off have weights
+        present = list(model._transplant.idle_layers())
+    undo: list[Callable[[], None]] = []
+    for layer in (stack[number] for number in absent):
+        # All layers of a stack are called in one way, and return their hidden state in one way.
+        lender: Any = next((other for other in present if type(other) is type(layer)), present[-1])
+        layer.forward = lender.forward
+        undo.append(functools.partial(vars(layer).pop, "forward"))
+    return undo
 
 
 def _form(output: Any, number: int) -> _Form:

@@ -3,7 +3,8 @@
 from .arguments import DonorTrainingArguments, RecoveryArguments
 from .data import Rows
 from .donor_trainer import DonorTrainer
-from .part_trainer import CachePlan, Part, PartTrainer
+from .part_trainer import Part, PartTrainer
+from .prefix import CachePlan
 from .recovery import RecoveryTrainer
 from .runs import TrainingReport, recover, train
 

@@ -105,6 +105,8 @@ class DonorTrainingArguments(PartTrainingArguments):
         prefix_cache_dir: Where to keep the cache on disk; by default in the output folder, removed after training.
         loss_chunk: Tokens whose logits are in memory at one time; by default as many as take 128 MiB in float32, where
             the loss can be computed so; 0 for the model's own loss.
+        stream_prefix: Whether the layers before the donor stay in their files: each is read once, for the cache, and
+            takes no memory while the donor is trained. By default where the recipient does not fit into free memory.
         strength: The strength that the donor's repo recommends; by default 1, or 0.75 without general text.
         learning_rate: By default the best measured for the method, in proportion to 1 / width.
 
@@ -122,6 +124,7 @@ class DonorTrainingArguments(PartTrainingArguments):
     donor_layers: int = None  # type: ignore[assignment]
     start_layers: list[int] | None = None
     init: str = "identity"
+    stream_prefix: bool | None = None
     donor_name: str | None = None
     strength: float | None = None
     learning_rate: float | None = field(default=None)  # type: ignore[assignment]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,12 +15,15 @@ from ..donor import Donor
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, Placement, Position, Splice
 from ..model.in_memory import transplant
+from ..model.layers_in_files import layers_in_files
 from ..partial import stack_of
+from ..partial.streaming import layers_in_memory
 from .arguments import DonorTrainingArguments, default_learning_rate, default_position, default_strength
 from .data import RunData, rows_per_step
 from .part_trainer import Part
 from .records import note_in_donors, training_record
 from .sharded import unsharded
+from .streaming import held_back_layers
 from .transplant_trainer import TransplantTrainer
 
 __all__ = ["DonorTrainer"]
@@ -72,7 +75,9 @@ class DonorTrainer(TransplantTrainer):
         recipient = data.model
         self.donor_name = args.donor_name or (data.domain.name if data.domain.name not in ("", RECIPIENT) else "donor")
         self.held_out_perplexity: Mapping[str, Mapping[str, float | None]] = {}
-        self.position = _position(recipient, args)
+        state = getattr(recipient, "_transplant", None)
+        layers = state.blueprint.splice.num_layers if state is not None else len(stack_of(recipient))
+        self.position = _position(layers, args)
         self.recommended_strength = (
             args.strength if args.strength is not None else default_strength(args.mode, data.general is not None)
         )
@@ -92,6 +97,11 @@ class DonorTrainer(TransplantTrainer):
             "torch": torch.__version__,
         }
         return transplanted, part, run
+
+    def streaming(self, model: Any, args: Any, model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Let the layers before the donor stay in their files, where `stream_prefix` says so or memory is short."""
+        held_back = held_back_layers(model, args, model_kwargs or {}, lambda layers: _position(layers, args))
+        return {} if held_back is None else {"held_back": held_back}
 
     @property
     def donor(self) -> Donor:
@@ -124,7 +134,8 @@ class DonorTrainer(TransplantTrainer):
         """
         if self._has_other_donors:
             self._note_run()
-            super().save(folder, **kwargs)
+            with self._other_donors_in_memory():
+                super().save(folder, **kwargs)
             return
         with self._whole_donor():
             if self.args.should_save:
@@ -142,7 +153,8 @@ class DonorTrainer(TransplantTrainer):
         """
         if self._has_other_donors:
             self._note_run()
-            return super().push(repo_id, **kwargs)
+            with self._other_donors_in_memory():
+                return super().push(repo_id, **kwargs)
         with self._whole_donor():
             return self.donor.push_to_hub(repo_id, **{**self._recommended, **kwargs}) if self.args.should_save else None
 
@@ -158,6 +170,13 @@ class DonorTrainer(TransplantTrainer):
     def _has_other_donors(self) -> bool:
         return len(self.transplant.transplant_config.donors) > 1
 
+    def _other_donors_in_memory(self) -> AbstractContextManager[None]:
+        held, layer_map = layers_in_files(self.transplant), self.transplant.layer_map
+        if held is None:
+            return nullcontext()
+        numbers = [number for number, (source, _) in enumerate(layer_map) if source != RECIPIENT]
+        return held.loaded(numbers, self.args.device)
+
     def _note_run(self) -> None:
         self.finish()
         note_in_donors(self.transplant, {self.donor_name: training_record(self)})
@@ -167,9 +186,7 @@ class DonorTrainer(TransplantTrainer):
         return {"position": self.position, "mode": self.args.mode, "strength": self.recommended_strength}
 
 
-def _position(recipient: Any, args: DonorTrainingArguments) -> Position:
-    state = getattr(recipient, "_transplant", None)
-    layers = state.blueprint.splice.num_layers if state is not None else len(stack_of(recipient))
+def _position(layers: int, args: DonorTrainingArguments) -> Position:
     if args.donor_layers > layers:
         raise ConfigurationError(
             f"donor_layers={args.donor_layers}, but the recipient has {layers} layers to start from."
@@ -205,8 +222,12 @@ def _with_donor(recipient: Any, args: DonorTrainingArguments, position: Position
             f"the donor cannot start from layers {start}: {len(numbers)} recipient layers run, 0..{len(numbers) - 1}."
         )
     init = "copy" if args.mode == "replace" else args.init
-    untrained = Donor.from_model(recipient, [numbers[n] for n in start], name=name, init=init, revision=commit)
-    model = transplant(recipient, untrained, position=position, mode=args.mode, name=name)
+    copied = [numbers[n] for n in start]
+    with layers_in_memory(recipient, copied):
+        untrained = Donor.from_model(recipient, copied, name=name, init=init, revision=commit)
+    # A model whose layers are in files was loaded for this run alone, and cannot share what it does not have.
+    in_place = layers_in_files(recipient) is not None
+    model = transplant(recipient, untrained, position=position, mode=args.mode, name=name, in_place=in_place)
     model.requires_grad_(False)
     for number in model.layer_map.layers_of(name):
         stack_of(model)[number].requires_grad_(True)

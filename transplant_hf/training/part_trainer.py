@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,18 +23,17 @@ from transformers import (
 )
 
 from ..architecture import eval_mode
-from ..display import parse_size
 from ..errors import CompatibilityError, ConfigurationError, TrainingError
-from ..partial import PREFIX_STATES, PartialRun, fill_cache, running_only, stack_of
+from ..partial import PREFIX_STATES, PartialRun, running_only, stack_of
 from .checkpoints import OPTIMIZER_FILE, check_same_run, last_checkpoint, load_trained, save_trained, trained_parameters
 from .chunked_loss import ChunkedLoss, check_liger, reason_against, tokens_per_chunk
 from .data import REPLAYED, Rows, rows_per_step
+from .prefix import CachePlan, PrefixStates
 from .progress import StderrProgress
 from .sharded import check_sharding, gathered, load_optimizer, optimizer_state
 
-__all__ = ["CachePlan", "Part", "PartTrainer"]
+__all__ = ["Part", "PartTrainer"]
 
-_IN_MEMORY = 1 << 30  # bytes of a cache that "auto" keeps in memory
 _TOLERANCE = 1e-3
 _SCHEDULER_FILE = "scheduler.pt"
 _LOSS_ONLY = "loss_only"  # marks a batch of an evaluation that needs no logits
@@ -63,33 +59,6 @@ class Part:
     def position(self) -> int:
         """How many layers run before it."""
         return 0 if self.from_embeddings else min(self.numbers)
-
-
-@dataclass(frozen=True)
-class CachePlan:
-    """Where hidden states before a part are kept.
-
-    Args:
-        kind: "auto", "memory", "disk" or "off".
-        limit: The largest size in bytes.
-        folder: For files; by default one in the output folder.
-        kept: Whether files stay after training.
-    """
-
-    kind: str = "auto"
-    limit: int | None = None
-    folder: Path | None = None
-    kept: bool = False
-
-    @classmethod
-    def from_arguments(cls, args: Any) -> CachePlan:
-        """Read the plan from arguments.
-
-        Args:
-            args: `DonorTrainingArguments` or `RecoveryArguments`.
-        """
-        folder = None if args.prefix_cache_dir is None else Path(args.prefix_cache_dir)
-        return cls(args.cache_prefix, parse_size(args.prefix_cache_limit), folder, kept=folder is not None)
 
 
 class PartTrainer(Trainer):
@@ -156,7 +125,7 @@ class PartTrainer(Trainer):
         self.add_callback(self._progress)
         self.rows = rows
         self.part = part
-        self.cache_plan = cache or CachePlan()
+        self.prefix = PrefixStates(self, cache or CachePlan())
         self.distillation = distillation
         self._chunked: ChunkedLoss | None = None
         self._chunk_chosen, self._chunked_checked = bool(loss_chunk), False
@@ -166,11 +135,11 @@ class PartTrainer(Trainer):
         if reason is None and loss_chunk != 0:
             vocab_size = self.inner.config.get_text_config(decoder=True).vocab_size
             self._chunked = ChunkedLoss(self.inner, tokens_per_chunk(vocab_size, loss_chunk), self.accelerator.autocast)
-        self.cache_seconds = 0.0
         self._run = {**rows.described(), **dict(run or {}), "max_steps": args.max_steps}
         if rows.share:
             self._run["replay_drawn"] = 2  # version 1 drew both texts with one generator
         self._running: PartialRun | None = None
+        self._measuring = False
         self._frozen = list(_frozen_modules(model, stack_of(self.inner)))
 
     # -- The run --------------------------------------------------------------------------------------------------
@@ -196,25 +165,32 @@ class PartTrainer(Trainer):
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def _train_part(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
-        part = self.part
-        if part is None:
+        if self.part is None:
             return super().train(checkpoint, *args, **kwargs)
-        caching = part.position > 0 and self.cache_plan.kind != "off"
-        if caching:
-            self._fill_cache(part.position)
-        numbers = part.numbers if caching or part.from_embeddings else range(max(part.numbers) + 1)
-        wrapper = self.model if self.model is not self.inner else None
+        completed = False
         try:
-            with running_only(self.inner, numbers, wrapper, part.from_embeddings) as running:
+            with self._partial_run(self.part):
+                result = super().train(checkpoint, *args, **kwargs)
+            completed = True
+            return result
+        finally:
+            self.prefix.release(completed)
+
+    @contextmanager
+    def _partial_run(self, part: Part) -> Iterator[None]:
+        """Let only the part run, from hidden states that are computed now if they are not there yet."""
+        caching = part.position > 0 and self.prefix.plan.kind != "off"
+        if caching:
+            self.prefix.fill(part.position)
+        numbers = part.numbers if caching or part.from_embeddings else range(max(part.numbers) + 1)
+        try:
+            with running_only(self.inner, numbers, self._wrapper, part.from_embeddings) as running:
                 self._running = running
-                if caching:
+                if caching and not self.prefix.streams:
                     self._check_exact()
-                return super().train(checkpoint, *args, **kwargs)
+                yield
         finally:
             self._running = None
-            self.rows.prefix = None
-            if not self.cache_plan.kept and self.is_world_process_zero():
-                shutil.rmtree(self._cache_folder, ignore_errors=True)
 
     def checkpoint_to_resume(self, checkpoint: Any) -> str | None:
         """Return the folder of the checkpoint to resume from, after a check that it belongs to this run.
@@ -237,31 +213,6 @@ class PartTrainer(Trainer):
         return str(folder)
 
     # -- Hidden states before the part ----------------------------------------------------------------------------
-
-    @property
-    def _cache_folder(self) -> Path:
-        return self.cache_plan.folder or Path(str(self.args.output_dir), "prefix-cache")
-
-    def _fill_cache(self, position: int) -> None:
-        plan, model, numbers = self.cache_plan, self.inner, self.rows.used
-        width = model.config.get_text_config(decoder=True).hidden_size
-        size = len(numbers) * self.rows.domain.block_length * width * model.dtype.itemsize
-        on_disk = plan.kind == "disk" or (plan.kind == "auto" and size > _IN_MEMORY) or self.args.world_size > 1
-        inputs = [self.rows.fingerprints, numbers, position, str(model.config.name_or_path), str(model.dtype)]
-        key = hashlib.sha256(json.dumps([*inputs, self.args.bf16, self.args.fp16]).encode()).hexdigest()
-        with self.args.main_process_first(desc="hidden states before the part"):
-            self.rows.prefix = fill_cache(
-                model,
-                self.rows.blocks,
-                numbers,
-                position,
-                batch_size=max(1, 2 * self.args.train_batch_size),
-                file=self._cache_folder / f"{key[:32]}.states" if on_disk else None,
-                limit=plan.limit,
-                autocast=self.autocast_smart_context_manager,
-                quiet=self.args.disable_tqdm or not self.is_local_process_zero(),
-            )
-        self.cache_seconds = self.rows.prefix.seconds
 
     def _check_exact(self) -> None:
         """Compare the part with the whole model: layers may do more than their hidden state shows."""
@@ -294,8 +245,34 @@ class PartTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the whole model; for a standalone donor, the donor between embeddings and head."""
-        with self._whole():
+        with self.measuring():
             return super().evaluate(*args, **kwargs)
+
+    @property
+    def _wrapper(self) -> Any:
+        return self.model if self.model is not self.inner else None
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Let the model compute on held-out text as it will be used, inside a `with` block; blocks can be nested."""
+        if self._measuring:
+            yield
+            return
+        self._measuring = True
+        try:
+            with self._rest(self.part) if self.prefix.streams and self.part is not None else self._whole():
+                yield
+        finally:
+            self._measuring = False
+
+    @contextmanager
+    def _rest(self, part: Part) -> Iterator[None]:
+        """Let all layers run that are not in files, from the hidden states of held-out text."""
+        self.prefix.fill(part.position)
+        with self._whole():
+            rest = range(part.position, len(stack_of(self.inner)))
+            with running_only(self.inner, rest, self._wrapper, find_states=self.prefix.find):
+                yield
 
     # -- A step ---------------------------------------------------------------------------------------------------
 
@@ -328,6 +305,8 @@ class PartTrainer(Trainer):
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one batch; see `Trainer.prediction_step`."""
         inputs = {**inputs, _LOSS_ONLY: True} if prediction_loss_only else inputs
+        if self.prefix.streams:
+            inputs = {**inputs, PREFIX_STATES: self.prefix.find(inputs["input_ids"])}
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def _chunked_loss(self, model: Any, inputs: Mapping[str, Any]) -> ChunkedLoss | None:
@@ -394,6 +373,11 @@ class PartTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_trained(Path(str(self.state.best_model_checkpoint)), self.model)
+
+    @property
+    def cache_seconds(self) -> float:
+        """How long the computation of the hidden states before the part took."""
+        return self.prefix.seconds
 
     @property
     def trainable_parameters(self) -> int:

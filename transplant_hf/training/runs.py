@@ -17,9 +17,9 @@ from ..hub import check_can_push
 from ..layer_map import RECIPIENT
 from ..sources import points_to_folder
 from ..storage import check_output_folder
-from ..texts import Blocks
 from .checkpoints import checkpoints, last_checkpoint, remove_checkpoints
 from .donor_trainer import DonorTrainer
+from .prefix import CACHE_FOLDER, held_out_texts
 from .recovery import RecoveryTrainer
 from .transplant_trainer import TransplantTrainer
 
@@ -209,7 +209,9 @@ def _checkpoint_folder(
             f"there is no complete checkpoint in {folder} to resume from. A run that ends removes its checkpoints, "
             "unless it is given keep_checkpoints=True (--keep-checkpoints). Start without resume."
         )
-    check_output_folder(folder, resume or overwrite)
+    # The same command goes on with hidden states of a run that was stopped before its first checkpoint.
+    only_states = folder.is_dir() and {path.name for path in folder.iterdir()} == {CACHE_FOLDER}
+    check_output_folder(folder, resume or overwrite or only_states)
     if output is not None:
         # A finished run that continues replaces its own result.
         check_artifact_folder(output, overwrite or resume)
@@ -240,13 +242,14 @@ def _check_push(config: Any, repo_id: str, token: str | bool | None) -> None:
 
 def _measure(trainer: Any, label: str, before: _HeldOut) -> _HeldOut:
     """Return the perplexities so far, and those of the model as it is now."""
-    held = trainer.eval_dataset
-    texts = held if isinstance(held, Mapping) else {held.name: held} if isinstance(held, Blocks) else {}
-    quiet = bool(trainer.args.disable_tqdm)
-    return {
-        name: {**before.get(name, {}), label: perplexity(trainer.model, blocks, name=name, quiet=quiet).value}
-        for name, blocks in texts.items()
-    }
+    texts, quiet = held_out_texts(trainer), bool(trainer.args.disable_tqdm)
+    if not texts:
+        return {}
+    with trainer.measuring():
+        return {
+            name: {**before.get(name, {}), label: perplexity(trainer.model, blocks, name=name, quiet=quiet).value}
+            for name, blocks in texts.items()
+        }
 
 
 def _for_record(held_out: _HeldOut) -> dict[str, dict[str, float | None]]:

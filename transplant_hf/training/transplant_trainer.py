@@ -14,7 +14,8 @@ from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from .arguments import PartTrainingArguments
 from .data import RunData, read_run
-from .part_trainer import CachePlan, Part, PartTrainer
+from .part_trainer import Part, PartTrainer
+from .prefix import CachePlan
 from .sharded import unsharded
 
 __all__ = ["TransplantTrainer"]
@@ -41,9 +42,8 @@ class TransplantTrainer(PartTrainer):
         if not isinstance(args, self.arguments_class):
             raise ConfigurationError(f"args must be {self.arguments_class.__name__}, got {type(args).__name__}.")
         args = copy.copy(args)
-        data = read_run(
-            model, args, train_dataset, replay_dataset, eval_dataset, processing_class, revision, model_kwargs
-        )
+        loading = {**(model_kwargs or {}), **self.streaming(model, args, model_kwargs)}
+        data = read_run(model, args, train_dataset, replay_dataset, eval_dataset, processing_class, revision, loading)
         prepared, part, run = self.prepare(data, args)
         super().__init__(
             prepared,
@@ -62,6 +62,10 @@ class TransplantTrainer(PartTrainer):
     def prepare(self, data: RunData, args: Any) -> tuple[Any, Part, dict[str, Any]]:
         """Return the model to train, the part of it that runs, and what must be equal in a run that is resumed."""
         raise NotImplementedError
+
+    def streaming(self, model: Any, args: Any, model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the argument for loading a model of which layers stay in their files, if any."""
+        return {}
 
     @property
     def transplant(self) -> Any:

@@ -1,0 +1,236 @@
+"""Layers of a loaded model whose weights stay in their files until they are asked for.
+
+Such a layer has no parameters: a model on the training device, in DDP or in an optimizer holds what is left.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..architecture import LayerNames, decoder_stack
+from ..errors import CheckpointError, ConfigurationError
+from ..splice import MergedWeights, Provenance
+
+__all__ = ["LayersInFiles", "layers_in_files", "refuse_layers_in_files"]
+
+_Load = Callable[[dict[str, Any], list[str], torch.device], Any]
+_Stamp = tuple[int, int, int]
+
+
+class LayersInFiles:
+    """The first layers of a model, in files.
+
+    Args:
+        model: The model, before its weights are loaded.
+        path: The path of its list of layers.
+        count: How many of its layers stay in files.
+        merged: The weights of the whole model; those of these layers are taken out.
+        names: The names of layers in the checkpoint.
+        load: Loads tensors by their checkpoint names into the model, for some of its own names, on a device; returns
+            what is missing or wrong.
+    """
+
+    def __init__(
+        self, model: Any, path: str, count: int, merged: MergedWeights, names: LayerNames, load: _Load
+    ) -> None:
+        self.count = count
+        self.bytes_read = 0
+        self._path, self._load, self._check = path, load, merged.check
+        self._layers = list(decoder_stack(model, path))[:count]
+        self._tensors: list[dict[str, Any]] = [{} for _ in range(count)]
+        self._origins: dict[str, Provenance] = {}
+        for name in list(merged.tensors):
+            parts = names.split(name)
+            if parts is not None and parts.number < count:
+                self._tensors[parts.number][name] = merged.tensors.pop(name)
+                if name in merged.provenance:
+                    self._origins[name] = merged.provenance.pop(name)
+        self._watched = {name for held in self._tensors for name in held if name in merged.donor_names}
+        self.files: dict[str, _Stamp] = {
+            os.path.abspath(file): _stamp(file) for file in sorted({origin.file for origin in self._origins.values()})
+        }
+        self._weights = [_weights(layer) for layer in self._layers]
+        self._loaded: set[int] = set(range(count))  # until `drop`: the loader needs placeholders
+        for number, layer in enumerate(self._layers):
+            for _, _, _, placeholder, _ in self._weights[number]:
+                placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+            layer.register_forward_pre_hook(lambda layer, args, number=number: self._refuse_call(layer, number))
+
+    @property
+    def own_names(self) -> set[str]:
+        """The names of the weights in these layers, in the model."""
+        starts = tuple(f"{self._path}.{number}." for number in range(self.count))
+        return {
+            f"{start}{path}" for start, weights in zip(starts, self._weights, strict=True) for path in _paths(weights)
+        }
+
+    @property
+    def absent(self) -> list[int]:
+        """The layers that have no weights now."""
+        return [number for number in range(self.count) if number not in self._loaded]
+
+    def load(self, number: int, device: torch.device) -> None:
+        """Read the weights of a layer; does nothing if it has them.
+
+        Raises:
+            CheckpointError: A file is missing or has changed since the model was loaded, or tensors are missing,
+                mis-shaped or not finite.
+        """
+        if number in self._loaded:
+            return
+        _fill(self._weights[number])
+        try:
+            self._load_checked(number, device)
+            self._loaded.add(number)
+        finally:
+            if number not in self._loaded:
+                _fill(self._weights[number], remove=True)
+        self._layers[number].requires_grad_(False)
+
+    def _load_checked(self, number: int, device: torch.device) -> None:
+        wanted = {f"{self._path}.{number}.{path}" for path in _paths(self._weights[number])}
+        info = self._load(self._read(number), sorted(wanted), device)
+        for verb, keys in (
+            ("lacks", info.missing_keys & wanted),
+            ("has tensors of another shape:", {key for key, *_ in info.mismatched_keys}),
+            ("cannot be converted:", set(info.conversion_errors)),
+        ):
+            if keys:
+                raise CheckpointError(f"layer {number} of {self._path} {verb} {', '.join(sorted(keys)[:5])}.")
+        if self._check.not_finite:
+            raise CheckpointError(f"donor tensor {self._check.not_finite[0]!r} holds NaN or infinity.")
+        self._refuse_changed(number)
+
+    @contextmanager
+    def loaded(self, numbers: Collection[int], device: torch.device) -> Iterator[None]:
+        """Give some layers their weights inside a `with` block."""
+        absent = set(self.absent) & set(numbers)
+        try:
+            for number in absent:
+                self.load(number, device)
+            yield
+        finally:
+            self.drop(absent)
+
+    def drop(self, numbers: Collection[int] | None = None) -> None:
+        """Free the memory of some layers; by default of all."""
+        for number in list(self._loaded if numbers is None else self._loaded & set(numbers)):
+            _fill(self._weights[number], remove=True)
+            self._loaded.discard(number)
+
+    def _refuse_call(self, layer: nn.Module, number: int) -> None:
+        if number not in self._loaded and "forward" not in vars(layer):  # it is not left out
+            raise ConfigurationError(
+                f"layer {number} stayed in its files (stream_prefix), so that the whole model cannot run. Save the "
+                "donor, and load it with its recipient to use it."
+            )
+
+    def _read(self, number: int) -> dict[str, Any]:
+        """Open the tensors of a layer; they are read into memory, not mapped, so that they can be freed."""
+        self._refuse_changed(number)
+        tensors = dict(self._tensors[number])
+        by_file: dict[str, list[str]] = {}
+        for name in tensors:
+            if name in self._origins:
+                by_file.setdefault(self._origins[name].file, []).append(name)
+        for file, names in by_file.items():
+            try:
+                opened = safe_open(file, framework="pt", device="cpu", backend="pread")
+                tensors |= {name: _Counted(opened.get_slice(self._origins[name].name), self) for name in names}
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"layer {number} cannot be read from {file}: {error}") from error
+        return {
+            name: self._check.watch(name, tensor) if name in self._watched else tensor
+            for name, tensor in tensors.items()
+        }
+
+    def _refuse_changed(self, number: int) -> None:
+        for file in sorted({self._origins[name].file for name in self._tensors[number] if name in self._origins}):
+            try:
+                found = _stamp(file)
+            except OSError as error:
+                raise CheckpointError(
+                    f"layer {number} cannot be read: {file} was there when the model was loaded, and is missing now."
+                ) from error
+            before = self.files[os.path.abspath(file)]
+            if found != before:
+                raise CheckpointError(
+                    f"{file} changed while its layers were being read ({before[0]:,} bytes when the model was loaded, "
+                    f"{found[0]:,} bytes now, or written again): its layers belong to two models. Start again."
+                )
+
+
+class _Counted:
+    """A lazy tensor that counts the bytes that are read of it."""
+
+    def __init__(self, part: Any, layers: LayersInFiles) -> None:
+        self._part, self._layers = part, layers
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        try:
+            tensor: torch.Tensor = self._part[index]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"a weight of a layer cannot be read: {error}") from error
+        self._layers.bytes_read += tensor.nbytes
+        return tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._part, name)
+
+
+def layers_in_files(model: Any) -> LayersInFiles | None:
+    """Return the layers of a model that stay in files, if any."""
+    return getattr(model, "_layers_in_files", None)
+
+
+def refuse_layers_in_files(model: Any, what: str) -> None:
+    """Refuse what needs the weights of all layers."""
+    held = layers_in_files(model)
+    if held is not None:
+        raise ConfigurationError(
+            f"{what} needs all weights, and layers 0..{held.count - 1} of this model stayed in their files "
+            "(stream_prefix). Save the donor, and load it with its recipient."
+        )
+
+
+_Weights = list[tuple[nn.Module, str, bool, torch.Tensor, str]]
+
+
+def _weights(layer: nn.Module) -> _Weights:
+    """List the parameters of a layer and the buffers that are in checkpoints: where they are, and placeholders."""
+    found: _Weights = []
+    for path, module in layer.named_modules():
+        dot = f"{path}." if path else ""
+        found += [(module, name, True, value, f"{dot}{name}") for name, value in module.named_parameters(recurse=False)]
+        found += [
+            (module, name, False, value, f"{dot}{name}")
+            for name, value in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        ]
+    return found
+
+
+def _paths(weights: _Weights) -> Iterator[str]:
+    return (path for *_, path in weights)
+
+
+def _fill(weights: _Weights, remove: bool = False) -> None:
+    for module, name, is_parameter, placeholder, _ in weights:
+        places: Any = module._parameters if is_parameter else module._buffers
+        places[name] = None if remove else placeholder
+        # No parameter, but its shape can be read: `print(model)` shows it.
+        vars(module).update({name: placeholder} if remove else {})
+        if not remove:
+            vars(module).pop(name, None)
+
+
+def _stamp(file: str) -> _Stamp:
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns, found.st_ino

@@ -1,0 +1,164 @@
+"""Hidden states of several texts, before and after one layer: in files, of which the last whole ones survive a stop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import ConfigurationError
+from ..storage import read_json, write_json, writing
+
+__all__ = ["StateFiles", "StatesInMemory"]
+
+Shapes = Sequence[tuple[int, ...]]  # [blocks, tokens, hidden] of each text
+_RECORD = "record.json"
+
+
+class StatesInMemory:
+    """Hidden states in memory; each layer overwrites those of the one before.
+
+    Args:
+        shapes: `[blocks, tokens, hidden]` of each text.
+        dtype: Their dtype.
+        limit: The largest size in bytes.
+    """
+
+    layers_done = 0
+
+    def __init__(self, shapes: Shapes, dtype: torch.dtype, limit: int | None) -> None:
+        _check_limit(_num_bytes(shapes, dtype), limit)
+        self.rows = [torch.empty(tuple(shape), dtype=dtype) for shape in shapes]
+
+    def read(self, text: int, start: int, count: int) -> torch.Tensor:
+        """Return some rows of a text."""
+        return self.rows[text][start : start + count]
+
+    def write(self, text: int, start: int, states: torch.Tensor) -> None:
+        """Keep the rows after the layer that runs."""
+        self.rows[text][start : start + len(states)] = states
+
+    def finish(self, layers: int) -> None:
+        """Go on to the next layer."""
+
+
+class StateFiles:
+    """Hidden states in a folder: a layer reads one set of files and writes another.
+
+    A record names the number of layers of the last whole set.
+
+    Args:
+        folder: The folder, for these states only.
+        shapes: `[blocks, tokens, hidden]` of each text.
+        dtype: Their dtype.
+        last: How many layers the states will have passed in the end.
+        limit: The largest size of one set in bytes.
+    """
+
+    def __init__(self, folder: Path, shapes: Shapes, dtype: torch.dtype, last: int, limit: int | None) -> None:
+        self.folder, self._last = folder, last
+        self._shapes, self._dtype = [tuple(shape) for shape in shapes], dtype
+        self._sizes = [_num_bytes([shape], dtype) for shape in self._shapes]
+        _check_limit(sum(self._sizes), limit)
+        self.layers_done = 0
+
+    def make_folder(self) -> Path:
+        """Create the folder, if the disk has room for two sets."""
+        place = self.folder.absolute()
+        nearest = next(parent for parent in (place, *place.parents) if parent.exists())
+        there = sum(file.stat().st_size for file in self.folder.glob("*.states")) if self.folder.is_dir() else 0
+        needed, free = 2 * sum(self._sizes) - there, shutil.disk_usage(nearest).free
+        if needed > free:
+            raise ConfigurationError(
+                f"the hidden states take {2 * sum(self._sizes):,} bytes on disk (before and after a layer), and "
+                f"{nearest} has {free:,} bytes left. Free some space, name another disk with prefix_cache_dir "
+                "(--prefix-cache-dir), or train on less text."
+            )
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder
+
+    def open(self) -> None:
+        """Find out how many layers an earlier run finished; call it while no other process writes here."""
+        record = self.folder / _RECORD
+        done = int(read_json(record, "the record of hidden states").get("layers", 0)) if record.is_file() else 0
+        whole = all(
+            path.is_file() and path.stat().st_size == size
+            for path, size in zip(self._paths(done), self._sizes, strict=True)
+        )
+        self.layers_done = done if whole else 0
+
+    def read(self, text: int, start: int, count: int) -> torch.Tensor:
+        """Return some rows of a text, as they are before the layer that runs."""
+        states = torch.empty((count, *self._shapes[text][1:]), dtype=self._dtype)
+        row = self._sizes[text] // self._shapes[text][0]
+        with self._path(text, self.layers_done).open("rb") as file:
+            file.seek(start * row)
+            file.readinto(states.view(torch.uint8).numpy().data)
+        return states
+
+    def write(self, text: int, start: int, states: torch.Tensor) -> None:
+        """Append the rows after the layer that runs."""
+        with writing(self.folder, _kept(self.layers_done)):
+            path = self._path(text, None)
+            # Written, not mapped: a disk that fills up under a mapping ends the process.
+            with path.open("ab" if start else "wb") as file:
+                file.write(states.to(self._dtype).contiguous().view(torch.uint8).numpy().data)
+
+    def finish(self, layers: int) -> None:
+        """Let the rows that were written be those of the last whole layer."""
+        old = self.layers_done
+        with writing(self.folder, _kept(old)):
+            for text in range(len(self._shapes)):
+                new = self._path(text, None)
+                _sync(new)
+                new.replace(self._path(text, layers))
+            partial = self.folder / f"{_RECORD}.tmp"
+            write_json(partial, {"layers": layers, "of": self._last})
+            _sync(partial)
+            partial.replace(self.folder / _RECORD)
+            _sync(self.folder)
+        self.layers_done = layers
+        if old:
+            for path in self._paths(old):
+                path.unlink(missing_ok=True)
+
+    def rows(self) -> list[torch.Tensor]:
+        """Map the states of the last layer."""
+        return [
+            torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=self._dtype).view(shape)
+            for path, shape in zip(self._paths(self.layers_done), self._shapes, strict=True)
+        ]
+
+    def _path(self, text: int, layers: int | None) -> Path:
+        return self.folder / f"text-{text}.{'next' if layers is None else layers}.states"
+
+    def _paths(self, layers: int) -> list[Path]:
+        return [self._path(text, layers) for text in range(len(self._shapes))]
+
+
+def _kept(layers: int) -> str:
+    return f"The hidden states after {layers} layers are kept: the same command goes on from there."
+
+
+def _num_bytes(shapes: Shapes, dtype: torch.dtype) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
+
+
+def _check_limit(needed: int, limit: int | None) -> None:
+    if limit is not None and needed > limit:
+        raise ConfigurationError(
+            f"the hidden states take {needed:,} bytes, the limit of the prefix cache is {limit:,}. Raise "
+            "prefix_cache_limit (--prefix-cache-limit), or train on less text."
+        )
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,123 @@
+"""The hidden states before the trained part of a model: computed once, kept in memory or in files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..display import parse_size
+from ..model.layers_in_files import layers_in_files
+from ..partial import fill_cache
+from ..partial.streaming import StreamedStates, Text, stream_prefix
+from ..texts import Blocks
+
+__all__ = ["CACHE_FOLDER", "CachePlan", "PrefixStates", "held_out_texts"]
+
+CACHE_FOLDER = "prefix-cache"
+_IN_MEMORY = 1 << 30  # bytes of a cache that "auto" keeps in memory
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Where hidden states before a part are kept.
+
+    Args:
+        kind: "auto", "memory", "disk" or "off".
+        limit: The largest size in bytes.
+        folder: For files; by default one in the output folder.
+        kept: Whether files stay after training.
+    """
+
+    kind: str = "auto"
+    limit: int | None = None
+    folder: Path | None = None
+    kept: bool = False
+
+    @classmethod
+    def from_arguments(cls, args: Any) -> CachePlan:
+        """Read the plan from arguments.
+
+        Args:
+            args: `DonorTrainingArguments` or `RecoveryArguments`.
+        """
+        folder = None if args.prefix_cache_dir is None else Path(args.prefix_cache_dir)
+        return cls(args.cache_prefix, parse_size(args.prefix_cache_limit), folder, kept=folder is not None)
+
+
+class PrefixStates:
+    """The hidden states before the part of a trainer's model.
+
+    Args:
+        trainer: A `PartTrainer`.
+        plan: Where they are kept.
+    """
+
+    def __init__(self, trainer: Any, plan: CachePlan) -> None:
+        self.plan, self.seconds = plan, 0.0
+        self.streams = layers_in_files(trainer.inner) is not None
+        self._trainer = trainer
+        self._streamed: StreamedStates | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where files are."""
+        return self.plan.folder or Path(str(self._trainer.args.output_dir), CACHE_FOLDER)
+
+    def fill(self, position: int) -> None:
+        """Compute them for all rows that the trainer reads; where layers stay in files, for held-out texts too."""
+        trainer, args, plan = self._trainer, self._trainer.args, self.plan
+        rows, model = trainer.rows, trainer.inner
+        numbers = rows.used
+        identity = [rows.fingerprints, numbers, position, str(model.config.name_or_path), str(model.dtype)]
+        identity += [args.bf16, args.fp16]
+        how: dict[str, Any] = {
+            "batch_size": max(1, 2 * args.train_batch_size),
+            "limit": plan.limit,
+            "autocast": trainer.autocast_smart_context_manager,
+            "quiet": args.disable_tqdm or not trainer.is_local_process_zero(),
+        }
+        with args.main_process_first(desc="hidden states before the part"):
+            if self.streams:
+                self._stream(position, identity, how)
+                return
+            width = model.config.get_text_config(decoder=True).hidden_size
+            size = len(numbers) * rows.domain.block_length * width * model.dtype.itemsize
+            on_disk = plan.kind == "disk" or (plan.kind == "auto" and size > _IN_MEMORY) or args.world_size > 1
+            key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+            file = self.folder / f"{key[:32]}.states" if on_disk else None
+            rows.prefix = fill_cache(model, rows.blocks, numbers, position, file=file, **how)
+            self.seconds = rows.prefix.seconds
+
+    def _stream(self, position: int, identity: list[Any], how: Mapping[str, Any]) -> None:
+        rows = self._trainer.rows
+        if self._streamed is None:
+            held_out = held_out_texts(self._trainer)
+            texts = [Text(rows.blocks, rows.used), *(Text(text, range(len(text))) for text in held_out.values())]
+            about = {"run": identity, "held_out": [text.fingerprint for text in held_out.values()]}
+            # On disk also where they are small: a run that is stopped goes on from there.
+            folder = None if self.plan.kind == "memory" else self.folder
+            self._streamed = stream_prefix(self._trainer.inner, texts, position, folder=folder, identity=about, **how)
+            self.seconds = self._streamed.seconds
+        rows.prefix = self._streamed.caches[0]
+
+    def find(self, input_ids: Any) -> Any:
+        """Return the hidden states of held-out blocks `[batch, tokens]`; `None` where the whole model can run."""
+        return None if self._streamed is None else self._streamed.find(input_ids)
+
+    def release(self, completed: bool) -> None:
+        """Remove files that are not to be kept; those of a streamed run only if it is complete."""
+        self._trainer.rows.prefix = None
+        if not self.plan.kept and (completed or not self.streams) and self._trainer.is_world_process_zero():
+            # Files that are mapped can be read until they are no longer used.
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def held_out_texts(trainer: Any) -> dict[str, Blocks]:
+    """Return the texts that a trainer measures on, by name."""
+    held = trainer.eval_dataset
+    return dict(held) if isinstance(held, Mapping) else {held.name: held} if isinstance(held, Blocks) else {}
