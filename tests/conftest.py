@@ -56,6 +56,12 @@ def tiny(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(f"tiny_{request.param}")
 
 
+@pytest.fixture
+def family(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A copy of the Llama family, to be changed."""
+    return copied(tiny_llama, tmp_path / "family")
+
+
 @pytest.fixture(scope="session")
 def inverse_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """GPT-2 whose attention is scaled by the layer's number, which no native configuration of a transplant can say."""

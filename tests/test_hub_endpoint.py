@@ -13,19 +13,13 @@ import torch
 from huggingface_hub import HfApi
 
 from tests.conftest import HUB
-from tests.helpers import copied, edit_json, logits_of
+from tests.helpers import edit_json, logits_of
 from tests.hub_server import ALICE, ENDPOINT
 from transplant_hf import AutoModelWithTransplant, Donor, HubError
 from transplant_hf.donor.saved_files import replaced_among
 from transplant_hf.hub import push_folder
 
 pytestmark = pytest.mark.hub
-
-
-@pytest.fixture
-def family(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A copy, to change files in."""
-    return copied(tiny_llama, tmp_path / "family")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tests.helpers import copied, tiny_llama_model
+from tests.helpers import tiny_llama_model
 from transplant_hf import AutoModelWithTransplant, Donor, check_compatibility, remove_transplants, transplant
 from transplant_hf.conversion import convert
 from transplant_hf.evaluation import evaluate, sweep
@@ -158,9 +158,8 @@ def _watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_nothing_is_changed_for_the_process(
-    entry: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    entry: str, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family = copied(tiny_llama, tmp_path / "family")
     errors: list[BaseException] = []
 
     def work(number: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.helpers import Shelf, copied, edit_json, loaded, logits_of, run_python, two_donors
+from tests.helpers import Shelf, edit_json, loaded, logits_of, run_python, two_donors
 from tests.hub_server import json_result, run_with_hub
 from transplant_hf import AutoModelWithTransplant, Donor
 from transplant_hf.donor.entry import AUTO_MAP, CODE_FILE
@@ -135,9 +135,8 @@ assert "transplant_hf" not in sys.modules
     assert "trust_remote_code=True" in run_python(code, tiny_llama / "donor")
 
 
-def test_with_the_import_the_repositorys_code_is_never_run(tiny_llama: Path, tmp_path: Path) -> None:
+def test_with_the_import_the_repositorys_code_is_never_run(family: Path, tmp_path: Path) -> None:
     """And nobody is asked: input is closed here."""
-    family = copied(tiny_llama, tmp_path / "family")
     (family / "donor" / CODE_FILE).write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise RuntimeError('was run')\n"
     )
@@ -224,8 +223,7 @@ def test_every_writer(tiny_llama: Path, inverse_gpt2: Path, tmp_path: Path) -> N
     assert written(tmp_path / "thin") is None
 
 
-def test_a_foreign_auto_map_is_not_taken_over(tiny_llama: Path, tmp_path: Path) -> None:
-    family = copied(tiny_llama, tmp_path / "family")
+def test_a_foreign_auto_map_is_not_taken_over(family: Path, tmp_path: Path) -> None:
     edit_json(family / "donor" / "config.json", auto_map={"AutoConfig": "evil/repo--code.Config"})
     assert not AutoConfig.from_pretrained(family / "donor").auto_map
     load(family / "donor").save_pretrained(tmp_path / "thin", thin=True)

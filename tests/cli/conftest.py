@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import copied
 from transplant_hf.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -34,9 +33,3 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "hamlet.txt"
     path.write_text("To be, or not to be, that is the question. " * 40)
     return path
-
-
-@pytest.fixture
-def family(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A recipient, a source model and a donor of it, to be changed."""
-    return copied(tiny_llama, tmp_path / "family")

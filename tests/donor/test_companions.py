@@ -134,8 +134,7 @@ def with_code(recipient: Path) -> None:
 
 
 @pytest.mark.parametrize("save", SAVES)
-def test_all_that_belongs_to_the_model_travels_and_nothing_else(tiny_llama: Path, tmp_path: Path, save: Save) -> None:
-    family = copied(tiny_llama, tmp_path / "family")
+def test_all_that_belongs_to_the_model_travels_and_nothing_else(family: Path, tmp_path: Path, save: Save) -> None:
     put(family / "recipient", *TRAVELS, *STAYS)
     save(family, tmp_path / "out")
     found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
@@ -156,8 +155,7 @@ def test_every_file_that_transformers_knows_of_a_tokenizer_travels() -> None:
 
 
 @pytest.mark.parametrize("save", SAVES)
-def test_a_tokenizer_with_code_of_its_own(tiny_llama: Path, tmp_path: Path, save: Save) -> None:
-    family = copied(tiny_llama, tmp_path / "family")
+def test_a_tokenizer_with_code_of_its_own(family: Path, tmp_path: Path, save: Save) -> None:
     with_code(family / "recipient")
     save(family, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -168,9 +166,8 @@ def test_a_tokenizer_with_code_of_its_own(tiny_llama: Path, tmp_path: Path, save
 @pytest.mark.parametrize(
     "named", ["../outside.Code", "alice/other--tokenization.Code", "modeling_transplant.Code", "absent.Code", 7, None]
 )
-def test_code_that_is_no_file_beside_the_tokenizer(tiny_llama: Path, tmp_path: Path, named: Any) -> None:
+def test_code_that_is_no_file_beside_the_tokenizer(family: Path, tmp_path: Path, named: Any) -> None:
     """Least of all in place of the code by which a donor is loaded."""
-    family = copied(tiny_llama, tmp_path / "family")
     put(family, "outside.py")
     put(family / "recipient", "modeling_transplant.py")
     edit_json(family / "recipient" / "tokenizer_config.json", auto_map={"AutoTokenizer": [named, None]})
@@ -208,9 +205,8 @@ def test_of_a_repository_only_what_travels_is_downloaded(shelf: Shelf, tmp_path:
 
 @pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("saved_before", [False, True])
-def test_a_tokenizer_in_the_folder_is_kept(tiny_llama: Path, tmp_path: Path, save: Save, saved_before: bool) -> None:
+def test_a_tokenizer_in_the_folder_is_kept(family: Path, tmp_path: Path, save: Save, saved_before: bool) -> None:
     """Fine-tuning scripts save the tokenizer first as often as last."""
-    family = copied(tiny_llama, tmp_path / "family")
     put(family / "recipient", "preprocessor_config.json", "chat_template.jinja")
     mine = own_tokenizer(family / "recipient")
     if saved_before:
@@ -222,8 +218,7 @@ def test_a_tokenizer_in_the_folder_is_kept(tiny_llama: Path, tmp_path: Path, sav
     assert (tmp_path / "out" / "preprocessor_config.json").exists()
 
 
-def test_a_tokenizer_in_the_folder_gets_no_part_of_the_recipients(tiny_llama: Path, tmp_path: Path) -> None:
-    family = copied(tiny_llama, tmp_path / "family")
+def test_a_tokenizer_in_the_folder_gets_no_part_of_the_recipients(family: Path, tmp_path: Path) -> None:
     put(family / "recipient", "chat_template.jinja", "added_tokens.json")
     write_tokenizer(tmp_path / "out")
     save_thin(family, tmp_path / "out")
@@ -241,9 +236,8 @@ def test_the_tokenizer_of_an_earlier_recipient_goes(tiny_llama: Path, tmp_path: 
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
 
 
-def test_a_template_of_ones_own_is_not_mixed_with_the_recipients_others(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_template_of_ones_own_is_not_mixed_with_the_recipients_others(family: Path, tmp_path: Path) -> None:
     """`tokenizer.save_pretrained` leaves in the folder what a save before it put there."""
-    family = copied(tiny_llama, tmp_path / "family")
     several = {"default": "D", "tool_use": "T"}
     own_tokenizer(family / "recipient", several).save_pretrained(family / "recipient")
     save_thin(family, tmp_path / "thin")

@@ -126,10 +126,11 @@ def test_a_cast(tiny: Path, tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("bfloat16", "float32"), ("float32", "bfloat16")])
-def test_donors_take_the_recipients_type(tiny_llama: Path, tmp_path: Path, ours: str, theirs: str) -> None:
-    family = copied(tiny_llama, tmp_path / "family")
+def test_donors_take_the_recipients_type(
+    tiny_llama: Path, family: Path, tmp_path: Path, ours: str, theirs: str
+) -> None:
     cast_weights(family / "recipient", getattr(torch, ours))
-    source = plain(tiny_llama / "source", dtype=getattr(torch, theirs))
+    source = plain(family / "source", dtype=getattr(torch, theirs))
     Donor.from_model(source, DONOR_LAYERS, name="donor").save_pretrained(
         family / "donor", position=1, recipient=str(family / "recipient")
     )
@@ -137,9 +138,8 @@ def test_donors_take_the_recipients_type(tiny_llama: Path, tmp_path: Path, ours:
     assert {tensor.dtype for tensor in weights_in(tmp_path / "full").values()} == {getattr(torch, ours)}
 
 
-def test_shards(tiny_llama: Path, tmp_path: Path) -> None:
+def test_shards(tiny_llama: Path, family: Path, tmp_path: Path) -> None:
     """Bounded in size, with an index; from a sharded recipient."""
-    family = copied(tiny_llama, tmp_path / "family")
     model = plain(family / "recipient")
     (family / "recipient" / "model.safetensors").unlink()
     model.save_pretrained(family / "recipient", max_shard_size="30KB")
@@ -281,8 +281,7 @@ def test_a_classification_head(tiny_gpt2: Path, tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "full" / "model.safetensors")["score.weight"], model.score.weight)
 
 
-def test_layers_beyond_the_recipients_depth_are_left_out(tiny_llama: Path, tmp_path: Path) -> None:
-    family = copied(tiny_llama, tmp_path / "family")
+def test_layers_beyond_the_recipients_depth_are_left_out(tiny_llama: Path, family: Path, tmp_path: Path) -> None:
     path = family / "recipient" / "model.safetensors"
     extra = {"model.layers.4.mlp.up_proj.weight": torch.ones(48, 32)}
     save_file(load_file(path) | extra, path, metadata={"format": "pt"})

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from tests.helpers import (
-    copied,
     edit_json,
     edit_weights,
     logits_of,
@@ -62,8 +61,7 @@ def test_alone_side_by_side_is_as_stacked(tiny_gpt2: Path, tmp_path: Path) -> No
     assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(tiny_gpt2 / "donor")))
 
 
-def test_where_it_may_not_be_written(tiny_llama: Path, tmp_path: Path) -> None:
-    family = copied(tiny_llama, tmp_path / "family")
+def test_where_it_may_not_be_written(family: Path, tmp_path: Path) -> None:
     for taken, fact in (("donor", "is what is being exported"), ("recipient", "no record of writing")):
         with refused(ConfigurationError, fact):
             export(family / "donor", family / taken, overwrite=True)
@@ -80,8 +78,7 @@ def test_where_it_may_not_be_written(tiny_llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["recipient", "donor"])
-def test_what_is_not_finite(tiny_llama: Path, tmp_path: Path, where: str, value: float) -> None:
-    family = copied(tiny_llama, tmp_path / "family")
+def test_what_is_not_finite(family: Path, tmp_path: Path, where: str, value: float) -> None:
     if where == "donor":
         name = "layers.1.mlp.up_proj.weight"
         edit_weights(family / "donor", lambda tensors: tensors[name][5, 7].fill_(value))
@@ -96,8 +93,7 @@ def test_what_is_not_finite(tiny_llama: Path, tmp_path: Path, where: str, value:
     assert_nothing_left(tmp_path)
 
 
-def test_what_is_too_large_for_a_type(tiny_llama: Path, tmp_path: Path) -> None:
-    family = copied(tiny_llama, tmp_path / "family")
+def test_what_is_too_large_for_a_type(family: Path, tmp_path: Path) -> None:
     path = family / "recipient" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = 1e6
@@ -107,8 +103,7 @@ def test_what_is_too_large_for_a_type(tiny_llama: Path, tmp_path: Path) -> None:
     export(family / "donor", tmp_path / "full", dtype="bfloat16")
 
 
-def test_changed_bytes_of_a_donor(tiny_llama: Path, tmp_path: Path) -> None:
-    family = copied(tiny_llama, tmp_path / "family")
+def test_changed_bytes_of_a_donor(family: Path, tmp_path: Path) -> None:
     path = family / "donor" / "donor.safetensors"
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
@@ -118,8 +113,7 @@ def test_changed_bytes_of_a_donor(tiny_llama: Path, tmp_path: Path) -> None:
     assert_nothing_left(tmp_path)
 
 
-def test_a_recipient_that_is_not_whole(tiny_llama: Path, tmp_path: Path) -> None:
-    family = copied(tiny_llama, tmp_path / "family")
+def test_a_recipient_that_is_not_whole(family: Path, tmp_path: Path) -> None:
     recipient = family / "recipient"
     path = recipient / "model.safetensors"
     whole = load_file(path)
@@ -158,9 +152,8 @@ def test_other_logits(
     assert_nothing_left(tmp_path)
 
 
-def test_the_config_is_the_plain_models(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_config_is_the_plain_models(tiny_llama: Path, family: Path, tmp_path: Path) -> None:
     """What a configuration says of other files does not go along."""
-    family = copied(tiny_llama, tmp_path / "family")
     (family / "recipient" / "model.safetensors").rename(family / "recipient" / "other.safetensors")
     edit_json(family / "recipient" / "config.json", transformers_weights="other.safetensors", dtype=None)
     export(family / "donor", tmp_path / "full")

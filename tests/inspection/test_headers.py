@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import copied, edit_json, refused
+from tests.helpers import edit_json, refused
 from tests.inspection.helpers import safetensors_bytes
 from transplant_hf import CheckpointError, ConfigurationError, HubError
 from transplant_hf.errors import TransplantError
@@ -44,12 +44,6 @@ HOSTILE: dict[str, bytes] = {
     "a type too wide": safetensors_bytes({"a": {**TENSOR, "dtype": "F64"}}, bytes(24)),
     "an unknown type too large": safetensors_bytes({"a": {**TENSOR, "dtype": "X1", "shape": [1000]}}, bytes(24)),
 }
-
-
-@pytest.fixture
-def family(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A Llama family to be changed."""
-    return copied(tiny_llama, tmp_path / "family")
 
 
 @pytest.mark.parametrize("name", HOSTILE)

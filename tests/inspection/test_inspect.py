@@ -15,7 +15,6 @@ from tests.helpers import (
     BUILDERS,
     DONOR_POSITION,
     NUM_LAYERS,
-    copied,
     edit_json,
     edit_weights,
     loaded,
@@ -26,12 +25,6 @@ from tests.inspection.helpers import count_of, same_as_json, size_of
 from transplant_hf import AutoModelWithTransplant, CheckpointError, CompatibilityError, ConfigurationError, Donor
 from transplant_hf.cli import main
 from transplant_hf.inspection import DonorInspection, ModelInspection, TransplantInspection, inspect
-
-
-@pytest.fixture
-def family(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A Llama family to be changed."""
-    return copied(tiny_llama, tmp_path / "family")
 
 
 def of_donor(*args: Any, **kwargs: Any) -> DonorInspection:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import copied, edit_json, logits_of, refused
+from tests.helpers import edit_json, logits_of, refused
 from transplant_hf import AutoModelWithTransplant, ConfigurationError
 from transplant_hf.exporting import export
 
@@ -21,11 +21,6 @@ def adapted(model: Any, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     fields = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields)).eval()
-
-
-@pytest.fixture
-def family(tiny_llama: Path, tmp_path: Path) -> Path:
-    return copied(tiny_llama, tmp_path / "family")
 
 
 def put_beside(folder: Path) -> None:

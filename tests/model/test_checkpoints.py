@@ -69,9 +69,8 @@ def test_gpt2_without_a_prefix(tiny_gpt2: Path, tmp_path: Path, masks: bool) -> 
     assert_loads_as_before(family, tiny_gpt2)
 
 
-def test_layers_beyond_the_recipients_depth_stay_unexpected(tiny_llama: Path, tmp_path: Path) -> None:
+def test_layers_beyond_the_recipients_depth_stay_unexpected(tiny_llama: Path, family: Path) -> None:
     """As in Transformers; they must not be taken for the donor's."""
-    family = copied(tiny_llama, tmp_path / "family")
     path = family / "recipient" / "model.safetensors"
     weights = load_file(path)
     weights["model.layers.4.mlp.up_proj.weight"] = torch.ones_like(weights["model.layers.3.mlp.up_proj.weight"])

@@ -27,7 +27,6 @@ from tests.helpers import (
     NUM_LAYERS,
     TOKENS,
     VOCABULARY,
-    copied,
     edit_json,
     layers_of,
     loaded,
@@ -303,11 +302,8 @@ def test_a_small_change_in_a_wider_layer_is_a_change(tmp_path: Path) -> None:
         {"torch_dtype": "nn"},
     ],
 )
-def test_what_a_configuration_cannot_hold_is_refused(
-    tiny_llama: Path, tmp_path: Path, overrides: dict[str, Any]
-) -> None:
+def test_what_a_configuration_cannot_hold_is_refused(family: Path, overrides: dict[str, Any]) -> None:
     """Whether it is a method, a layer count or a value of a wrong type."""
-    family = copied(tiny_llama, tmp_path / "family")
     edit_json(family / "donor" / "config.json", recipient_overrides=overrides, format_version=2)
     name = next(iter(overrides)).removeprefix("torch_")
     with refused(ConfigurationError, name):

@@ -168,8 +168,7 @@ def test_with_one_of_two_switched_off(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("thin", [False, True])
-def test_memory_format_and_dtype_are_kept(tiny_llama: Path, tmp_path: Path, thin: bool) -> None:
-    family = copied(tiny_llama, tmp_path / "family")
+def test_memory_format_and_dtype_are_kept(family: Path, tmp_path: Path, thin: bool) -> None:
     cast_weights(family / "recipient", torch.bfloat16)
     model = loaded(family, 1, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "saved", thin=thin)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import DONOR_LAYERS, copied, layers_of, plain, refused
+from tests.helpers import DONOR_LAYERS, layers_of, plain, refused
 from tests.pt_files.crafted import saved
 from transplant_hf import CheckpointError, ConfigurationError, Donor, DonorSpec, TransplantError
 from transplant_hf.donor.tensors import layer_of
@@ -23,8 +23,7 @@ def test_in_a_file(value: object, tmp_path: Path) -> None:
         PtFile(path)
 
 
-def test_in_metadata(tiny_llama: Path, tmp_path: Path) -> None:
-    family = copied(tiny_llama, tmp_path / "family")
+def test_in_metadata(family: Path) -> None:
     layers = layers_of(plain(family / "source"))
     path = saved(family / "a.pt", [layers[number].state_dict() for number in DONOR_LAYERS])
     recipient, known = family / "recipient", {"layer_indices": list(DONOR_LAYERS)}
