@@ -159,6 +159,7 @@ def test_a_library_that_is_missing_is_named_before_anything_is_read(monkeypatch:
     monkeypatch.setitem(sys.modules, "peft", None)
     for load in ("transplant_hf.comparison.study.load_model", "transplant_hf.comparison.study.model_and_tokenizer"):
         monkeypatch.setattr(load, lambda *args, **kwargs: pytest.fail("a model was loaded"))
-    without = "donor donor-end standalone last full"
-    with refused(ConfigurationError, "lora and lora-last needs peft", f"compare without: methods {without}"):
+    without = "donor donor-end donor-spread standalone last full"
+    needing = "lora and lora-matched and lora-last needs peft"
+    with refused(ConfigurationError, needing, f"compare without: methods {without}"):
         compare("recipient", "text.txt", "general.txt")

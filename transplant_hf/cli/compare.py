@@ -34,6 +34,8 @@ def add(commands: Any) -> None:
     parser.add_argument("recipient", metavar="RECIPIENT", help="Hub id or folder")
     parser.add_argument("text", metavar="TEXT", help=f"text to train on: {TEXT_HELP}; the last fifth is held out")
     parser.add_argument("--general", metavar="TEXT", required=True, help="general text; the last fifth is held out")
+    other = "text that is not trained on, to measure forgetting on; may be given several times"
+    parser.add_argument("--other", metavar="TEXT", action="append", default=[], help=other)
     add_text(parser)
     add_donors(parser)
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods (default: all)")
@@ -75,6 +77,7 @@ def _run(options: argparse.Namespace) -> int:
         options.recipient,
         text_source(options.text, options),
         text_source(options.general, options),
+        others=[text_source(text, options) for text in options.other],
         output=folder,
         overwrite=options.overwrite,
         resume=options.resume,

@@ -15,9 +15,12 @@ from torch import nn
 
 from ..architecture import find_stack
 from ..donor import Donor
+from ..layer_map import Position
 from ..model.in_memory import transplant
 from ..partial import running_only, stack_of
 from ..training import Part
+from ..training.arguments import width_scaled
+from ..training.donor_trainer import spread_positions, with_untrained_donor
 
 __all__ = ["METHODS", "Method", "Prepared", "Setting", "donor_of", "in_place"]
 
@@ -83,32 +86,27 @@ class Method:
         name: Its name.
         what: Its name in the table.
         prepare: Returns a model that is ready to be trained.
-        learning_rates: The learning rates that are tried.
+        learning_rate: The middle of the learning rates that are tried first.
         needs: A library that it needs and that may be missing.
+        scaled: Whether the rate is that of a model of width 192, and falls in proportion to 1 / width.
     """
 
     name: str
     what: str
     prepare: Callable[[Setting], Prepared]
-    learning_rates: tuple[float, ...]
+    learning_rate: float
     needs: str | None = None
+    scaled: bool = True
+
+    def learning_rates(self, width: int) -> tuple[float, ...]:
+        """Return the learning rates that are tried first, a factor of about 3 apart."""
+        middle = width_scaled(self.learning_rate, width) if self.scaled else self.learning_rate
+        return tuple(float(f"{middle * factor:.1g}") for factor in (1 / 3, 1, 3))
 
 
-def _untrained(setting: Setting, position: int, mode: str = "insert", init: str = "identity") -> Any:
-    """A transplant with an untrained donor whose parameters alone require gradients."""
-    first = setting.last[0] if mode == "replace" else min(max(position - setting.layers, 0), setting.last[0])
-    layers = list(range(first, first + setting.layers))
-    start = Donor.from_model(setting.shared, layers, name=_DONOR, init=init)
-    model = transplant(setting.shared, start, position=position, mode=mode, name=_DONOR)
-    model.requires_grad_(False)
-    for number in model.layer_map.layers_of(_DONOR):
-        stack_of(model)[number].requires_grad_(True)
-    return model
-
-
-def in_place(setting: Setting, position: int, mode: str = "insert") -> Prepared:
+def in_place(setting: Setting, position: Position, mode: str = "insert") -> Prepared:
     """Prepare a donor that is trained inside the frozen recipient."""
-    model = _untrained(setting, position, mode, "copy" if mode == "replace" else "identity")
+    model = with_untrained_donor(setting.shared, position, setting.layers, mode=mode, name=_DONOR)
     own = model.layer_map.layers_of(_DONOR)
     return Prepared(
         model,
@@ -135,7 +133,7 @@ def donor_of(model: Any) -> Donor:
 
 def _standalone(setting: Setting) -> Prepared:
     position = setting.count - 1
-    model = _untrained(setting, position, init="copy")
+    model = with_untrained_donor(setting.shared, position, setting.layers, init="copy", name=_DONOR)
     own = model.layer_map.layers_of(_DONOR)
 
     def first() -> AbstractContextManager[Any]:
@@ -165,14 +163,22 @@ def _full(setting: Setting) -> Prepared:
     return Prepared(model, {"": lambda: nullcontext(model)}, model.save_pretrained)
 
 
-def _lora(setting: Setting, layers: Sequence[int] | None = None) -> Prepared:
+def _matched_rank(setting: Setting) -> int:
+    """The rank at which LoRA trains about as many numbers as a donor."""
+    stack = stack_of(setting.shared)
+    donor = sum(parameter.numel() for number in setting.last for parameter in stack[number].parameters())
+    linear = [module for module in stack.modules() if isinstance(module, nn.Linear)]
+    return max(1, round(donor / sum(module.in_features + module.out_features for module in linear)))
+
+
+def _lora(setting: Setting, layers: Sequence[int] | None = None, rank: int | None = None) -> Prepared:
     from peft import LoraConfig, get_peft_model
 
-    inner = setting.load()
+    inner, rank = setting.load(), rank or setting.rank
     excluded = [str(number) for number in range(setting.count) if layers is not None and number not in layers]
     config = LoraConfig(
-        r=setting.rank,
-        lora_alpha=2 * setting.rank,
+        r=rank,
+        lora_alpha=2 * rank,
         lora_dropout=0.0,
         target_modules="all-linear",
         exclude_modules=rf"{re.escape(find_stack(inner))}\.({'|'.join(excluded)})\..*" if excluded else None,
@@ -208,14 +214,26 @@ def _initialize_adapters(model: nn.Module, generator: torch.Generator) -> None:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("donor", "donor, in place, at L-1", lambda s: in_place(s, s.count - 1), (3e-3, 1e-2, 2e-2)),
-        Method("donor-end", "donor, in place, at L", lambda s: in_place(s, s.count), (3e-3, 1e-2, 2e-2)),
-        Method("standalone", "donor, standalone (the paper's)", _standalone, (1e-3, 3e-3, 1e-2)),
-        Method("lora", "LoRA, all linear layers", _lora, (3e-3, 1e-2, 2e-2), "peft"),
-        Method("lora-last", "LoRA, last k layers, cached", lambda s: _lora(s, s.last), (3e-3, 1e-2, 2e-2), "peft"),
+        Method("donor", "donor at L-1", lambda s: in_place(s, s.count - 1), 1e-2),
+        Method("donor-end", "donor at L", lambda s: in_place(s, s.count), 1e-2),
         Method(
-            "last", "last k layers fine-tuned, cached", lambda s: in_place(s, s.last[0], "replace"), (1e-3, 3e-3, 1e-2)
+            "donor-spread",
+            "donor, spread evenly",
+            lambda s: in_place(s, spread_positions(s.count, s.layers)),
+            1e-2,
         ),
-        Method("full", "full fine-tuning", _full, (3e-4, 1e-3, 3e-3)),
+        Method("standalone", "donor, standalone (the paper's)", _standalone, 3e-3),
+        Method("lora", "LoRA, all linear layers", _lora, 3e-3, "peft", scaled=False),
+        Method(
+            "lora-matched",
+            "LoRA, as many parameters as the donor",
+            lambda s: _lora(s, rank=_matched_rank(s)),
+            3e-3,
+            "peft",
+            scaled=False,
+        ),
+        Method("lora-last", "LoRA, last k layers, cached", lambda s: _lora(s, s.last), 1e-2, "peft", scaled=False),
+        Method("last", "last k layers fine-tuned, cached", lambda s: in_place(s, s.last[0], "replace"), 3e-3),
+        Method("full", "full fine-tuning", _full, 1e-3),
     )
 }

@@ -31,7 +31,7 @@ class Texts:
         domain: Blocks of the text to learn.
         general: Blocks of general text to replay.
         validation: `{"domain": blocks, "general": blocks}`, on which learning rates are chosen.
-        test: The same names, for the reported numbers.
+        test: The same names and those of other texts, for the reported numbers.
     """
 
     domain: Blocks
@@ -74,6 +74,7 @@ class RunResult:
         test: Perplexity by name of text.
         gain: How much lower the loss on the domain's test text is than the untouched recipient's, in nats.
         forgetting: How much higher the loss on the general test text is than the untouched recipient's, in nats.
+        forgetting_on: The same for each text that was not trained on, by name.
         seconds: The time of training, without the cache.
         cache_seconds: The time of computing hidden states before the part.
         peak_memory_bytes: Peak memory of an accelerator in training; `None` on the CPU.
@@ -94,6 +95,7 @@ class RunResult:
     test: Mapping[str, float] = dataclasses.field(default_factory=dict)
     gain: float | None = None
     forgetting: float | None = None
+    forgetting_on: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     cache_seconds: float = 0.0
     peak_memory_bytes: int | None = None
@@ -202,7 +204,8 @@ def run_method(
         results.append(
             RunResult(
                 view=view, validation=validation, test=test, gain=-changes["domain"],
-                forgetting=changes.get("general"), **known,
+                forgetting=changes.get("general"),
+                forgetting_on={name: change for name, change in changes.items() if name != "domain"}, **known,
             )
         )  # fmt: skip
     return results

@@ -28,6 +28,7 @@ from .runs import Budget, RunResult, Texts, measure, run_method
 
 __all__ = ["compare"]
 
+_MOST_RATES = 6  # for one method
 _REFERENCE = "full"  # its time is the time of the comparison at equal time
 _OLD_NAMES = {"batch": "batch_size", "shares": "replay_shares"}
 _Run = Callable[[Method, float, Budget], list[RunResult]]
@@ -38,6 +39,7 @@ def compare(
     text: Any,
     general: Any,
     *,
+    others: Sequence[Any] = (),
     output: Path | str | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -69,11 +71,13 @@ def compare(
         recipient: Hub id or folder; of a transplant, its recipient is trained, and its donors are one more control.
         text: The text to learn: a `TextSource`, a file, a Hub id or `Blocks`.
         general: General text to replay and to measure forgetting on, in the same forms.
+        others: Texts that nobody trains on or replays, to measure forgetting on, in the same forms.
         output: A folder for `comparison.json`, `comparison.txt`, and one JSON file in `runs/` as each run ends.
         overwrite: Replace an earlier comparison in that folder.
         resume: Use the runs that are in that folder, measured with the same setup, instead of making them again.
         methods: Names in `METHODS`; all by default.
-        learning_rates: Learning rates to try instead of each method's own.
+        learning_rates: Learning rates to try instead of each method's own. Those are extended until the best of them
+            is not at the edge, up to six.
         steps: Optimizer steps.
         batch_size: Blocks in a step.
         replay_shares: Shares of general text in a batch; each is a comparison of its own.
@@ -108,7 +112,7 @@ def compare(
         check_comparison_folder(Path(output), overwrite or resume)
     began = time.perf_counter()
     model, tokenizer, revision = model_and_tokenizer(recipient, tokenizer, revision, kwargs)
-    texts = _split(text, general, model, tokenizer, block_length, blocks, held_out_blocks)
+    texts = _split(text, general, others, model, tokenizer, block_length, blocks, held_out_blocks)
 
     def load() -> Any:
         return remove_transplants(load_model(recipient, revision=revision, keep_replaced=True, **kwargs))
@@ -126,7 +130,8 @@ def compare(
         "bf16_autocast": bf16,
     }
     files = None if output is None else RunFiles(Path(output), setup, resume)
-    rates = {method.name: tuple(learning_rates or method.learning_rates) for method in chosen}
+    width = setting.shared.config.get_text_config(decoder=True).hidden_size
+    rates = {method.name: list(learning_rates or method.learning_rates(width)) for method in chosen}
     controls = _controls(setting, texts, model)
     measured: dict[tuple[str, float, int, float], list[RunResult]] = {}
     rows = list(controls)
@@ -160,8 +165,15 @@ def compare(
 
         for share in replay_shares:
             budget = Budget(steps, batch_size, share, seed, bf16)
-            at_steps = {method.name: [r for rate in rates[method.name] for r in run(method, rate, budget)]
-                        for method in chosen}  # fmt: skip
+            at_steps = {}
+            for method in chosen:
+                tried = rates[method.name]
+                results = [result for rate in tried for result in run(method, rate, budget)]
+                while learning_rates is None and (rate := _rate_beyond(results)) is not None:
+                    bar.total += 1
+                    tried.append(rate)
+                    results += run(method, rate, budget)
+                at_steps[method.name] = results
             rows += _rows(chosen, at_steps, "steps")
             if equal_time:
                 rows += _rows(chosen, _at_equal_time(chosen, at_steps, budget, run), "time")
@@ -215,9 +227,16 @@ def _check(
 
 
 def _split(
-    text: Any, general: Any, model: Any, tokenizer: Any, block_length: int | None, blocks: int | None, held_out: int
+    text: Any,
+    general: Any,
+    others: Sequence[Any],
+    model: Any,
+    tokenizer: Any,
+    block_length: int | None,
+    blocks: int | None,
+    held_out: int,
 ) -> Texts:
-    """Cut both texts into training, validation and test parts."""
+    """Cut the two texts into training, validation and test parts; the others are for the test."""
     parts = {
         name: as_blocks(data, model, tokenizer, block_length, name).split(8, 1, 1)
         for name, data in (("domain", text), ("general", general))
@@ -227,11 +246,17 @@ def _split(
         # From the whole text: its beginning differs from the rest.
         chosen = torch.linspace(0, len(domain) - 1, blocks).round().long()
         domain = Blocks(domain.tokens[chosen], domain.name)
+    test = {name: test.part(-min(held_out, len(test))) for name, (_, _, test) in parts.items()}
+    for number, data in enumerate(others):
+        unseen = as_blocks(data, model, tokenizer, block_length, f"other text {number + 1}")
+        if unseen.name in test:
+            raise ConfigurationError(f"two texts to measure on are called {unseen.name!r}; give one another name.")
+        test[unseen.name] = unseen.part(-min(held_out, len(unseen)))
     return Texts(
         domain,
         parts["general"][0],
         {name: validation.part(0, held_out) for name, (_, validation, _) in parts.items()},
-        {name: test.part(-min(held_out, len(test))) for name, (_, _, test) in parts.items()},
+        test,
     )
 
 
@@ -255,6 +280,15 @@ def _best(results: Sequence[RunResult]) -> RunResult:
     """The best run on the domain's validation text; a failed one only where there is no other."""
     succeeded = [result for result in results if result.failed is None]
     return min(succeeded, key=lambda result: result.validation["domain"], default=results[0])
+
+
+def _rate_beyond(results: Sequence[RunResult]) -> float | None:
+    """The next learning rate to try, if the best so far is the lowest or the highest of those tried."""
+    best, tried = _best(results), sorted({result.learning_rate for result in results})
+    if best.failed is not None or len(tried) >= _MOST_RATES:
+        return None
+    factor = {tried[0]: 1 / 3, tried[-1]: 3}.get(best.learning_rate)
+    return None if factor is None else float(f"{best.learning_rate * factor:.1g}")
 
 
 def _rows(methods: Sequence[Method], results: dict[str, list[RunResult]], budget: str) -> Iterator[ComparisonRow]:

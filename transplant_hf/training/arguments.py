@@ -190,14 +190,20 @@ class RecoveryArguments(PartTrainingArguments):
 def default_learning_rate(method: str, width: int) -> float:
     """Return the best measured learning rate, in proportion to 1 / width for models wider than the measured one.
 
-    The proportion is the rule of maximal update parametrization (arXiv 2203.03466) for Adam and hidden matrices; it
-    was not measured here.
-
     Example:
         >>> default_learning_rate("in_place", 192), default_learning_rate("in_place", 768)
         (0.01, 0.0025)
     """
-    return _LEARNING_RATES[method] * min(1.0, _MEASURED_WIDTH / width)
+    return width_scaled(_LEARNING_RATES[method], width)
+
+
+def width_scaled(rate: float, width: int) -> float:
+    """Return a learning rate for a model of another width than the measured one.
+
+    The proportion is the rule of maximal update parametrization (arXiv 2203.03466) for Adam and hidden matrices; it
+    was not measured here.
+    """
+    return rate * min(1.0, _MEASURED_WIDTH / width)
 
 
 def default_position(mode: str, num_layers: int, count: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -84,7 +84,16 @@ class DonorTrainer(TransplantTrainer):
         if args.learning_rate is None:
             width = recipient.config.get_text_config(decoder=True).hidden_size
             args.learning_rate = default_learning_rate(args.method, width)
-        transplanted = _with_donor(recipient, args, self.position, self.donor_name, data.commit)
+        transplanted = with_untrained_donor(
+            recipient,
+            self.position,
+            args.donor_layers,
+            mode=args.mode,
+            init=args.init,
+            name=self.donor_name,
+            start_layers=args.start_layers,
+            commit=data.commit,
+        )
         own = transplanted.layer_map.layers_of(self.donor_name)
         alone = args.method == "standalone"
         part = Part(own if alone else range(own[0], len(transplanted.layer_map)), from_embeddings=alone, donor=own)
@@ -197,38 +206,58 @@ def _position(layers: int, args: DonorTrainingArguments) -> Position:
     return position
 
 
-def _start_layers(args: DonorTrainingArguments, position: Position, count: int) -> list[int]:
+def spread_positions(num_layers: int, count: int) -> tuple[int, ...]:
+    """Return positions for the layers of a donor that is spread evenly; the last is before the recipient's last layer.
+
+    Example:
+        >>> spread_positions(30, 3)
+        (10, 20, 29)
+    """
+    return tuple(min(round(num_layers * part / count), num_layers - 1) for part in range(1, count + 1))
+
+
+def with_untrained_donor(
+    recipient: Any,
+    position: Position,
+    count: int,
+    *,
+    mode: str = "insert",
+    init: str = "identity",
+    name: str = "donor",
+    start_layers: Sequence[int] | None = None,
+    commit: str | None = None,
+) -> Any:
+    """Return the recipient with an untrained donor, whose parameters alone require gradients."""
+    layer_map = getattr(recipient, "layer_map", None) or [(RECIPIENT, n) for n in range(len(stack_of(recipient)))]
+    numbers = [number for number, (source, _) in enumerate(layer_map) if source == RECIPIENT]
+    start = list(start_layers or _start_layers(position, count, mode, len(numbers)))
+    if min(start) < 0 or max(start) >= len(numbers):
+        raise ConfigurationError(
+            f"the donor cannot start from layers {start}: {len(numbers)} recipient layers run, 0..{len(numbers) - 1}."
+        )
+    init = "copy" if mode == "replace" else init
+    copied = [numbers[n] for n in start]
+    with layers_in_memory(recipient, copied):
+        untrained = Donor.from_model(recipient, copied, name=name, init=init, revision=commit)
+    # A model whose layers are in files was loaded for this run alone, and cannot share what it does not have.
+    in_place = layers_in_files(recipient) is not None
+    model = transplant(recipient, untrained, position=position, mode=mode, name=name, in_place=in_place)
+    model.requires_grad_(False)
+    for number in model.layer_map.layers_of(name):
+        stack_of(model)[number].requires_grad_(True)
+    return model
+
+
+def _start_layers(position: Position, count: int, mode: str, num_layers: int) -> list[int]:
     """The recipient layers that each part of the donor starts from: those before it, or those that it replaces."""
     start: list[int] = []
-    for place, layers in Placement("the donor", position, tuple(range(args.donor_layers))).parts:
+    for place, layers in Placement("the donor", position, tuple(range(count))).parts:
         size = len(layers)
-        first = place if args.mode == "replace" else min(max(place - size, 0), max(count - size, 0))
-        start += range(first, min(first + size, count))
+        first = place if mode == "replace" else min(max(place - size, 0), max(num_layers - size, 0))
+        start += range(first, min(first + size, num_layers))
     if start != sorted(set(start)):
         raise ConfigurationError(
             f"the parts of the donor at positions {list(position) if isinstance(position, tuple) else position} would "
             f"start from layers {start}, some of them twice. Move the positions apart, or pass start_layers."
         )
     return start
-
-
-def _with_donor(recipient: Any, args: DonorTrainingArguments, position: Position, name: str, commit: str | None) -> Any:
-    """Return the recipient with an untrained donor, whose parameters alone require gradients."""
-    layer_map = getattr(recipient, "layer_map", None) or [(RECIPIENT, n) for n in range(len(stack_of(recipient)))]
-    numbers = [number for number, (source, _) in enumerate(layer_map) if source == RECIPIENT]
-    start = list(args.start_layers or _start_layers(args, position, len(numbers)))
-    if min(start) < 0 or max(start) >= len(numbers):
-        raise ConfigurationError(
-            f"the donor cannot start from layers {start}: {len(numbers)} recipient layers run, 0..{len(numbers) - 1}."
-        )
-    init = "copy" if args.mode == "replace" else args.init
-    copied = [numbers[n] for n in start]
-    with layers_in_memory(recipient, copied):
-        untrained = Donor.from_model(recipient, copied, name=name, init=init, revision=commit)
-    # A model whose layers are in files was loaded for this run alone, and cannot share what it does not have.
-    in_place = layers_in_files(recipient) is not None
-    model = transplant(recipient, untrained, position=position, mode=args.mode, name=name, in_place=in_place)
-    model.requires_grad_(False)
-    for number in model.layer_map.layers_of(name):
-        stack_of(model)[number].requires_grad_(True)
-    return model
