@@ -11,17 +11,13 @@ import torch
 from transformers import Gemma3nTextConfig
 
 from tests.helpers import edit_json, edit_weights, make_family, tiny_gpt2_model, tiny_llama_model
-from tests.hub_server import ALICE
 from transplant_hf import (
     AutoModelWithTransplant,
     Donor,
     DonorSpec,
     DonorTrainer,
     DonorTrainingArguments,
-    transplant,
 )
-from transplant_hf.exporting import export
-from transplant_hf.pushing import push
 
 __all__ = ["PROVOKED", "Desk", "make_desk"]
 
@@ -80,10 +76,6 @@ def no_recommended_position(desk: Desk) -> None:
     load("recipient", donors="law")
 
 
-def position_outside(desk: Desk) -> None:
-    load("recipient", donors={"law": 9})
-
-
 def does_not_fit(desk: Desk) -> None:
     load("llama", donors={"law": 1})
 
@@ -95,10 +87,6 @@ def other_architecture(desk: Desk) -> None:
 def layers_depend_on_each_other(desk: Desk) -> None:
     Gemma3nTextConfig(num_hidden_layers=4).save_pretrained("gemma3n")
     load("gemma3n", donors={"law": 1})
-
-
-def wrapped_model(desk: Desk) -> None:
-    transplant(torch.nn.ModuleList([tiny_llama_model(seed=1)]), "law", position=1)  # type: ignore[arg-type]
 
 
 # -- Files ---------------------------------------------------------------------------------------------------------
@@ -129,12 +117,6 @@ def layers_unknown(desk: Desk) -> None:
     Donor.from_pt("donor_layers.pt", recipient="recipient")
 
 
-def other_source(desk: Desk) -> None:
-    source = tiny_gpt2_model(seed=2)
-    torch.save([source.transformer.h[n].state_dict() for n in (1, 2)], "donor_layers.pt")
-    Donor.from_pt("donor_layers.pt", recipient="recipient", layers=[1, 2])
-
-
 # -- A loaded model ------------------------------------------------------------------------------------------------
 
 
@@ -156,15 +138,6 @@ def thin_of_a_changed_recipient(desk: Desk) -> None:
     model.save_pretrained("saved", thin=True)
 
 
-def thin_without_a_name(desk: Desk) -> None:
-    recipient = tiny_llama_model(seed=1)
-    transplant(recipient, "law", position=2).save_pretrained("saved", thin=True)
-
-
-def export_with_a_strength(desk: Desk) -> None:
-    export("recipient", "exported", [DonorSpec("law", position=2, strength=0.5)])
-
-
 # -- The Hub -------------------------------------------------------------------------------------------------------
 
 
@@ -179,11 +152,6 @@ def gated(desk: Desk) -> None:
 
 def offline(desk: Desk) -> None:
     load("alice/faq-never-loaded", local_files_only=True)
-
-
-def pushed_with_a_local_recipient(desk: Desk) -> None:
-    desk.log_in(ALICE)
-    push("law", "alice/faq-local")
 
 
 # -- Text ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from transformers import GPT2LMHeadModel
 
 from tests.docs.pages import DOCS, ROOT, Block, blocks_of, make_desk, run_block
 from tests.hub_server import ALICE, HubServer
-from transplant_hf.layer_map import Placement, Splice
 
 # Pages whose blocks are run here, but for those that say why not.
 GUIDES = ("getting_started", "load", "convert", "training", "compose", "hot_changes", "export", "scale")
@@ -73,12 +72,6 @@ def test_the_getting_started_page(desk: Path, hub: HubServer, capsys: pytest.Cap
     assert "class ArgumentParser" in printed[-1]
     assert known["writer"].model.transplant_config.recipient == "openai-community/gpt2"
     assert known["writer"].model.transplant_config.recipient_revision
-
-
-def test_the_layer_map_in_the_gallery() -> None:
-    shown = blocks_of(DOCS / "gallery.md")[-1].code.strip()
-    placed = Splice(4, [Placement("law", position=2, layer_indices=(4, 5))])
-    assert shown == str(placed.layer_map())
 
 
 def as_script(blocks: list[Block]) -> str:
