@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -229,6 +230,26 @@ def test_importing_is_quiet_and_loads_no_model_code(tmp_path: Path) -> None:
     assert not found["added"], (
         f"import transplant_hf also imports {found['added'][:20]}: import them where they are used"
     )
+
+
+# Packages whose name on the index is another one; and one that is used only where somebody has installed it.
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+IF_INSTALLED = {"liger_kernel"}
+
+
+def test_what_is_imported_is_declared() -> None:
+    """A package that only comes with another one may be gone with the next version of that."""
+    declared = set(re.findall(r'^ +"([a-z0-9_-]+)[><\[]', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE))
+    declared |= set(re.findall(r'= \["([a-z0-9_-]+)[><]', (REPOSITORY / "pyproject.toml").read_text()))
+    imported = {
+        name.partition(".")[0]
+        for path in FILES
+        for node in imports_that_run(ast.parse(path.read_text(encoding="utf-8")))
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+        if isinstance(node, ast.Import) or not node.level
+    }
+    others = imported - set(sys.stdlib_module_names) - {PACKAGE.name} - IF_INSTALLED
+    assert {DISTRIBUTIONS.get(name, name) for name in others} - declared == set()
 
 
 # The checks themselves, on a small package.

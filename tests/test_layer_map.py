@@ -11,7 +11,15 @@ import pytest
 
 from tests.helpers import refused
 from transplant_hf import ConfigurationError
-from transplant_hf.layer_map import LayerMap, Placement, Splice, paper_layers
+from transplant_hf.layer_map import (
+    LayerMap,
+    Placement,
+    Splice,
+    extracted_position,
+    paper_layers,
+    paper_position,
+    trained_position,
+)
 
 
 def obvious_map(num_layers: int, placements: list[Placement], off: set[str]) -> list[tuple[str, int]]:
@@ -141,3 +149,9 @@ def test_the_papers_layers(num_layers: int, count: int, layers: list[int]) -> No
 def test_more_layers_than_there_are(count: int) -> None:
     with refused(ConfigurationError, f"a donor of {count} layers", "a model of 4"):
         paper_layers(4, count)
+
+
+def test_default_positions() -> None:
+    assert [trained_position(9, 3, mode) for mode in ("insert", "replace")] == [8, 6]
+    assert [extracted_position(9, layers) for layers in ([2, 3, 4], [7, 8])] == [5, 9]
+    assert [paper_position(num_layers) for num_layers in (2, 12, 22)] == [1, 3, 5]

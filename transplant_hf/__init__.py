@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from .exporting import export
     from .inspection import inspect
     from .layer_map import LayerMap
-    from .model.check import check_compatibility
-    from .model.check import check_compatibility as check
+    from .model.check import check, check_compatibility
     from .model.extracting import extract
     from .model.in_memory import remove_transplants, transplant
     from .model.load import AutoModelWithTransplant
@@ -92,7 +91,7 @@ _LAZY = {
     "TransplantConfig": "config:TransplantConfig",
     "remove_transplants": "model.in_memory:remove_transplants",
     # The verbs: each does what the command of the same name does.
-    "check": "model.check:check_compatibility",
+    "check": "model.check:check",
     "compare": "comparison:compare",
     "convert": "conversion:convert",
     "evaluate": "evaluation:evaluate",

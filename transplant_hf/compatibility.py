@@ -97,7 +97,7 @@ class CompatibilityReport:
 
 def refuse_unsupported(recipient: Anatomy) -> None:
     """Refuse a recipient whose layers cannot be used in another model."""
-    fields = text_config(recipient.config).config.to_dict()
+    fields = text_config(recipient.config).to_dict()
     model_type = fields.get("model_type")
     for applies, reason in REFUSALS:
         if applies(fields):
@@ -107,7 +107,7 @@ def refuse_unsupported(recipient: Anatomy) -> None:
 
 def donor_anatomy(donor: Donor, recipient: Anatomy) -> Anatomy:
     """Build the donor's source model without memory, as the recipient's class."""
-    ours = text_config(recipient.config).config
+    ours = text_config(recipient.config)
     fields = dict(donor.record.source_config)
     if recipient.config.model_type != donor.model_type:
         # The text part of a composite model has the same layers as the text model alone.
@@ -145,7 +145,7 @@ def mismatches(donor: Donor, theirs: Anatomy, recipient: Anatomy) -> list[str]:
     """Return all mismatches of a donor with a recipient, one line each."""
     lines: list[str] = []
     if theirs is not recipient:
-        lines += field_mismatches(text_config(theirs.config).config, text_config(recipient.config).config)
+        lines += field_mismatches(text_config(theirs.config), text_config(recipient.config))
     if donor.layer_indices[-1] >= theirs.num_layers:
         lines.append(f"layer_indices: donor {donor.layer_indices}, its source model has {theirs.num_layers} layers")
     else:

@@ -107,10 +107,7 @@ class DonorSpec:
             self._check_strength()
         if self.layers is not None:
             what = f"layers of donor {self.donor!r}, counted from 0 in the donor,"
-            layers = consecutive_layers(self.layers, what, "[0, 1]")
-            if layers[0] < 0:
-                raise ConfigurationError(f"{what} must be consecutive, such as [0, 1], got {layers}.")
-            object.__setattr__(self, "layers", tuple(layers))
+            object.__setattr__(self, "layers", tuple(consecutive_layers(self.layers, what, "[0, 1]")))
         # "donor" is the name of "." before the name of its repository is known.
         object.__setattr__(self, "_named", self.name is not None and (self.donor, self.name) != (".", "donor"))
         if self.name is None:

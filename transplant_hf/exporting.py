@@ -79,19 +79,13 @@ class Export:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {
-            "layer_map": [list(layer) for layer in self.layer_map],
-            "files": {name: dataclasses.asdict(stamp) for name, stamp in self.files.items()},
-            "size": self.size,
-        }
+        return dataclasses.asdict(self) | {"layer_map": [list(layer) for layer in self.layer_map], "size": self.size}
 
     def __str__(self) -> str:
         count = len(self.files)
-        verdict = "not verified"
-        if self.verified:
-            equal = f"weights equal, logits within {self.difference:.2g}" if self.difference else "logits equal"
-            verdict = f"verified: {equal}, bit for bit" if not self.difference else f"verified: {equal}"
+        difference = f"weights equal, logits within {self.difference:.2g}"
+        equal = difference if self.difference else "logits equal, bit for bit"
+        verdict = f"verified: {equal}" if self.verified else "not verified"
         lines = [
             f"{self.folder}: {self.model_class} with {len(self.layer_map)} layers, a plain checkpoint",
             f"  recipient {self.recipient}",
@@ -180,17 +174,14 @@ def export(
     blueprint: Blueprint = model._transplant.blueprint
     _refuse_beyond_native(blueprint)
     target = Path(output).expanduser()
-    donor_sources = [part.donor.source for part in blueprint.parts]
-    _refuse_inputs_place(
-        target,
-        [place.folder for place in (request.source, *donor_sources) if place is not None],
-        points_to_folder(recipient.reference, revision=recipient.revision),
-    )
+    inputs = [place.folder for place in (request.source, *(part.donor.source for part in blueprint.parts)) if place]
+    _refuse_inputs_place(target, [*inputs, points_to_folder(recipient.reference, revision=recipient.revision)])
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
+        more = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"the checkpoint of {recipient} lacks {_origin(missing[0], model)}{_more(missing)}. A file is missing, or "
-            "its config.json belongs to another model."
+            f"the checkpoint of {recipient} lacks {_origin(missing[0], model)}{more}. A file is missing, or its "
+            "config.json belongs to another model."
         )
     _check_finite(model, dtype)
     with publish(target, replaced_in) as staging:
@@ -216,14 +207,11 @@ def export(
 
 def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     name = str(dtype).removeprefix("torch.")
-    if dtype is None or name == "auto":
-        return None
-    if name not in _DTYPES:
+    if dtype is not None and name not in (*_DTYPES, "auto"):
         raise ConfigurationError(
             f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}. Quantize the export instead."
         )
-    found: torch.dtype = getattr(torch, name)
-    return found
+    return getattr(torch, name) if name in _DTYPES else None
 
 
 def _layer_types(config: PreTrainedConfig) -> list[str]:
@@ -297,13 +285,12 @@ def _refuse_beyond_native(blueprint: Blueprint) -> None:
         )
 
 
-def _refuse_inputs_place(target: Path, inputs: Sequence[Path], recipient: Path | None) -> None:
+def _refuse_inputs_place(target: Path, inputs: Sequence[Path | None]) -> None:
     """Refuse a folder that holds the transplant, a donor or the recipient."""
-    for folder in (*inputs, *([recipient] if recipient else [])):
-        if target.resolve() == folder.resolve():
-            raise ConfigurationError(
-                f"{target} is what is being exported, and its files would be lost. Choose another folder."
-            )
+    if target.resolve() in [folder.resolve() for folder in inputs if folder is not None]:
+        raise ConfigurationError(
+            f"{target} is what is being exported, and its files would be lost. Choose another folder."
+        )
 
 
 def _check_finite(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
@@ -312,11 +299,10 @@ def _check_finite(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     with progress_bar(total, "Checking weights") as bar:
         for name, tensor in tensors.items():
             if not is_finite(tensor):
-                advice = "Use a checkpoint from before its training diverged"
-                if dtype is not None:
-                    advice = (
-                        f"If it is finite in its file, its numbers are too large for {dtype}: use bfloat16 or float32"
-                    )
+                too_large = (
+                    f"If it is finite in its file, its numbers are too large for {dtype}: use bfloat16 or float32"
+                )
+                advice = too_large if dtype is not None else "Use a checkpoint from before its training diverged"
                 raise CheckpointError(f"{_origin(name, model)} holds NaN or infinity; nothing was exported. {advice}.")
             bar.update(tensor.nbytes)
 
@@ -329,10 +315,6 @@ def _origin(name: str, model: Any) -> str:
         return f"{name} of the recipient"
     source, index = model.layer_map[int(number)]
     return f"{name} (layer {index} of {source})"
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" and {len(names) - 1} more weights" if len(names) > 1 else ""
 
 
 # -- What is written ------------------------------------------------------------------------------------------------

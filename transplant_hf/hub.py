@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .cards import CARD_FILE, written_by_us
 from .errors import ConfigurationError, HubError
 from .sources import hub_errors
-from .storage import sha256_of
+from .storage import files_in, sha256_of
 
 logger = logging.get_logger(__name__)
 
@@ -65,16 +65,16 @@ def push_folder(
                 f"{repo_id} exists and is public: private=True cannot hide what is pushed to it. Make it private in "
                 "its settings, or push to another name. Nothing was uploaded."
             )
-        if _keeps_its_card(api, repo_id, found):
+        present = _files_of(found)
+        if CARD_FILE in present and _keeps_its_card(api, repo_id, found):
             files.pop(CARD_FILE, None)
-        present = {sibling.rfilename: sibling for sibling in found.siblings or ()}
         stay = kept(list(present), lambda name: Path(api.hf_hub_download(repo_id, name, revision=found.sha)))
         behind = {name: path for name in stay if (path := files.pop(name, None)) is not None}
         if differing := sorted(name for name, path in behind.items() if not _is_same(path, present.get(name))):
             logger.warning(
                 f"{repo_id} has a tokenizer or processor of its own, which is kept: {', '.join(differing)} not sent."
             )
-        operations = _changes(files, found, replaced)
+        operations = _changes(files, present, replaced)
         if not operations:
             return _present(api, repo_id, found, commit_message)
         try:
@@ -97,7 +97,7 @@ def push_folder(
                 raise
             # The client repeats a request whose answer was lost: then what happened since is this very commit.
             now = api.model_info(repo_id, revision=revision, files_metadata=True)
-            if not create_pr and not _changes(files, now, replaced):
+            if not create_pr and not _changes(files, _files_of(now), replaced):
                 return _present(api, repo_id, now, commit_message)
             raise HubError(
                 f"{repo_id} was changed by someone else since this push began (it was at {found.sha}, now at "
@@ -112,9 +112,7 @@ def push_folder(
 
 
 def _keeps_its_card(api: HfApi, repo_id: str, found: ModelInfo) -> bool:
-    """Whether a repository has a README.md that a person wrote or edited, and that must stay."""
-    if not any(sibling.rfilename == CARD_FILE for sibling in found.siblings or ()):
-        return False
+    """Whether a person wrote or edited the README.md of a repository, so that it must stay."""
     path = api.hf_hub_download(repo_id, CARD_FILE, revision=found.sha)
     if written_by_us(Path(path).read_text(encoding="utf-8", errors="replace")):
         return False
@@ -125,15 +123,13 @@ def _keeps_its_card(api: HfApi, repo_id: str, found: ModelInfo) -> bool:
 def _files_in(folder: Path, only: Collection[str] | None) -> dict[str, Path]:
     """The files below a folder that are meant, by their names in the repository; never hidden ones."""
     found = {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if any(part.startswith(".") for part in inside.parts):
+    for name in sorted(files_in(folder)):
+        path = folder / name
+        # A link to a folder may lead to files that are meant.
+        meant = only is None or name in only or (path.is_symlink() and any(one.startswith(f"{name}/") for one in only))
+        if not meant or any(part.startswith(".") for part in name.split("/")):
             continue
-        name = inside.as_posix()
-        linked = path.is_symlink()  # one to a folder may lead to files that are meant
-        if only is not None and name not in only and not (linked and any(one.startswith(f"{name}/") for one in only)):
-            continue
-        if linked:
+        if path.is_symlink():
             raise ConfigurationError(
                 f"{path} is a link to {path.readlink()}; links are not uploaded. Put a copy of the file in its place, "
                 "or remove it. Nothing was uploaded."
@@ -143,11 +139,14 @@ def _files_in(folder: Path, only: Collection[str] | None) -> dict[str, Path]:
     return found
 
 
+def _files_of(found: ModelInfo) -> dict[str, RepoSibling]:
+    return {sibling.rfilename: sibling for sibling in found.siblings or ()}
+
+
 def _changes(
-    files: Mapping[str, Path], found: ModelInfo, replaced: Callable[[Sequence[str]], set[str]]
+    files: Mapping[str, Path], present: Mapping[str, RepoSibling], replaced: Callable[[Sequence[str]], set[str]]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """What turns a repository's files into those of a folder, by their hashes."""
-    present = {sibling.rfilename: sibling for sibling in found.siblings or ()}
     gone = sorted(replaced(list(present)) - set(files))
     changed = {name: path for name, path in files.items() if not _is_same(path, present.get(name))}
     return [

@@ -242,6 +242,25 @@ def check_position(
     return found
 
 
+# Where a donor goes that recommends no position. These differ because what is known of the layers differs: training was
+# measured at every position, extracted layers have a place in their own model, and the author of the paper has a rule.
+
+
+def trained_position(num_layers: int, count: int, mode: str = "insert") -> int:
+    """Return the best measured position of a donor to train: before the last layer; to replace, the last layers."""
+    return max(num_layers - (count if mode == "replace" else 1), 0)
+
+
+def extracted_position(num_layers: int, layers: Sequence[int]) -> int:
+    """Return the position right after the layers that a donor was extracted from."""
+    return min(layers[-1] + 1, num_layers)
+
+
+def paper_position(num_layers: int) -> int:
+    """Return the position that the paper uses for a donor: after the first quarter of the model."""
+    return max(1, num_layers // 4)
+
+
 def paper_layers(num_layers: int, count: int = 3) -> range:
     """Return the layers that the paper uses for a donor: `count` layers, starting at a third of the model."""
     if not 1 <= count <= num_layers:

@@ -58,13 +58,10 @@ def finite_number(value: Any, what: str) -> float:
     return float(found)
 
 
-def ascending_layers(values: Any, what: str, example: str = "[4, 5, 6]", kind: str = "in ascending order") -> list[int]:
-    """Return layer numbers in ascending order as a list.
-
-    Example:
-        >>> ascending_layers((3, 7), "layers")
-        [3, 7]
-    """
+def ascending_layers(
+    values: Any, what: str, example: str = "[4, 5, 6]", kind: str = "in ascending order", count: int | None = None
+) -> list[int]:
+    """Return layer numbers in ascending order, each from 0 to `count` - 1, as a list."""
     several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
     several = several and getattr(values, "ndim", None) != 0
     numbers: list[Any] = [plain_number(value) for value in values] if several else [None]
@@ -73,12 +70,15 @@ def ascending_layers(values: Any, what: str, example: str = "[4, 5, 6]", kind: s
     numbers = sorted(numbers) if isinstance(values, Set) else numbers
     if not numbers or numbers != sorted(set(numbers)):
         raise ConfigurationError(f"{what} must be {kind}, such as {example}, got {shown(values)}.")
+    if numbers[0] < 0 or (count is not None and numbers[-1] >= count):
+        within = "0 or more" if count is None else f"in 0..{count - 1}, there are {count} layers"
+        raise ConfigurationError(f"{what} must be {within}, got {shown(numbers)}.")
     return [int(number) for number in numbers]
 
 
-def consecutive_layers(values: Any, what: str, example: str = "[4, 5, 6]") -> list[int]:
-    """Return consecutive layer numbers as a list."""
-    numbers = ascending_layers(values, what, example, "consecutive")
+def consecutive_layers(values: Any, what: str, example: str = "[4, 5, 6]", count: int | None = None) -> list[int]:
+    """Return consecutive layer numbers, each from 0 to `count` - 1, as a list."""
+    numbers = ascending_layers(values, what, example, "consecutive", count)
     if numbers[-1] - numbers[0] >= len(numbers):
         raise ConfigurationError(f"{what} must be consecutive, such as {example}, got {shown(values)}.")
     return numbers

@@ -15,13 +15,14 @@ from .config import TransplantConfig
 from .display import progress_bar
 from .donor import Donor
 from .donor.companions import code_named_in, companions_in
+from .donor.entry import read_entry
 from .donor.saved_files import recorded_files, replaced_among
 from .donor.tensors import FileTensors, read_shard_index
 from .errors import CheckpointError, ConfigurationError
 from .hub import push_folder
 from .numeric import is_finite
 from .sources import Source, points_to_folder
-from .storage import files_in, read_json
+from .storage import files_in
 
 __all__ = ["Push", "push"]
 
@@ -145,8 +146,8 @@ def _files_to_upload(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
 
 def _check_references(folder: Path) -> str:
     """Say what kind of save is in a folder, and check what its configuration refers to."""
-    fields = read_json(folder / _CONFIG, _CONFIG)
-    if fields.get("model_type") != TransplantConfig.model_type:
+    fields = read_entry(folder)
+    if fields is None:
         return "model"
     config = TransplantConfig(**{**fields, "name_or_path": str(folder)})
     source = Source(str(folder), folder)
@@ -175,7 +176,7 @@ def _check_weights(folder: Path) -> tuple[int, int]:
     names = recorded_files(folder)
     for index in (name for name in names if name.endswith(".index.json")):
         shards = read_shard_index(folder / index, suffix=Path(index.removesuffix(".index.json")).suffix).values()
-        missing = [name for name in sorted(set(shards)) if f"{_parent(index)}{name}" not in names]
+        missing = [name for name in sorted(set(shards)) if Path(index).with_name(name).as_posix() not in names]
         if missing:
             raise CheckpointError(f"{folder / index} names {missing[0]}, which is missing.")
     files = sorted(name for name in names if name.endswith(_WEIGHTS))
@@ -193,11 +194,6 @@ def _check_weights(folder: Path) -> tuple[int, int]:
                 count, size = count + 1, size + tensor.nbytes
                 bar.update(tensor.nbytes)
     return count, size
-
-
-def _parent(name: str) -> str:
-    folder, slash, _ = name.rpartition("/")
-    return f"{folder}{slash}"
 
 
 def push_artefact(folder: Any, repo_id: str, *, revision: str | None = None, **options: Any) -> Push:

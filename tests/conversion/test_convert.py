@@ -169,8 +169,8 @@ WRONG_CHOICES: list[tuple[str, dict[str, Any], type[Any], tuple[str, ...]]] = [
     ("donor_layers.pt", {"layers": [5, 4]}, ConfigurationError, ("layers must be consecutive", "[5, 4]")),
     ("donor_layers.pt", {"layers": []}, ConfigurationError, ("layers must be consecutive", "[]")),
     ("donor_layers.pt", {"layers": ["4", "5"]}, ConfigurationError, ("layers must be whole numbers", "['4', '5']")),
-    ("donor_layers.pt", {"layers": [7, 8]}, ConfigurationError, ("layers [7, 8] are outside 0..7", "8 layers")),
-    ("donor_layers.pt", {"layers": [-1, 0]}, ConfigurationError, ("layers [-1, 0] are outside 0..7",)),
+    ("donor_layers.pt", {"layers": [7, 8]}, ConfigurationError, ("layers must be in 0..7", "8 layers", "[7, 8]")),
+    ("donor_layers.pt", {"layers": [-1, 0]}, ConfigurationError, ("layers must be in 0..7", "[-1, 0]")),
     (
         "donor_layers.pt",
         {"metadata": {"layer_indices": [4, 6]}},

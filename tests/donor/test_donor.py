@@ -269,3 +269,25 @@ def test_printing_reads_nothing(tiny_gpt2: Path) -> None:
     loose = Donor.from_model(plain(tiny_gpt2 / "source"), [1], name="loose")
     assert repr(loose) == "Donor('loose', gpt2, layers [1], no recommended position)"
     assert str(Donor.from_model(tiny_gpt2_model(0), [1], name="law")) == "law"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"foo": 1}, ("has no foo", "position")),
+        ({"position": "two"}, ("position", "'two'")),
+        ({"position": -1}, ("position", "is -1")),
+        ({"mode": "append"}, ("mode", "'append'")),
+        ({"strength": float("nan")}, ("strength", "nan")),
+        ({"mode": "replace", "strength": 0.5}, ("strength 0.5", "insert")),
+        ({"record": {}}, ("record", "{}")),
+        ({"source": "user/law"}, ("source", "'user/law'")),
+        ({"companions": 3}, ("companions", "3")),
+    ],
+    ids=str,
+)
+def test_a_change_that_makes_no_donor_is_refused_at_once(
+    tiny_gpt2: Path, change: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    with refused(ConfigurationError, *words):
+        Donor.from_pretrained(tiny_gpt2 / "donor").replaced(**change)

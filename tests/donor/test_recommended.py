@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.helpers import (
     NUM_LAYERS,
     Graft,
     Shelf,
+    edit_json,
     generated,
     loaded,
     logits_of,
@@ -121,11 +123,31 @@ def test_inspect_says_it(tiny_gpt2: Path, tmp_path: Path) -> None:
 
 
 def test_compatibility_is_checked_as_it_is_meant(tiny_gpt2: Path, tmp_path: Path) -> None:
-    repo = saved(tiny_gpt2, tmp_path / "law", position=3, mode="replace")
+    repo = saved(tiny_gpt2, tmp_path / "law", position=2, mode="replace")
+    edit_json(repo / "config.json", donors=[{"donor": ".", "position": 3, "mode": "replace", "name": "law"}])
     assert "is outside 0..2" in str(check_compatibility(tiny_gpt2 / "recipient", repo))
     assert check_compatibility(tiny_gpt2 / "recipient", repo, 3)
     assert len(check_compatibility(tiny_gpt2 / "recipient", repo, 2, "replace").layer_map) == NUM_LAYERS
     assert len(check_compatibility(tiny_gpt2 / "recipient", repo, 2).layer_map) == NUM_LAYERS + 2
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ({"position": 77}, ("position 77", "outside 0..4", "has 4 layers")),
+        ({"position": 3, "mode": "replace"}, ("position 3", "outside 0..2", "2 are replaced")),
+    ],
+)
+@pytest.mark.parametrize("itself", [True, False], ids=["its own model", "another recipient"])
+def test_a_position_that_the_recipient_does_not_have_is_refused(
+    tiny: Path, tmp_path: Path, place: dict[str, Any], words: tuple[str, ...], itself: bool
+) -> None:
+    donor = Donor.from_pretrained(tiny / "donor")
+    donor = donor.replaced(record=dataclasses.replace(donor.record, source_id="user/model"))
+    recipient = None if itself else str(tiny / "recipient")
+    with refused(ConfigurationError, *words):
+        donor.save_pretrained(tmp_path / "law", recipient=recipient, **place)
+    assert not (tmp_path / "law").exists()
 
 
 @pytest.mark.hub

@@ -1,14 +1,14 @@
 """Find, describe and compare decoder layers, and the configuration that builds them: by looking."""
 
-from .anatomy import Anatomy
+from .anatomy import Anatomy, LayerOrigin
 from .context import choose_block_length, eval_mode, max_context_length
 from .gguf import check_gguf_reader, config_of_weights, forget_gguf, is_quantized, was_gguf
-from .identity import output_projections, projections_of_layers, zero_output_projections
+from .identity import projections_of_layers
 from .names import LayerNames, LayerTensorName
-from .native import LayerOrigin, SplicedConfig, build_failure, first_candidate, layer_differences, splice_config
+from .native import SplicedConfig, build_failure, first_candidate, layer_differences, splice_config
 from .overrides import apply_overrides
 from .recipient import Recipient, native_class, open_recipient
-from .stack import decoder_stack, find_stack, text_config, unwrapped
+from .stack import decoder_stack, find_stack, stated_layers, text_config, unwrapped
 
 __all__ = [
     "Anatomy",
@@ -32,11 +32,10 @@ __all__ = [
     "max_context_length",
     "native_class",
     "open_recipient",
-    "output_projections",
     "projections_of_layers",
     "splice_config",
+    "stated_layers",
     "text_config",
     "unwrapped",
     "was_gguf",
-    "zero_output_projections",
 ]

@@ -67,5 +67,12 @@ class Anatomy:
 
     def kind(self, index: int) -> Any:
         """A value that is equal for two layers of one kind."""
-        skipped = {name for name, value in self.fingerprints[index].items() if value == index}
-        return {name: value for name, value in self.fingerprints[index].items() if name not in skipped}
+        return {name: value for name, value in self.fingerprints[index].items() if value != index}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOrigin:
+    """The source model of one running layer, and the layer's number there."""
+
+    anatomy: Anatomy
+    index: int

@@ -17,7 +17,7 @@ _DEFAULT_BLOCK_LENGTH = 1024
 
 def max_context_length(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a model can read at once, or `None` where its configuration sets no limit."""
-    limit = getattr(text_config(config).config, "max_position_embeddings", None)
+    limit = getattr(text_config(config), "max_position_embeddings", None)
     return limit if limit is not None and limit > 0 else None  # -1 also stands for no limit
 
 

@@ -6,10 +6,9 @@ Yields candidates, the most likely first. `native.py` builds them and compares t
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -17,8 +16,9 @@ from transformers import PreTrainedConfig
 
 from ..errors import BUILD_ERRORS
 from ..numeric import is_whole
+from .anatomy import Anatomy, LayerOrigin
 from .exceptions import COMPLETIONS, REWRITES
-from .stack import text_config
+from .stack import text_config, text_key
 
 Fields = dict[str, Any]
 
@@ -36,31 +36,22 @@ def is_rule(name: str) -> bool:
     return bool(_RULE.search(name))
 
 
-@dataclasses.dataclass(frozen=True)
-class ConfigOrigin:
-    """The configuration of one running layer."""
-
-    config: PreTrainedConfig
-    index: int
-    num_layers: int
-
-
 class Follower:
     """Rewrites the recipient's configuration for layers that come from several configurations."""
 
-    def __init__(self, recipient: PreTrainedConfig, num_layers: int, origins: Sequence[ConfigOrigin]) -> None:
-        self.recipient = recipient
-        self.text = text_config(recipient)
-        self.num_layers = num_layers
+    def __init__(self, recipient: Anatomy, origins: Sequence[LayerOrigin]) -> None:
+        self.recipient = recipient.config
+        self.text = text_config(recipient.config)
+        self.num_layers = recipient.num_layers
         self.origins = origins
-        self.fields = self._rewritten(recipient, num_layers)
-        sources = {id(o.config): o for o in origins}
-        self._sources = {key: self._rewritten(o.config, o.num_layers) for key, o in sources.items()}
+        self.fields = _rewritten(recipient)
+        anatomies = {id(origin.anatomy): origin.anatomy for origin in origins}
+        self._sources = {key: _rewritten(anatomy) for key, anatomy in anatomies.items()}
 
-    def candidates(self, kinds: Callable[[], Sequence[Any]]) -> Iterator[PreTrainedConfig]:
+    def candidates(self) -> Iterator[PreTrainedConfig]:
         """Yield configurations under which a native model might build the layers as they were."""
         followed = self._follow()
-        for fields in itertools.chain([followed], self._other_readings(followed), self._other_rules(followed, kinds)):
+        for fields in itertools.chain([followed], self._other_readings(followed), self._other_rules(followed)):
             config = self._build(fields)
             if config is not None:
                 yield config
@@ -73,30 +64,24 @@ class Follower:
         """
         fields = self._follow()
         config = self._build(fields) or copy.deepcopy(self.recipient)
-        text = text_config(config).config
+        text = text_config(config)
         for name, value in fields.items():
             if isinstance(getattr(type(text), name, None), property):
                 continue
             # Bypasses rules of the class, such as a last layer that must have full attention.
             text.__dict__[text.attribute_map.get(name, name)] = value
         computed = {
-            name: [getattr(text_config(origin.config).config, name)[origin.index] for origin in self.origins]
-            for name in _computed_lists(self.text.config, self.num_layers)
+            name: [getattr(text_config(origin.anatomy.config), name)[origin.index] for origin in self.origins]
+            for name in _computed_lists(self.text, self.num_layers)
         }
         if computed:
             kind = type(text)
             text.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, **computed})
         return config
 
-    def _rewritten(self, config: PreTrainedConfig, num_layers: int) -> Fields:
-        fields = text_config(config).config.to_dict()
-        for rewrite in REWRITES.get(fields.get("model_type", ""), ()):
-            fields = rewrite(fields, num_layers)
-        return fields
-
     def _follow(self) -> Fields:
         """Return the decoder's fields that change: counts, per-layer lists, lists of numbers, dicts by number."""
-        before = self.text.config.to_dict()
+        before = self.text.to_dict()
         changed: Fields = {}
         for name, value in self.fields.items():
             if isinstance(value, list | tuple) and self._are_layer_numbers(name, value):
@@ -107,18 +92,18 @@ class Follower:
                 changed[name] = self._dict(name)
             elif value != before.get(name):
                 changed[name] = value
-        for complete in COMPLETIONS.get(self.text.config.model_type, ()):
+        for complete in COMPLETIONS.get(self.text.model_type, ()):
             changed = complete(changed)
         return {**changed, **self._counts()}
 
     def _counts(self) -> Fields:
-        real = self.text.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        real = self.text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         # Decoders of encoder-decoder families size their cache from another count than they are built from, and
         # some layers hold two attentions, each with a cache of its own.
         names = {real, *(name for name in self.fields if _COUNT.search(name))}
         counts: Fields = {real: len(self.origins)}
         for name in names:
-            value = self.fields.get(name, getattr(self.text.config, name, None))
+            value = self.fields.get(name, getattr(self.text, name, None))
             if isinstance(value, int) and value and value % self.num_layers == 0:
                 counts[name] = value // self.num_layers * len(self.origins)
         return counts
@@ -129,13 +114,13 @@ class Follower:
 
     def _has_entry_per_layer(self, name: str, value: Sequence[Any]) -> bool:
         # In every source model: in a recipient of one layer any list of one would look like it.
-        theirs = [(self._of(origin, name), origin.num_layers) for origin in self.origins]
+        theirs = [(self._of(origin, name), origin.anatomy.num_layers) for origin in self.origins]
         return len(value) == self.num_layers and all(
             len(other) == count for other, count in theirs if isinstance(other, list | tuple)
         )
 
-    def _of(self, origin: ConfigOrigin, name: str) -> Any:
-        return self._sources[id(origin.config)].get(name)
+    def _of(self, origin: LayerOrigin, name: str) -> Any:
+        return self._sources[id(origin.anatomy)].get(name)
 
     def _list(self, name: str) -> list[Any]:
         values = []
@@ -161,31 +146,40 @@ class Follower:
             if isinstance(value, list) and len(value) == self.num_layers and self._are_layer_numbers(name, value):
                 yield {**followed, name: self._list(name)}
 
-    def _other_rules(self, followed: Fields, kinds: Callable[[], Sequence[Any]]) -> Iterator[Fields]:
+    def _other_rules(self, followed: Fields) -> Iterator[Fields]:
         """Change one number that places kinds of layers: to where kinds change, to no layer or to all."""
-        all_kinds = kinds()
-        borders = _borders(all_kinds)
+        runs = groupby(origin.anatomy.kind(origin.index) for origin in self.origins)
+        borders = list(itertools.accumulate(len(list(run)) for _, run in runs))
         for name, value in self.fields.items():
             if not is_whole(value) or not is_rule(name):
                 continue
             if 0 <= value <= self.num_layers:
-                for number in dict.fromkeys([*borders, *(border - 1 for border in borders), 0, 1, len(all_kinds)]):
+                for number in dict.fromkeys([*borders, *(border - 1 for border in borders), 0, 1, len(self.origins)]):
                     if number != value:
                         yield {**followed, name: number}
 
     def _build(self, changed: Fields) -> PreTrainedConfig | None:
         # Configuration classes edit the lists they are given.
         full, changed = self.recipient.to_dict(), copy.deepcopy(changed)
-        if self.text.key is None:
+        key = text_key(self.recipient)
+        if key is None:
             full.update(changed)
         else:
-            full[self.text.key] = {**full[self.text.key], **changed}
+            full[key] = {**full[key], **changed}
         try:
             config = type(self.recipient).from_dict(full)
         except BUILD_ERRORS:
             return None
         _copy_runtime(self.recipient, config)
         return config
+
+
+def _rewritten(anatomy: Anatomy) -> Fields:
+    """The fields of a decoder's configuration, with rules about layer numbers as lists where that is possible."""
+    fields = text_config(anatomy.config).to_dict()
+    for rewrite in REWRITES.get(fields.get("model_type", ""), ()):
+        fields = rewrite(fields, anatomy.num_layers)
+    return fields
 
 
 def _copy_runtime(old: PreTrainedConfig, new: PreTrainedConfig) -> None:
@@ -210,20 +204,12 @@ def _is_by_number(value: Any, num_layers: int) -> bool:
     )
 
 
-def _borders(kinds: Sequence[Any]) -> list[int]:
-    borders, at = [], 0
-    for _, run in groupby(kinds):
-        at += len(list(run))
-        borders.append(at)
-    return borders
-
-
 def stale_lists(config: PreTrainedConfig) -> dict[str, int]:
     """Find per-layer lists whose length is not the number of layers; tools that prune models leave such lists.
 
     A list has an entry per layer if the class makes it longer for more layers.
     """
-    text = text_config(config).config
+    text = text_config(config)
     count = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     kind: Any = type(text)
     try:

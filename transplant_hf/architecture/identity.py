@@ -11,11 +11,10 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import CheckpointError, CompatibilityError, ConfigurationError
+from ..errors import CheckpointError, CompatibilityError
 from .context import eval_mode
 from .fingerprint import Fingerprint, fingerprint, is_layer_number
 from .gguf import is_quantized
@@ -36,19 +35,11 @@ class _Part:
     matrix: bool  # whether one of these is a matrix; a norm has none
 
 
-def output_projections(model: PreTrainedModel, stack_path: str, number: int) -> tuple[str, ...]:
-    """Return the parameters of a decoder layer that must be zero for it to be the identity."""
-    return projections_of_layers(model, stack_path, [number])[number]
-
-
 def projections_of_layers(
     model: PreTrainedModel, stack_path: str, numbers: Sequence[int]
 ) -> dict[int, tuple[str, ...]]:
     """Return the output projections of several layers; layers of one kind are searched once."""
     stack = decoder_stack(model, stack_path)
-    strays = [number for number in numbers if not 0 <= number < len(stack)]
-    if strays:
-        raise ConfigurationError(f"layers {strays} are outside 0..{len(stack) - 1}: {stack_path} runs {len(stack)}.")
     _refuse_unreadable(model, stack_path, numbers)
     names: dict[int, tuple[str, ...]] = {}
     kinds = {number: _kind(stack[number], number) for number in numbers}
@@ -63,15 +54,6 @@ def projections_of_layers(
             if not Replay(stack[number], others[number]).is_identity(names[number], as_it_is=True):
                 raise _no_identity(what, f"with {', '.join(names[number])} at zero it still acts on other tokens")
     return names
-
-
-def zero_output_projections(model: PreTrainedModel, stack_path: str, numbers: Sequence[int]) -> None:
-    """Make layers of a model the identity, in place: their output projections become zero."""
-    stack = decoder_stack(model, stack_path)
-    with torch.no_grad():
-        for number, names in projections_of_layers(model, stack_path, numbers).items():
-            for name in names:
-                stack[number].get_parameter(name).zero_()
 
 
 def _refuse_unreadable(model: PreTrainedModel, stack_path: str, numbers: Sequence[int]) -> None:

@@ -9,20 +9,12 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import BUILD_ERRORS, CompatibilityError
-from .anatomy import Anatomy
+from .anatomy import Anatomy, LayerOrigin
 from .build import build_on_meta
 from .exceptions import FIRST_STAYS_FIRST
 from .fingerprint import Standing, differences, fingerprint
-from .follow import ConfigOrigin, Follower
+from .follow import Follower
 from .stack import decoder_stack, text_config
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerOrigin:
-    """The source model of one running layer, and the layer's number there."""
-
-    anatomy: Anatomy
-    index: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +35,7 @@ def splice_config(recipient: Anatomy, origins: Sequence[LayerOrigin], rejected: 
             return SplicedConfig(config, True)
         reasons = reasons or found
     reasons = reasons or [f"{type(recipient.config).__name__} refuses {len(origins)} layers of these kinds"]
-    return SplicedConfig(_follower(recipient, origins).running_config(), False, tuple(reasons))
+    return SplicedConfig(Follower(recipient, origins).running_config(), False, tuple(reasons))
 
 
 def first_candidate(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> PreTrainedConfig | None:
@@ -53,14 +45,7 @@ def first_candidate(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> PreTr
 
 def _candidates(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> Iterator[PreTrainedConfig]:
     _refuse_second_first(recipient, origins)
-    yield from _follower(recipient, origins).candidates(
-        lambda: [origin.anatomy.kind(origin.index) for origin in origins]
-    )
-
-
-def _follower(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> Follower:
-    sources = [ConfigOrigin(o.anatomy.config, o.index, o.anatomy.num_layers) for o in origins]
-    return Follower(recipient.config, recipient.num_layers, sources)
+    yield from Follower(recipient, origins).candidates()
 
 
 def _build_and_compare(recipient: Anatomy, config: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> list[str]:
@@ -108,7 +93,7 @@ def _refuse_tables(recipient: Anatomy, candidate: PreTrainedModel) -> None:
 
 
 def _refuse_second_first(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> None:
-    reason = FIRST_STAYS_FIRST.get(text_config(recipient.config).config.model_type)
+    reason = FIRST_STAYS_FIRST.get(text_config(recipient.config).model_type)
     for number, origin in enumerate(origins):
         if reason is not None and (number == 0) != (origin.index == 0):
             raise CompatibilityError(

@@ -142,7 +142,7 @@ def open_recipient(
             raise ConfigurationError(f"cannot load {what} {name}: {sentence}") from error
     config.name_or_path = reference
     apply_overrides(config, overrides or {}, kwargs)
-    layers = getattr(text_config(config).config, "num_hidden_layers", None)
+    layers = getattr(text_config(config), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > _MAX_LAYERS:
         raise ConfigurationError(
             f"cannot load {what} {name}: its config.json has {layers:,} layers, more than {_MAX_LAYERS:,}."

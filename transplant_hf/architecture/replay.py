@@ -80,7 +80,7 @@ def _run(model: PreTrainedModel, seed: int) -> None:
 
 def _some_tokens(model: PreTrainedModel, seed: int) -> torch.Tensor:
     """Random tokens, `[batch, tokens]`, no special ones: those may stand for an image, or hide others."""
-    text = text_config(model.config).config
+    text = text_config(model.config)
     special = set(_special_tokens(model.config.to_dict()))
     usual = [token for token in range(min(text.vocab_size, 1000)) if token not in special]
     length = min(_TOKENS, max_context_length(model.config) or _TOKENS)

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..errors import CompatibilityError, ConfigurationError
+from ..errors import BUILD_ERRORS, CompatibilityError, ConfigurationError
 
 
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """The part of a configuration that describes the decoder."""
-
-    config: PreTrainedConfig
-    key: str | None  # its field in the full configuration; `None` if it is the full one
-
-
-def text_config(config: PreTrainedConfig) -> TextConfig:
-    """Return the decoder's part of a configuration, as the object that the model will read."""
+def text_key(config: PreTrainedConfig) -> str | None:
+    """Return the field that holds the decoder's part of a configuration; `None` if the whole describes the decoder."""
     text = config.get_text_config(decoder=True)
-    for key in config.sub_configs:
-        if getattr(config, key, None) is text:
-            return TextConfig(text, key)
     # Flat encoder-decoder configurations hand out an edited copy; the model reads the original.
-    return TextConfig(config, None)
+    return next((key for key in config.sub_configs if getattr(config, key, None) is text), None)
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the decoder's part of a configuration, as the object that the model will read."""
+    key = text_key(config)
+    return config if key is None else getattr(config, key)
+
+
+def stated_layers(fields: Mapping[str, Any]) -> int | None:
+    """Return the number of decoder layers that a `config.json` states; `None` if Transformers cannot read it."""
+    kind = CONFIG_MAPPING[fields["model_type"]] if fields.get("model_type") in CONFIG_MAPPING else None
+    try:
+        config = kind.from_dict(copy.deepcopy(dict(fields))) if kind is not None else None
+    except BUILD_ERRORS:
+        return None
+    return getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) if config is not None else None
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -54,7 +60,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
 def find_stack(model: PreTrainedModel, what: str = "") -> str:
     """Return the path of the `nn.ModuleList` that holds the decoder layers."""
     found = [path for path, module in _outer_lists(model) if _holds_layers(module)]
-    text = text_config(model.config).config
+    text = text_config(model.config)
     of_decoder = [path for path in found if _owner_reads(model, path, text)] or found
     name = f"{what}: {type(model).__name__} ({model.config.model_type})".removeprefix(": ")
     if len(of_decoder) == 1:

@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     add_donors(parser)
     add_number(parser, "--count", "estimate for a donor of K layers that does not exist yet", metavar="K")
     old_spelling(parser, "--layers", "--count", "count", type=whole())
-    add_number(parser, "--position", "its position (default: a third of the way up)", None, whole(0), "P")
+    add_number(parser, "--position", "its position (default: where `train` puts it)", None, whole(0), "P")
     add_number(parser, "--devices", "number of GPUs", 1)
     parser.add_argument("--memory", metavar="SIZE", help="memory of each, such as 80GiB (default: no limit)")
     parser.add_argument("--cpu-memory", metavar="SIZE", help="CPU memory to offload to (default: none)")

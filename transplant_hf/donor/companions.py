@@ -14,10 +14,9 @@ from huggingface_hub.errors import HFValidationError
 from transformers import CONFIG_MAPPING, TOKENIZER_MAPPING
 from transformers.utils import logging
 
-from ..config import TransplantConfig
 from ..sources import HubOptions, Source, locate, points_to_folder
 from ..storage import read_json
-from .entry import CODE_FILE
+from .entry import CODE_FILE, read_entry
 
 logger = logging.get_logger(__name__)
 
@@ -241,9 +240,9 @@ def _users_groups(target: Path, cache_dir: str | None) -> _Groups:
 
 def _recipient_named_in(config: Path, folder: Path | None, cache_dir: str | None) -> Path | None:
     """The folder of the recipient that an old `config.json` names; one in a repository can only name a Hub id."""
-    fields = read_json(config, "the old config.json")
+    fields = read_entry(config.parent) or {}
     name, revision = fields.get("recipient"), fields.get("recipient_revision")
-    if fields.get("model_type") != TransplantConfig.model_type or not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or not name or "\0" in name:
         return None
     if revision is None and folder is not None:
         there = points_to_folder(name, Source(str(folder), folder))

@@ -12,10 +12,11 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
+from ..config import DonorSpec
 from ..display import position_text
 from ..errors import CheckpointError, ConfigurationError, IntegrityError
 from ..layer_map import Position
-from ..numeric import consecutive_layers
+from ..numeric import consecutive_layers, shown
 from ..sources import HubArguments, HubOptions, Source, locate
 from .extract import layers_of_model
 from .from_pt import PtTensors, match_pt_file
@@ -64,6 +65,12 @@ class Donor:
     companions: Source | None = None
 
     def __post_init__(self) -> None:
+        for name, kinds in (("record", DonorRecord), ("source", Source | None), ("companions", Source | None)):
+            if not isinstance(getattr(self, name), kinds):
+                raise ConfigurationError(f"{name} of a donor cannot be {shown(getattr(self, name))}.")
+        place = DonorSpec(str(self), self.position, self.mode, strength=self.strength)  # type: ignore[arg-type]
+        for name in ("position", "mode", "strength"):
+            object.__setattr__(self, name, getattr(place, name))
         found = {layer_of(name)[0] for name in self.infos()}
         expected = set(range(self.num_layers))
         if found != expected:
@@ -77,7 +84,13 @@ class Donor:
 
         Args:
             **changes: Arguments of `Donor`, such as `position=2`.
+
+        Raises:
+            ConfigurationError: No such argument, or a value that it cannot have.
         """
+        known = [field.name for field in dataclasses.fields(self)]
+        if unknown := sorted(set(changes) - set(known)):
+            raise ConfigurationError(f"a donor has no {', '.join(unknown)}; it has {', '.join(known)}.")
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -265,11 +278,8 @@ class Donor:
         Raises:
             ConfigurationError: It has no such layers.
         """
-        layers = consecutive_layers(layers, f"layers of donor {self}, counted from 0 in the donor,", "[0, 1]")
-        if layers[0] < 0 or layers[-1] >= self.num_layers:
-            raise ConfigurationError(
-                f"donor {self} has layers 0..{self.num_layers - 1}, counted from 0 in the donor, not {layers}."
-            )
+        what = f"layers of donor {self}, counted from 0 in the donor,"
+        layers = consecutive_layers(layers, what, "[0, 1]", self.num_layers)
         record = dataclasses.replace(
             self.record, layer_indices=tuple(self.record.layer_indices[number] for number in layers)
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import TransplantConfig
 from ..heads import HEADS
-from ..storage import write_json
+from ..storage import read_json, write_json
 
 CODE_FILE = "modeling_transplant.py"
 
@@ -33,6 +33,13 @@ AUTO_MAP = {
     auto_class: f"{CODE_FILE.removesuffix('.py')}.{name}"
     for auto_class, name in [("AutoConfig", "TransplantConfig"), *((head.auto_class, head.loader) for head in HEADS)]
 }
+
+
+def read_entry(folder: Path) -> dict[str, Any] | None:
+    """Read the `config.json` of a donor or another transplant; `None` if it is a model's, or missing."""
+    path = folder / "config.json"
+    fields = read_json(path, "config.json") if path.is_file() else {}
+    return fields if fields.get("model_type") == TransplantConfig.model_type else None
 
 
 def write_entry(folder: Path, config: TransplantConfig) -> None:

@@ -37,9 +37,7 @@ def layers_of_model(
     model = unwrapped(model)
     path = find_stack(model)
     count = len(decoder_stack(model, path))
-    numbers = ascending_layers(layers, "layers")
-    if numbers[0] < 0 or numbers[-1] >= count:
-        raise ConfigurationError(f"layers {numbers} are outside 0..{count - 1}: the model runs {count} layers.")
+    numbers = ascending_layers(layers, "layers", count=count)
     # A transplant's layers come from several models, which its configuration does not tell.
     record_in_transplant = getattr(model, "_record_of_layers", None)
     known = record_in_transplant(numbers, name) if record_in_transplant is not None else None

@@ -13,7 +13,7 @@ import torch
 
 from ..architecture import Anatomy, open_recipient
 from ..errors import CheckpointError, ConfigurationError
-from ..layer_map import check_position
+from ..layer_map import check_position, paper_position
 from ..numeric import is_whole, shown
 from ..pt_files import Layout, Packed, PtFile, match_layers
 from ..sources import HubOptions, Source
@@ -161,7 +161,7 @@ def _recorded_position(recorded: Mapping[str, Any], num_layers: int, file: Path)
     """The author's rule: the best known position, else the first quarter."""
     best = next((recorded[key] for key in ("best_position", "position") if recorded.get(key) is not None), None)
     if best is None:
-        return max(1, num_layers // 4)
+        return paper_position(num_layers)
     try:
         return check_position(best, num_layers)
     except ConfigurationError as error:

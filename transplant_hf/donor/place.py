@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import DonorSpec, TransplantConfig
 from ..errors import ConfigurationError
 from ..layer_map import Position
-from ..storage import read_json
+from .entry import read_entry
 
 if TYPE_CHECKING:
     from .donor import Donor
@@ -33,11 +33,8 @@ def donor_and_position(donor: Any, position: Position | None) -> tuple[Any, Posi
 
 def recommended_in(folder: Path) -> dict[str, Any]:
     """Return the position, mode and strength that the `config.json` of a donor's folder recommends; empty if none."""
-    path = folder / "config.json"
-    content = read_json(path, "the donor's config.json") if path.exists() else {}
-    if content.get("model_type") != TransplantConfig.model_type:
-        return {}
-    own = [spec for spec in TransplantConfig(**content).donors if spec.donor == "."]
+    fields = read_entry(folder)
+    own = [spec for spec in TransplantConfig(**fields).donors if spec.donor == "."] if fields else []
     return recommendation(own[0]) if len(own) == 1 else {}
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import FORMAT_VERSION, check_format_version
-from ..errors import CheckpointError, IntegrityError
-from ..numeric import is_number, is_whole, plain_number, shown
+from ..errors import CheckpointError, ConfigurationError, IntegrityError
+from ..numeric import ascending_layers, is_number, plain_number, shown
 from ..storage import read_json, verified_sha256, write_json
 from .tensors import safe_name
 
@@ -98,7 +98,7 @@ class DonorRecord:
             return cls(
                 model_type=_typed(content, "model_type", str),
                 source_config=_typed(content, "source_config", dict),
-                layer_indices=_indices(_typed(content, "layer_indices", list)),
+                layer_indices=tuple(ascending_layers(_typed(content, "layer_indices", list), "layer_indices")),
                 source_id=source.get("id"),
                 source_revision=source.get("revision"),
                 name=_typed(content, "name", str) if content.get("name") is not None else None,
@@ -108,7 +108,7 @@ class DonorRecord:
                     for name, stamp in (content.get("files") or {}).items()
                 },
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ConfigurationError) as error:
             raise CheckpointError(f"{path} is malformed: {error}") from error
 
     def without_sha256(self, names: Collection[str], from_hub: bool) -> list[str]:
@@ -175,10 +175,3 @@ def _typed(content: Mapping[str, Any], key: str, kind: type) -> Any:
     if not isinstance(value, kind):
         raise TypeError(f"{key} must be of type {kind.__name__}, got {shown(value)}")
     return value
-
-
-def _indices(values: list[Any]) -> tuple[int, ...]:
-    whole = bool(values) and all(is_whole(value) and value >= 0 for value in values)
-    if not whole or values != sorted(set(values)):
-        raise TypeError(f"layer_indices must be whole numbers in ascending order, got {shown(values)}")
-    return tuple(values)

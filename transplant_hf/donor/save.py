@@ -16,15 +16,16 @@ import torch
 from huggingface_hub import CommitInfo, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
+from ..architecture import stated_layers
 from ..cards import DONOR_TEMPLATE, render_card, write_card
 from ..config import DonorSpec, TransplantConfig
 from ..display import parse_size, progress_bar
 from ..errors import CheckpointError, ConfigurationError
 from ..hub import push_folder
-from ..layer_map import Position
+from ..layer_map import Placement, Position, Splice
 from ..numeric import is_finite
 from ..sources import points_to_folder
-from ..storage import files_in, publish, sha256_of, write_json
+from ..storage import files_in, publish, read_json, sha256_of, write_json
 from .companions import (
     COMPANION_FOLDERS,
     at_hand,
@@ -136,13 +137,18 @@ def write_donor_repo(
         name=name,
         strength=donor.strength if strength is None else strength,
     )
+    files = at_hand(donor.companions_in(recipient), revision or ("main" if recorded_on_hub else None))
+    num_layers = _layers_of_recipient(donor, recipient, files)
+    if num_layers is not None:  # a splice checks positions
+        Splice(
+            num_layers, [Placement(str(spec.name), spec.position, donor.record.layer_indices, spec.mode == "replace")]
+        )
     config = TransplantConfig(
         recipient=recipient if recorded_on_hub else written_reference(recipient, folder, revision),
         recipient_revision=revision,
         donors=[spec],
         vocab_size=vocabulary_of(donor.record.source_config),
     )
-    files = at_hand(donor.companions_in(recipient), revision or ("main" if recorded_on_hub else None))
     record = write_donor(staging, dataclasses.replace(donor.record, name=name), donor.store, max_shard_size)
     copy_companions([(str(files), None)] if files is not None else [], staging, folder)
     config.tokenizer_class = tokenizer_class(record.model_type, staging)
@@ -157,6 +163,14 @@ def write_donor_repo(
         with_tokenizer=has_tokenizer(staging),
     )
     write_card(card, staging, folder)
+
+
+def _layers_of_recipient(donor: Donor, recipient: str, files: Path | None) -> int | None:
+    """The number of layers of a recipient, if that is known without a download."""
+    if recipient == donor.record.source_id:
+        return stated_layers(donor.record.source_config)
+    path = files / "config.json" if files is not None else None
+    return stated_layers(read_json(path, "the recipient's config.json")) if path is not None and path.exists() else None
 
 
 def write_donor(folder: Path, record: DonorRecord, store: TensorStore, max_shard_size: int | str) -> DonorRecord:

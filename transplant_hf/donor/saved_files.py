@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..cards import CARD_FILE, began_as_ours, written_by_us
-from ..config import DonorSpec, TransplantConfig, donor_specs
+from ..config import DonorSpec, donor_specs
 from ..errors import CheckpointError, ConfigurationError
 from ..sources import Source, points_to_folder
 from ..storage import check_output_folder, files_in, read_json
 from .companions import NAMED_TEMPLATES, is_companion
-from .entry import CODE_FILE
+from .entry import CODE_FILE, read_entry
 from .record import DONOR_CONFIG, DonorRecord
 from .tensors import DONOR_FILE, DONOR_INDEX, read_shard_index
 
@@ -92,7 +92,7 @@ def recorded_files(folder: Path) -> set[str]:
     folder = folder.resolve()
     if not (folder / _CONFIG).is_file():
         return set()
-    fields = _transplant_in(folder)
+    fields = read_entry(folder)
     if fields is None:
         named = {folder / name for name in _model_files(folder)}
     else:
@@ -104,13 +104,6 @@ def recorded_files(folder: Path) -> set[str]:
         for _, place in _donors_of(folder, fields):
             named |= {place / name for name in _donor_files(place)}
     return {path.relative_to(folder).as_posix() for path in named if path.is_relative_to(folder) and path.is_file()}
-
-
-def _transplant_in(folder: Path) -> dict[str, Any] | None:
-    """The fields of a transplant's `config.json`; `None` for a model's, or where there is none."""
-    path = folder / _CONFIG
-    fields = read_json(path, _CONFIG) if path.is_file() else {}
-    return fields if fields.get("model_type") == TransplantConfig.model_type else None
 
 
 def _donors_of(folder: Path, fields: dict[str, Any]) -> Iterator[tuple[DonorSpec, Path]]:
@@ -129,7 +122,7 @@ def _donors_of(folder: Path, fields: dict[str, Any]) -> Iterator[tuple[DonorSpec
 
 def _own_folders(folder: Path) -> set[str]:
     """The subfolders that saves made: those of several donors, and the recipient's."""
-    fields = _transplant_in(folder)
+    fields = read_entry(folder)
     if fields is None:
         return set()
     own = {spec.subfolder for spec, _ in _donors_of(folder, fields) if spec.donor == "." and spec.subfolder}
@@ -161,7 +154,7 @@ def _unrecorded(folder: Path) -> set[str]:
 
 def _is_ours(folder: Path) -> bool:
     """Whether this package saved what is in a folder."""
-    return _transplant_in(folder) is not None or began_as_ours(_card_of(folder))
+    return read_entry(folder) is not None or began_as_ours(_card_of(folder))
 
 
 def _card_of(folder: Path) -> str:

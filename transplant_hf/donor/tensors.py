@@ -120,7 +120,7 @@ class FileTensors:
     def _read_headers(self) -> Iterator[tuple[str, TensorInfo]]:
         seen: dict[str, Path] = {}
         for path in self.files:
-            with _open(path) as file:
+            with open_safetensors(path) as file:
                 for name in file.keys():  # noqa: SIM118 - a safetensors file, not a dict
                     if name in seen:
                         raise CheckpointError(f"tensor {name!r} is in both {seen[name]} and {path}.")
@@ -136,16 +136,17 @@ class FileTensors:
         """Map the files again: a donor that is used twice must not share memory with itself."""
         slices: dict[str, Any] = {}
         for path in self.files:
-            file = _open(path)
+            file = open_safetensors(path)
             slices.update({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
         return slices
 
 
-def _open(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """Open a safetensors file by its header."""
     try:
         return safe_open(path, framework="pt", device="cpu")
     except FileNotFoundError as error:
-        raise CheckpointError(f"donor weights are missing: {path}") from error
+        raise CheckpointError(f"weights are missing: {path}") from error
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}). Is it truncated, or a Git LFS pointer?"

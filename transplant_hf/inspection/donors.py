@@ -15,7 +15,7 @@ from ..donor.place import named, placed
 from ..donor.tensors import DONOR_FILE, DONOR_INDEX, layer_of
 from ..errors import BUILD_ERRORS, ConfigurationError, TransplantError
 from ..layer_map import LayerMap, Placement, Position, Splice
-from ..model.check import check_compatibility
+from ..model.check import check
 from ..sources import HubOptions, Source, points_to_folder
 from .files import Files, HeaderTensors, all_tensors
 from .findings import DonorInspection, PlacedDonor, TransplantInspection, Weights
@@ -230,7 +230,7 @@ def _compare_with_recipient(
     recipient: str, donor: Donor, position: Position | None, mode: str, hub: HubOptions
 ) -> CompatibilityReport:
     try:
-        return check_compatibility(recipient, donor, position, mode, trust_remote_code=False, **hub.as_kwargs())
+        return check(recipient, donor, position, mode, trust_remote_code=False, **hub.as_kwargs())
     except ValueError as error:  # Transformers refuses to run code from the repository
         raise ConfigurationError(f"cannot read recipient {recipient}: {error}") from error
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import TransplantConfig
 from ..donor import DONOR_CONFIG
 from ..errors import ConfigurationError
 from ..layer_map import Position
-from ..sources import HubOptions
+from ..sources import HubArguments, HubOptions
 from ..storage import read_json
 from .donors import Asked, has_recipient_inside, inspect_donor, inspect_transplant, read_transplant_config
 from .files import Files
 from .findings import Inspection
 from .models import inspect_model
 from .pt_files import inspect_pt
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["inspect"]
 
@@ -30,9 +34,7 @@ def inspect(
     verify: bool = False,
     revision: str | None = None,
     subfolder: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | None = None,
-    local_files_only: bool = False,
+    **hub_kwargs: Unpack[HubArguments],
 ) -> Inspection:
     """Show what a donor, a transplant, a model or a `.pt` file is, from headers and configurations.
 
@@ -46,9 +48,7 @@ def inspect(
         verify: Hash the weight files that are on this machine, and compare them with what is recorded.
         revision: Branch, tag or commit of the repository.
         subfolder: A folder inside it.
-        token: As in `from_pretrained`.
-        cache_dir: As in `from_pretrained`.
-        local_files_only: As in `from_pretrained`.
+        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `from_pretrained`.
 
     Returns:
         The inspection. It is false when loading would be refused: bytes that differ from the recorded ones, or a
@@ -85,7 +85,7 @@ def inspect(
         recipient=os.fspath(recipient) if recipient is not None else None,
         position=position,
         verify=verify,
-        hub=HubOptions(token, cache_dir, local_files_only),
+        hub=HubOptions(**hub_kwargs),
     )
     path = Path(asked.what).expanduser()
     if path.is_file() or (path.suffix in _TORCH_SUFFIXES and not path.is_dir()):

@@ -27,7 +27,7 @@ def inspect_model(files: Files, fields: Mapping[str, Any], what: str, verify: bo
     weights, problems, notes = _weights(files, anatomy, verify)
     architectures = fields.get("architectures")
     written = str(architectures[0]) if isinstance(architectures, list) and architectures else None
-    hidden_size = getattr(text_config(anatomy.config).config, "hidden_size", None) if anatomy is not None else None
+    hidden_size = getattr(text_config(anatomy.config), "hidden_size", None) if anatomy is not None else None
     return ModelInspection(
         what=what,
         revision=files.source.revision,

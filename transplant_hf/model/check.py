@@ -1,4 +1,4 @@
-"""Whether a donor fits a recipient, from headers and configurations only: `check_compatibility`, the verb `check`."""
+"""`check`: whether a donor fits a recipient, from headers and configurations only."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..architecture import native_class, open_recipient, unwrapped
 from ..compatibility import CompatibilityReport
-from ..config import TransplantConfig
 from ..donor import Donor
+from ..donor.entry import read_entry
 from ..donor.place import donor_and_position, spec_of
 from ..errors import CheckpointError, ConfigurationError
 from ..layer_map import Position
 from ..sources import HubOptions, locate
 from ..splice import report_fit
-from ..storage import read_json
 
-__all__ = ["check_compatibility"]
+__all__ = ["check", "check_compatibility"]
 
 
-def check_compatibility(
+def check(
     recipient: Any, donor: Any, position: Position | None = None, mode: str | None = None, **hub_kwargs: Any
 ) -> CompatibilityReport:
     """Say whether a donor fits a recipient, from headers and configurations only.
@@ -44,7 +43,8 @@ def check_compatibility(
     try:
         opened = donor if isinstance(donor, Donor) else Donor.from_pretrained(donor, **hub.as_kwargs())
     except CheckpointError as error:
-        if _names_transplant(recipient, hub):
+        is_name = isinstance(recipient, str | os.PathLike)
+        if is_name and read_entry(locate(os.fspath(recipient), files=("config.json",), hub=hub).folder):
             raise ConfigurationError(
                 f"{donor} is no donor, but {recipient} is: the recipient comes first, then the donor. {error}"
             ) from error
@@ -63,8 +63,4 @@ def check_compatibility(
     return report_fit(model_class, config, name or model_class.__name__, spec, opened)
 
 
-def _names_transplant(what: Any, hub: HubOptions) -> bool:
-    if not isinstance(what, str | os.PathLike):
-        return False
-    path = locate(os.fspath(what), files=("config.json",), hub=hub).folder / "config.json"
-    return path.exists() and read_json(path, "config.json").get("model_type") == TransplantConfig.model_type
+check_compatibility = check  # the old name, for one release

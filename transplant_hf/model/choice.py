@@ -98,7 +98,7 @@ def _numbers(name: str, value: Any) -> float | tuple[float, ...]:
 
 
 def _refuse_rows(blueprint: Blueprint) -> None:
-    model_type = text_config(blueprint.recipient.config).config.model_type
+    model_type = text_config(blueprint.recipient.config).model_type
     if model_type in ROWS_APART:
         raise ConfigurationError(
             f"rows of a batch cannot use different donors in a {model_type} model: {ROWS_APART[model_type]}. Make a "

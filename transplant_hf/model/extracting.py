@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..architecture import decoder_stack, find_stack
 from ..display import position_text
@@ -14,10 +14,13 @@ from ..donor.companions import locate_with_companions
 from ..donor.save import output_folder, push_donor, save_donor
 from ..donor.saved_files import check_artifact_folder
 from ..errors import ConfigurationError
-from ..layer_map import RECIPIENT, Position, check_position, paper_layers
+from ..layer_map import RECIPIENT, Position, check_position, extracted_position, paper_layers
 from ..numeric import whole_number
-from ..sources import HubOptions
+from ..sources import HubArguments, HubOptions
 from .load_any_model import load_model
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Extraction", "extract"]
 
@@ -85,9 +88,7 @@ def extract(
     push_to: str | None = None,
     private: bool | None = None,
     trust_remote_code: bool | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | None = None,
-    local_files_only: bool = False,
+    **hub_kwargs: Unpack[HubArguments],
 ) -> Extraction:
     """Extract layers of a model as a donor, into a folder, to the Hub, or both.
 
@@ -108,9 +109,7 @@ def extract(
         push_to: A repository to upload to, as one commit.
         private: As in huggingface_hub.
         trust_remote_code: As in `from_pretrained`.
-        token: The same.
-        cache_dir: The same.
-        local_files_only: The same.
+        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `from_pretrained`.
 
     Returns:
         The donor's source, place and files.
@@ -135,7 +134,7 @@ def extract(
         raise ConfigurationError("extract needs an output: name a folder (output), or push_to.")
     if output is not None:
         check_artifact_folder(output, overwrite)
-    hub = HubOptions(token, cache_dir, local_files_only)
+    hub = HubOptions(**hub_kwargs)
     source = locate_with_companions(os.fspath(model), revision=revision, hub=hub)
     loaded = load_model(
         source.reference,
@@ -159,8 +158,7 @@ def extract(
             layers = [number for number, slot in enumerate(loaded.layer_map) if tuple(slot) in slots]
     donor = Donor.from_model(loaded, layers, name=name, init=init, revision=source.revision)
     if position is None:
-        after_layers = min(donor.layer_indices[-1] + 1, num_layers)
-        position = after_layers if donor.position is None else donor.position
+        position = extracted_position(num_layers, donor.layer_indices) if donor.position is None else donor.position
     position = check_position(position, num_layers, recipient=str(recipient))
     if push_to is not None and not recipient.from_hub:
         raise ConfigurationError(
@@ -181,7 +179,7 @@ def extract(
         commit = None
         if push_to is not None:
             message = f"Upload donor {donor.name or target.name}"
-            commit = str(push_donor(target, push_to, files, message, token=token, private=private).commit_url)
+            commit = str(push_donor(target, push_to, files, message, token=hub.token, private=private).commit_url)
     return Extraction(
         source=str(source),
         folder=None if output is None else str(output),

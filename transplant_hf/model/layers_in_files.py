@@ -17,6 +17,7 @@ from torch import nn
 from ..architecture import LayerNames, decoder_stack
 from ..errors import CheckpointError, ConfigurationError
 from ..splice import MergedWeights, Provenance
+from ..splice.weights import WatchedTensor
 
 __all__ = ["LayersInFiles", "layers_in_files", "refuse_layers_in_files"]
 
@@ -42,7 +43,7 @@ class LayersInFiles:
     ) -> None:
         self.count = count
         self.bytes_read = 0
-        self._path, self._load, self._check = path, load, merged.check
+        self._path, self._load, self._not_finite = path, load, merged.not_finite
         self._layers = list(decoder_stack(model, path))[:count]
         self._tensors: list[dict[str, Any]] = [{} for _ in range(count)]
         self._origins: dict[str, Provenance] = {}
@@ -104,8 +105,8 @@ class LayersInFiles:
         ):
             if keys:
                 raise CheckpointError(f"layer {number} of {self._path} {verb} {', '.join(sorted(keys)[:5])}.")
-        if self._check.not_finite:
-            raise CheckpointError(f"donor tensor {self._check.not_finite[0]!r} holds NaN or infinity.")
+        if self._not_finite:
+            raise CheckpointError(f"donor tensor {self._not_finite[0]!r} holds NaN or infinity.")
         self._refuse_changed(number)
 
     @contextmanager
@@ -147,7 +148,7 @@ class LayersInFiles:
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"layer {number} cannot be read from {file}: {error}") from error
         return {
-            name: self._check.watch(name, tensor) if name in self._watched else tensor
+            name: WatchedTensor(name, tensor, self._not_finite) if name in self._watched else tensor
             for name, tensor in tensors.items()
         }
 

@@ -217,7 +217,7 @@ def _use_config_of(model: Any, shell: Any, layer: nn.Module) -> None:
     """Let a layer read the live model's configuration instead of the one that it was built with."""
     pairs: list[tuple[PreTrainedConfig, PreTrainedConfig]] = [
         (shell.config, model.config),
-        (text_config(shell.config).config, text_config(model.config).config),
+        (text_config(shell.config), text_config(model.config)),
     ]
     for module in layer.modules():
         for name, value in list(vars(module).items()):

@@ -227,7 +227,7 @@ class WeightLoader:
 
     def check_before_finish(self, info: Any) -> None:
         """Refuse donor tensors that are mis-shaped, not finite or could not be converted."""
-        bad = self._merged.check.not_finite if self._merged else []
+        bad = self._merged.not_finite if self._merged else []
         if bad or info.mismatched_keys or info.conversion_errors:
             self._checks.result()  # changed bytes look like any of these
         for number, name in self._donor_layers():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,13 +13,16 @@ from ..architecture import decoder_stack, max_context_length
 from ..display import parse_size
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, LayerMap
-from ..sources import HubOptions
+from ..sources import HubArguments, HubOptions
 from ..splice import Blueprint
 from .cache import LayerCache, layer_caches
 from .devices import place_model
 from .models import PlannedModels, find_models
 from .results import CacheKind, Cost, Hardware, Plan, PlannedDonor
 from .weights import dtype_name, loaded_model, loaded_transplant, quantization, weights_by_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["plan"]
 
@@ -40,9 +43,7 @@ def plan(
     context: int | None = None,
     dequantize: bool = False,
     revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | None = None,
-    local_files_only: bool = False,
+    **hub_kwargs: Unpack[HubArguments],
 ) -> Plan:
     """Compute the memory that a transplant needs on given devices, beside its untouched recipient.
 
@@ -54,7 +55,7 @@ def plan(
         what: Hub id or folder of a recipient, a donor or a transplant. A folder with only a `config.json` will do.
         donors: `{donor: position}`, donors or `DonorSpec`, when a recipient is named.
         count: Instead of donors: this many layers of the recipient's own shape, which need not exist yet.
-        position: Where these layers go, 0..L; by default after a third of the recipient.
+        position: Where these layers go, 0..L; by default where `train` puts them.
         devices: Number of accelerators; layers are placed on them as by `device_map="auto"`.
         memory: Bytes that each may use, such as "80GiB"; by default without limit.
         cpu_memory: Bytes of CPU memory to offload to; by default none.
@@ -63,9 +64,7 @@ def plan(
         context: Tokens of each sequence; by default 4096, or fewer where the model reads fewer.
         dequantize: Plan a quantized recipient as if it were dequantized.
         revision: Branch, tag or commit of `what`.
-        token: As in `from_pretrained`.
-        cache_dir: As in `from_pretrained`.
-        local_files_only: As in `from_pretrained`.
+        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `from_pretrained`.
 
     Returns:
         The plan. It is false when the transplant does not fit.
@@ -101,7 +100,7 @@ def plan(
             raise ConfigurationError(f"{name} must be at least 1, got {value}.")
     sizes = {"memory": memory, "cpu_memory": cpu_memory}
     hardware = Hardware(devices, **{name: parse_size(size, name) for name, size in sizes.items() if size is not None})
-    hub = HubOptions(token, cache_dir, local_files_only)
+    hub = HubOptions(**hub_kwargs)
     models = find_models(os.fspath(what), donors, count, position, dtype, revision, hub)
     recipient, blueprint = models.recipient, models.blueprint
     longest = max_context_length(recipient.config)

@@ -17,7 +17,7 @@ from ..donor.tensors import MemoryTensors, loaded_dtype
 from ..errors import ConfigurationError
 from ..inspection.donors import open_donor_headers, read_transplant_config
 from ..inspection.files import MODEL_FILES, Files, all_tensors
-from ..layer_map import paper_layers
+from ..layer_map import paper_layers, trained_position
 from ..sources import HubOptions, Source
 from ..splice import Blueprint, draw_blueprint
 from ..storage import read_json
@@ -97,7 +97,8 @@ def _new_layers(recipient: Anatomy, count: int, position: int | None) -> tuple[D
         for name, tensor in recipient.layers[index].state_dict().items()
     }
     record = DonorRecord(recipient.config.model_type, recipient.config.to_dict(), chosen)
-    spec = DonorSpec("new-layers", chosen[0] if position is None else position, name="donor")
+    position = trained_position(recipient.num_layers, count) if position is None else position
+    spec = DonorSpec("new-layers", position, name="donor")
     return spec, Donor(record, MemoryTensors(tensors))
 
 
@@ -107,13 +108,13 @@ def _with_dtype(config: PreTrainedConfig, dtype: str, source: Source, hub: HubOp
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigurationError(f'dtype must be "auto" or such as bfloat16, float16 or float32, got {dtype!r}.')
     config = copy.deepcopy(config)
-    for part in {id(part): part for part in (config, text_config(config).config)}.values():
+    for part in {id(part): part for part in (config, text_config(config))}.values():
         part.dtype = found
     return config
 
 
 def _saved_dtype(config: PreTrainedConfig, source: Source, hub: HubOptions) -> torch.dtype:
-    for part in (config, text_config(config).config):
+    for part in (config, text_config(config)):
         if isinstance(part.dtype, torch.dtype):
             return part.dtype
     files = Files(source, hub)

@@ -82,9 +82,9 @@ def choose_layers(
 ) -> dict[int, int]:
     """Choose layers of a file, and say which layers of the source model they are."""
     if recorded is not None:
-        recorded = _existing_layers(recorded, num_layers, "the metadata's layer_indices", file)
+        recorded = consecutive_layers(recorded, f"{file}: the metadata's layer_indices", count=num_layers)
     if wanted is not None:
-        wanted = _existing_layers(wanted, num_layers, "layers", file)
+        wanted = consecutive_layers(wanted, f"{file}: layers", count=num_layers)
     sources = _source_numbers(list(numbers), num_layers, recorded, wanted, file)
     asked = wanted if wanted is not None else recorded
     chosen = {number: source for number, source in sources.items() if asked is None or source in asked}
@@ -94,17 +94,8 @@ def choose_layers(
             f"{file} holds layers {sorted(sources.values())} of the source model, asked for {list(asked or ())}: "
             f"{missing} are missing."
         )
-    _existing_layers(sorted(chosen.values()), num_layers, "the file's layer numbers", file)
+    consecutive_layers(sorted(chosen.values()), f"{file}: the file's layer numbers", count=num_layers)
     return chosen
-
-
-def _existing_layers(layers: Sequence[int], num_layers: int, origin: str, file: str) -> list[int]:
-    layers = consecutive_layers(layers, f"{file}: {origin}")
-    if layers[0] < 0 or layers[-1] >= num_layers:
-        raise ConfigurationError(
-            f"{file}: {origin} {layers} are outside 0..{num_layers - 1}: the source model has {num_layers} layers."
-        )
-    return layers
 
 
 def _source_numbers(

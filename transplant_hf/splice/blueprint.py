@@ -130,7 +130,7 @@ class Blueprint:
 
     def refuse_scaling(self) -> None:
         """Refuse to scale donors in a model whose layers pass on more than one hidden state."""
-        model_type = text_config(self.recipient.config).config.model_type
+        model_type = text_config(self.recipient.config).model_type
         if model_type in SEVERAL_STREAMS:
             raise ConfigurationError(
                 f"donors in a {model_type} model run at strength 1, one after another and in every call: "
@@ -153,8 +153,11 @@ class Blueprint:
 
     def with_metadata(self, metadata: Mapping[str, Mapping[str, Any]]) -> Blueprint:
         """The same layers with more metadata by donor name, which the donors are saved with."""
-        donors = tuple(_with_metadata(part.donor, metadata.get(part.name, {})) for part in self.parts)
-        return self._with(donors=donors)
+        donors = []
+        for part in self.parts:
+            merged = {**part.donor.record.metadata, **metadata.get(part.name, {})}
+            donors.append(part.donor.replaced(record=dataclasses.replace(part.donor.record, metadata=merged)))
+        return self._with(donors=tuple(donors))
 
     def _with(self, **changes: Any) -> Blueprint:
         """The same layers at the same positions."""
@@ -227,11 +230,6 @@ class Blueprint:
             metadata=dict(known.metadata) if known else {},
         )
         return record, part.spec if part else None
-
-
-def _with_metadata(donor: Donor, metadata: Mapping[str, Any]) -> Donor:
-    record = dataclasses.replace(donor.record, metadata={**donor.record.metadata, **metadata})
-    return donor.replaced(record=record)
 
 
 def draw_blueprint(

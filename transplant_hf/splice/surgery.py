@@ -40,7 +40,7 @@ def build_layers(anatomy: Anatomy, indices: Sequence[int], config: PreTrainedCon
     with inner_models(source):
         built = anatomy.model_class(source)
     layers = [decoder_stack(built, anatomy.stack_path)[index] for index in indices]
-    own, new = text_config(built.config).config, text_config(config).config
+    own, new = text_config(built.config), text_config(config)
     for layer in layers:
         for module in layer.modules():
             if getattr(module, "config", None) is own:
@@ -59,7 +59,7 @@ def renumber(layers: Iterable[nn.Module], origins: Sequence[LayerOrigin]) -> Non
 
 def use_config(model: PreTrainedModel, recipient: Anatomy, spliced: SplicedConfig) -> None:
     """Make a model that was built from the recipient's configuration run with another."""
-    mine, new = text_config(model.config).config, text_config(spliced.config).config
+    mine, new = text_config(model.config), text_config(spliced.config)
     mine.__class__ = new.__class__
     mine.__dict__.update({k: copy.deepcopy(v) for k, v in new.__dict__.items() if not _own(k)})
     try:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors_bytes
 from transformers.modeling_utils import load_state_dict
 
 from ..architecture import LayerNames
-from ..donor.tensors import layer_of
+from ..donor.tensors import layer_of, open_safetensors
 from ..errors import CheckpointError
 from ..layer_map import RECIPIENT
 from ..numeric import is_finite
@@ -36,7 +35,7 @@ class MergedWeights:
     tensors: dict[str, Any]  # by new checkpoint name, lazy: `[...]` reads one
     provenance: dict[str, Provenance]
     donor_names: dict[str, tuple[str, str]]  # the donor, and the tensor's name in it
-    check: FiniteCheck
+    not_finite: list[str]  # donor tensors, filled while they are read
 
     def weight_map(self) -> dict[str, str]:
         """Absolute file by name, as a shard index has them."""
@@ -52,31 +51,16 @@ class MergedWeights:
                 done.add(id(entry))
 
 
-class FiniteCheck:
-    """Checks donor tensors while they are read, so that each is read once."""
+class WatchedTensor:
+    """A lazy tensor whose values are checked when it is read, so that it is read once."""
 
-    def __init__(self) -> None:
-        self.not_finite: list[str] = []
-
-    def watch(self, name: str, tensor: Any) -> Any:
-        """Wrap a lazy tensor."""
-        return _Watched(name, tensor, self)
-
-    def look(self, name: str, tensor: torch.Tensor) -> None:
-        """Record a tensor that holds NaN or infinity."""
-        if not is_finite(tensor):
-            self.not_finite.append(name)
-
-
-class _Watched:
-    """A lazy tensor whose values are checked when it is read."""
-
-    def __init__(self, name: str, part: Any, check: FiniteCheck) -> None:
-        self._name, self._part, self._check = name, part, check
+    def __init__(self, name: str, part: Any, not_finite: list[str]) -> None:
+        self._name, self._part, self._not_finite = name, part, not_finite
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor = self._part[index]
-        self._check.look(self._name, tensor)
+        tensor: torch.Tensor = self._part[index]
+        if not is_finite(tensor):
+            self._not_finite.append(self._name)
         return tensor
 
     def __getattr__(self, name: str) -> Any:
@@ -95,10 +79,7 @@ def open_checkpoint(
         elif disable_mmap:
             tensors.update(load_safetensors_bytes(Path(path).read_bytes()))
         else:
-            try:
-                file = safe_open(path, framework="pt", device="cpu")
-            except SafetensorError as error:
-                raise CheckpointError(f"{path} is not a whole safetensors file ({error}).") from error
+            file = open_safetensors(Path(path))
             for name in file.keys():  # noqa: SIM118 - a safetensors file, not a dict
                 tensors[name] = file.get_slice(name)
                 provenance[name] = Provenance(path, name)
@@ -113,7 +94,7 @@ def merge_weights(
 ) -> MergedWeights:
     """Renumber the recipient's layers and insert the donors'."""
     places = {stage.slot: number for number, stage in enumerate(blueprint.built)}
-    merged = MergedWeights({}, {}, {}, FiniteCheck())
+    merged = MergedWeights({}, {}, {}, [])
     prefixes: dict[str, int] = {}
     for raw, tensor in recipient.items():
         parts = names.split(raw)
@@ -146,7 +127,7 @@ def _add_donors(merged: MergedWeights, blueprint: Blueprint, prefix: str) -> Non
         for name, tensor in part.donor.store.slices().items():
             number, rest = layer_of(name)
             new = f"{prefix}.{places[number]}.{rest}"
-            merged.tensors[new] = merged.check.watch(f"{part.name}: {name}", tensor)
+            merged.tensors[new] = WatchedTensor(f"{part.name}: {name}", tensor, merged.not_finite)
             merged.donor_names[new] = (part.name, name)
             file = infos[name].file
             if file is not None:

@@ -19,7 +19,6 @@ __all__ = [
     "PartTrainingArguments",
     "RecoveryArguments",
     "default_learning_rate",
-    "default_position",
     "default_strength",
 ]
 
@@ -204,16 +203,6 @@ def width_scaled(rate: float, width: int) -> float:
     was not measured here.
     """
     return rate * min(1.0, _MEASURED_WIDTH / width)
-
-
-def default_position(mode: str, num_layers: int, count: int) -> int:
-    """Return the best measured position: before the last layer; for a replacing donor the last layers.
-
-    Example:
-        >>> default_position("insert", 9, 3), default_position("replace", 9, 3)
-        (8, 6)
-    """
-    return max(num_layers - (count if mode == "replace" else 1), 0)
 
 
 def default_strength(mode: str, replayed: bool) -> float:

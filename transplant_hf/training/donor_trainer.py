@@ -13,12 +13,12 @@ from torch import nn
 
 from ..donor import Donor
 from ..errors import ConfigurationError
-from ..layer_map import RECIPIENT, Placement, Position, Splice
+from ..layer_map import RECIPIENT, Placement, Position, Splice, trained_position
 from ..model.in_memory import transplant
 from ..model.layers_in_files import layers_in_files
 from ..partial import stack_of
 from ..partial.streaming import layers_in_memory
-from .arguments import DonorTrainingArguments, default_learning_rate, default_position, default_strength
+from .arguments import DonorTrainingArguments, default_learning_rate, default_strength
 from .data import RunData, rows_per_step
 from .part_trainer import Part
 from .records import note_in_donors, training_record
@@ -200,7 +200,7 @@ def _position(layers: int, args: DonorTrainingArguments) -> Position:
         raise ConfigurationError(
             f"donor_layers={args.donor_layers}, but the recipient has {layers} layers to start from."
         )
-    position = default_position(args.mode, layers, args.donor_layers) if args.position is None else args.position
+    position = trained_position(layers, args.donor_layers, args.mode) if args.position is None else args.position
     # Which also checks them.
     Splice(layers, [Placement("the donor", position, tuple(range(args.donor_layers)), args.mode == "replace")])
     return position
