@@ -135,6 +135,8 @@ def _recover(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, run: Any, chosen: dict[str, Any]) -> int:
+    from accelerate import PartialState
+
     check_output(options)
     if options.replay_share is not None and options.general is None:
         options.usage_error("--replay-share goes with --general")
@@ -162,5 +164,6 @@ def _run(options: argparse.Namespace, run: Any, chosen: dict[str, Any]) -> int:
         **pick(options, "resume", "overwrite", "keep_checkpoints"),
         **arguments,
     )
-    show(report, options)
+    if PartialState().is_main_process:
+        show(report, options)
     return 0

@@ -16,7 +16,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import ConfigurationError
 
-__all__ = ["ZERO_3", "check_sharding", "fill", "gathered", "load_optimizer", "optimizer_state", "unsharded"]
+__all__ = [
+    "ZERO_3",
+    "check_sharding",
+    "fill",
+    "gathered",
+    "load_optimizer",
+    "optimizer_state",
+    "refuse_sharded",
+    "unsharded",
+]
 
 ZERO_3 = (
     "DeepSpeed ZeRO-3 divides a model's weights while it is loaded, before a donor can be inserted. Use stage 2 in the "
@@ -40,6 +49,15 @@ def check_sharding(trainer: Any) -> None:
         raise ConfigurationError(
             "cpu_ram_efficient_loading leaves the weights out of all processes but one, and each computes hidden "
             'states before FSDP shards the model. Use fsdp_config={"cpu_ram_efficient_loading": False}.'
+        )
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse a model that was loaded in parts: a donor is inserted before the model is divided."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ConfigurationError(
+            f"this {type(model).__name__} is divided over processes already (DistributedConfig, fully_shard), and a "
+            "donor has to be inserted before. Load it without, and train with fsdp=True."
         )
 
 

@@ -16,7 +16,7 @@ from .arguments import PartTrainingArguments
 from .data import RunData, read_run
 from .part_trainer import Part, PartTrainer
 from .prefix import CachePlan
-from .sharded import unsharded
+from .sharded import refuse_sharded, unsharded
 
 __all__ = ["TransplantTrainer"]
 
@@ -44,6 +44,7 @@ class TransplantTrainer(PartTrainer):
         args = copy.copy(args)
         loading = {**(model_kwargs or {}), **self.streaming(model, args, model_kwargs)}
         data = read_run(model, args, train_dataset, replay_dataset, eval_dataset, processing_class, revision, loading)
+        refuse_sharded(data.model)
         prepared, part, run = self.prepare(data, args)
         super().__init__(
             prepared,
