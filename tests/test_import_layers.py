@@ -39,12 +39,12 @@ MODULES = (
     "export",  # old names of the two, for one release
     "conversion",
     "inspection",
-    "planning",  # the memory that a transplant needs, from headers alone
     "texts",  # from words to blocks of tokens: knows no model
     "partial",  # some layers of a model, from a hidden state that was computed before
     "evaluation",
     "generation",  # text with donors and without
     "training",
+    "planning",  # the memory that a transplant or a training run needs, from headers alone
     "comparison",
     "plots",
     "demo",

@@ -109,7 +109,7 @@ class DonorSpec:
             what = f"layers of donor {self.donor!r}, counted from 0 in the donor,"
             object.__setattr__(self, "layers", tuple(consecutive_layers(self.layers, what, "[0, 1]")))
         # "donor" is the name of "." before the name of its repository is known.
-        object.__setattr__(self, "_named", self.name is not None and (self.donor, self.name) != (".", "donor"))
+        object.__setattr__(self, "has_own_name", self.name is not None and (self.donor, self.name) != (".", "donor"))
         if self.name is None:
             object.__setattr__(self, "name", _default_name(self.donor, self.subfolder))
         elif not _PLAIN_NAME.fullmatch(self.name):
@@ -120,7 +120,7 @@ class DonorSpec:
     @property
     def is_named(self) -> bool:
         """Whether its name was given; by default it is the last part of `donor`."""
-        return bool(vars(self)["_named"])
+        return bool(vars(self)["has_own_name"])
 
     def replaced(self, **changes: Any) -> DonorSpec:
         """Return a copy with other values for some fields. A default name follows the new values.

@@ -53,3 +53,15 @@ def test_what_is_refused_is_one_sentence(tiny_llama: Path, run: Run) -> None:
     status, out, _ = run("plan", tiny_llama / "recipient", "--count", 2, "--memory", "much", "--json")
     assert status == 1
     assert json.loads(out)["error"] == "ConfigurationError"
+
+
+def test_the_memory_of_a_training_run(tiny_llama: Path, run: Run) -> None:
+    words = ("--train", "--count", 2, "--context", 16, "--batch-size", 2, "--blocks", 10, "--optim", "adafactor")
+    status, out, _ = run("plan", tiny_llama / "recipient", *words)
+    assert status == 0
+    assert "training with adafactor: 10 blocks, batches of 2 x 16 tokens" in out
+    assert "streamed prefix" in out
+    status, out, _ = run("plan", tiny_llama / "recipient", *words, "--json", "--memory", "1MiB")
+    found = json.loads(out)
+    assert (status, found["ok"]) == (1, False)  # the allocator alone keeps more
+    assert found["training"]["resident"] > found["training"]["streamed"]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import DONOR_POSITION, edit_json, loaded, plain, refused, tiny_gpt_oss_model
-from transplant_hf import CompatibilityError, ConfigurationError, DonorSpec
+from transplant_hf import CheckpointError, CompatibilityError, ConfigurationError, DonorSpec
 from transplant_hf.planning import Plan, plan
 
 
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused_before(tiny_llama: Path, tiny_gpt2: Path) 
         plan(tiny_llama / "recipient", count=1, position=9)
     with refused(ConfigurationError, "is a transplant already"):
         plan(tiny_llama / "donor", count=1)
-    with refused(ConfigurationError, "is not a donor"):
+    with refused(CheckpointError, "not a donor"):
         plan(tiny_llama / "recipient", {str(tiny_llama / "source"): 1})
 
 

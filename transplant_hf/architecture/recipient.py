@@ -76,6 +76,12 @@ class Recipient:
         """Return the class that an Auto class would use, and the configuration it would pass to it."""
         own_code = (getattr(self.config, "auto_map", None) or {}).get(auto_class.__name__)
         if own_code is None or not self.trust_remote_code:
+            if own_code is not None and type(self.config) not in model_mapping(auto_class):
+                raise ConfigurationError(
+                    f"recipient {self} needs code of its own for {auto_class.__name__} ({own_code}): Transformers has "
+                    f"no class for its {type(self.config).__name__}. Read that code, then load the recipient with "
+                    "trust_remote_code=True."
+                )
             with reading("the model class", self.reference, self.revision):
                 return native_class(auto_class, self.config, self.reference)
         place = for_transformers(self.reference, self.revision, self.hub, weights=False)

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .command import command, old_spelling, show
-from .options import add_donors, add_number, donors_of, pick
+from .options import add_choice, add_donors, add_number, donors_of, pick
 from .values import torch_name, whole
 
 
@@ -18,21 +18,37 @@ def add(commands: Any) -> None:
         _run,
         "estimate the memory that a transplant needs, without downloading weights",
         "plan openai/gpt-oss-20b --count 3 --devices 2 --memory 24GiB --context 32768",
+        "plan meta-llama/Llama-3.1-8B --train --count 1 --context 512 --blocks 2000 --memory 12GiB",
     )
     parser.add_argument("what", metavar="MODEL", help="Hub id or folder of a recipient, a donor or a transplant")
     add_donors(parser)
     add_number(parser, "--count", "estimate for a donor of K layers that does not exist yet", metavar="K")
     old_spelling(parser, "--layers", "--count", "count", type=whole())
-    add_number(parser, "--position", "its position (default: where `train` puts it)", None, whole(0), "P")
+    position = "its position (default: where `train` puts it)"
+    place = parser.add_mutually_exclusive_group()
+    add_number(place, "--position", position, None, whole(0), "P")
+    spread = "plan --train for a donor that is spread through the recipient"
+    place.add_argument("--positions", nargs="+", type=whole(0), dest="position", metavar="P", help=spread)
     add_number(parser, "--devices", "number of GPUs", 1)
     parser.add_argument("--memory", metavar="SIZE", help="memory of each, such as 80GiB (default: no limit)")
     parser.add_argument("--cpu-memory", metavar="SIZE", help="CPU memory to offload to (default: none)")
     parser.add_argument(
         "--dtype", type=torch_name, default="auto", help="such as float32 or bfloat16 (default: as in the checkpoint)"
     )
-    add_number(parser, "--batch-size", "sequences in a batch", 1)
+    add_number(parser, "--batch-size", "sequences in a batch (default: 1; 8 with --train)")
     old_spelling(parser, "--batch", "--batch-size", "batch_size", type=whole())
-    add_number(parser, "--context", "tokens per sequence (default: 4096, or the model's context length)")
+    add_number(
+        parser, "--context", "tokens per sequence (default: 4096, with --train 1024, or the model's context length)"
+    )
+    parser.add_argument(
+        "--train", action="store_true", help="plan the training of a donor of --count layers (default: 3) as well"
+    )
+    parser.add_argument(
+        "--optim", metavar="NAME", default="adamw_torch", help="optimizer of --train (default: adamw_torch)"
+    )
+    add_choice(parser, "--mode", ("insert", "replace"), "whether that donor is inserted or replaces layers")
+    add_number(parser, "--blocks", "blocks of text of --train, for the size of their hidden states")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="run layers again in the backward pass")
     parser.add_argument("--dequantize", action="store_true", help="estimate a quantized recipient as dequantized")
     parser.add_argument("--revision", help="branch, tag or commit of the model")
 
@@ -40,7 +56,19 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from .. import plan
 
-    names = ("count", "position", "devices", "memory", "cpu_memory", "dtype", "batch_size", "context", "dequantize")
-    result = plan(options.what, donors=donors_of(options), **pick(options, *names, "revision"))
+    chosen = pick(options, "devices", "memory", "cpu_memory", "dtype", "dequantize", "blocks", "revision")
+    if options.train:
+        from ..training import DonorTrainingArguments
+
+        chosen["train"] = DonorTrainingArguments(
+            "plan",  # nothing is written
+            donor_layers=options.count,
+            per_device_train_batch_size=options.batch_size or 8,
+            block_length=options.context,
+            **pick(options, "position", "mode", "optim", "gradient_checkpointing"),
+        )
+    else:
+        chosen |= pick(options, "count", "position", "context") | {"batch_size": options.batch_size or 1}
+    result = plan(options.what, donors=donors_of(options), **chosen)
     show(result, options)
     return 0 if result else 1

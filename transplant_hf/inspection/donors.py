@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..architecture import open_recipient
@@ -12,36 +11,28 @@ from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig
 from ..donor import Donor
 from ..donor.place import named, placed
-from ..donor.tensors import DONOR_FILE, DONOR_INDEX, layer_of
+from ..donor.tensors import layer_of
 from ..errors import BUILD_ERRORS, ConfigurationError, TransplantError
 from ..layer_map import LayerMap, Placement, Position, Splice
 from ..model.check import check
 from ..sources import HubOptions, Source, points_to_folder
-from .files import Files, HeaderTensors, all_tensors
+from .files import Files, HeaderTensors, summarize_weights
 from .findings import DonorInspection, PlacedDonor, TransplantInspection, Weights
-from .weights import summarize_weights
 
 __all__ = [
     "Asked",
+    "OpenedDonor",
     "has_recipient_inside",
     "inspect_donor",
     "inspect_transplant",
-    "open_donor_headers",
+    "open_donors",
     "read_transplant_config",
 ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """The arguments of `inspect`.
-
-    Args:
-        what: What is inspected.
-        recipient: The recipient that it is compared with, if any.
-        position: The position of the donor, if another than the recommended one.
-        verify: Whether files are hashed.
-        hub: How to reach the Hub.
-    """
+    """The arguments of `inspect`."""
 
     what: str
     recipient: str | None
@@ -50,21 +41,66 @@ class Asked:
     hub: HubOptions
 
 
-def open_donor_headers(files: Files) -> Donor:
-    """Open a donor by the headers of its weights, which may be on the Hub."""
-    return _open_donor(files, verify=False)[0]
+@dataclasses.dataclass(frozen=True)
+class OpenedDonor:
+    """A donor by its headers, its place, and how its files differ from what is recorded of them."""
+
+    spec: DonorSpec
+    donor: Donor
+    source: Source
+    weights: Weights
+    problems: Sequence[str]
+
+    @property
+    def chosen(self) -> Donor:
+        """The layers of the donor that run."""
+        return self.donor if self.spec.layers is None else self.donor.part(self.spec.layers)
+
+    def described(self) -> PlacedDonor:
+        """Return what `inspect` says about it."""
+        return PlacedDonor(
+            name=str(self.spec.name),
+            donor=self.source.reference,
+            revision=self.source.revision,
+            subfolder=self.source.subfolder,
+            position=self.spec.position,
+            mode=self.spec.mode,
+            strength=self.spec.strength,
+            layer_indices=self.chosen.record.layer_indices,
+            metadata=self.donor.metadata,
+            weights=self.weights,
+        )
+
+
+def open_donors(
+    config: TransplantConfig,
+    base: Source | None,
+    what: str,
+    hub: HubOptions,
+    position: Position | None = None,
+    verify: bool = False,
+) -> list[OpenedDonor]:
+    """Open the donors of a transplant by their headers, each with its name and its position."""
+    opened = []
+    for spec in config.donors:
+        places = {"revision": spec.revision, "subfolder": spec.subfolder, "relative_to": base}
+        files = Files.find(spec.donor, hub, **places)
+        donor, weights, problems = _open_donor(files, verify)
+        spec = spec if position is None else spec.replaced(position=position)
+        [(spec, _)] = named([(placed(spec, donor), donor)], what)
+        opened.append(OpenedDonor(spec, donor, files.source, weights, problems))
+    return opened
 
 
 def _open_donor(files: Files, verify: bool) -> tuple[Donor, Weights, list[str]]:
     """Return a donor, the sum of its headers, and how its files differ from what is recorded of them."""
-    headers = files.headers((DONOR_INDEX, DONOR_FILE))
-    tensors = all_tensors(headers)
-    donor = Donor.open(files.source, HeaderTensors(tensors, str(files.source)))
+    store = HeaderTensors(files)
+    donor = Donor.open(files.source, store)
     per_layer = [0] * donor.num_layers
-    for name, tensor in tensors.items():
+    for name, tensor in donor.infos().items():
         per_layer[layer_of(name)[0]] += tensor.num_elements
-    weights, problems = summarize_weights(files, headers, donor.record.files, verify, per_layer)
-    unrecorded = donor.record.without_sha256(headers, files.source.from_hub)
+    weights, problems = summarize_weights(files, store.headers, donor.record.files, verify, per_layer)
+    unrecorded = donor.record.without_sha256(store.headers, files.source.from_hub)
     if unrecorded:
         problems.append(
             f"{', '.join(unrecorded)}: no sha256 is recorded, so that its bytes cannot be checked on loading"
@@ -77,7 +113,6 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
     config = TransplantConfig()
     if fields.get("model_type") == TransplantConfig.model_type:
         config = read_transplant_config(fields, files.source)
-    spec = next((spec for spec in config.donors if spec.donor == "."), None)
     donor, weights, problems = _open_donor(files, asked.verify)
     record = donor.record
     recipient, revision = record.source_id, record.source_revision
@@ -88,15 +123,17 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
     layer_map = LayerMap()
     notes: list[str] = []
     if asked.recipient is not None:
-        report = _compare_with_recipient(asked.recipient, donor, position, donor.mode, asked.hub)
+        report = check(asked.recipient, donor, position, donor.mode, **asked.hub.as_kwargs())
         layer_map = report.layer_map
         problems += [] if report else [str(report)]
     elif position is not None and recipient is not None:
         # A reference in `config.json` is relative to it. One in the record is not, but a repository's means the Hub.
         base = files.source if config.recipient or files.source.from_hub else None
-        name = str(spec.name) if spec is not None and spec.is_named else donor.name or Path(asked.what).name or "donor"
-        placement = Placement(name, position, record.layer_indices, donor.mode == "replace")
-        layer_map, notes = _layer_map(recipient, revision, base, [placement], asked.hub, config.recipient_overrides)
+        own = next((spec for spec in config.donors if spec.donor == "."), DonorSpec(".", position))
+        spec = own.replaced(position=position, mode=donor.mode)
+        layer_map, notes = _layer_map(
+            recipient, revision, base, named([(spec, donor)], asked.what), asked.hub, config.recipient_overrides
+        )
     else:
         missing = [name for name, value in (("recipient", recipient), ("position", position)) if value is None]
         notes = [f"no {' and no '.join(missing)} is recorded, so there is no layer map."]
@@ -134,28 +171,26 @@ def inspect_transplant(files: Files, fields: Mapping[str, Any], asked: Asked) ->
             f"{files.source} has {len(config.donors)} donors, each at its own position. A position can be given where "
             "there is one donor."
         )
-    found = [_open_part(spec, files.source, asked) for spec in config.donors]
-    specs = [spec for spec, _ in named([(part.spec, part.donor) for part in found], asked.what)]
-    parts = [dataclasses.replace(part, spec=spec) for part, spec in zip(found, specs, strict=True)]
+    parts = open_donors(config, files.source, asked.what, asked.hub, asked.position, asked.verify)
     problems = [f"donor {part.spec.name}: {problem}" for part in parts for problem in part.problems]
-    reports = []
+    reports: list[CompatibilityReport] = []
     recipient, revision = config.recipient, config.recipient_revision
     base: Source | None = files.source
     overrides: Mapping[str, Any] = config.recipient_overrides
     if asked.recipient is not None:
         for part in parts:
             place = part.spec.position, part.spec.mode
-            reports.append(_compare_with_recipient(asked.recipient, part.donor, *place, asked.hub))
+            reports.append(check(asked.recipient, part.chosen, *place, **asked.hub.as_kwargs()))
         problems += [str(report) for report in reports if not report]
         recipient, revision, base, overrides = asked.recipient, None, None, {}
     layer_map = LayerMap()
     notes: list[str] = []
     if asked.recipient is None or not problems:
-        placements = [part.placement for part in parts]
-        layer_map, notes = _layer_map(recipient, revision, base, placements, asked.hub, overrides)
-    donors = tuple(part.described() for part in parts)
+        donors = [(part.spec, part.chosen) for part in parts]
+        layer_map, notes = _layer_map(recipient, revision, base, donors, asked.hub, overrides)
+    found = tuple(part.described() for part in parts)
     # One donor may be at two positions.
-    once = {(donor.donor, donor.revision, donor.subfolder): donor.weights for donor in donors}
+    once = {(donor.donor, donor.revision, donor.subfolder): donor.weights for donor in found}
     return TransplantInspection(
         what=asked.what,
         revision=files.source.revision,
@@ -164,52 +199,13 @@ def inspect_transplant(files: Files, fields: Mapping[str, Any], asked: Asked) ->
         recipient=config.recipient,
         recipient_revision=config.recipient_revision,
         full=has_recipient_inside(config, files.source),
-        donors=donors,
+        donors=found,
         composition=config.composition,
         parameters=sum(weights.parameters for weights in once.values()),
         size=sum(weights.size for weights in once.values()),
         layer_map=layer_map,
         compatibility=tuple(reports),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """A donor of a transplant by its headers."""
-
-    spec: DonorSpec
-    donor: Donor
-    weights: Weights
-    problems: Sequence[str]
-    source: Source
-
-    @property
-    def placement(self) -> Placement:
-        indices = self.donor.record.layer_indices
-        return Placement(str(self.spec.name), self.spec.position, indices, self.spec.mode == "replace")
-
-    def described(self) -> PlacedDonor:
-        return PlacedDonor(
-            name=str(self.spec.name),
-            donor=self.source.reference,
-            revision=self.source.revision,
-            subfolder=self.source.subfolder,
-            position=self.spec.position,
-            mode=self.spec.mode,
-            strength=self.spec.strength,
-            layer_indices=self.donor.record.layer_indices,
-            metadata=self.donor.metadata,
-            weights=self.weights,
-        )
-
-
-def _open_part(spec: DonorSpec, base: Source, asked: Asked) -> _Part:
-    if asked.position is not None:
-        spec = spec.replaced(position=asked.position)
-    files = Files.find(spec.donor, asked.hub, revision=spec.revision, subfolder=spec.subfolder, relative_to=base)
-    donor, weights, problems = _open_donor(files, asked.verify)
-    chosen = donor if spec.layers is None else donor.part(spec.layers)
-    return _Part(placed(spec, chosen), chosen, weights, problems, files.source)
 
 
 def read_transplant_config(fields: Mapping[str, Any], source: Source) -> TransplantConfig:
@@ -226,20 +222,11 @@ def has_recipient_inside(config: TransplantConfig, source: Source) -> bool:
     return folder is not None and folder.resolve().is_relative_to(source.folder.resolve())
 
 
-def _compare_with_recipient(
-    recipient: str, donor: Donor, position: Position | None, mode: str, hub: HubOptions
-) -> CompatibilityReport:
-    try:
-        return check(recipient, donor, position, mode, trust_remote_code=False, **hub.as_kwargs())
-    except ValueError as error:  # Transformers refuses to run code from the repository
-        raise ConfigurationError(f"cannot read recipient {recipient}: {error}") from error
-
-
 def _layer_map(
     recipient: str,
     revision: str | None,
     base: Source | None,
-    placements: Sequence[Placement],
+    donors: Sequence[tuple[DonorSpec, Donor]],
     hub: HubOptions,
     overrides: Mapping[str, Any],
 ) -> tuple[LayerMap, list[str]]:
@@ -251,4 +238,8 @@ def _layer_map(
         return LayerMap(), [f"no layer map: {error}"]
     changed = ", ".join(sorted(overrides))
     notes = [f"it sets these fields of the recipient's configuration: {changed}."] if changed else []
+    placements = [
+        Placement(str(spec.name), spec.position, donor.record.layer_indices, spec.mode == "replace")
+        for spec, donor in donors
+    ]
     return Splice(num_layers, placements).layer_map(), notes

@@ -1,7 +1,8 @@
-"""Files of a folder or repository: their names, sizes and safetensors headers. Weights on the Hub stay there."""
+"""Files of a folder or repository: sizes, sha256 and safetensors headers. Weights on the Hub stay there."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,13 +14,17 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 
+from ..display import progress_bar
 from ..donor import DONOR_CONFIG
-from ..donor.tensors import DONOR_INDEX, FileTensors, TensorInfo, check_shards, read_shard_index
+from ..donor.record import FileStamp
+from ..donor.tensors import DONOR_FILE, DONOR_INDEX, FileTensors, TensorInfo, check_shards, read_shard_index
 from ..errors import CheckpointError
 from ..sources import HubOptions, Source, hub_errors, locate
+from ..storage import sha256_of
+from .findings import FileFinding, Weights
 from .headers import read_header
 
-__all__ = ["BIN_FILES", "MODEL_FILES", "Files", "HeaderTensors", "all_tensors", "reading_file"]
+__all__ = ["BIN_FILES", "MODEL_FILES", "Files", "HeaderTensors", "all_tensors", "summarize_weights"]
 
 MODEL_INDEX = "model.safetensors.index.json"
 MODEL_FILES = ("model.safetensors", MODEL_INDEX)  # in the order in which Transformers looks for them
@@ -31,36 +36,17 @@ Headers = Mapping[str, Mapping[str, TensorInfo]]  # by file, then by tensor
 
 
 class Files:
-    """The files of a folder or repository. Configurations are downloaded, of weight files only the headers.
-
-    Args:
-        source: Where the configurations are.
-        hub: How to reach the Hub.
-    """
+    """The files of a folder or repository. Configurations are downloaded, of weight files only the headers."""
 
     def __init__(self, source: Source, hub: HubOptions) -> None:
         self.source = source
         self._hub = hub
-        self._offline = hub.local_files_only or constants.HF_HUB_OFFLINE
+        self._offline = source.from_hub and (hub.local_files_only or constants.HF_HUB_OFFLINE)
 
     @classmethod
-    def find(
-        cls,
-        reference: str,
-        hub: HubOptions,
-        *,
-        revision: str | None = None,
-        subfolder: str | None = None,
-        relative_to: Source | None = None,
-    ) -> Files:
-        """Find what a reference names and download its configurations; see `sources.locate`."""
-        places = {"revision": revision, "subfolder": subfolder, "relative_to": relative_to}
-        return cls(locate(reference, files=_DOWNLOADED, hub=hub, **places), hub)  # type: ignore[arg-type]
-
-    @property
-    def folder(self) -> Path:
-        """Where the configurations are."""
-        return self.source.folder
+    def find(cls, reference: str, hub: HubOptions, **places: Any) -> Files:
+        """Find what a reference names and download its configurations; `places` are arguments of `sources.locate`."""
+        return cls(locate(reference, files=_DOWNLOADED, hub=hub, **places), hub)
 
     @cached_property
     def _listing(self) -> Mapping[str, RepoSibling]:
@@ -68,49 +54,66 @@ class Files:
         source = self.source
         if not source.from_hub or self._offline:
             return {}
-        inside = f"{source.subfolder.strip('/')}/" if source.subfolder else ""
         with hub_errors(source.reference, source.revision):
             info = HfApi(token=self._hub.token).model_info(
                 source.reference, revision=source.revision, files_metadata=True
             )
+        inside = self._path_in_repo("")
         files = {file.rfilename: file for file in info.siblings or ()}
         return {name.removeprefix(inside): file for name, file in files.items() if name.startswith(inside)}
+
+    def _path_in_repo(self, name: str) -> str:
+        return f"{self.source.subfolder.strip('/')}/{name}" if self.source.subfolder else name
 
     def has(self, name: str) -> bool:
         """Whether there is a file of that name."""
         return self.local_path(name) is not None or name in self._listing
 
-    def names(self) -> list[str]:
-        """The names of all known files."""
-        return sorted({path.name for path in self.folder.glob("*") if path.is_file()} | set(self._listing))
-
     def local_path(self, name: str) -> Path | None:
         """The path of a file that is on this machine."""
-        path = self.folder / name
+        path = self.source.folder / name
         return path if path.is_file() else None
 
-    def size(self, name: str) -> int | None:
-        """The size of a file in bytes; `None` when there is none."""
+    def compare(self, name: str, stamp: FileStamp | None, sha256: str | None) -> tuple[FileFinding, list[str]]:
+        """Compare size and sha256 of a file with the record beside it and with the listing of the Hub."""
+        size, on_hub = self._size(name), self._listing.get(name)
+        listed = on_hub.lfs.sha256 if on_hub is not None and on_hub.lfs else None  # of large files only
+        expected = stamp.sha256 if stamp is not None else listed
+        problems = []
+        if stamp is not None and size != stamp.size:
+            actual = "it is missing" if size is None else f"it has {size:,} bytes"
+            problems.append(f"{name}: {actual}, {stamp.size:,} are recorded")
+        if sha256 is not None and expected is not None and sha256 != expected:
+            origin = "the Hub lists" if stamp is None else "recorded is"
+            problems.append(f"{name}: its bytes have sha256 {sha256}, {origin} {expected}")
+        if stamp is not None and listed is not None and listed != stamp.sha256:
+            problems.append(f"{name}: the Hub lists sha256 {listed}, recorded is {stamp.sha256}")
+        if problems:
+            state = "differs"
+        elif sha256 is not None and expected is not None:
+            state = "verified"
+        elif stamp is None:
+            state = "not recorded"
+        else:
+            state = "recorded" if listed is None else "same on the Hub"
+        return FileFinding(name, size, stamp.sha256 if stamp is not None else None, listed, state), problems
+
+    def _size(self, name: str) -> int | None:
         if name in self._listing:
             return self._listing[name].size
         path = self.local_path(name)
         return path.stat().st_size if path is not None else None
 
-    def hub_sha256(self, name: str) -> str | None:
-        """The sha256 that the Hub lists for a large file."""
-        lfs = self._listing[name].lfs if name in self._listing else None
-        return lfs.sha256 if lfs else None
-
     def headers(self, names: Sequence[str]) -> Headers:
-        """Read the headers of a weight file, or of all shards that an index names."""
+        """Read the headers of the first of these weight files that exists, or of all shards that an index names."""
         name = next((name for name in names if self.has(name)), names[-1])
         if not name.endswith(".index.json"):
             return {name: self._header(name)}
         where = f"{self.source}/{name}"
-        weight_map = read_shard_index(self.folder / name, where)
+        weight_map = read_shard_index(self.source.folder / name, where)
         shards = sorted(set(weight_map.values()))
         missing = [shard for shard in shards if not self.has(shard)]
-        if missing and not (self.source.from_hub and self._offline):
+        if missing and not self._offline:
             raise CheckpointError(f"{where} names {len(missing)} files that are missing, first {missing[0]!r}.")
         with ThreadPoolExecutor(_AT_ONCE, "headers") as pool:
             headers = dict(zip(shards, pool.map(self._header, shards), strict=True))
@@ -120,38 +123,35 @@ class Files:
     def _header(self, name: str) -> Mapping[str, TensorInfo]:
         path = self.local_path(name)
         if path is not None:
-            with reading_file(path):
+            with _reading(path):
                 return FileTensors([path]).infos()
-        source, size = self.source, self.size(name)
-        if source.from_hub and self._offline:
-            with hub_errors(source.reference, source.revision):
-                raise LocalEntryNotFoundError(f"{name} is not in the cache.")
-        if size is None:
-            raise CheckpointError(f"weights are missing: there is no {name} in {source}.")
-        inner = f"{source.subfolder.strip('/')}/{name}" if source.subfolder else name
+        source, size = self.source, self._size(name)
         with hub_errors(source.reference, source.revision):
-            return read_header(source.reference, inner, source.revision, size, self._hub.token)
+            if self._offline:
+                raise LocalEntryNotFoundError(f"{name} is not in the cache.")
+            if size is None:
+                raise CheckpointError(f"weights are missing: there is no {name} in {source}.")
+            return read_header(source.reference, self._path_in_repo(name), source.revision, size, self._hub.token)
 
 
 class HeaderTensors:
-    """The tensors of a donor by their headers; they cannot be read.
+    """The tensors of a donor by their headers; they cannot be read."""
 
-    Args:
-        tensors: What the headers say, by name.
-        where: Where they are, for the message when a tensor is asked for.
-    """
+    def __init__(self, files: Files) -> None:
+        self._files = files
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], where: str) -> None:
-        self._infos = tensors
-        self._where = where
+    @cached_property
+    def headers(self) -> Headers:
+        """The headers by file."""
+        return self._files.headers((DONOR_INDEX, DONOR_FILE))
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Describe every tensor."""
-        return self._infos
+        """Return the header of every tensor."""
+        return all_tensors(self.headers)
 
     def slices(self) -> Mapping[str, Any]:
         """Refuse: only headers were read."""
-        raise CheckpointError(f"only headers of {self._where} were read; open it with Donor.from_pretrained.")
+        raise CheckpointError(f"only headers of {self._files.source} were read; open it with Donor.from_pretrained.")
 
 
 def all_tensors(headers: Headers) -> dict[str, TensorInfo]:
@@ -159,8 +159,36 @@ def all_tensors(headers: Headers) -> dict[str, TensorInfo]:
     return {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
 
 
+def summarize_weights(
+    files: Files, headers: Headers, recorded: Mapping[str, FileStamp], verify: bool, per_layer: Sequence[int] = ()
+) -> tuple[Weights, list[str]]:
+    """Return the sum of headers, and a line for each file that differs from what is recorded of it."""
+    names = sorted({*headers, *recorded})
+    paths = {name: path for name in names if verify and (path := files.local_path(name)) is not None}
+    hashes = {}
+    with progress_bar(len(paths), "Hashing", unit="file") as bar:
+        for name, path in paths.items():
+            with _reading(path):
+                hashes[name] = sha256_of(path)
+            bar.update()
+    compared = [files.compare(name, recorded.get(name), hashes.get(name)) for name in names]
+    tensors = all_tensors(headers)
+    dtypes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        dtypes[tensor.dtype] += tensor.num_elements
+    weights = Weights(
+        files=tuple(finding for finding, _ in compared),
+        tensors=len(tensors),
+        parameters=dtypes.total(),
+        size=sum(finding.size or 0 for finding, _ in compared),
+        dtypes=dict(dtypes.most_common()),
+        per_layer=tuple(per_layer),
+    )
+    return weights, [problem for _, problems in compared for problem in problems]
+
+
 @contextmanager
-def reading_file(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Iterator[None]:
     """Turn errors of the disk into a CheckpointError."""
     try:
         yield

@@ -96,7 +96,7 @@ class Inspection:
         return not self.problems
 
     def __str__(self) -> str:
-        return inspection_text(self)
+        return inspection_text(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON."""

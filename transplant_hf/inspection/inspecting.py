@@ -91,9 +91,9 @@ def inspect(
     if path.is_file() or (path.suffix in _TORCH_SUFFIXES and not path.is_dir()):
         return inspect_pt(path, asked)
     files = Files.find(asked.what, asked.hub, revision=revision, subfolder=subfolder)
-    config = files.folder / "config.json"
+    config = files.source.folder / "config.json"
     fields = read_json(config, "config.json") if config.exists() else {}
-    if (files.folder / DONOR_CONFIG).exists() and _is_donor(files, fields):
+    if (files.source.folder / DONOR_CONFIG).exists() and _is_donor(files, fields):
         return inspect_donor(files, fields, asked)
     if not config.exists():
         raise ConfigurationError(
@@ -101,12 +101,7 @@ def inspect(
         )
     if fields.get("model_type") == TransplantConfig.model_type:
         return inspect_transplant(files, fields, asked)
-    if asked.recipient is not None or asked.position is not None:
-        raise ConfigurationError(
-            f"{files.source} is a model of type {fields.get('model_type')!r}, not a donor: recipient and position "
-            "apply to donors, transplants and .pt files."
-        )
-    return inspect_model(files, fields, asked.what, verify, asked.hub)
+    return inspect_model(files, fields, asked)
 
 
 def _is_donor(files: Files, fields: dict[str, object]) -> bool:

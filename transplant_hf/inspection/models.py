@@ -9,32 +9,37 @@ from ..architecture import Anatomy, LayerNames, open_recipient, text_config
 from ..compatibility import refuse_unsupported
 from ..donor.tensors import TensorInfo
 from ..errors import CompatibilityError, ConfigurationError
-from ..sources import HubOptions
-from .files import BIN_FILES, MODEL_FILES, Files, all_tensors
+from .donors import Asked
+from .files import BIN_FILES, MODEL_FILES, Files, all_tensors, summarize_weights
 from .findings import ModelInspection, Weights
-from .weights import summarize_weights
 
 __all__ = ["inspect_model"]
 
 
-def inspect_model(files: Files, fields: Mapping[str, Any], what: str, verify: bool, hub: HubOptions) -> ModelInspection:
+def inspect_model(files: Files, fields: Mapping[str, Any], asked: Asked) -> ModelInspection:
     """Inspect a model of a class of Transformers."""
     model_type = fields.get("model_type")
+    if asked.recipient is not None or asked.position is not None:
+        raise ConfigurationError(
+            f"{files.source} is a model of type {model_type!r}, not a donor: recipient and position apply to donors, "
+            "transplants and .pt files."
+        )
     if not isinstance(model_type, str):
         raise ConfigurationError(f"{files.source} is not a model: its config.json has model_type {model_type!r}.")
-    anatomy, reason = _anatomy(files, hub)
-    layers = anatomy.num_layers if anatomy is not None else None
-    weights, problems, notes = _weights(files, anatomy, verify)
+    anatomy, reason = _anatomy(files, asked)
+    weights, problems, notes = _weights(files, anatomy, asked.verify)
     architectures = fields.get("architectures")
-    written = str(architectures[0]) if isinstance(architectures, list) and architectures else None
-    hidden_size = getattr(text_config(anatomy.config), "hidden_size", None) if anatomy is not None else None
+    layers = hidden_size = None
+    if anatomy is not None:
+        layers, architectures = anatomy.num_layers, [anatomy.model_class.__name__]
+        hidden_size = getattr(text_config(anatomy.config), "hidden_size", None)
     return ModelInspection(
-        what=what,
+        what=asked.what,
         revision=files.source.revision,
         notes=tuple(notes),
         problems=tuple(problems),
         model_type=model_type,
-        architecture=anatomy.model_class.__name__ if anatomy is not None else written,
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
         num_layers=layers,
         positions=(0, layers) if layers is not None else None,
         hidden_size=hidden_size if isinstance(hidden_size, int) else None,
@@ -45,38 +50,31 @@ def inspect_model(files: Files, fields: Mapping[str, Any], what: str, verify: bo
     )
 
 
-def _anatomy(files: Files, hub: HubOptions) -> tuple[Anatomy | None, str | None]:
+def _anatomy(files: Files, asked: Asked) -> tuple[Anatomy | None, str | None]:
     """Return the model's structure if its layers can be found, and why donors cannot be put between them, if so."""
-    anatomy: Anatomy | None = None
     source = files.source
+    base = source if source.subfolder else None
+    place = (".", None) if source.subfolder else (source.reference, source.revision)
+    anatomy: Anatomy | None = None
     try:
-        found = (
-            open_recipient(".", None, hub, relative_to=source)
-            if source.subfolder
-            else open_recipient(source.reference, source.revision, hub)
-        )
-        anatomy = found.anatomy()
-        refuse_unsupported(anatomy)
+        found = open_recipient(*place, asked.hub, relative_to=base).anatomy()
+        anatomy = found if found.num_layers else None
+        refuse_unsupported(found)
     except (CompatibilityError, ConfigurationError) as error:
-        reason = str(error)
-        try:
-            return (anatomy if anatomy is not None and anatomy.num_layers else None), reason
-        except CompatibilityError:
-            return None, reason
-    return anatomy, None
+        return anatomy, str(error)
+    return found, None
 
 
 def _weights(files: Files, anatomy: Anatomy | None, verify: bool) -> tuple[Weights | None, list[str], list[str]]:
     """Return what the weight files hold, how they differ from what the Hub lists, and notes."""
     if not any(files.has(name) for name in MODEL_FILES):
-        pickled = ", ".join(name for name in files.names() if name in BIN_FILES)
+        pickled = ", ".join(name for name in BIN_FILES if files.has(name))
         if pickled:
             return None, [], [f"its weights are pickled ({pickled}) and have no headers, so nothing is known of them."]
         return None, [], [f"no weights were found under the usual names ({', '.join(MODEL_FILES)})."]
     headers = files.headers(MODEL_FILES)
     per_layer = _per_layer(anatomy, all_tensors(headers)) if anatomy is not None else ()
-    weights, problems = summarize_weights(files, headers, {}, verify, per_layer)
-    return weights, problems, []
+    return *summarize_weights(files, headers, {}, verify, per_layer), []
 
 
 def _per_layer(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:

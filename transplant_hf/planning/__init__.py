@@ -2,6 +2,6 @@
 
 from ..display import parse_size
 from .estimate import plan
-from .results import CacheKind, Cost, Hardware, Plan, PlannedDonor, Share
+from .results import CacheKind, Cost, Hardware, Plan, PlannedDonor, Share, TrainingCost
 
-__all__ = ["CacheKind", "Cost", "Hardware", "Plan", "PlannedDonor", "Share", "parse_size", "plan"]
+__all__ = ["CacheKind", "Cost", "Hardware", "Plan", "PlannedDonor", "Share", "TrainingCost", "parse_size", "plan"]

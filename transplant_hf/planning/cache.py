@@ -13,7 +13,7 @@ from ..architecture import Anatomy
 from ..architecture.build import build_on_meta
 from ..errors import BUILD_ERRORS
 
-__all__ = ["LayerCache", "layer_caches"]
+__all__ = ["LayerCache", "layer_caches", "prepare_to_run"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,8 @@ def layer_caches(anatomy: Anatomy, context: int) -> tuple[LayerCache, ...] | str
     """Return the cache of every layer for one sequence, or the reason why it is not known."""
     name = anatomy.model_class.__name__
     try:
-        model = _model_to_run(anatomy)
+        model = build_on_meta(anatomy.model_class, anatomy.config)
+        prepare_to_run(model)
         one, two = _run(model, 1), _run(model, 2)
         if one is None or two is None:
             return f"{name} keeps its state in a class of its own"
@@ -62,15 +63,14 @@ def _layer_cache(one: Any, two: Any, full: Any, *, context: int, extrapolate: bo
     return LayerCache(_kind(two, per_token, total), per_token, total, per_token if growing else 0)
 
 
-def _model_to_run(anatomy: Anatomy) -> PreTrainedModel:
-    """Build the model so that nothing depends on values of tensors, which the meta device does not have."""
-    model = build_on_meta(anatomy.model_class, anatomy.config).eval()
+def prepare_to_run(model: PreTrainedModel) -> None:
+    """Let nothing depend on values of tensors, which the meta device does not have."""
+    model.eval()
     if model.get_experts_implementation()[""] is not None:
         model.set_experts_implementation("batched_mm")  # others sort tokens by expert, or have kernels of their own
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.pad_token_id = None  # otherwise the tokens are searched for padding
-    return model
 
 
 def _run(model: PreTrainedModel, length: int) -> Cache | None:

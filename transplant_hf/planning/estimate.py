@@ -15,10 +15,12 @@ from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, LayerMap
 from ..sources import HubArguments, HubOptions
 from ..splice import Blueprint
+from ..training import DonorTrainingArguments
 from .cache import LayerCache, layer_caches
 from .devices import place_model
 from .models import PlannedModels, find_models
 from .results import CacheKind, Cost, Hardware, Plan, PlannedDonor
+from .training import check_training, training_cost
 from .weights import dtype_name, loaded_model, loaded_transplant, quantization, weights_by_dtype
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 _CONTEXT = 4096
+_BLOCK = 1024  # tokens in a block, as in training
 
 
 def plan(
@@ -42,14 +45,16 @@ def plan(
     batch_size: int = 1,
     context: int | None = None,
     dequantize: bool = False,
+    train: DonorTrainingArguments | None = None,
+    blocks: int | None = None,
     revision: str | None = None,
     **hub_kwargs: Unpack[HubArguments],
 ) -> Plan:
     """Compute the memory that a transplant needs on given devices, beside its untouched recipient.
 
     Configurations and headers are read, and models built on the meta device: no weights are downloaded or read. The
-    plan counts weights, buffers and the cache. It does not count activations, the memory of the runtime, gradients or
-    the state of an optimizer.
+    plan counts weights, buffers and the cache, and with `train` what a training run holds: gradients, optimizer state,
+    activations and hidden states. It does not count the memory of the runtime.
 
     Args:
         what: Hub id or folder of a recipient, a donor or a transplant. A folder with only a `config.json` will do.
@@ -63,6 +68,9 @@ def plan(
         batch_size: Sequences at once.
         context: Tokens of each sequence; by default 4096, or fewer where the model reads fewer.
         dequantize: Plan a quantized recipient as if it were dequantized.
+        train: Plan the training of a donor with these arguments as well; `donor_layers`, `position`, `mode`,
+            `per_device_train_batch_size` and `block_length` are then theirs. `training` of the plan is the result.
+        blocks: Different blocks of text of that run; by default all rows of `max_steps`.
         revision: Branch, tag or commit of `what`.
         **hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `from_pretrained`.
 
@@ -101,12 +109,24 @@ def plan(
     sizes = {"memory": memory, "cpu_memory": cpu_memory}
     hardware = Hardware(devices, **{name: parse_size(size, name) for name, size in sizes.items() if size is not None})
     hub = HubOptions(**hub_kwargs)
-    models = find_models(os.fspath(what), donors, count, position, dtype, revision, hub)
+    mode = "insert"
+    if train is not None:
+        given = {"donors": donors, "count": count, "position": position, "context": context}
+        names = [name for name, value in given.items() if value is not None]
+        if names or batch_size != 1:
+            raise ConfigurationError(f"{', '.join(names) or 'batch_size'} is set in the arguments of train.")
+        check_training(train)
+        count, position, mode = train.donor_layers, train.position, train.mode
+        batch_size, context = train.per_device_train_batch_size, train.block_length
+        if blocks is None and train.max_steps > 0:
+            blocks = train.max_steps * batch_size * train.gradient_accumulation_steps
+    models = find_models(os.fspath(what), donors, count, position, dtype, revision, hub, mode)
     recipient, blueprint = models.recipient, models.blueprint
     longest = max_context_length(recipient.config)
     notes: tuple[str, ...] = ()
     if context is None:
-        context = min(longest or _CONTEXT, _CONTEXT)
+        most = _CONTEXT if train is None else _BLOCK
+        context = min(longest or most, most)
     elif longest is not None and context > longest:
         notes = (f"context {context:,} is more than the {longest:,} tokens that {models.source} reads",)
     quantized = not dequantize and quantization(recipient.config, recipient.what) is not None
@@ -135,6 +155,7 @@ def plan(
         before=before,
         after=after,
         notes=notes,
+        training=training_cost(blueprint, quantized, train, context, blocks) if train and blueprint else None,
     )
 
 

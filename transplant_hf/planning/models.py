@@ -11,13 +11,12 @@ from transformers import PreTrainedConfig
 
 from ..architecture import Anatomy, open_recipient, text_config
 from ..config import DonorSpec, TransplantConfig, donor_specs
-from ..donor import DONOR_CONFIG, Donor, DonorRecord
-from ..donor.place import named, placed
+from ..donor import Donor, DonorRecord
 from ..donor.tensors import MemoryTensors, loaded_dtype
 from ..errors import ConfigurationError
-from ..inspection.donors import open_donor_headers, read_transplant_config
+from ..inspection.donors import open_donors, read_transplant_config
 from ..inspection.files import MODEL_FILES, Files, all_tensors
-from ..layer_map import paper_layers, trained_position
+from ..layer_map import Position, paper_layers, trained_position
 from ..sources import HubOptions, Source
 from ..splice import Blueprint, draw_blueprint
 from ..storage import read_json
@@ -44,10 +43,11 @@ def find_models(
     what: str,
     donors: Any,
     count: int | None,
-    position: int | None,
+    position: Position | None,
     dtype: str,
     revision: str | None,
     hub: HubOptions,
+    mode: str = "insert",
 ) -> PlannedModels:
     """Find what is planned; the arguments are those of `plan`."""
     if donors and count:
@@ -55,7 +55,7 @@ def find_models(
     if position is not None and not count:
         raise ConfigurationError("position is that of the layers asked for with count; write a donor's as DONOR@P.")
     files = Files.find(what, hub, revision=revision)
-    fields = read_json(files.folder / "config.json", "config.json") if files.has("config.json") else {}
+    fields = read_json(files.source.folder / "config.json", "config.json") if files.has("config.json") else {}
     config = TransplantConfig(recipient=what, recipient_revision=files.source.revision, donors=donor_specs(donors))
     base: Source | None = None
     if fields.get("model_type") == TransplantConfig.model_type:
@@ -70,10 +70,9 @@ def find_models(
     )
     anatomy = found.anatomy()
     recipient = dataclasses.replace(anatomy, config=_with_dtype(anatomy.config, dtype, found.source, hub))
-    parts = [(spec, _donor(spec, base, hub)) for spec in config.donors]
-    parts = named([(placed(spec, donor), donor) for spec, donor in parts], what)
+    parts = [(opened.spec, opened.donor) for opened in open_donors(config, base, what, hub)]
     if count:
-        parts = [_new_layers(recipient, count, position)]
+        parts = [_new_layers(recipient, count, position, mode)]
     if not parts:
         return PlannedModels(found.source, recipient, None)
     config.donors = donor_specs([spec for spec, _ in parts])
@@ -81,14 +80,7 @@ def find_models(
     return PlannedModels(found.source, blueprint.recipient, blueprint)
 
 
-def _donor(spec: DonorSpec, base: Source | None, hub: HubOptions) -> Donor:
-    files = Files.find(spec.donor, hub, revision=spec.revision, subfolder=spec.subfolder, relative_to=base)
-    if not files.has(DONOR_CONFIG):
-        raise ConfigurationError(f"{files.source} is not a donor: it has no {DONOR_CONFIG}.")
-    return open_donor_headers(files)
-
-
-def _new_layers(recipient: Anatomy, count: int, position: int | None) -> tuple[DonorSpec, Donor]:
+def _new_layers(recipient: Anatomy, count: int, position: Position | None, mode: str) -> tuple[DonorSpec, Donor]:
     """Return a donor as `extract` would make it from the recipient, in full precision."""
     chosen = tuple(paper_layers(recipient.num_layers, count))
     tensors = {
@@ -97,8 +89,9 @@ def _new_layers(recipient: Anatomy, count: int, position: int | None) -> tuple[D
         for name, tensor in recipient.layers[index].state_dict().items()
     }
     record = DonorRecord(recipient.config.model_type, recipient.config.to_dict(), chosen)
-    position = trained_position(recipient.num_layers, count) if position is None else position
-    spec = DonorSpec("new-layers", position, name="donor")
+    if position is None:
+        position = trained_position(recipient.num_layers, count, mode)
+    spec = DonorSpec("new-layers", position, mode, name="donor")
     return spec, Donor(record, MemoryTensors(tensors))
 
 

@@ -10,7 +10,7 @@ from ..display import align_table, bytes_text, numbers_text, position_text
 from ..errors import ConfigurationError
 from ..layer_map import LayerMap, Position
 
-__all__ = ["CacheKind", "Cost", "Hardware", "Plan", "PlannedDonor", "Share"]
+__all__ = ["CacheKind", "Cost", "Hardware", "Plan", "PlannedDonor", "Share", "TrainingCost"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +158,112 @@ class PlannedDonor:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainingCost:
+    """What a training run of a donor holds in memory and on disk; sizes in bytes.
+
+    Args:
+        optimizer: Its name in Transformers.
+        batch_size: Blocks in a step and process.
+        block_length: Tokens in a block.
+        gradient_checkpointing: Whether layers run again in the backward pass.
+        blocks: Different blocks of the run; `None` when not known.
+        rest: Embeddings, norms and head, with buffers.
+        before: Layers before the donor.
+        donor: The donor's layers.
+        after: The recipient's layers after the first of the donor.
+        largest_layer: The largest of the layers before the donor.
+        gradients: Gradients of the donor.
+        optimizer_state: What the optimizer keeps of the donor.
+        activations: What a step takes beside these; `None` when not known.
+        filling: Activations of the pass that computes the hidden states before the donor; `None` when not known.
+        allocator: Freed memory that the allocator keeps: glibc returns to the system what is above 2 x 32 MiB.
+        compared: Logits of one block, by the part and by the whole model, which are compared before the first step.
+        states: The cache of hidden states, blocks x block length x width x bytes of a number; `None` when not known.
+        states_on_disk: Whether it is in a file.
+        notes: What is not known.
+    """
+
+    optimizer: str
+    batch_size: int
+    block_length: int
+    gradient_checkpointing: bool
+    blocks: int | None
+    rest: int
+    before: int
+    donor: int
+    after: int
+    largest_layer: int
+    gradients: int
+    optimizer_state: int
+    activations: int | None
+    filling: int | None
+    compared: int
+    states: int | None
+    states_on_disk: bool
+    allocator: int = 64 << 20
+    notes: tuple[str, ...] = ()
+
+    @property
+    def resident(self) -> int | None:
+        """The largest memory of a run with the whole recipient in memory; `None` when not known."""
+        return self._peak(self.before, max(self.filling or 0, self.compared))
+
+    @property
+    def streamed(self) -> int | None:
+        """The same with the layers before the donor in their files: one computes while the next one is read."""
+        return self._peak(0, 2 * self.largest_layer + (self.filling or 0)) if self.before else None
+
+    @property
+    def disk(self) -> int | None:
+        """The hidden states in files of a run with the whole recipient in memory; `None` when not known."""
+        return self.states if self.states_on_disk else 0
+
+    @property
+    def streamed_disk(self) -> int | None:
+        """The same of a streamed run, which keeps those before and after a layer; `None` when not known."""
+        return None if self.states is None else 2 * self.states
+
+    def _peak(self, before: int, first: int) -> int | None:
+        if self.activations is None or self.filling is None:
+            return None
+        step = self.gradients + self.optimizer_state + self.activations
+        states = 0 if self.states_on_disk or not before else self.states or 0
+        return self.rest + before + self.donor + self.after + states + self.allocator + max(first, step)
+
+    def __str__(self) -> str:
+        checkpointing = ", gradient checkpointing" if self.gradient_checkpointing else ""
+        blocks = f"{self.blocks:,} blocks" if self.blocks is not None else "a number of blocks that is not known"
+        both = {
+            "embeddings, norms, head": (self.rest, self.rest),
+            "layers before the donor": (self.before, 2 * self.largest_layer),
+            "donor": (self.donor, self.donor),
+            "layers after it": (self.after, self.after),
+            "gradients": (self.gradients, self.gradients),
+            "optimizer state": (self.optimizer_state, self.optimizer_state),
+            "activations of a step": (self.activations, self.activations),
+            "or: of the pass before it": (self.filling, self.filling),
+            "or: logits, compared once": (self.compared, 0),
+            "hidden states in memory": (0 if self.states_on_disk else self.states, 0),
+            "hidden states on disk": (self.disk, self.streamed_disk),
+            "kept by the allocator": (self.allocator, self.allocator),
+            "peak of memory": (self.resident, self.streamed),
+        }
+        header = ("", "resident", "streamed prefix") if self.before else ("", "resident")
+        rows = [
+            (name, *("unknown" if size is None else bytes_text(size) for size in sizes))[: len(header)]
+            for name, sizes in both.items()
+        ]
+        return "\n".join(
+            [
+                f"training with {self.optimizer}{checkpointing}: {blocks}, batches of {self.batch_size:,} x "
+                f"{self.block_length:,} tokens",
+                *(f"  {line}" for line in align_table([header, *rows]).splitlines()),
+                *(f"note: {note}." for note in self.notes),
+            ]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a transplant needs beside its untouched recipient. True when it fits.
 
@@ -174,6 +280,7 @@ class Plan:
         before: What the untouched recipient needs.
         after: What the transplant needs; the same as `before` when there is no donor.
         notes: What else to know.
+        training: What a training run of the donor holds, if it is planned.
     """
 
     recipient: str
@@ -188,9 +295,21 @@ class Plan:
     before: Cost
     after: Cost
     notes: tuple[str, ...] = ()
+    training: TrainingCost | None = None
 
     def __bool__(self) -> bool:
-        return not self.after.problems
+        return not self.problems
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why it does not fit."""
+        memory, training = self.hardware.memory, self.training
+        if training is None:
+            return self.after.problems
+        peaks = [peak for peak in (training.resident, training.streamed) if peak is not None]
+        if memory is None or not peaks or min(peaks) <= memory:
+            return ()
+        return (f"training needs {bytes_text(min(peaks))} and has {bytes_text(memory)}",)
 
     def __str__(self) -> str:
         name = f"{self.recipient}@{self.revision}" if self.revision else self.recipient
@@ -206,7 +325,8 @@ class Plan:
         rows = [row[: len(header)] for row in _rows(self.before, self.after)]
         lines += [f"  {line}" for line in align_table([header, *rows]).splitlines()]
         lines += ["", *(f"  {share}" for share in self.after.shares)]
-        lines += [f"problem: {problem}." for problem in self.after.problems]
+        lines += ["", str(self.training)] if self.training is not None else []
+        lines += [f"problem: {problem}." for problem in self.problems]
         lines += [f"note: {note}." for note in (*self.notes, *self.after.notes)]
         return "\n".join(lines)
 
@@ -216,6 +336,9 @@ class Plan:
         fields["layer_map"] = [list(slot) for slot in self.layer_map]
         for name, cost in (("before", self.before), ("after", self.after)):
             fields[name] |= {"weight_bytes": cost.weight_bytes, "cache_bytes": cost.cache_bytes}
+        if self.training is not None:
+            names = ("resident", "streamed", "disk", "streamed_disk")
+            fields["training"] |= {name: getattr(self.training, name) for name in names}
         return {**fields, "ok": bool(self)}
 
 
