@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens in a block")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--ways", nargs="+", choices=("resident", "streamed"), default=["resident", "streamed"])
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -65,15 +66,18 @@ def main() -> None:
                 _save(SHAPES[shape], dtype, Path(folder))
                 planned = plan(folder, train=_arguments(options, folder)).training
                 assert planned is not None and planned.resident is not None
-                command = [sys.executable, *sys.argv, "--one", folder]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            peak = json.loads(done.stdout.splitlines()[-1])["peak"]
-            mib = [f"{size / 2**20:.0f}" for size in (planned.resident, peak)]
-            rows.append([f"{shape}, {dtype}", *mib, f"{planned.resident / peak:.3f}"])
-            print(rows[-1], planned, sep="\n", file=sys.stderr)
-    print(report.table(["resident run", "planned MiB", "measured MiB", "ratio"], rows))
+                for way in options.ways:
+                    command = [sys.executable, *sys.argv, "--ways", way, "--one", folder]
+                    done = subprocess.run(command, capture_output=True, text=True, check=False)
+                    if done.returncode:
+                        raise SystemExit(done.stderr)
+                    peak = json.loads(done.stdout.splitlines()[-1])["peak"]
+                    expected = getattr(planned, way)
+                    mib = [f"{size / 2**20:.0f}" for size in (expected, peak)]
+                    rows.append([f"{shape}, {dtype}, {way}", *mib, f"{expected / peak:.2f}"])
+                    print(rows[-1], file=sys.stderr)
+                print(planned, file=sys.stderr)
+    print(report.table(["run", "planned MiB", "measured MiB", "ratio"], rows))
 
 
 def _arguments(options: argparse.Namespace, folder: str, **changes: Any) -> DonorTrainingArguments:
@@ -101,19 +105,20 @@ def _train(folder: Path, options: argparse.Namespace) -> dict[str, int]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as tiny:
         _save(_TINY, AutoConfig.from_pretrained(folder).dtype.__repr__().removeprefix("torch."), Path(tiny))
-        _run(tiny, _arguments(options, tiny, max_steps=2, block_length=16, position=None))
+        changes = {"max_steps": 2, "block_length": 16, "position": None}
+        _run(tiny, _arguments(options, f"{tiny}/run", **changes), options.ways[0])
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    _run(str(folder), _arguments(options, str(folder / "run")))
+    _run(str(folder), _arguments(options, str(folder / "run")), options.ways[0])
     return {"peak": _memory("VmHWM") - before}
 
 
-def _run(folder: str, args: DonorTrainingArguments) -> None:
+def _run(folder: str, args: DonorTrainingArguments, way: str) -> None:
     vocab_size = AutoConfig.from_pretrained(folder).vocab_size
     rows = args.max_steps * args.per_device_train_batch_size
     blocks = Blocks(torch.randint(0, vocab_size, (rows, args.block_length)), name="noise")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    DonorTrainer(model, args, blocks).train()
+    args.stream_prefix = way == "streamed"
+    DonorTrainer(folder if args.stream_prefix else AutoModelForCausalLM.from_pretrained(folder), args, blocks).train()
 
 
 def _memory(name: str) -> int:

@@ -171,7 +171,7 @@ def _running_only(
 ) -> Iterator[None]:
     """Let a model run only these layers, which have these numbers in the recipient."""
     parent, _, name = stack_path.rpartition(".")
-    config = model.base_model.config
+    config: Any = model.base_model.config
     before = {field: getattr(config, field) for field in ("num_hidden_layers", "layer_types") if hasattr(config, field)}
     stack = decoder_stack(model, stack_path)
     setattr(model.get_submodule(parent), name, nn.ModuleList(layers))
