@@ -16,6 +16,7 @@ from tests.helpers import (
     NUM_LAYERS,
     cast_weights,
     copied,
+    digest_of,
     generated,
     layers_of,
     loaded,
@@ -212,3 +213,13 @@ def test_a_full_save_never_removes_the_donors_it_was_loaded_from(tiny_gpt2: Path
     with refused(ConfigurationError, "holds donor", "thin=True"):
         model.save_pretrained(family / "donor")
     assert torch.equal(logits_of(loaded(family)), logits_of(model))
+
+
+@pytest.mark.parametrize("thin", [False, True])
+def test_a_save_over_its_own_recipient_is_refused(tiny_gpt2: Path, tmp_path: Path, thin: bool) -> None:
+    family = copied(tiny_gpt2, tmp_path / "family")
+    model = loaded(family)
+    before = digest_of(family / "recipient")
+    with refused(ConfigurationError, "folder of the recipient itself", str(family / "recipient")):
+        model.save_pretrained(family / "recipient", thin=thin)
+    assert digest_of(family / "recipient") == before

@@ -119,7 +119,7 @@ def _write_model(
         _refuse_donors_place(blueprint, target)
     if thin:
         refuse_foreign_model(target)
-        refuse_recipients_place(blueprint.config.recipient, target, blueprint.config.recipient_revision)
+    refuse_recipients_place(blueprint.config.recipient, target, blueprint.config.recipient_revision)
     with publish(target, (lambda folder: ()) if variant else replaced_in) as staging:
         if thin:
             write_thin(model, state, staging, target, kwargs, repo_id, license)
