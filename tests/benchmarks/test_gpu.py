@@ -88,7 +88,7 @@ def test_layers_of_the_whole_model_are_those_of_recipient_and_donor(gpu: Any, wr
 
 
 @pytest.mark.usefixtures("in_this_process")
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-gpt-oss", marks=pytest.mark.slow)])
 def test_the_report_has_every_row(gpu: Any, written: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert gpu.main([*WORDS, str(written), "--shapes", name]) == 0
     report = capsys.readouterr().out
