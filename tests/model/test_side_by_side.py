@@ -14,7 +14,6 @@ import torch
 from tests.helpers import (
     DONOR_LAYERS,
     NUM_LAYERS,
-    PADDING,
     Graft,
     generated,
     hooks_at_work,
@@ -23,9 +22,9 @@ from tests.helpers import (
     plain,
     reference_logits,
     refused,
-    some_ids,
 )
 from tests.model.test_kwargs import offload_map
+from tests.model.test_strength import check_gradients_with_checkpointing, check_left_padding
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, DonorSpec, TransplantConfig, transplant
 from transplant_hf.inspection import inspect
 from transplant_hf.model.strength import HOOKS_RUN_AGAIN
@@ -120,13 +119,7 @@ def test_donors_that_stand_alone_or_replace(tiny: Path) -> None:
 
 
 def test_left_padding(tiny: Path) -> None:
-    model = trio(tiny, 0)
-    ids = some_ids()
-    ids[0, :5] = PADDING
-    mask = (ids != PADDING).long()
-    padded = generated(model, ids, attention_mask=mask)
-    assert torch.equal(padded, generated(model, ids, attention_mask=mask, use_cache=False))
-    assert torch.equal(padded[1, 12:], generated(model, ids[1:])[0, 12:])
+    check_left_padding(trio(tiny, 0))
 
 
 def test_a_static_cache(tiny: Path) -> None:
@@ -138,19 +131,7 @@ def test_a_static_cache(tiny: Path) -> None:
 @pytest.mark.skipif(HOOKS_RUN_AGAIN, reason="Transformers before 5.23 runs hooks again in the backward pass: refused")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_with_checkpointing(tiny_llama: Path, reentrant: bool) -> None:
-    model = trio(tiny_llama, strengths=(1.0, 0.5, 1.0)).train()
-
-    def gradients() -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        losses = [model(some_ids(seed=s), labels=some_ids(seed=s), use_cache=False).loss for s in range(2)]
-        (losses[0] * losses[1]).backward()
-        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-    wanted = gradients()
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    for name, found in gradients().items():
-        torch.testing.assert_close(found, wanted[name], msg=name)
+    check_gradients_with_checkpointing(trio(tiny_llama, strengths=(1.0, 0.5, 1.0)).train(), reentrant)
 
 
 def test_moved_and_cast(tiny: Path) -> None:

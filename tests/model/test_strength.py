@@ -66,15 +66,20 @@ def test_nothing_and_all_of_it(tiny: Path, position: int) -> None:
     assert torch.equal(logits_of(model), whole)
 
 
-def test_left_padding(tiny: Path) -> None:
-    model = loaded(tiny, 0)
-    model.set_strength("donor", 0.5)
+def check_left_padding(model: Any) -> None:
+    """Cached and uncached generation agree, and a row that is not padded is as if it were alone."""
     ids = some_ids()
     ids[0, :5] = PADDING
     mask = (ids != PADDING).long()
     padded = generated(model, ids, attention_mask=mask)
     assert torch.equal(padded, generated(model, ids, attention_mask=mask, use_cache=False))
     assert torch.equal(padded[1, 12:], generated(model, ids[1:])[0, 12:])
+
+
+def test_left_padding(tiny: Path) -> None:
+    model = loaded(tiny, 0)
+    model.set_strength("donor", 0.5)
+    check_left_padding(model)
 
 
 def test_two_strengths_are_independent(tiny: Path) -> None:
@@ -160,13 +165,8 @@ def test_two_threads(tiny_llama: Path) -> None:
 # -- Training -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(HOOKS_RUN_AGAIN, reason="Transformers before 5.23 runs hooks again in the backward pass: refused")
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradients_with_checkpointing(tiny_llama: Path, reentrant: bool) -> None:
+def check_gradients_with_checkpointing(model: Any, reentrant: bool) -> None:
     """Two forward passes before one backward: each is recomputed with what it was computed from."""
-    model = loaded(tiny_llama, 1)
-    model.set_strength("donor", 0.5)
-    model.train()
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -179,6 +179,15 @@ def test_gradients_with_checkpointing(tiny_llama: Path, reentrant: bool) -> None
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     for name, found in gradients().items():
         torch.testing.assert_close(found, wanted[name], msg=name)
+
+
+@pytest.mark.skipif(HOOKS_RUN_AGAIN, reason="Transformers before 5.23 runs hooks again in the backward pass: refused")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_with_checkpointing(tiny_llama: Path, reentrant: bool) -> None:
+    model = loaded(tiny_llama, 1)
+    model.set_strength("donor", 0.5)
+    model.train()
+    check_gradients_with_checkpointing(model, reentrant)
 
 
 def test_checkpointing_that_would_be_wrong_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
