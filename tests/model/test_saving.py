@@ -115,17 +115,6 @@ def test_a_variant_stands_beside_the_rest(tiny_gpt2: Path, tmp_path: Path) -> No
     assert torch.equal(logits_of(plain(tmp_path / "full", variant="fp16")), logits_of(model))
 
 
-def test_into_the_recipients_own_folder(tiny: Path, tmp_path: Path) -> None:
-    """A full save replaces it; its weights are mapped into memory meanwhile."""
-    family = copied(tiny, tmp_path / "family")
-    model = load(family / "donor")
-    before = logits_of(model)
-    model.save_pretrained(family / "recipient")
-    assert torch.equal(logits_of(model), before)
-    assert torch.equal(logits_of(plain(family / "recipient")), before)
-    assert (family / "recipient" / "tokenizer.json").exists()
-
-
 def test_with_a_state_dict_as_a_trainer_does(tiny: Path, tmp_path: Path) -> None:
     model = loaded(tiny, 1)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -117,9 +117,9 @@ def _write_model(
     variant = kwargs.get("variant")
     if native_format or folded is not None:
         _refuse_donors_place(blueprint, target)
+    refuse_recipients_place(blueprint.config.recipient, target, blueprint.config.recipient_revision)
     if thin:
         refuse_foreign_model(target)
-    refuse_recipients_place(blueprint.config.recipient, target, blueprint.config.recipient_revision)
     with publish(target, (lambda folder: ()) if variant else replaced_in) as staging:
         if thin:
             write_thin(model, state, staging, target, kwargs, repo_id, license)
