@@ -15,8 +15,7 @@ from typing import Any
 
 from transplant_hf import DonorSpec, TransplantConfig
 from transplant_hf.cards import DONOR_TEMPLATE, render_card
-from transplant_hf.conversion import SEEDS, Seed
-from transplant_hf.conversion.seeds import CHECKPOINTS
+from transplant_hf.conversion import CHECKPOINTS, SEEDS, Seed
 from transplant_hf.donor import DonorRecord
 
 HERE = Path(__file__).parent
