@@ -111,7 +111,9 @@ def _run(folder: Path, run: str = "whole", processes: int = 2, **fields: Any) ->
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Path) -> None:
     one = _run(tmp_path / "one", processes=1, per_device_train_batch_size=4)
     assert len(one) == 9
-    assert _run(tmp_path / "two") == pytest.approx(one, rel=1e-4)
+    two = _run(tmp_path / "two", prefix_cache_dir=str(tmp_path / "states"))
+    assert two == pytest.approx(one, rel=1e-4)
+    assert len(list((tmp_path / "states").iterdir())) == 2, "each process computes its share of the hidden states"
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from ..architecture import choose_block_length
 from ..errors import ConfigurationError, DataError
 from ..evaluation.models_and_texts import LoadedModel, find_tokenizer
 from ..model.load_any_model import load_model, pinned_commit
-from ..partial import PREFIX_STATES, PrefixCache
+from ..partial import PREFIX_STATES
 from ..sources import HubOptions
 from ..texts import Blocks, TextSource, check_tokenizer, pack
 
@@ -158,7 +158,7 @@ class Rows(Dataset[dict[str, Any]]):
             )
         self.domain, self.replay = domain, replay
         self.share = share if replay is not None else 0.0
-        self.prefix: PrefixCache | None = None
+        self.prefix: Any = None  # hidden states by the number of a block
         # By number: blocks of the domain first, then those of the general text.
         texts = [domain] if replay is None else [domain, replay]
         self.blocks: ConcatDataset[dict[str, torch.Tensor]] = ConcatDataset(texts)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import get_int_from_env
+
 from ..display import parse_size
 from ..model.layers_in_files import layers_in_files
-from ..partial import fill_cache
+from ..partial import PrefixCache, fill_cache
 from ..partial.streaming import StreamedStates, Text, stream_prefix
 from ..texts import Blocks
 
@@ -81,17 +84,32 @@ class PrefixStates:
             "autocast": trainer.autocast_smart_context_manager,
             "quiet": args.disable_tqdm or not trainer.is_local_process_zero(),
         }
-        with args.main_process_first(desc="hidden states before the part"):
-            if self.streams:
+        if self.streams:
+            with args.main_process_first(desc="hidden states before the part"):
                 self._stream(position, identity, how)
-                return
-            width = model.config.get_text_config(decoder=True).hidden_size
-            size = len(numbers) * rows.domain.block_length * width * model.dtype.itemsize
-            on_disk = plan.kind == "disk" or (plan.kind == "auto" and size > _IN_MEMORY) or args.world_size > 1
-            key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-            file = self.folder / f"{key[:32]}.states" if on_disk else None
-            rows.prefix = fill_cache(model, rows.blocks, numbers, position, file=file, **how)
-            self.seconds = rows.prefix.seconds
+            return
+        width = model.config.get_text_config(decoder=True).hidden_size
+        size = len(numbers) * rows.domain.block_length * width * model.dtype.itemsize
+        on_disk = plan.kind == "disk" or (plan.kind == "auto" and size > _IN_MEMORY) or args.world_size > 1
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+        # The processes of one machine compute a share each, and read each other's files.
+        count = min(get_int_from_env(["LOCAL_WORLD_SIZE"], 1), args.world_size, len(numbers))
+        shares = [numbers[len(numbers) * n // count : len(numbers) * (n + 1) // count] for n in range(count)]
+        how["limit"] = None if plan.limit is None else plan.limit // count
+
+        def filled(share: int) -> PrefixCache:
+            name = key if count == 1 else f"{key}-{share + 1}-of-{count}"
+            file = self.folder / f"{name}.states" if on_disk else None
+            return fill_cache(model, rows.blocks, shares[share], position, file=file, **how)
+
+        if count > 1:
+            if args.local_process_index < count:
+                self.seconds = filled(args.local_process_index).seconds
+            trainer.accelerator.wait_for_everyone()
+        with args.main_process_first(desc="hidden states before the part"):
+            caches = [filled(share) for share in range(count)]
+        self.seconds = self.seconds or caches[0].seconds
+        rows.prefix = caches[0] if count == 1 else _Joined(caches, shares)
 
     def _stream(self, position: int, identity: list[Any], how: Mapping[str, Any]) -> None:
         rows = self._trainer.rows
@@ -115,6 +133,16 @@ class PrefixStates:
         if not self.plan.kept and (completed or not self.streams) and self._trainer.is_world_process_zero():
             # Files that are mapped can be read until they are no longer used.
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _Joined:
+    """The caches of several processes, indexed as one."""
+
+    def __init__(self, caches: Sequence[PrefixCache], shares: Sequence[Sequence[int]]) -> None:
+        self._cache_of = {number: cache for cache, share in zip(caches, shares, strict=True) for number in share}
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return self._cache_of[number][number]
 
 
 def held_out_texts(trainer: Any) -> dict[str, Blocks]:
