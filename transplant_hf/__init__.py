@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .donor import Donor
     from .evaluation import evaluate, sweep
     from .exporting import export
+    from .generation import generate
     from .inspection import inspect
     from .layer_map import LayerMap
     from .model.check import check, check_compatibility
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from .model.load import AutoModelWithTransplant
     from .planning import plan
     from .pushing import push
-    from .training import DonorTrainer, DonorTrainingArguments, train
+    from .training import DonorTrainer, DonorTrainingArguments, recover, train
 
 __version__ = "0.1.0"
 
@@ -70,9 +71,11 @@ __all__ = [
     "evaluate",
     "export",
     "extract",
+    "generate",
     "inspect",
     "plan",
     "push",
+    "recover",
     "remove_transplants",
     "sweep",
     "train",
@@ -97,9 +100,11 @@ _LAZY = {
     "evaluate": "evaluation:evaluate",
     "export": "exporting:export",
     "extract": "model.extracting:extract",
+    "generate": "generation:generate",
     "inspect": "inspection:inspect",
     "plan": "planning:plan",
     "push": "pushing:push",
+    "recover": "training:recover",
     "sweep": "evaluation:sweep",
     "train": "training:train",
     "transplant": "model.in_memory:transplant",

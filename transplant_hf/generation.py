@@ -14,7 +14,7 @@ from .architecture import eval_mode, max_context_length
 from .errors import ConfigurationError
 from .evaluation.models_and_texts import find_tokenizer, model_to_measure
 
-__all__ = ["Generation", "generate_text"]
+__all__ = ["Generation", "generate"]
 
 _WIDTH = 96  # characters of two columns
 
@@ -39,19 +39,21 @@ class Generation:
 
     def __str__(self) -> str:
         if len(self.texts) == 1:
-            return next(iter(self.texts.values()))
+            # One text with the prompt before it; an answer in a chat stands alone.
+            return ("" if self.chat else self.prompt) + next(iter(self.texts.values()))
         width = (_WIDTH - 3) // len(self.texts)
         columns = [[label, "-" * len(label), *_wrap(text, width)] for label, text in self.texts.items()]
         height = max(map(len, columns))
         rows = zip(*([*lines, *[""] * (height - len(lines))] for lines in columns), strict=True)
-        return "\n".join(" | ".join(cell.ljust(width) for cell in row).rstrip() for row in rows)
+        head = [f"prompt: {self.prompt}", ""]
+        return "\n".join([*head, *(" | ".join(cell.ljust(width) for cell in row).rstrip() for row in rows)])
 
 
 def _wrap(text: str, width: int) -> list[str]:
     return [piece for line in text.splitlines() for piece in textwrap.wrap(line, width) or [""]]
 
 
-def generate_text(
+def generate(
     model: str | os.PathLike[str],
     prompt: str,
     donors: Any = None,
@@ -62,7 +64,24 @@ def generate_text(
     revision: str | None = None,
     **kwargs: Any,
 ) -> Generation:
-    """Continue a prompt by greedy decoding, with the donors and without."""
+    """Continue a prompt by greedy decoding, with the donors and without.
+
+    Args:
+        model: Hub id or folder of a donor, a transplant or a model.
+        prompt: Text to continue, or the message to a chat model.
+        donors: Donors for a plain model, as in `AutoModelWithTransplant.from_pretrained`.
+        off: Generate without the donors only.
+        max_new_tokens: The largest number of tokens to generate.
+        chat: Put the prompt into the chat template; by default if the tokenizer has one.
+        revision: The model's revision.
+        **kwargs: As in `from_pretrained`.
+
+    Returns:
+        The texts; prints them side by side.
+
+    Raises:
+        ConfigurationError: The prompt is empty or too long, or there is no tokenizer or no chat template.
+    """
     loaded = model_to_measure(model, revision, {**kwargs, **({"donors": donors} if donors else {})})
     tokenizer = find_tokenizer(loaded)
     chat = bool(tokenizer.chat_template) if chat is None else chat

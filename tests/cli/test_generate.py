@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.cli.conftest import Run
 from tests.helpers import edit_json, loaded, plain
 from transplant_hf import ConfigurationError
-from transplant_hf.generation import Generation, generate_text
+from transplant_hf.generation import Generation, generate
 
 
 def continued(model: object, folder: Path, prompt: str, count: int) -> str:
@@ -42,12 +42,14 @@ def test_with_the_donor_and_without(tiny_llama: Path, run: Run) -> None:
 
 def test_columns_stand_side_by_side() -> None:
     printed = str(Generation("p", {"with law": "word " * 20 + "\n\nend", "recipient": "short"}, False))
-    lines = printed.splitlines()
+    prompt, blank, *lines = printed.splitlines()
+    assert (prompt, blank) == ("prompt: p", "")
     assert [cell.strip() for cell in lines[0].split("|")] == ["with law", "recipient"]
     assert [cell.strip() for cell in lines[2].split("|")][1] == "short"
     assert lines[-1].split("|")[0].strip() == "end"
     assert max(map(len, lines)) <= 96
-    assert str(Generation("p", {"recipient": "just\ntext"}, False)) == "just\ntext"
+    assert str(Generation("p", {"recipient": " just\ntext"}, False)) == "p just\ntext"
+    assert str(Generation("p", {"recipient": "just\ntext"}, True)) == "just\ntext"
 
 
 def test_the_chat_template(tiny_llama: Path, tmp_path: Path, run: Run) -> None:
@@ -65,6 +67,6 @@ def test_the_chat_template(tiny_llama: Path, tmp_path: Path, run: Run) -> None:
 
 def test_what_cannot_be_continued(tiny_llama: Path) -> None:
     with pytest.raises(ConfigurationError, match="the prompt is empty"):
-        generate_text(tiny_llama / "recipient", "")
+        generate(tiny_llama / "recipient", "")
     with pytest.raises(ConfigurationError, match=r"the prompt has 2 tokens; with max_new_tokens=\d+ .* than the \d+"):
-        generate_text(tiny_llama / "recipient", "hi", max_new_tokens=100_000)
+        generate(tiny_llama / "recipient", "hi", max_new_tokens=100_000)

@@ -34,11 +34,9 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..generation import generate_text
+    from .. import generate
 
-    done = generate_text(
-        **pick(options, "model", "prompt", "off", "max_new_tokens", "chat"), **loading_arguments(options)
-    )
+    done = generate(**pick(options, "model", "prompt", "off", "max_new_tokens", "chat"), **loading_arguments(options))
     if done.chat and options.chat is None:
         print("the prompt is in the model's chat template; --no-chat continues it as it is", file=sys.stderr)
     show(done, options)

@@ -99,7 +99,11 @@ class Method:
     scaled: bool = True
 
     def learning_rates(self, width: int) -> tuple[float, ...]:
-        """Return the learning rates that are tried first, a factor of about 3 apart."""
+        """Return the learning rates that are tried first, a factor of about 3 apart.
+
+        Args:
+            width: The recipient's hidden size.
+        """
         middle = width_scaled(self.learning_rate, width) if self.scaled else self.learning_rate
         return tuple(float(f"{middle * factor:.1g}") for factor in (1 / 3, 1, 3))
 
