@@ -19,7 +19,16 @@ from typing import Any
 
 import report
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from transplant_hf import DonorTrainer, DonorTrainingArguments, plan
 from transplant_hf.texts import Blocks
@@ -117,8 +126,9 @@ def _run(folder: str, args: DonorTrainingArguments, way: str) -> None:
     vocab_size = AutoConfig.from_pretrained(folder).vocab_size
     rows = args.max_steps * args.per_device_train_batch_size
     blocks = Blocks(torch.randint(0, vocab_size, (rows, args.block_length)), name="noise")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")))
     args.stream_prefix = way == "streamed"
-    DonorTrainer(folder if args.stream_prefix else AutoModelForCausalLM.from_pretrained(folder), args, blocks).train()
+    DonorTrainer(folder, args, blocks, processing_class=tokenizer).train()
 
 
 def _memory(name: str) -> int:
