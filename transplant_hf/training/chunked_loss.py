@@ -21,7 +21,7 @@ from ..architecture import eval_mode
 from ..errors import ConfigurationError
 from ..partial.running import replace_forward
 
-__all__ = ["ChunkedLoss", "check_liger", "reason_against", "tokens_per_chunk"]
+__all__ = ["ChunkedLoss", "check_liger", "divergence_of", "reason_against", "tokens_per_chunk"]
 
 _CHUNK_BYTES = 128 << 20  # of logits in float32
 _IGNORED = -100
@@ -134,6 +134,14 @@ class ChunkedLoss:
             if not relative <= (_TOLERANCE if exact else _LOW_PRECISION_TOLERANCE):
                 return f"the model's own {name} differs from it by {relative:.2g} (relative)"
         return None
+
+
+def divergence_of(reference: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The mean KL(reference || model) of a batch's tokens in nats; over the marked rows, or all if none is marked."""
+    if rows is not None and bool(rows.any()):
+        reference, logits = reference[rows], logits[rows]
+    found, wanted = (F.log_softmax(values.flatten(0, 1).float(), -1) for values in (logits, reference))
+    return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
 def reason_against(trainer: Any) -> str | None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -26,7 +25,7 @@ from ..architecture import eval_mode
 from ..errors import CompatibilityError, ConfigurationError, TrainingError
 from ..partial import PREFIX_STATES, PartialRun, running_only, stack_of
 from .checkpoints import OPTIMIZER_FILE, check_same_run, last_checkpoint, load_trained, save_trained, trained_parameters
-from .chunked_loss import ChunkedLoss, check_liger, reason_against, tokens_per_chunk
+from .chunked_loss import ChunkedLoss, check_liger, divergence_of, reason_against, tokens_per_chunk
 from .data import REPLAYED, Rows, rows_per_step
 from .prefix import CachePlan, PrefixStates
 from .progress import StderrProgress
@@ -296,7 +295,7 @@ class PartTrainer(Trainer):
         call: Any = partial(chunked, model, reference=reference, rows=replayed) if chunked else model
         loss, outputs = super().compute_loss(call, inputs, True, num_items_in_batch)
         if reference is not None:
-            divergence = outputs["divergence"] if chunked else _divergence(reference, outputs["logits"], replayed)
+            divergence = outputs["divergence"] if chunked else divergence_of(reference, outputs["logits"], replayed)
             # With the number of items known, the loss is the batch's share of the mean over all accumulated batches.
             share = num_items_in_batch is not None and self.model_accepts_loss_kwargs
             loss = loss + self.distillation * divergence / (self.current_gradient_accumulation_steps if share else 1)
@@ -383,14 +382,6 @@ class PartTrainer(Trainer):
     def trainable_parameters(self) -> int:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in trained_parameters(self.model).values())
-
-
-def _divergence(reference: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """The mean KL(reference || model) of a batch's tokens in nats; over the marked rows, or all if none is marked."""
-    if rows is not None and bool(rows.any()):
-        reference, logits = reference[rows], logits[rows]
-    found, wanted = (F.log_softmax(values.flatten(0, 1).float(), -1) for values in (logits, reference))
-    return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
 def _frozen_modules(model: nn.Module, stack: nn.ModuleList) -> Iterator[nn.Module]:
