@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--resident", action="store_true")
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=1)
     options = parser.parse_args()
     logging.disable_progress_bar()
     warm_up(options.work)
@@ -35,7 +36,7 @@ def main() -> None:
         str(options.work / "out"),
         donor_layers=1,
         max_steps=options.steps,
-        per_device_train_batch_size=options.blocks // options.steps,
+        per_device_train_batch_size=options.batch_size,
         stream_prefix=not options.resident,
         save_strategy="no",
         disable_tqdm=True,

@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-1b")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--blocks", type=int, default=16, help="blocks of 64 tokens")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--streamed-only", action="store_true")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
     options = parser.parse_args()
@@ -140,6 +141,7 @@ def measure(folder: Path, kind: str, options: argparse.Namespace) -> dict[str, f
     with tempfile.TemporaryDirectory(dir=folder) as work:
         command = [sys.executable, str(Path(__file__).with_name("one_streamed.py")), str(folder / "recipient"), work]
         command += ["--blocks", str(options.blocks), "--steps", str(options.steps)]
+        command += ["--batch-size", str(options.batch_size)]
         command += ["--resident"] if kind == "resident" else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -151,7 +153,9 @@ def measure(folder: Path, kind: str, options: argparse.Namespace) -> dict[str, f
 def row(kind: str, runs: list[dict[str, float]], size: int) -> list[str]:
     """Return a row of the table: the largest memory, the medians of seconds."""
     above = max(run["peak"] - run["imports"] for run in runs)
-    middle = {name: sorted(run[name] for run in runs)[len(runs) // 2] for name in ("cache_seconds", "step_seconds", "seconds")}
+    middle = {
+        name: sorted(run[name] for run in runs)[len(runs) // 2] for name in ("cache_seconds", "step_seconds", "seconds")
+    }
     read = f"{runs[0]['read'] / 1e9:.2f}" if runs[0]["read"] is not None else "-"
     cells = [f"{above / 1e9:.2f}", f"{above / size:.2f}", f"{max(run['peak'] for run in runs) / 1e9:.2f}", read]
     return [kind, *cells, *(f"{middle[name]:.1f}" for name in middle)]

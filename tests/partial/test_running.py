@@ -25,6 +25,15 @@ def test_part_of_a_model_gives_the_whole_models_logits(family: str, position: in
     assert torch.equal(found, wanted)
 
 
+def test_no_layer_at_all() -> None:
+    model, ids = BUILDERS["llama"](seed=1), some_ids(2, 12)
+    after_all = hidden_states(model, ids, [NUM_LAYERS])[NUM_LAYERS]
+    with running_only(model, [], find_states=lambda given: after_all if torch.equal(given, ids) else None) as part:
+        assert torch.equal(part(input_ids=ids, use_cache=False).logits, model.lm_head(model.model.norm(after_all)))
+        with refused(ConfigurationError, "need prefix_states="):
+            part(input_ids=some_ids(1, 3), use_cache=False)
+
+
 def test_hidden_states_are_those_that_transformers_reports() -> None:
     model = BUILDERS["llama"](seed=1)
     ids = some_ids(2, 12)

@@ -16,13 +16,14 @@ from torch import nn
 
 from ..architecture import LayerNames, decoder_stack
 from ..errors import CheckpointError, ConfigurationError
+from ..numeric import is_finite
 from ..splice import MergedWeights, Provenance
-from ..splice.weights import WatchedTensor
 
 __all__ = ["LayersInFiles", "layers_in_files", "refuse_layers_in_files"]
 
 _Load = Callable[[dict[str, Any], list[str], torch.device], Any]
 _Stamp = tuple[int, int, int]
+_PAGE = 4096  # bytes, or a fraction of a page
 
 
 class LayersInFiles:
@@ -107,7 +108,6 @@ class LayersInFiles:
                 raise CheckpointError(f"layer {number} of {self._path} {verb} {', '.join(sorted(keys)[:5])}.")
         if self._not_finite:
             raise CheckpointError(f"donor tensor {self._not_finite[0]!r} holds NaN or infinity.")
-        self._refuse_changed(number)
 
     @contextmanager
     def loaded(self, numbers: Collection[int], device: torch.device) -> Iterator[None]:
@@ -134,31 +134,37 @@ class LayersInFiles:
             )
 
     def _read(self, number: int) -> dict[str, Any]:
-        """Open the tensors of a layer; they are read into memory, not mapped, so that they can be freed."""
-        self._refuse_changed(number)
+        """Map the tensors of a layer from newly opened files: what is mapped is memory until the layer is dropped."""
+        self.refuse_changed([number])
         tensors = dict(self._tensors[number])
         by_file: dict[str, list[str]] = {}
-        for name in tensors:
-            if name in self._origins:
-                by_file.setdefault(self._origins[name].file, []).append(name)
+        for name in tensors.keys() & self._origins.keys():
+            by_file.setdefault(self._origins[name].file, []).append(name)
         for file, names in by_file.items():
             try:
-                opened = safe_open(file, framework="pt", device="cpu", backend="pread")
-                tensors |= {name: _Counted(opened.get_slice(self._origins[name].name), self) for name in names}
+                opened = safe_open(file, framework="pt", device="cpu")
+                tensors |= {name: self._touched(opened.get_slice(self._origins[name].name)[...]) for name in names}
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"layer {number} cannot be read from {file}: {error}") from error
-        return {
-            name: WatchedTensor(name, tensor, self._not_finite) if name in self._watched else tensor
-            for name, tensor in tensors.items()
-        }
+        self._not_finite += [name for name in self._watched & tensors.keys() if not is_finite(tensors[name])]
+        return tensors
 
-    def _refuse_changed(self, number: int) -> None:
-        for file in sorted({self._origins[name].file for name in self._tensors[number] if name in self._origins}):
+    def _touched(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Read every page of a mapped tensor now, in the thread that loads it."""
+        self.bytes_read += tensor.nbytes
+        tensor.flatten().view(torch.uint8)[::_PAGE].sum()
+        return tensor
+
+    def refuse_changed(self, numbers: Collection[int]) -> None:
+        """Refuse files of some layers that are not those that the model was loaded from."""
+        names = [name for number in numbers for name in self._tensors[number] if name in self._origins]
+        for file in sorted({self._origins[name].file for name in names}):
             try:
                 found = _stamp(file)
             except OSError as error:
                 raise CheckpointError(
-                    f"layer {number} cannot be read: {file} was there when the model was loaded, and is missing now."
+                    f"layers {sorted(numbers)} cannot be read: {file} was there when the model was loaded, and is "
+                    "missing now."
                 ) from error
             before = self.files[os.path.abspath(file)]
             if found != before:
@@ -166,24 +172,6 @@ class LayersInFiles:
                     f"{file} changed while its layers were being read ({before[0]:,} bytes when the model was loaded, "
                     f"{found[0]:,} bytes now, or written again): its layers belong to two models. Start again."
                 )
-
-
-class _Counted:
-    """A lazy tensor that counts the bytes that are read of it."""
-
-    def __init__(self, part: Any, layers: LayersInFiles) -> None:
-        self._part, self._layers = part, layers
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        try:
-            tensor: torch.Tensor = self._part[index]
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"a weight of a layer cannot be read: {error}") from error
-        self._layers.bytes_read += tensor.nbytes
-        return tensor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._part, name)
 
 
 def layers_in_files(model: Any) -> LayersInFiles | None:

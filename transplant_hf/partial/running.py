@@ -46,7 +46,7 @@ class PartialRun:
         numbers: Collection[int],
         outer: Any = None,
         from_embeddings: bool = False,
-        find_states: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        find_states: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
     ) -> None:
         self.model = model
         self._outer = model if outer is None else outer
@@ -157,7 +157,7 @@ def running_only(
     numbers: Collection[int],
     outer: Any = None,
     from_embeddings: bool = False,
-    find_states: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    find_states: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
 ) -> Iterator[PartialRun]:
     """Run only some layers of a model inside a `with` block; the others return the hidden state they get.
 

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..architecture import eval_mode
 from ..display import progress_bar
 from ..errors import BUILD_ERRORS, CheckpointError, CompatibilityError, DataError, TransplantError
+from ..layer_map import RECIPIENT
 from ..model.layers_in_files import LayersInFiles, layers_in_files
 from ..model.strength import is_entrance
 from ..storage import locked
@@ -178,6 +179,7 @@ class _Run:
         self._stack = stack_of(model)
         self._device = _device(model)
         self._part = PartialRun(model, [len(self._stack) - 1])
+        self._pairs: list[Any] = []  # the kinds of layers that were compared
         self._reader = ThreadPoolExecutor(max_workers=1)
 
     @contextmanager
@@ -212,6 +214,7 @@ class _Run:
                     self._held.drop(before[0])
                 reading = self._read(units[number + 1]) if number + 1 < len(units) else None
                 self._pass_all(states, unit, bar)
+                self._held.refuse_changed(unit)  # again: they are mapped
                 states.finish(unit[-1] + 1)
                 before = (unit, entering, leaving)
             if before is not None:
@@ -270,12 +273,23 @@ class _Run:
             raise
         except BUILD_ERRORS as error:  # what the model's own code raises
             raise self._needs_more(unit[0], f"{type(error).__name__}: {error}") from error
-        if before is not None:
+        if before is not None and self._is_new_pair(before[0], unit):
             self._part.choose([*before[0], *unit])
             with self._part.running():
                 together = self._states_after(unit[-1] + 1, ids, before[1])
             self._compare(unit[0], alone, together)
         return alone
+
+    def _is_new_pair(self, before: range, unit: range) -> bool:
+        """Whether layers of these kinds were not compared twice yet, one after the other."""
+        state = self._model._transplant
+        slots = [stage.slot for stage in state.blueprint.running(state.disabled)]
+        of_recipient = {slots[number].source for number in (*before, *unit)} == {RECIPIENT}
+        if not of_recipient:
+            return True
+        kinds = [state.blueprint.recipient.kind(slots[number].index) for number in (*before, *unit)]
+        self._pairs.append(kinds)
+        return self._pairs.count(kinds) <= 2
 
     def _check_rest(
         self, position: int, ids: torch.Tensor, before: tuple[range, torch.Tensor | None, torch.Tensor]

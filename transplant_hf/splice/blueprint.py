@@ -23,6 +23,7 @@ from ..compatibility import CompatibilityReport, donor_anatomy, mismatches, refu
 from ..config import SIDE_BY_SIDE, STACKED, DonorSpec, TransplantConfig, donor_specs
 from ..donor import Donor
 from ..donor.record import DonorRecord
+from ..donor.tensors import MemoryTensors
 from ..errors import CompatibilityError, ConfigurationError
 from ..layer_map import RECIPIENT, LayerMap, Placement, Slot, Splice, Stage
 from ..numeric import finite_number
@@ -166,6 +167,13 @@ class Blueprint:
         same = vars(self).keys() & {"splice", "built", "built_config"}
         vars(blueprint).update({name: vars(self)[name] for name in same})
         return blueprint
+
+    def without_tensors(self, name: str) -> Blueprint:
+        """The same layers; of a donor in memory only the headers are kept, where the model has its weights."""
+        part = self.part(name)
+        headers = MemoryTensors({key: tensor.to("meta") for key, tensor in part.donor.tensors().items()})
+        described = part.donor.replaced(store=headers)
+        return self._with(donors=tuple(described if donor is part.donor else donor for donor in self.donors))
 
     def with_donors(self, donors: Sequence[DonorPart | tuple[DonorSpec, Donor]], keep_replaced: bool) -> Blueprint:
         """The same recipient with these donors; checks that those which are not parts yet fit."""

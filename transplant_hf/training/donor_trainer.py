@@ -242,6 +242,8 @@ def with_untrained_donor(
     # A model whose layers are in files was loaded for this run alone, and cannot share what it does not have.
     in_place = layers_in_files(recipient) is not None
     model = transplant(recipient, untrained, position=position, mode=mode, name=name, in_place=in_place)
+    if in_place:
+        model._transplant.blueprint = model._transplant.blueprint.without_tensors(name)
     model.requires_grad_(False)
     for number in model.layer_map.layers_of(name):
         stack_of(model)[number].requires_grad_(True)
