@@ -70,7 +70,7 @@ def test_it_is_saved_and_recommended_as_it_stands(tiny: Path, tmp_path: Path) ->
     card = (tmp_path / "law" / "README.md").read_text()
     assert "inserted at positions 1, 3." in card
     shown = str(inspect(str(tmp_path / "law")))
-    assert "1, 3 (recommended)" in shown
+    assert "position: 1, 3" in shown
 
 
 def test_a_full_save_is_a_plain_checkpoint(tiny: Path, tmp_path: Path) -> None:

@@ -83,7 +83,8 @@ def differences(before: PreTrainedConfig, after: PreTrainedConfig) -> dict[str, 
     for name, value in new.items():
         if _RUNTIME.fullmatch(name):
             continue
-        one, other = getattr(before, name, None), getattr(after, name, None)
+        # Not getattr, which refuses fields that differ from layer to layer.
+        one, other = vars(before).get(name), vars(after).get(name)
         if isinstance(one, PreTrainedConfig) and isinstance(other, PreTrainedConfig):
             inner = differences(one, other)
             if inner:

@@ -82,7 +82,8 @@ class _DonorHooks:
     """
 
     def __init__(self, name: str, layers: Sequence[nn.Module], choices: CallChoices) -> None:
-        self.name, self.layers, self.choices = name, layers, choices
+        # Without the layers, which hold the hooks: a model is freed when its last reference is dropped.
+        self.name, self.choices = name, choices
         # The state that enters a group of donors side by side; `None` outside a group.
         self.group: _PerThread | None = None
         self._states = _PerThread()
@@ -207,14 +208,11 @@ class StrengthHooks:
             part.name: [layer for stage, layer in layers.items() if stage.slot.source == part.name]
             for part in blueprint.parts
         }
-        # Of each part of a donor that is spread through the recipient.
-        self._hooks = {
-            placement.name: [
-                _DonorHooks(placement.name, [self._layers[placement.name][number] for number in numbers], choices)
-                for _, numbers in placement.parts
-            ]
-            for placement in blueprint.splice.placements
-        }
+        # The layers of each part of a donor, and its hooks.
+        self._hooks: dict[str, list[tuple[list[nn.Module], _DonorHooks]]] = {}
+        for placement in blueprint.splice.placements:
+            parts = [[self._layers[placement.name][number] for number in numbers] for _, numbers in placement.parts]
+            self._hooks[placement.name] = [(part, _DonorHooks(placement.name, part, choices)) for part in parts]
         self._groups: dict[tuple[str, ...], _PerThread] = {}
 
     def set(self, blueprint: Blueprint, disabled: Collection[str], by_call: bool) -> None:
@@ -227,18 +225,18 @@ class StrengthHooks:
             leads = name not in running[1:]
             changes = group is not None or spec.strength != 1.0 or name in gates
             active = changes or (by_call and spec.mode == "insert")
-            for hooks in parts:
+            for layers, hooks in parts:
                 hooks.group = self._groups.setdefault(group, _PerThread()) if group else None
                 if not active:
                     hooks.forget()
-                for number, layer in enumerate(hooks.layers):
+                for number, layer in enumerate(layers):
                     inside = (number > 0 and changes) or not leads
                     setattr(layer, _ROLE, _Role(active, spec.strength, leads, name in running[-1:], inside))
 
     def remove(self) -> None:
         """Remove all hooks."""
         while self._hooks:
-            for hooks in self._hooks.popitem()[1]:
+            for _, hooks in self._hooks.popitem()[1]:
                 hooks.remove()
 
     def layers_of(self, name: str) -> list[nn.Module]:
