@@ -204,6 +204,18 @@ def _default_name(donor: str, subfolder: str | None) -> str:
     return last if last not in ("", "..") else "donor"
 
 
+def _checked_quantization(found: Any, where: str) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    known = isinstance(found, Mapping) and isinstance(found.get("config"), Mapping)
+    if not known or "quant_method" not in found["config"] or not isinstance(found.get("donors"), list):
+        raise ConfigurationError(
+            f'recipient_quantization in {where} must be {{"config": {{"quant_method": ...}}, "donors": [...]}}, got '
+            f"{found!r}."
+        )
+    return {"config": dict(found["config"]), "donors": list(found["donors"])}
+
+
 def donor_specs(donors: Any) -> list[DonorSpec]:
     """Return the specs of donors that are named in any accepted way."""
     if donors is None:
@@ -260,6 +272,9 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
             "side_by_side", where each gets the same hidden state h and the output is h + sum_i s_i (d_i(h) - h).
         recipient_overrides: Fields of the recipient's configuration that replace those of the recipient's own
             `config.json`. Every field that is set on this object, and is not its own, becomes one.
+        recipient_quantization: How the recipient is quantized while it is loaded: `"config"`, a `quantization_config`
+            with the recipient's own names, and `"donors"`, the donors that are quantized too. An argument
+            `quantization_config` replaces it; `None` loads in full precision.
         vocab_size: The recipient's, for tools that read it without loading the recipient.
         **kwargs: The arguments of `PreTrainedConfig`, and fields of the recipient's configuration.
 
@@ -287,6 +302,7 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
         format_version: int | None = FORMAT_VERSION,
         composition: str = STACKED,
         recipient_overrides: Mapping[str, Any] | None = None,
+        recipient_quantization: Mapping[str, Any] | None = None,
         vocab_size: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -299,6 +315,7 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
             _text(recipient_revision, f"recipient_revision in {where}") if recipient_revision is not None else None
         )
         self.donors: list[DonorSpec] = donor_specs(donors)
+        self.recipient_quantization = _checked_quantization(recipient_quantization, where)
         # Without it, `pipeline` uses native classes of the task.
         kwargs.setdefault("architectures", ["TransplantForCausalLM"])
         # It names code for programs that did not import this class; it is written again with each repository.
@@ -373,7 +390,13 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
         fields["donors"] = [spec.to_dict() for spec in donors]
         if fields.get("composition") == STACKED:
             del fields["composition"]
+        if fields.get("recipient_quantization") is None:
+            fields.pop("recipient_quantization", None)
         fields = self._with_overrides(fields)
-        newest = self.recipient_overrides or any(isinstance(spec.position, tuple) for spec in donors)
+        newest = (
+            self.recipient_overrides
+            or self.recipient_quantization
+            or any(isinstance(spec.position, tuple) for spec in donors)
+        )
         fields["format_version"] = NEWEST_FORMAT if newest else FORMAT_VERSION
         return fields

@@ -244,7 +244,7 @@ def _quantization_options(recipient: Recipient) -> dict[str, Any]:
     """Return how a quantized recipient is loaded: unpacked where Transformers can, since donors are not quantized."""
     fields = getattr(recipient.config, "quantization_config", None)
     if fields is None:
-        return {}
+        return {"quantization_config": None}  # a thin transplant may name one
     method = fields.get("quant_method") if isinstance(fields, dict) else fields.quant_method
     name = str(getattr(method, "value", method))
     if name != _UNPACKED:

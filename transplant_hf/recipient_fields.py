@@ -14,7 +14,15 @@ from .errors import BUILD_ERRORS, ConfigurationError
 
 # The fields of a transplant's own configuration. Every other field is one of the recipient's configuration.
 OWN_FIELDS = {
-    *("recipient", "recipient_revision", "recipient_overrides", "donors", "format_version", "composition"),
+    *(
+        "recipient",
+        "recipient_revision",
+        "recipient_overrides",
+        "recipient_quantization",
+        "donors",
+        "format_version",
+        "composition",
+    ),
     *("architectures", "tokenizer_class", "transformers_version", "model_type", "auto_map", "name_or_path"),
 }
 _SPELLINGS = {

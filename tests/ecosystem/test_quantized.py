@@ -258,19 +258,23 @@ def test_qlora(wide: Case) -> None:
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.ecosystem(section=SECTION, feature="a thin save, a donor or an in-memory transplant of a quantised model")
-def test_what_needs_full_precision(wide: Case, tmp_path: Path) -> None:
+@pytest.mark.ecosystem(section=SECTION, feature="a thin save of a quantised model")
+@pytest.mark.parametrize("quantizer", [AO8, BNB8, BNB4, QUANTO8], ids=["torchao", "8bit", "4bit", "quanto"])
+def test_thin_save(wide: Case, quantizer: Quantizer, tmp_path: Path) -> None:
+    model = quantizer.load(wide.load)
+    wanted = logits_of(model, wide.ids)
+    model.save_pretrained(tmp_path, thin=True)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), wide.ids), wanted)
+
+
+@pytest.mark.ecosystem(section=SECTION, feature="a donor or an in-memory transplant of a quantised model")
+def test_what_needs_full_precision(wide: Case) -> None:
     model = BNB8.load(wide.load)
-    with refused(ConfigurationError, "not possible for a quantised model", "Load it without quantization"):
-        model.save_pretrained(tmp_path / "thin", thin=True)
-    with refused(CheckpointError, "is quantised", "full precision"):
+    with refused(CheckpointError, "is quantized", "full precision"):
         Donor.from_model(model, [wide.position]).tensors()
-    with refused(ConfigurationError, "it is quantised", "AutoModelWithTransplant.from_pretrained"):
+    with refused(ConfigurationError, "it is quantized", "AutoModelWithTransplant.from_pretrained"):
         transplant(BNB8.load(wide.recipient_model), Donor.from_pretrained(wide.donor), wide.position)
-    pytest.xfail(
-        "refused: donors and thin transplants hold full precision; load without quantization for these; see "
-        "[loading](load.md)"
-    )
+    pytest.xfail("refused: donors hold full precision; load without quantization for these; see [loading](load.md)")
 
 
 @pytest.mark.ecosystem(section=SECTION, feature="MXFP4 experts, the donor dequantised")

@@ -2,11 +2,12 @@
 
 from .anatomy import Anatomy, LayerOrigin
 from .context import choose_block_length, eval_mode, max_context_length
-from .gguf import check_gguf_reader, config_of_weights, forget_gguf, is_quantized, was_gguf
+from .gguf import check_gguf_reader, config_of_weights, forget_gguf, is_quantized, quantization_method, was_gguf
 from .identity import projections_of_layers
 from .names import LayerNames, LayerTensorName
 from .native import SplicedConfig, build_failure, first_candidate, layer_differences, splice_config
 from .overrides import apply_overrides
+from .quantized import dequantized_layer, differentiable, is_packed, quantization_fields
 from .recipient import Recipient, native_class, open_recipient
 from .stack import decoder_stack, find_stack, stated_layers, text_config, unwrapped
 
@@ -23,16 +24,21 @@ __all__ = [
     "choose_block_length",
     "config_of_weights",
     "decoder_stack",
+    "dequantized_layer",
+    "differentiable",
     "eval_mode",
     "find_stack",
     "first_candidate",
     "forget_gguf",
+    "is_packed",
     "is_quantized",
     "layer_differences",
     "max_context_length",
     "native_class",
     "open_recipient",
     "projections_of_layers",
+    "quantization_fields",
+    "quantization_method",
     "splice_config",
     "stated_layers",
     "text_config",

@@ -26,7 +26,7 @@ def is_quantized(model: Any) -> bool:
 
 def was_gguf(model: Any) -> bool:
     """Whether a model's weights were read from a GGUF file."""
-    return getattr(model, _MARK, False) or _method(model) == "gguf"
+    return getattr(model, _MARK, False) or quantization_method(model) == "gguf"
 
 
 def config_of_weights(model: Any) -> PreTrainedConfig:
@@ -48,9 +48,10 @@ def forget_gguf(model: Any, source: Any = None) -> None:
 
 def _is_unpacked(model: Any) -> bool:
     # A quantizer that leaves weights packed lists the modules that hold them.
-    return _method(model) == "gguf" and not getattr(model.hf_quantizer, "packed_modules", None)
+    return quantization_method(model) == "gguf" and not getattr(model.hf_quantizer, "packed_modules", None)
 
 
-def _method(model: Any) -> str | None:
+def quantization_method(model: Any) -> str | None:
+    """Return the name of a model's quantization, such as "bitsandbytes"."""
     method = getattr(getattr(getattr(model, "hf_quantizer", None), "quantization_config", None), "quant_method", None)
     return getattr(method, "value", method)

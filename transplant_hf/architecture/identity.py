@@ -18,6 +18,7 @@ from ..errors import CheckpointError, CompatibilityError
 from .context import eval_mode
 from .fingerprint import Fingerprint, fingerprint, is_layer_number
 from .gguf import is_quantized
+from .quantized import is_packed
 from .replay import Call, Replay, own_parameters, record_calls
 from .stack import decoder_stack
 
@@ -57,11 +58,7 @@ def projections_of_layers(
 
 
 def _refuse_unreadable(model: PreTrainedModel, stack_path: str, numbers: Sequence[int]) -> None:
-    if is_quantized(model):
-        raise CheckpointError(
-            f"{type(model).__name__} is quantized; output projections are searched in full precision. Load it "
-            "without quantization."
-        )
+    """Refuse weights that are not there, and layers that are quantized; others may be."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise CheckpointError(
@@ -70,7 +67,7 @@ def _refuse_unreadable(model: PreTrainedModel, stack_path: str, numbers: Sequenc
             )
     for number in numbers:
         for name, parameter in decoder_stack(model, stack_path)[number].named_parameters():
-            if not parameter.is_floating_point():
+            if is_packed(parameter) and (is_quantized(model) or not parameter.is_floating_point()):
                 raise CheckpointError(
                     f"{stack_path}.{number}.{name} is quantized ({parameter.dtype}); a donor needs full precision."
                 )

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from .command import command, show
-from .options import add_donors, add_loading, add_number, loading_arguments, pick
+from .options import add_donors, add_loading, add_number, add_quantization, loading_arguments, pick
 
 
 def add(commands: Any) -> None:
@@ -31,6 +31,7 @@ def add(commands: Any) -> None:
         help="put the prompt into the chat template (default: if the tokenizer has one)",
     )
     add_loading(parser)
+    add_quantization(parser)
 
 
 def _run(options: argparse.Namespace) -> int:

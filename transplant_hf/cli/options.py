@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..errors import ConfigurationError, DataError
 from .values import LayerNumbers, donor_spec, dtype, layer_range, number, whole
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ def add_measuring(parser: Parser, strengths: str, plot: str, **text: Any) -> Non
     add_number(parser, "--stride", "window stride in tokens (default: no overlap)")
     add_number(parser, "--batch-size", "windows in a batch", 8)
     add_loading(parser)
+    add_quantization(parser)
 
 
 def measuring_arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -197,8 +199,32 @@ def add_loading(parser: Parser) -> None:
     add_trust(parser)
 
 
+def add_quantization(parser: Parser) -> None:
+    """Add options that quantize the model while it is loaded."""
+    bits = parser.add_mutually_exclusive_group()
+    for width, how in ((4, "NF4"), (8, "LLM.int8")):
+        description = f"quantize the model to {width} bits ({how}) while it is loaded; needs bitsandbytes"
+        bits.add_argument(f"--load-in-{width}bit", action="store_true", help=description)
+
+
+def _quantization(options: argparse.Namespace) -> Any:
+    """Return the quantization that the options name."""
+    in_4bit, in_8bit = (getattr(options, f"load_in_{width}bit", False) for width in (4, 8))
+    if not (in_4bit or in_8bit):
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigurationError("--load-in-4bit and --load-in-8bit need the package bitsandbytes: pip install it.")
+    from transformers import BitsAndBytesConfig
+
+    if in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    computed_in = None if options.dtype == "auto" else options.dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed_in)
+
+
 def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `from_pretrained`: those that are given, and the donors of `--donor`."""
     given = {**pick(options, "revision", "dtype", "device_map", "gguf_file"), "donors": donors_of(options)}
+    given["quantization_config"] = _quantization(options)
     given["trust_remote_code"] = options.trust_remote_code or None
     return {name: value for name, value in given.items() if value is not None}

@@ -13,6 +13,7 @@ from .options import (
     add_loading,
     add_number,
     add_output,
+    add_quantization,
     add_seed,
     add_text,
     check_output,
@@ -119,6 +120,7 @@ def _add_shared(parser: argparse.ArgumentParser, learning_rate: float | None = N
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, also for more steps")
     parser.add_argument("--keep-checkpoints", action="store_true", help="keep checkpoints when training is done")
     add_loading(parser)
+    add_quantization(parser)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -12,7 +12,16 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..architecture import LayerNames, config_of_weights, decoder_stack, find_stack, projections_of_layers, unwrapped
+from ..architecture import (
+    LayerNames,
+    config_of_weights,
+    decoder_stack,
+    find_stack,
+    is_packed,
+    is_quantized,
+    projections_of_layers,
+    unwrapped,
+)
 from ..architecture.names import is_adapted
 from ..config import DonorSpec
 from ..errors import CheckpointError, ConfigurationError
@@ -92,7 +101,8 @@ def checkpoint_tensors(
                 )
             if tensor.is_meta:
                 raise CheckpointError(f"{path}.{number}.{key} is offloaded; load the model without offload first.")
-            if not tensor.is_floating_point() and key.endswith("weight"):
+            packed = is_packed(tensor) if is_quantized(model) else not tensor.is_floating_point()
+            if packed and key.endswith("weight"):
                 raise CheckpointError(
                     f"{path}.{number}.{key} is quantized ({tensor.dtype}); a donor needs full precision."
                 )
@@ -100,12 +110,28 @@ def checkpoint_tensors(
             state[f"{path}.{number}.{key}"] = torch.zeros_like(tensor) if zero else tensor.detach()
     names = LayerNames(model, path)
     tensors = {}
-    for raw, tensor in revert_weight_conversion(model, state).items():
+    written: Any = _WithoutPacking(model) if is_quantized(model) else model
+    for raw, tensor in revert_weight_conversion(written, state).items():
         parts = names.split(raw)
         if parts is None:
             raise CheckpointError(f"the checkpoint name {raw!r} of a layer's tensor could not be traced back.")
         tensors[f"layers.{numbers.index(parts.number)}.{parts.rest}"] = tensor
     return tensors
+
+
+class _WithoutPacking:
+    """A quantized model without its rules for packed weights in checkpoints: the layers that are read have none."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._model, name)
+        if name != "_weight_conversions" or found is None:
+            return found
+        return [
+            rule for rule in found if not any(hasattr(op, "hf_quantizer") for op in getattr(rule, "operations", ()))
+        ]
 
 
 def _reparametrized(layer: nn.Module) -> Iterator[tuple[str, str]]:

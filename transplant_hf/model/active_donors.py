@@ -53,6 +53,8 @@ class TransplantState:
         self.blueprint, self.layers = blueprint, layers
         # How the model was loaded.
         self.local_only, self.cache_dir = False, None
+        # The recipient's weights as they were loaded by name; `None` where it was in memory before.
+        self.as_loaded: Any = None
         # The donors that each open block switches off. Blocks may end in another order than they began.
         self._blocks: dict[object, Names] = {}
         # The disabled donors that the live model is set up for; `None` while all layers are in the stack.

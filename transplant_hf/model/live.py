@@ -172,11 +172,11 @@ def _shell_with(model: Any, blueprint: Blueprint, part: DonorPart) -> Any:
     alone = dataclasses.replace(part, spec=spec, donor=own_tensors(part.donor))
     shell = blueprint.with_donors([alone], spec.mode == "replace")
     weights = _placeholders(shell.recipient, model.dtype)
-    how: dict[str, Any] = {"from_memory": True, "adapt_config": _without_quantization}
+    how: dict[str, Any] = {"from_memory": True, "adapt_config": without_quantization}
     return from_pretrained(type(model), shell, None, state_dict=weights, dtype=model.dtype, **how)
 
 
-def _without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
     """Donors stay in full precision."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):

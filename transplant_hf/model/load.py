@@ -15,8 +15,9 @@ from ..architecture.build import build_random
 from ..config import TransplantConfig
 from ..errors import ConfigurationError
 from ..sources import HubOptions, for_transformers, reading
-from ..splice import follow_quantization
+from ..splice import follow_quantization, quantization_beside_donors
 from .active_donors import attach_state
+from .as_loaded import AsLoaded
 from .load_adapters import find_adapter, load_adapter_beside
 from .load_request import find_parts, read_request
 from .load_weights import FileChecks, HeldBack, WeightLoader, from_pretrained, use_loader
@@ -157,6 +158,7 @@ def load_transplant(
     subfolder: str | None = None,
     recipient_overrides: Mapping[str, Any] | None = None,
     held_back: HeldBack | None = None,
+    quantize_donors: bool = True,
     **kwargs: Any,
 ) -> Any:
     """Load a transplant with the head of one Auto class; see `AutoModelWithTransplant.from_pretrained`."""
@@ -190,6 +192,11 @@ def load_transplant(
     for_model = {name: kwargs.pop(name) for name in FOR_MODEL if name in kwargs}
     parts = find_parts(request, hub, trust, kwargs)
     blueprint = parts.blueprint(auto_class, keep_replaced)
+    saved = parts.config.recipient_quantization
+    if saved is not None and "quantization_config" not in for_model:
+        for_model["quantization_config"] = quantization_beside_donors(saved["config"], blueprint, saved["donors"])
+    elif for_model.get("quantization_config") is not None and not quantize_donors:
+        for_model["quantization_config"] = quantization_beside_donors(for_model["quantization_config"], blueprint)
     kwargs = {**parts.recipient.unused_kwargs, **for_model, "trust_remote_code": trust, **hub.as_kwargs()}
     if request.names_transplant and "generation_config" not in kwargs:
         with contextlib.suppress(OSError):  # without one of its own, the recipient's is loaded
@@ -214,6 +221,7 @@ def load_transplant(
     model.config.name_or_path = model.name_or_path = asked
     forget_gguf(model)
     _forget_dequantizing(model)
+    model._transplant.as_loaded = AsLoaded(model)
     if adapter is not None:
         load_adapter_beside(model, adapter, parts.config.recipient)
     return loaded

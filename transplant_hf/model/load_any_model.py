@@ -37,6 +37,7 @@ def load_model(
     revision: str | None = None,
     keep_replaced: bool = False,
     held_back: HeldBack | None = None,
+    quantize_donors: bool = True,
     **kwargs: Any,
 ) -> Any:
     """Load a causal language model from any kind of repository.
@@ -47,6 +48,7 @@ def load_model(
         revision: Branch, tag or commit.
         keep_replaced: Also load layers that donors replace.
         held_back: Returns how many of the first layers stay in their files.
+        quantize_donors: Whether a `quantization_config` is for donors too.
         **kwargs: As in `from_pretrained`.
     """
     check_device_map(kwargs.get("device_map"))
@@ -65,6 +67,7 @@ def load_model(
             "revision": revision,
             "keep_replaced": keep_replaced,
             "held_back": held_back,
+            "quantize_donors": quantize_donors,
         }
         return load_transplant(AutoModelForCausalLM, name, donors=donors or None, **how, **kwargs)
     return _load_plain(name, revision, gguf_file, hub, held_back, kwargs)

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..architecture import decoder_stack, is_packed, is_quantized
 from ..architecture.build import build_on_meta
 from ..cards import DONOR_TEMPLATE, render_card, write_card
 from ..config import TransplantConfig
@@ -26,6 +27,7 @@ from ..donor.tensors import MemoryTensors
 from ..errors import ConfigurationError
 from ..sources import HubOptions
 from ..splice import Blueprint
+from .as_loaded import quantization_of_recipient
 from .recipient_in_model import live_recipient_config, recipient_state
 from .save_thin_checks import check_unchanged, kept_overrides
 
@@ -56,6 +58,7 @@ def write_thin(
         "recipient": written_reference(config.recipient, target, config.recipient_revision),
         "recipient_revision": config.recipient_revision,
         "recipient_overrides": kept_overrides(model, blueprint, hub),
+        "recipient_quantization": quantization_of_recipient(model),
     }
     saved, records = _write_donors(model, blueprint, foreign_names(target), staging, target, kwargs, about_recipient)
     card = render_card(
@@ -135,10 +138,21 @@ def _write_layers(
         place = staging / folder if folder else staging
         place.mkdir(parents=True, exist_ok=True)
         numbers = layer_map.layers_of(part.name)
-        tensors = checkpoint_tensors(model, blueprint.recipient.stack_path, numbers, state_dict=state_dict)
+        if _is_away(model, blueprint, numbers):
+            store = MemoryTensors(part.donor.tensors())  # what was loaded: packed or offloaded layers are not trained
+        else:
+            path = blueprint.recipient.stack_path
+            store = MemoryTensors(checkpoint_tensors(model, path, numbers, state_dict=state_dict))
         record = dataclasses.replace(part.donor.record, name=part.name)
-        records.append(write_donor(place, record, MemoryTensors(tensors), kwargs.get("max_shard_size", "5GB")))
+        records.append(write_donor(place, record, store, kwargs.get("max_shard_size", "5GB")))
     return records
+
+
+def _is_away(model: PreTrainedModel, blueprint: Blueprint, numbers: Sequence[int]) -> bool:
+    """Whether layers are offloaded, or were quantized while they were loaded."""
+    stack = decoder_stack(model, blueprint.recipient.stack_path)
+    weights = [parameter for number in numbers for parameter in stack[number].parameters()]
+    return any(tensor.is_meta or (is_quantized(model) and is_packed(tensor)) for tensor in weights)
 
 
 def copy_model_companions(state: Any, staging: Path, target: Path) -> None:

@@ -23,22 +23,28 @@ __all__ = ["check_unchanged", "kept_overrides"]
 
 
 def check_unchanged(model: PreTrainedModel, state: Any, current: dict[str, torch.Tensor]) -> None:
-    """Compare the recipient's weights with those of the pinned recipient, which is read again."""
+    """Compare the recipient's weights with those of the pinned recipient, which is read again.
+
+    Where they are quantized or offloaded, it is enough that they were loaded by name and not changed since.
+    """
     adapters = [name for name in current if is_adapted(name)]
     if adapters:
         raise ConfigurationError(
             f"a thin save holds only donors, but an adapter is attached ({adapters[0]}). Unload it and save it by "
             "itself, or merge it (merge_and_unload) and save in full."
         )
-    away = [name for name, tensor in current.items() if tensor.is_meta]
-    if away:
-        raise ConfigurationError(
-            f"a thin save compares the recipient's weights with the pinned recipient's, but {away[0]}"
-            f"{f' and {len(away) - 1} more' if len(away) > 1 else ''} are offloaded. Load the model without offload to "
-            "save it thin, or save in full."
-        )
     if layers_in_files(model) is not None:
         return  # loaded by its name for one training, in which only donors change; the rest is not in memory
+    if is_quantized(model) or any(tensor.is_meta for tensor in current.values()):
+        how = "quantized" if is_quantized(model) else "offloaded"
+        if state.as_loaded is None:
+            raise ConfigurationError(
+                f"a thin save compares the recipient's weights with the pinned recipient's, which is not possible for "
+                f"{how} weights, and nothing is known of these: the recipient was in memory before its donors, or the "
+                "model is a copy. Load it with AutoModelWithTransplant.from_pretrained(recipient, donors=...)."
+            )
+        state.as_loaded.refuse_changed(model)
+        return
     recipient, config = _pinned_recipient(model, state), state.blueprint.config
     pinned = recipient.state_dict()
     where = f"{config.recipient}@{config.recipient_revision}" if config.recipient_revision else config.recipient
@@ -95,11 +101,6 @@ def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
             f"a thin save names its recipient, and cannot name the GGUF file that the weights of {config.recipient} "
             "were read from. Save in full (save_pretrained(folder)); or write the recipient as a plain folder once, "
             "remove_transplants(model).save_pretrained(folder), and load it from there with its donors."
-        )
-    if is_quantized(model):
-        raise ConfigurationError(
-            "a thin save compares the recipient's weights with the pinned recipient's, which is not possible for a "
-            "quantized model. Load it without quantization to save it."
         )
     hub = HubOptions(cache_dir=state.cache_dir, local_files_only=state.local_only)
     with hub_errors(config.recipient, config.recipient_revision):

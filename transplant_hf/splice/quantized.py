@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -13,7 +14,7 @@ from ..layer_map import RECIPIENT
 from .blueprint import Blueprint, DonorPart
 
 # Where quantizers keep the names of modules that stay in full precision.
-_SKIP_FIELDS = ("modules_to_not_convert", "llm_int8_skip_modules")
+SKIP_FIELDS = ("modules_to_not_convert", "llm_int8_skip_modules")
 # Words in the names of tensors that hold quantized weights, or what is needed to read them.
 QUANTISED = ("qdata", "_blocks", "_scales", "scale_inv", "absmax", "qweight", "qzeros", "weight_scale")
 
@@ -23,20 +24,33 @@ def follow_quantization(config: PreTrainedConfig, blueprint: Blueprint) -> PreTr
     fields = getattr(config, "quantization_config", None)
     if not isinstance(fields, dict):
         return config
-    path = blueprint.recipient.stack_path
-    kept = [f"{path}.{n}" for n, stage in enumerate(blueprint.built) if stage.slot.source in _full_precision(blueprint)]
-    names = LayerNames(blueprint.recipient.model, path, [])
-    fields = copy.deepcopy(fields)
-    for field in _SKIP_FIELDS:
-        listed = fields.get(field)
-        if listed is not None:
-            fields[field] = [*(moved for name in listed for moved in _moved(name, names, blueprint)), *kept]
-        elif field in fields or (field == _SKIP_FIELDS[0] and not any(f in fields for f in _SKIP_FIELDS)):
-            # Without a list, the quantizer chooses; a list with any module replaces its choice.
-            fields[field] = [*_kept_by_default(blueprint.recipient.model), *kept]
     config = copy.deepcopy(config)
-    config.quantization_config = fields
+    config.quantization_config = _renumbered(fields, blueprint, _full_precision(blueprint))
     return config
+
+
+def quantization_beside_donors(config: Any, blueprint: Blueprint, quantized: Collection[str] = ()) -> Any:
+    """Return the quantization of a recipient that is quantized while it is loaded; of donors, only for some."""
+    donors = {part.name for part in blueprint.parts} - set(quantized)
+    if isinstance(config, dict):
+        return _renumbered(config, blueprint, donors)
+    return type(config).from_dict(_renumbered(config.to_dict(), blueprint, donors))
+
+
+def _renumbered(fields: Mapping[str, Any], blueprint: Blueprint, full_precision: Collection[str]) -> dict[str, Any]:
+    """Let the names of modules that are not quantized follow the layers, and add those of donors."""
+    path = blueprint.recipient.stack_path
+    kept = [f"{path}.{n}" for n, stage in enumerate(blueprint.built) if stage.slot.source in full_precision]
+    names = LayerNames(blueprint.recipient.model, path, [])
+    made: dict[str, Any] = copy.deepcopy(dict(fields))
+    for field in SKIP_FIELDS:
+        listed = made.get(field)
+        if listed is not None:
+            made[field] = [*(moved for name in listed for moved in _moved(name, names, blueprint)), *kept]
+        elif field in fields or (field == SKIP_FIELDS[0] and not any(f in fields for f in SKIP_FIELDS)):
+            # Without a list, the quantizer chooses; a list with any module replaces its choice.
+            made[field] = [*_kept_by_default(blueprint.recipient.model), *kept]
+    return made
 
 
 def _kept_by_default(model: PreTrainedModel) -> list[str]:

@@ -85,7 +85,7 @@ def model_and_tokenizer(
         return model, tokenizer, None
     reference, loading = os.fspath(model), dict(kwargs or {})
     commit = pinned_commit(reference, revision, loading)
-    loaded = load_model(reference, revision=commit, keep_replaced=True, **loading)
+    loaded = load_model(reference, revision=commit, keep_replaced=True, quantize_donors=False, **loading)
     if tokenizer is None:
         hub, gguf_file = HubOptions.from_kwargs(loading), loading.get("gguf_file")
         tokenizer = find_tokenizer(LoadedModel(loaded, reference, commit, hub, gguf_file))

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
+from ..architecture import find_stack, is_quantized, projections_of_layers, quantization_fields, was_gguf
 from ..donor import Donor
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, Placement, Position, Splice, trained_position
 from ..model.in_memory import transplant
 from ..model.layers_in_files import layers_in_files
+from ..model.starting_copies import FROM_DEQUANTIZED, STARTED_FROM, full_precision_copies
 from ..partial import stack_of
 from ..partial.streaming import layers_in_memory
 from .arguments import DonorTrainingArguments, default_learning_rate, default_strength
@@ -28,6 +31,8 @@ from .transplant_trainer import TransplantTrainer
 
 __all__ = ["DonorTrainer"]
 
+logger = logging.get_logger(__name__)
+
 # Arguments that must be equal in a run that is resumed.
 _RUN = ("method", "mode", "donor_layers", "start_layers", "init", "distillation", "learning_rate", "seed")
 
@@ -39,7 +44,8 @@ class DonorTrainer(TransplantTrainer):
     The hidden states before it are computed once for each block of text; a step runs only the donor and what follows.
 
     Args:
-        model: The recipient: a loaded model (a transplant gets one more donor), a Hub id or a folder.
+        model: The recipient: a loaded model (a transplant gets one more donor), a Hub id or a folder. A loaded model
+            that is quantized gets the donor in place.
         args: `DonorTrainingArguments`; not changed.
         train_dataset: The text to learn: `Blocks`, a `TextSource`, a file or Hub id, or rows with a "text" column.
         replay_dataset: General text to replay against forgetting, in the same forms.
@@ -84,6 +90,7 @@ class DonorTrainer(TransplantTrainer):
         if args.learning_rate is None:
             width = recipient.config.get_text_config(decoder=True).hidden_size
             args.learning_rate = default_learning_rate(args.method, width)
+        self.quantization = quantization_fields(recipient)
         transplanted = with_untrained_donor(
             recipient,
             self.position,
@@ -94,6 +101,8 @@ class DonorTrainer(TransplantTrainer):
             start_layers=args.start_layers,
             commit=data.commit,
         )
+        untrained = transplanted._transplant.blueprint.part(self.donor_name).donor
+        self.started_from: str | None = untrained.metadata.get(STARTED_FROM)
         own = transplanted.layer_map.layers_of(self.donor_name)
         alone = args.method == "standalone"
         part = Part(own if alone else range(own[0], len(transplanted.layer_map)), from_embeddings=alone, donor=own)
@@ -104,6 +113,7 @@ class DonorTrainer(TransplantTrainer):
             "batch": rows_per_step(args),
             "dtype": str(recipient.dtype),
             "torch": torch.__version__,
+            **({"quantization": self.quantization} if self.quantization else {}),
         }
         return transplanted, part, run
 
@@ -237,17 +247,35 @@ def with_untrained_donor(
         )
     init = "copy" if mode == "replace" else init
     copied = [numbers[n] for n in start]
+    quantized, started_from = is_quantized(recipient), FROM_DEQUANTIZED if was_gguf(recipient) else None
     with layers_in_memory(recipient, copied):
-        untrained = Donor.from_model(recipient, copied, name=name, init=init, revision=commit)
+        if quantized:
+            untrained, started_from = full_precision_copies(recipient, copied, name, commit)
+        else:
+            untrained = Donor.from_model(recipient, copied, name=name, init=init, revision=commit)
     # A model whose layers are in files was loaded for this run alone, and cannot share what it does not have.
-    in_place = layers_in_files(recipient) is not None
+    in_place = quantized or layers_in_files(recipient) is not None
+    if started_from is not None:
+        logger.warning(f"The donor starts from {started_from} of the recipient, layers {', '.join(map(str, start))}.")
+        untrained = untrained.replaced(record=dataclasses.replace(untrained.record, metadata={STARTED_FROM: started_from}))
     model = transplant(recipient, untrained, position=position, mode=mode, name=name, in_place=in_place)
     if in_place:
         model._transplant.blueprint = model._transplant.blueprint.without_tensors(name)
+    own = model.layer_map.layers_of(name)
+    if quantized and init == "identity":
+        _zero_output_projections(model, own)
     model.requires_grad_(False)
-    for number in model.layer_map.layers_of(name):
+    for number in own:
         stack_of(model)[number].requires_grad_(True)
     return model
+
+
+def _zero_output_projections(model: Any, numbers: Sequence[int]) -> None:
+    """Make layers in full precision the identity, in place."""
+    with torch.no_grad():
+        for number, names in projections_of_layers(model, find_stack(model), numbers).items():
+            for name in names:
+                stack_of(model)[number].get_parameter(name).zero_()
 
 
 def _start_layers(position: Position, count: int, mode: str, num_layers: int) -> list[int]:

@@ -15,7 +15,7 @@ from .data import rows_per_step
 if TYPE_CHECKING:
     from .donor_trainer import DonorTrainer
 
-__all__ = ["note_in_donors", "training_record", "versions"]
+__all__ = ["note_in_donors", "quantization_record", "training_record", "versions"]
 
 _ARGUMENTS = (
     "method",
@@ -53,6 +53,7 @@ def training_record(trainer: DonorTrainer) -> dict[str, Any]:
         "steps": state.global_step,
         "batch": rows_per_step(args),
         **trainer.rows.described(),
+        **quantization_record(trainer.quantization, trainer.started_from),
         "trainable_parameters": trainer.trainable_parameters,
         "prefix_cache_seconds": round(trainer.cache_seconds, 3),
         "versions": versions(),
@@ -68,6 +69,12 @@ def training_record(trainer: DonorTrainer) -> dict[str, Any]:
     if trainer.held_out_perplexity:
         record["held_out_perplexity"] = trainer.held_out_perplexity
     return record
+
+
+def quantization_record(fields: Mapping[str, Any] | None, started_from: str | None = None) -> dict[str, Any]:
+    """Return how the recipient of a training was quantized, and what the donor started from; empty if it was not."""
+    known = {"recipient_quantization": fields, "started_from": started_from}
+    return {name: value for name, value in known.items() if value}
 
 
 def note_in_donors(model: Any, notes: Mapping[str, Mapping[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..architecture import is_packed, is_quantized, quantization_fields, quantization_method
 from ..donor import Donor
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
@@ -21,7 +22,7 @@ from ..partial import stack_of
 from .arguments import RecoveryArguments
 from .data import RunData
 from .part_trainer import Part
-from .records import note_in_donors, versions
+from .records import note_in_donors, quantization_record, versions
 from .transplant_trainer import TransplantTrainer
 
 __all__ = ["RecoveryTrainer"]
@@ -50,6 +51,7 @@ class RecoveryTrainer(TransplantTrainer):
         self.recovered = _donors_to_recover(data.model, args)
         model = data.model
         if {"neighbors", "norms"} & set(args.parts):
+            _refuse_quantized(model, args.parts)
             model = _with_neighbors(model, self.recovered, args.neighbors)
         _require_gradients(model, args.parts, self.recovered)
         self._gates = list(self.recovered) if "gate" in args.parts else []
@@ -83,6 +85,7 @@ class RecoveryTrainer(TransplantTrainer):
             "steps": self.state.global_step,
             "learning_rate": self.args.learning_rate,
             **self.rows.described(),
+            **quantization_record(quantization_fields(self.transplant)),
             "versions": versions(),
             **({"held_out_perplexity": held_out} if held_out else {}),
         }
@@ -100,6 +103,16 @@ class RecoveryTrainer(TransplantTrainer):
             groups += [{"params": rest, "weight_decay": self.args.weight_decay}] if rest else []
             self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(*args, **kwargs)
+
+
+def _refuse_quantized(model: Any, parts: Sequence[str]) -> None:
+    if is_quantized(model):
+        chosen = ", ".join(part for part in parts if part in ("neighbors", "norms"))
+        raise ConfigurationError(
+            f"the recipient is quantized ({quantization_method(model)}), and its layers cannot be trained: parts "
+            f'{chosen} need them in full precision. Recover the parts "donor" and "gate", or load the recipient '
+            "without quantization."
+        )
 
 
 def _donor_names(model: Any) -> list[str]:
@@ -140,6 +153,13 @@ def _require_gradients(model: Any, parts: Sequence[str], donors: Sequence[str]) 
     stack, layer_map = stack_of(model), model.layer_map
     of_donors = [number for name in donors for number in layer_map.layers_of(name)]
     neighbors = [number for number, slot in enumerate(layer_map) if slot.source.startswith(_PREFIX)]
+    packed = [number for number in of_donors if any(map(is_packed, stack[number].parameters()))]
+    if packed and is_quantized(model) and {"donor", "norms"} & set(parts):
+        raise ConfigurationError(
+            f"layers {', '.join(map(str, packed))} of the donors were quantized with the recipient, and only layers in "
+            "full precision can be trained. Name the transplant instead of passing a loaded model: its donors then "
+            "stay in full precision."
+        )
     for number in [*of_donors, *neighbors]:
         if ("donor" if number in of_donors else "neighbors") in parts:
             stack[number].requires_grad_(True)

@@ -45,6 +45,7 @@ class TrainingReport:
         strength: The saved strength of each donor.
         held_out: `{text: {"recipient": ..., "before": ..., "after": ...}}`, perplexities on held-out texts; "after"
             at the saved strengths.
+        started_from: Where the first weights of a donor for a quantized recipient are from.
     """
 
     output: str
@@ -57,6 +58,7 @@ class TrainingReport:
     learning_rate: float
     strength: Mapping[str, float]
     held_out: Mapping[str, Mapping[str, float]]
+    started_from: str | None = None
 
     @property
     def perplexity(self) -> Mapping[str, float]:
@@ -79,6 +81,7 @@ class TrainingReport:
             f"learning rate       {self.learning_rate:g}",
             f"strength            {strengths}",
         ]
+        lines += [f"started from        {self.started_from}"] if self.started_from else []
         for text, numbers in self.held_out.items():
             lines += [f"perplexity on {text}"] if len(self.held_out) > 1 else []
             lines += [f"{f'perplexity {name}':<19} {value:.2f}" for name, value in numbers.items()]
@@ -165,6 +168,7 @@ def train(
         learning_rate=trainer.args.learning_rate,
         strength=dict(trainer.transplant.strengths),
         held_out=perplexities,
+        started_from=getattr(trainer, "started_from", None),
     )
 
 

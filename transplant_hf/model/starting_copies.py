@@ -1,0 +1,143 @@
+"""Layers of a quantized model in full precision, for a donor that starts from them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from ..architecture import Anatomy, LayerNames, decoder_stack, dequantized_layer, find_stack, quantization_method
+from ..donor import Donor
+from ..donor.extract import checkpoint_tensors
+from ..donor.record import DonorRecord
+from ..donor.tensors import MemoryTensors, read_shard_index
+from ..errors import CheckpointError, HubError
+from ..sources import HubOptions, Source, locate
+from ..splice import open_checkpoint
+from ..splice.quantized import QUANTISED
+from ..storage import read_json
+from .live import without_quantization
+from .native_methods import recipient_class
+from .surface import TransplantMixin
+
+__all__ = ["FROM_CHECKPOINT", "FROM_DEQUANTIZED", "STARTED_FROM", "full_precision_copies"]
+
+STARTED_FROM = "started_from"  # in a donor's metadata
+FROM_CHECKPOINT, FROM_DEQUANTIZED = "the full-precision checkpoint", "dequantized weights"
+# In the order in which Transformers looks for them.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def full_precision_copies(
+    model: Any, numbers: Sequence[int], name: str | None, revision: str | None = None
+) -> tuple[Donor, str]:
+    """Return a donor with copies of recipient layers of a quantized model, and where their weights are from.
+
+    Args:
+        model: The model; its recipient's checkpoint is read where it is on this machine and in full precision.
+        numbers: Running numbers of the layers.
+        name: The donor's name.
+        revision: The commit that a model without donors was loaded from.
+
+    Raises:
+        CheckpointError: Weights that cannot be dequantized.
+    """
+    state = getattr(model, "_transplant", None)
+    known = state.blueprint.config if state is not None else None
+    reference = known.recipient if known is not None else model.config.name_or_path
+    revision = known.recipient_revision if known is not None else revision
+    native = recipient_class(type(model)) if isinstance(model, TransplantMixin) else type(model)
+    config = without_quantization(state.blueprint.recipient.config if state is not None else model.config)
+    plain = Anatomy(native, config, f"recipient {reference or native.__name__}")
+    indices = [slot.index for slot in (model.layer_map[n] for n in numbers)] if state is not None else list(numbers)
+    fields = copy.deepcopy(config.to_dict())
+    fields.pop("_name_or_path", None)
+    record = DonorRecord(
+        model_type=config.model_type,
+        source_config=fields,
+        layer_indices=tuple(indices),
+        source_id=reference or None,
+        source_revision=revision,
+        name=name,
+    )
+    hub = HubOptions(cache_dir=getattr(state, "cache_dir", None), local_files_only=True)
+    tensors = _from_checkpoint(reference, revision, hub, plain, indices) if reference else None
+    where = FROM_DEQUANTIZED if tensors is None else FROM_CHECKPOINT
+    if tensors is None:
+        tensors = _from_memory(model, numbers, plain, indices)
+    return Donor(record, MemoryTensors(tensors)), where
+
+
+def _from_memory(model: Any, numbers: Sequence[int], plain: Anatomy, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Dequantize layers of a model."""
+    path, method = find_stack(model), str(quantization_method(model))
+    stack = decoder_stack(model, path)
+    weights: dict[str, torch.Tensor] = {}
+    for number, index in zip(numbers, indices, strict=True):
+        layer = dequantized_layer(stack[number], plain.layers[index], f"{path}.{number}", method)
+        weights |= {f"{plain.stack_path}.{index}.{name}": tensor for name, tensor in layer.items()}
+    return checkpoint_tensors(plain.model, plain.stack_path, list(indices), state_dict=weights)
+
+
+def _from_checkpoint(
+    reference: str, revision: str | None, hub: HubOptions, plain: Anatomy, indices: Sequence[int]
+) -> dict[str, torch.Tensor] | None:
+    """Read layers from a recipient's files; `None` where these are not at hand, or not in full precision."""
+    try:
+        source = locate(reference, files=("config.json", *_WEIGHTS), revision=revision, hub=hub)
+        files = _weight_files(source, revision, hub)
+    except (HubError, LocalEntryNotFoundError, CheckpointError):
+        return None
+    path = source.folder / "config.json"
+    if not files or not path.is_file():
+        return None
+    method = (read_json(path, "config.json").get("quantization_config") or {}).get("quant_method")
+    if method not in (None, "mxfp4"):
+        return None
+    names = LayerNames(plain.model, plain.stack_path)
+    found: dict[str, Any] = {}
+    for raw, part in open_checkpoint([str(file) for file in files], None, True)[0].items():
+        parts = names.split(raw)
+        if parts is not None and parts.number in indices and not names.is_ignored(raw):
+            found[f"layers.{list(indices).index(parts.number)}.{parts.rest}"] = part
+    read = _unpacked({name: part[...] for name, part in found.items()}, method)
+    if not read or any(marker in name for name in read for marker in QUANTISED):
+        return None
+    return read if all(tensor.is_floating_point() for tensor in read.values()) else None
+
+
+def _weight_files(source: Source, revision: str | None, hub: HubOptions) -> list[Path]:
+    first = next((name for name in _WEIGHTS if (source.folder / name).is_file()), None)
+    if first is None:
+        return []
+    if not first.endswith(".index.json"):
+        return [source.folder / first]
+    suffix = Path(first.removesuffix(".index.json")).suffix
+    names = sorted(set(read_shard_index(source.folder / first, suffix=suffix).values()))
+    if source.from_hub:
+        source = locate(source.reference, files=names, revision=revision, hub=hub)
+    return [source.folder / name for name in names] if all((source.folder / n).is_file() for n in names) else []
+
+
+def _unpacked(tensors: Mapping[str, torch.Tensor], method: str | None) -> dict[str, torch.Tensor]:
+    """Dequantize MXFP4, which has blocks of numbers and their scales in the place of each weight."""
+    if method is None:
+        return dict(tensors)
+    made = {}
+    for name, tensor in tensors.items():
+        plain = name.removesuffix("_blocks")
+        if plain != name:
+            made[plain] = convert_moe_packed_tensors(tensor, tensors[f"{plain}_scales"])
+        elif not name.endswith("_scales"):
+            made[name] = tensor
+    return made
