@@ -132,7 +132,7 @@ def test_a_recipient_that_is_saved_quantized_is_dequantized(
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "donor")
     made.finish()
     wanted = logits_of(made.transplant.eval())
-    assert (logits_of(again) - wanted).norm() < 0.02 * wanted.norm()  # 4 bits: another kernel on some CPUs
+    assert (logits_of(again) - wanted).norm() < 0.05 * wanted.norm()  # 4 bits: another kernel on some CPUs
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:
@@ -146,6 +146,22 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     assert Donor.from_pretrained(tmp_path / "donor").metadata["recipient_quantization"] == {"quant_method": "gguf"}
     again = AutoModelWithTransplant.from_pretrained(tmp_path / "donor", gguf_file=NAME)
     torch.testing.assert_close(logits_of(again), logits_of(made.transplant))
+
+
+def test_weights_that_were_arranged_for_a_cpu_kernel_are_arranged_back() -> None:
+    bnb: Any = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(192, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).eval()
+    weight = torch.randn(64, 192) * torch.rand(64, 1)
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer).to("cpu")
+    wanted = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    if not layer.support_avx512bf16_for_cpu:
+        pytest.skip("this CPU has no such kernel")
+    for _ in range(2):  # the scales are rounded to bfloat16 on the way
+        layer.support_avx512bf16_for_cpu = True
+        with torch.no_grad():
+            layer(torch.randn(2, 192))
+        found = dequantized_layer(layer, nn.Linear(192, 64, bias=False, device="meta"), "layer", "bitsandbytes")
+        assert (found["weight"] - wanted).norm() < 0.004 * wanted.norm()
 
 
 def test_a_kind_of_layer_without_gradients_is_refused(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def dequantized_layer(layer: nn.Module, plain: nn.Module, what: str, method: str
     return found
 
 
-def _dequantized(module: Any, tensor: torch.Tensor, what: str, method: str) -> torch.Tensor:
+def _dequantized(module: Any, tensor: Any, what: str, method: str) -> torch.Tensor:
     kind = type(tensor).__name__
     if kind in ("Params4bit", "Int8Params"):
         from bitsandbytes import functional
@@ -96,7 +96,13 @@ def _unpack(module: Any) -> None:
     """
     if getattr(module, "support_avx512bf16_for_cpu", False):
         module.support_avx512bf16_for_cpu = False
-        module.state_dict()  # which arranges them back
+        state = getattr(module.weight, "quant_state", None)
+        if not getattr(state, "packing_format_for_cpu", False):
+            return
+        module.state_dict()  # which arranges them back, but leaves the scales transposed
+        state = module.weight.quant_state
+        if not state.nested and state.absmax.dim() == 2:
+            state.absmax = state.absmax.T.contiguous().reshape(-1).float()
 
 
 @contextmanager
