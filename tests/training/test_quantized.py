@@ -17,7 +17,7 @@ from tests.helpers import BUILDERS, layers_of, logits_of, refused, write_tokeniz
 from tests.model.test_gguf import NAME, write_gguf
 from tests.training.helpers import losses, noise, trainer
 from transplant_hf import AutoModelWithTransplant, CompatibilityError, ConfigurationError, Donor, train
-from transplant_hf.architecture import output_projections, quantization_method
+from transplant_hf.architecture import projections_of_layers, quantization_method
 from transplant_hf.architecture.quantized import dequantized_layer
 from transplant_hf.errors import CheckpointError
 from transplant_hf.model.load_any_model import load_model
@@ -185,7 +185,7 @@ def test_what_cannot_be_dequantized_is_named() -> None:
 def test_projections_of_quantized_layers_are_refused(tmp_path: Path) -> None:
     model = load_model(write_recipient(tmp_path), quantization_config=METHODS["torchao-int8"]())
     with refused(CheckpointError, "model.layers.1.self_attn.q_proj.weight", "quantized"):
-        output_projections(model, "model.layers", 1)
+        projections_of_layers(model, "model.layers", [1])
 
 
 def test_train_and_recover(tmp_path: Path) -> None:

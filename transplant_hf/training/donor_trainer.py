@@ -257,7 +257,8 @@ def with_untrained_donor(
     in_place = quantized or layers_in_files(recipient) is not None
     if started_from is not None:
         logger.warning(f"The donor starts from {started_from} of the recipient, layers {', '.join(map(str, start))}.")
-        untrained = untrained.replaced(record=dataclasses.replace(untrained.record, metadata={STARTED_FROM: started_from}))
+        record = dataclasses.replace(untrained.record, metadata={STARTED_FROM: started_from})
+        untrained = untrained.replaced(record=record)
     model = transplant(recipient, untrained, position=position, mode=mode, name=name, in_place=in_place)
     if in_place:
         model._transplant.blueprint = model._transplant.blueprint.without_tensors(name)
