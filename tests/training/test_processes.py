@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.helpers import refused
+from tests.helpers import refused, write_tokenizer
 from tests.training.helpers import arguments, recipient, trainer
 from transplant_hf import ConfigurationError
 from transplant_hf.training.sharded import check_sharding
@@ -54,8 +54,9 @@ class StopAt5(TrainerCallback):
             raise KeyboardInterrupt
 
 
+model = recipient() if "stream_prefix" not in fields else folder / "recipient"
 made = trainer(
-    folder, recipient(), position=3, replay_dataset=noise(seed=2, name="general"), eval_dataset=noise(seed=1), **fields
+    folder, model, position=3, replay_dataset=noise(seed=2, name="general"), eval_dataset=noise(seed=1), **fields
 )
 assert made.is_fsdp_enabled == ("fsdp" in fields)
 if run == "stop":
@@ -83,6 +84,9 @@ def _zero(stage: int) -> dict[str, Any]:
 def _run(folder: Path, run: str = "whole", processes: int = 2, **fields: Any) -> list[float]:
     """Train in several processes; returns the losses of the steps and of an evaluation after them."""
     folder.mkdir(exist_ok=True)
+    if "stream_prefix" in fields:
+        recipient().save_pretrained(folder / "recipient")
+        write_tokenizer(folder / "recipient")
     script = folder / "script.py"
     script.write_text(_SCRIPT)
     # Accelerate starts several processes on CPUs only through MPI; with this flag it starts them itself.
@@ -114,6 +118,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Pat
     two = _run(tmp_path / "two", prefix_cache_dir=str(tmp_path / "states"))
     assert two == pytest.approx(one, rel=1e-4)
     assert len(list((tmp_path / "states").iterdir())) == 2, "each process computes its share of the hidden states"
+    assert _run(tmp_path / "streamed", stream_prefix=True) == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.slow

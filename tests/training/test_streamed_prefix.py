@@ -25,7 +25,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from tests.helpers import BUILDERS, TOKENS, copied, logits_of, randomised, refused, write_tokenizer
+from tests.helpers import BUILDERS, TOKENS, copied, logits_of, randomised, refused, run_python, write_tokenizer
 from tests.training.helpers import losses, noise, recipient, trainer
 from transplant_hf import AutoModelWithTransplant, CheckpointError, CompatibilityError, ConfigurationError, DataError
 from transplant_hf.model.layers_in_files import LayersInFiles
@@ -342,6 +342,28 @@ def stopping_after(layer: int) -> Any:
         finish(self, layers)
 
     return finished
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.training.test_streamed_prefix import StateFiles, streamed
+finish = StateFiles.finish
+StateFiles.finish = lambda self, layers: (finish(self, layers), layers == 2 and os.kill(os.getpid(), signal.SIGKILL))
+streamed(Path(sys.argv[2]), Path(sys.argv[1])).train()
+"""
+
+
+@pytest.mark.slow
+def test_killed_after_a_layer_and_continued(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="exit status -9"):
+        run_python(KILLED, folder, tmp_path / "out")
+    again = streamed(tmp_path / "out", folder)
+    again.train()
+    assert held(again).bytes_read == prefix_bytes(folder, 1)  # the layer that the donor starts from, and the last one
+    plain = streamed(tmp_path / "plain", folder, stream_prefix=False)
+    plain.train()
+    assert same_donors(again, plain)
 
 
 def test_a_kept_cache_needs_no_layer(folder: Path, tmp_path: Path) -> None:
