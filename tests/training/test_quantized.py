@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig,
 
 from tests.helpers import BUILDERS, layers_of, logits_of, refused, write_tokenizer
 from tests.model.test_gguf import NAME, write_gguf
-from tests.training.helpers import losses, noise, trainer
+from tests.training.helpers import arguments, losses, noise, trainer
 from transplant_hf import AutoModelWithTransplant, CompatibilityError, ConfigurationError, Donor, train
 from transplant_hf.architecture import projections_of_layers, quantization_method
 from transplant_hf.architecture.quantized import dequantized_layer
 from transplant_hf.errors import CheckpointError
 from transplant_hf.model.load_any_model import load_model
 from transplant_hf.model.starting_copies import FROM_CHECKPOINT, FROM_DEQUANTIZED
-from transplant_hf.training import recover
+from transplant_hf.training import DonorTrainer, recover
 
 
 def torchao(name: str, **fields: Any) -> Callable[[], Any]:
@@ -256,3 +256,16 @@ def test_a_changed_recipient_is_refused(tmp_path: Path) -> None:
     model.model.norm.weight.grad = torch.ones(64)
     refuse(model, "model.norm.weight", "gradient")
     refuse(copy.deepcopy(loaded()), "quantized", "copy", "AutoModelWithTransplant.from_pretrained")
+
+
+@pytest.mark.parametrize("method", ["torchao-int8", "bitsandbytes-8bit"])
+def test_layers_are_quantized_one_at_a_time(method: str, tmp_path: Path) -> None:
+    folder, made = write_recipient(tmp_path / "recipient"), []
+    for stream in (True, False):
+        args = arguments(tmp_path / str(stream), donor_layers=1, max_steps=3, stream_prefix=stream)
+        how = {"quantization_config": METHODS[method]()}
+        made.append(DonorTrainer(folder, args, noise(), model_kwargs=how))
+        made[-1].train()
+    streamed, resident = (one.donor.tensors() for one in made)
+    assert made[0].model._layers_in_files.absent == [0, 1, 2]
+    assert all(torch.equal(streamed[name], tensor) for name, tensor in resident.items())

@@ -264,7 +264,8 @@ def with_untrained_donor(
         model._transplant.blueprint = model._transplant.blueprint.without_tensors(name)
     own = model.layer_map.layers_of(name)
     if quantized and init == "identity":
-        _zero_output_projections(model, own)
+        with layers_in_memory(model, own):
+            _zero_output_projections(model, own)
     model.requires_grad_(False)
     for number in own:
         stack_of(model)[number].requires_grad_(True)
