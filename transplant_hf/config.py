@@ -7,7 +7,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -154,6 +154,38 @@ class DonorSpec:
             )
 
     @classmethod
+    def parse(cls, text: str, mode: str | None = None) -> DonorSpec:
+        """Read `DONOR@POSITION`, or `DONOR` for the position that the donor recommends.
+
+        Several positions, with commas between, spread a donor through the recipient. A folder may have an @ in its
+        name: text that names a folder is a donor without a position.
+
+        Args:
+            text: The text.
+            mode: "insert" or "replace"; by default what the donor recommends, and with a position "insert".
+
+        Returns:
+            The spec.
+
+        Raises:
+            ConfigurationError: There is something else than a position behind the @.
+
+        Example:
+            >>> [DonorSpec.parse(text).position for text in ("user/law@3", "user/law@10,20,29", "user/law")]
+            [3, (10, 20, 29), None]
+        """
+        donor, at, position = text.rpartition("@")
+        if not at or Path(text).is_dir():
+            return cls(text, mode=mode)  # type: ignore[arg-type]
+        numbers = position.split(",")
+        if not donor or not all(number.isascii() and number.isdigit() for number in numbers):
+            raise ConfigurationError(
+                "a donor is DONOR or DONOR@POSITION, such as user/gpt2-law@10, or user/gpt2-law@4,8,11 for one that is "
+                f"spread through the recipient; got {text!r}."
+            )
+        return cls(donor, tuple(map(int, numbers)), mode)  # type: ignore[arg-type]
+
+    @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> DonorSpec:
         """Create a spec from JSON fields; an unknown field is an error.
 
@@ -235,7 +267,8 @@ def donor_specs(donors: Any) -> list[DonorSpec]:
         elif isinstance(entry, Mapping):
             specs.append(DonorSpec.from_dict(entry))
         else:
-            specs.append(DonorSpec(_reference(entry)))
+            reference = _reference(entry)
+            specs.append(DonorSpec.parse(reference) if isinstance(entry, str) else DonorSpec(reference))
     _check_unique_names(specs)
     return specs
 

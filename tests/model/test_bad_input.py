@@ -256,3 +256,12 @@ def test_a_state_dict_of_ones_own(family: Path) -> None:
 def test_the_class_is_not_called(family: Path) -> None:
     with refused(ConfigurationError, "from_pretrained", "from_config"):
         AutoModelWithTransplant()
+
+
+def test_one_donor_has_a_position_in_its_text(tiny_gpt2: Path) -> None:
+    model = load(tiny_gpt2 / "recipient", donors=f"{tiny_gpt2 / 'donor'}@2")
+    assert [slot.source for slot in model.layer_map][2:4] == ["donor", "donor"]
+    with refused(ConfigurationError, "DONOR@POSITION", "law@two"):
+        load(tiny_gpt2 / "recipient", donors=["law@two"])
+    with refused(ConfigurationError, "there is no argument donor=", "donors={donor: position}"):
+        load(tiny_gpt2 / "recipient", donor=str(tiny_gpt2 / "donor"))

@@ -6,10 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from ..errors import ConfigurationError
 
 if TYPE_CHECKING:
     from ..config import DonorSpec
@@ -29,27 +26,10 @@ _KNOWN = ("auto", *dict.fromkeys(_DTYPES.values()))
 
 
 def donor_spec(text: str, mode: str | None = None) -> DonorSpec:
-    """Read `DONOR@POSITION`, or `DONOR` for the position that the donor recommends.
-
-    Several positions, with commas between, spread a donor through the recipient. A folder may have an @ in its name:
-    text that names a folder is a donor without a position.
-
-    Example:
-        >>> [donor_spec(text).position for text in ("user/law@3", "user/law@10,20,29", "user/law")]
-        [3, (10, 20, 29), None]
-    """
+    """Read `DONOR@POSITION`, or `DONOR` for the position that the donor recommends; see `DonorSpec.parse`."""
     from ..config import DonorSpec
 
-    donor, at, position = text.rpartition("@")
-    if not at or Path(text).is_dir():
-        return DonorSpec(text, mode=mode)  # type: ignore[arg-type]
-    numbers = position.split(",")
-    if not donor or not all(number.isascii() and number.isdigit() for number in numbers):
-        raise ConfigurationError(
-            "a donor is DONOR or DONOR@POSITION, such as user/gpt2-law@10, or user/gpt2-law@4,8,11 for one that is "
-            f"spread through the recipient; got {text!r}."
-        )
-    return DonorSpec(donor, tuple(map(int, numbers)), mode)  # type: ignore[arg-type]
+    return DonorSpec.parse(text, mode)
 
 
 def layer_range(text: str) -> range:

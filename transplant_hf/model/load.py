@@ -106,7 +106,7 @@ class AutoModelWithTransplant:
         Args:
             pretrained_model_name_or_path: A transplant or donor repo or folder; or, with `donors`, a recipient.
             *model_args: As in Transformers.
-            donors: `{donor: position}` or a list of `DonorSpec`, when a recipient is named.
+            donors: `{donor: position}`, `DonorSpec` objects or text such as "user/law@10", when a recipient is named.
             config: A `TransplantConfig` to use instead of the repo's own.
             auto_class: The Auto class whose head is wanted; causal language modelling by default.
             keep_replaced: Also load layers that donors replace, so that those donors can be switched off.
@@ -165,6 +165,10 @@ def load_transplant(
     if kwargs.get("state_dict") is not None:
         raise ConfigurationError(
             "state_dict= cannot be combined with donors; use transplant_hf.transplant(model, donor, position)."
+        )
+    if "donor" in kwargs:
+        raise ConfigurationError(
+            f"there is no argument donor={kwargs['donor']!r}; donors={{donor: position}} names them."
         )
     hub, gguf_file = HubOptions.from_kwargs(kwargs), kwargs.get("gguf_file")
     check_gguf_reader(gguf_file)
