@@ -49,7 +49,8 @@ def test_every_public_name_is_there(name: str) -> None:
 def test_a_verb_is_a_function_with_a_docstring(verb: str) -> None:
     assert verb in transplant_hf.__all__
     assert callable(getattr(transplant_hf, verb))
-    assert getattr(transplant_hf, verb).__name__ == verb
+    # The module with the old names of export is called as the function is.
+    assert getattr(transplant_hf, verb).__name__.rpartition(".")[2] == verb
     assert inspect.getdoc(getattr(transplant_hf, verb))
 
 

@@ -67,13 +67,14 @@ def donor_folders(names: Sequence[str], foreign: Collection[str] = ()) -> list[s
     return found
 
 
-def refuse_recipients_place(recipient: str, folder: Path, revision: str | None) -> None:
-    """Refuse a folder in which this save, or the next one, would replace the recipient itself."""
+def refuse_recipients_place(recipient: str, folder: Path, revision: str | None, full: bool = False) -> None:
+    """Refuse a folder in which this save, or the next full one, would replace the recipient itself."""
     path = points_to_folder(recipient, revision=revision)
     if path is None or not path.is_dir():
         return
     place = folder.expanduser().resolve()
-    if path.resolve() == place / RECIPIENT_FOLDER:
+    # A full save writes its recipient there again.
+    if not full and path.resolve() == place / RECIPIENT_FOLDER:
         raise ConfigurationError(
             f"{folder} holds the recipient in its subfolder {RECIPIENT_FOLDER}, where a full save in the transplant "
             "format writes its own recipient, so that a later save would replace it. Choose another folder, or rename "

@@ -117,7 +117,7 @@ def _write_model(
     variant = kwargs.get("variant")
     if native_format or folded is not None:
         _refuse_donors_place(blueprint, target)
-    refuse_recipients_place(blueprint.config.recipient, target, blueprint.config.recipient_revision)
+    refuse_recipients_place(blueprint.config.recipient, target, blueprint.config.recipient_revision, full=not thin)
     if thin:
         refuse_foreign_model(target)
     with publish(target, (lambda folder: ()) if variant else replaced_in) as staging:
