@@ -160,6 +160,7 @@ def test_steps_follow_from_epochs(tmp_path: Path) -> None:
         ({"position": 3, "mode": "replace"}, ("position 3 of", "outside 0..2", "2 are replaced")),
         ({"donor_layers": 5}, ("donor_layers=5", "4 layers")),
         ({"method": "alone"}, ("method must be one of", "'alone'")),
+        ({"distillation": -1.0}, ("distillation", "-1.0")),
         ({"distillation": 1.0, "mode": "replace"}, ("distillation", "insert")),
         ({"cache_prefix": "tape"}, ("cache_prefix must be one of", "'tape'")),
         ({"prefix_cache_limit": "much"}, ("prefix_cache_limit", "such as 80GiB", "got 'much'")),

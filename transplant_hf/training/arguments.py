@@ -68,6 +68,8 @@ class PartTrainingArguments(TrainingArguments):
             rate = getattr(self, name, None)
             if rate is not None and not 0 < rate < math.inf:
                 raise ConfigurationError(f"{name} must be a finite number above 0, got {rate}.")
+        if not 0 <= self.distillation < math.inf:
+            raise ConfigurationError(f"distillation must be a finite number from 0, got {self.distillation}.")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "held_out_blocks"):
             count = getattr(self, name)
             if count is not None and count < 1:
