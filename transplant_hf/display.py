@@ -10,7 +10,15 @@ from tqdm import tqdm
 
 from .errors import ConfigurationError
 
-__all__ = ["align_table", "bytes_text", "numbers_text", "parse_size", "position_text", "progress_bar"]
+__all__ = [
+    "align_table",
+    "bytes_text",
+    "numbers_text",
+    "parse_size",
+    "position_numbers",
+    "position_text",
+    "progress_bar",
+]
 
 _MAX_LISTED = 6  # a longer run of consecutive numbers is shown as a range
 _MAX_LISTED_NUMBERS = 12
@@ -54,7 +62,12 @@ def position_text(position: int | Sequence[int]) -> str:
         >>> position_text(3), position_text((10, 20, 29))
         ('position 3', 'positions 10, 20, 29')
     """
-    return f"position {position}" if isinstance(position, int) else f"positions {', '.join(map(str, position))}"
+    return f"position{'' if isinstance(position, int) else 's'} {position_numbers(position)}"
+
+
+def position_numbers(position: int | Sequence[int]) -> str:
+    """Return the numbers alone, such as "3" or "10, 20, 29"."""
+    return str(position) if isinstance(position, int) else ", ".join(map(str, position))
 
 
 def align_table(rows: Sequence[Sequence[str]]) -> str:

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..config import DonorSpec, TransplantConfig
-from ..display import position_text
+from ..display import position_numbers, position_text
 from ..errors import ConfigurationError
 from ..heads import CAUSAL_LM, Head
 from ..layer_map import RECIPIENT, LayerMap, Placement, Splice
@@ -131,7 +131,7 @@ def _donor_facts(spec: DonorSpec, record: DonorRecord, native: bool) -> dict[str
         "count": count,
         "layers": f"layer{'s' if count > 1 else ''} {', '.join(map(str, record.layer_indices))}",
         "source": _model_name(record.source_id) if record.source_id else None,
-        "position": position_text(spec.position).partition(" ")[2],
+        "position": position_numbers(spec.position),
         "place": position_text(spec.position),
         "replaces": spec.mode == "replace",
         "strength": spec.strength if spec.strength != 1.0 else None,

@@ -17,9 +17,9 @@ import torch
 
 from ..architecture import eval_mode
 from ..display import progress_bar
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import ConfigurationError
 from ..storage import writing
-from .states import hidden_states
+from .states import hidden_states, refuse_not_finite
 
 __all__ = ["PrefixCache", "fill_cache"]
 
@@ -102,11 +102,7 @@ def fill_cache(
             for start in range(0, len(numbers), batch_size):
                 some = numbers[start : start + batch_size]
                 states = states_of(some)
-                if not torch.isfinite(states).all():
-                    raise CheckpointError(
-                        f"the hidden state before layer {position} is not finite for blocks {some[0]}..{some[-1]}: the "
-                        "recipient's weights contain NaN or infinity, or its dtype is too small. Try dtype=float32."
-                    )
+                refuse_not_finite(states, f"before layer {position}", some)
                 yield states
                 bar.update(len(some))
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
-from ..errors import ConfigurationError
+from ..errors import CheckpointError, ConfigurationError
 from .running import hidden_argument, stack_of
 
-__all__ = ["hidden_states", "recorded_states"]
+__all__ = ["hidden_states", "recorded_states", "refuse_not_finite"]
 
 
 class _LastPositionReached(Exception):  # noqa: N818 - not an error
@@ -74,3 +74,12 @@ def recorded_states(model: Any, positions: Collection[int], stop: bool = False) 
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def refuse_not_finite(states: torch.Tensor, where: str, blocks: Sequence[int]) -> None:
+    """Refuse hidden states of some blocks of text that contain NaN or infinity; `where` says which states."""
+    if not torch.isfinite(states).all():
+        raise CheckpointError(
+            f"the hidden state {where} is not finite for blocks {blocks[0]}..{blocks[-1]}: the recipient's weights "
+            "contain NaN or infinity, or its dtype is too small. Try dtype=float32."
+        )

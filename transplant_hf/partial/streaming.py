@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..architecture import eval_mode
 from ..display import progress_bar
-from ..errors import BUILD_ERRORS, CheckpointError, CompatibilityError, DataError, TransplantError
+from ..errors import BUILD_ERRORS, CompatibilityError, DataError, TransplantError
 from ..layer_map import RECIPIENT
 from ..model.layers_in_files import LayersInFiles, layers_in_files
 from ..model.strength import is_entrance
@@ -29,7 +29,7 @@ from ..storage import locked
 from .cache import PrefixCache
 from .running import PREFIX_STATES, PartialRun, running_only, stack_of
 from .state_files import StateFiles, StatesInMemory
-from .states import hidden_states
+from .states import hidden_states, refuse_not_finite
 
 __all__ = ["StreamedStates", "Text", "layers_in_memory", "stream_prefix"]
 
@@ -228,12 +228,7 @@ class _Run:
                     some = text.numbers[start : start + self._batch_size]
                     entering = states.read(place, start, len(some)) if unit[0] > 0 else None
                     found = self._states_after(unit[-1] + 1, self._ids(text, some), entering)
-                    if not torch.isfinite(found).all():
-                        raise CheckpointError(
-                            f"the hidden state after layer {unit[-1]} is not finite for blocks {some[0]}..{some[-1]}: "
-                            "the recipient's weights contain NaN or infinity, or its dtype is too small. Try "
-                            "dtype=float32."
-                        )
+                    refuse_not_finite(found, f"after layer {unit[-1]}", some)
                     states.write(place, start, found)
                     bar.update(len(some))
 
