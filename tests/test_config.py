@@ -223,9 +223,9 @@ def test_a_donor_may_be_in_a_folder_called_donor() -> None:
 
 def test_a_name_that_was_not_given_stays_open() -> None:
     """The record's name takes its place once the donor is opened."""
-    assert not DonorSpec("user/law", 1).is_named
-    assert not DonorSpec("user/law", 1).replaced(position=2).is_named
-    assert DonorSpec("user/law", 1, name="law").replaced(position=2).is_named
+    assert "name" in DonorSpec("user/law", 1).defaults
+    assert "name" in DonorSpec("user/law", 1).replaced(position=2).defaults
+    assert "name" not in DonorSpec("user/law", 1, name="law").replaced(position=2).defaults
 
 
 @pytest.mark.parametrize("donors", [3, [3], {3: 1}, {"user/law": 1, 4: 2}])

@@ -64,14 +64,14 @@ class DonorSpec:
         position: How many recipient layers run before the donor, 0..L, in the untouched recipient's numbering; `None`
             is the position that the donor recommends.
         mode: "insert" adds the donor's k layers; "replace" removes recipient layers position .. position+k-1. By
-            default "insert", at the recommended position what the donor recommends.
+            default "insert"; without a position what the donor recommends.
         revision: Branch, tag or commit of the donor's repo; a commit once saved.
         subfolder: Folder inside the donor's repo.
         name: What the donor is called in the layer map; defaults to the last part of `donor`, and for "." to the name
             in the donor's record.
         layers: A contiguous part of the donor, by its own order 0..k-1; all of it by default.
-        strength: Scales what the donor's layers add to the hidden state; 0 is exactly the recipient. By default 1, at
-            the recommended position what the donor recommends.
+        strength: Scales what the donor's layers add to the hidden state; 0 is exactly the recipient. By default 1;
+            without a position what the donor recommends.
 
     Raises:
         ConfigurationError: A value of the wrong type.
@@ -90,12 +90,18 @@ class DonorSpec:
     name: str | None = None
     layers: tuple[int, ...] | None = None
     strength: float = None  # type: ignore[assignment]
+    # Which of mode, strength and name were not given.
+    defaults: frozenset[str] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "donor", _text(self.donor, "donor", 'a Hub id, a folder or "."'))
         for field in ("revision", "subfolder", "name"):
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, _text(getattr(self, field), f"{field} of donor {self.donor!r}"))
+        defaults = {name for name in ("mode", "strength", "name") if getattr(self, name) is None}
+        if (self.donor, self.name) == (".", "donor"):  # before the name of its repository is known
+            defaults.add("name")
+        object.__setattr__(self, "defaults", frozenset(defaults))
         if self.position is not None:
             for name, default in (("mode", "insert"), ("strength", 1.0)):
                 if getattr(self, name) is None:
@@ -108,8 +114,6 @@ class DonorSpec:
         if self.layers is not None:
             what = f"layers of donor {self.donor!r}, counted from 0 in the donor,"
             object.__setattr__(self, "layers", tuple(consecutive_layers(self.layers, what, "[0, 1]")))
-        # "donor" is the name of "." before the name of its repository is known.
-        object.__setattr__(self, "has_own_name", self.name is not None and (self.donor, self.name) != (".", "donor"))
         if self.name is None:
             object.__setattr__(self, "name", _default_name(self.donor, self.subfolder))
         elif not _PLAIN_NAME.fullmatch(self.name):
@@ -117,18 +121,13 @@ class DonorSpec:
                 f"name of donor {self.donor!r} must also be a valid name of a folder, got '{self.name}'."
             )
 
-    @property
-    def is_named(self) -> bool:
-        """Whether its name was given; by default it is the last part of `donor`."""
-        return bool(vars(self)["has_own_name"])
-
     def replaced(self, **changes: Any) -> DonorSpec:
         """Return a copy with other values for some fields. A default name follows the new values.
 
         Args:
             **changes: The fields, such as `position=2`.
         """
-        return dataclasses.replace(self, **{"name": self.name if self.is_named else None, **changes})
+        return dataclasses.replace(self, **{**({"name": None} if "name" in self.defaults else {}), **changes})
 
     def _check_position(self) -> None:
         what = f"position of donor {self.donor!r}"
@@ -198,7 +197,7 @@ class DonorSpec:
         Raises:
             ConfigurationError: Unknown or missing fields, or values of the wrong type.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = [field.name for field in dataclasses.fields(cls) if field.init]
         unknown = sorted(set(fields) - set(known))
         if unknown:
             raise ConfigurationError(
@@ -208,16 +207,17 @@ class DonorSpec:
         missing = [name for name in ("donor", "position") if name not in fields]
         if missing:
             raise ConfigurationError(f"donor {dict(fields)!r} lacks {' and '.join(map(repr, missing))}.")
-        return cls(**fields)
+        # A configuration says what runs: its defaults are meant.
+        return cls(**({"mode": "insert", "strength": 1.0, **fields} if fields["position"] is not None else fields))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON fields, without those at their default, except position, mode and name."""
         kept: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            default = 1.0 if field.name == "strength" else None
-            if field.name in ("donor", "position", "mode", "name") or value not in (None, default):
-                kept[field.name] = list(value) if isinstance(value, tuple) else value
+        for name in (field.name for field in dataclasses.fields(self) if field.init):
+            value = getattr(self, name)
+            default = 1.0 if name == "strength" else None
+            if name in ("donor", "position", "mode", "name") or value not in (None, default):
+                kept[name] = list(value) if isinstance(value, tuple) else value
         return kept
 
 

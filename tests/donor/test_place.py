@@ -72,6 +72,25 @@ def test_what_is_given_goes_before_what_is_recommended(family: Path) -> None:
     assert places(named) == [("law", 2, "insert", 0.5)]
 
 
+def test_a_position_alone_warns_of_another_recommendation(
+    family: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mode and strength are then "insert" and 1; what was given, or stands in a file, is meant."""
+    law, code = family / "llama-law", tmp_path / "code"
+    Donor.from_pretrained(law).save_pretrained(code, position=1, mode="replace", strength=1.0)
+    model = AutoModelWithTransplant.from_pretrained(family / "recipient", donors={str(law): 3, str(code): 1})
+    assert places(model) == [("llama-law", 3, "insert", 1.0), ("code", 1, "insert", 1.0)]
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "'llama-law' recommends strength 0.5, and runs with strength 1.0" in first
+    assert "'code' recommends mode replace, and runs with mode insert" in second
+    caplog.clear()
+    model.save_pretrained(tmp_path / "thin", thin=True)
+    AutoModelWithTransplant.from_pretrained(tmp_path / "thin")
+    given = DonorSpec(str(law), 3, "insert", strength=1.0)
+    AutoModelWithTransplant.from_pretrained(family / "recipient", donors=[given]).add_donor(str(law), name="other")
+    assert [record for record in caplog.records if "recommends" in record.getMessage()] == []
+
+
 def test_a_donor_in_memory_may_be_given_to_from_pretrained(family: Path) -> None:
     source = plain(family / "source")
     donor = Donor.from_model(source, [1, 2], name="law")

@@ -3,7 +3,8 @@
 A name that is given is used. Without one, a donor that is named by its folder or repository is called by the last part
 of that, and a `Donor` object, or a donor loaded from its own repository, by the name in its record. (Saving gives a
 donor without a name that of its folder, so the two agree unless somebody renames one.) A position that is given is
-used. Without one, the donor's recommended position is used, and its recommended mode and strength too.
+used. Without one, the donor's recommended position is used, and its recommended mode and strength too. A position alone
+means the mode "insert" and strength 1; a warning says so if the donor recommends others.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from ..config import DonorSpec, TransplantConfig
 from ..errors import ConfigurationError
 from ..layer_map import Position
 from .entry import read_entry
+
+logger = logging.get_logger(__name__)
 
 if TYPE_CHECKING:
     from .donor import Donor
@@ -59,6 +64,7 @@ def spec_of(donor: Donor, position: Position | None = None, **given: Any) -> Don
 def placed(spec: DonorSpec, donor: Donor) -> DonorSpec:
     """Return the spec with the donor's recommended position, mode and strength if it has no position."""
     if spec.position is not None:
+        _warn_of_recommendation(spec, donor)
         return spec
     if donor.position is None:
         raise ConfigurationError(
@@ -69,9 +75,25 @@ def placed(spec: DonorSpec, donor: Donor) -> DonorSpec:
     return spec.replaced(position=donor.position, mode=spec.mode or donor.mode, strength=strength)
 
 
+def _warn_of_recommendation(spec: DonorSpec, donor: Donor) -> None:
+    """Say that the donor recommends another mode or strength than a position alone means."""
+    others = [name for name in ("mode", "strength") if name in spec.defaults and vars(spec)[name] != vars(donor)[name]]
+    if others:
+        here, there = (", ".join(f"{name} {vars(one)[name]}" for name in others) for one in (spec, donor))
+        logger.warning(
+            f"donor {spec.name!r} recommends {there}, and runs with {here}: a position alone means this. Leave out the "
+            f"position to get what it recommends, or pass {' and '.join(f'{name}=' for name in others)}."
+        )
+
+
 def named(donors: Sequence[tuple[DonorSpec, Donor]], asked: str) -> list[tuple[DonorSpec, Donor]]:
     """Name the donors in the repository itself (".") that have no name: as recorded, else after the repository."""
     return [
-        (spec if spec.is_named or spec.donor != "." else spec.replaced(name=donor.name or Path(asked).name), donor)
+        (
+            spec
+            if "name" not in spec.defaults or spec.donor != "."
+            else spec.replaced(name=donor.name or Path(asked).name),
+            donor,
+        )
         for spec, donor in donors
     ]
