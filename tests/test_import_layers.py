@@ -34,7 +34,7 @@ MODULES = (
     "splice",
     "model",
     "registration",
-    "exporting",  # a transplant as a plain checkpoint
+    "exporting",  # a transplant as files that load without this package
     "pushing",  # what is on disk, checked and uploaded
     "export",  # old names of the two, for one release
     "conversion",

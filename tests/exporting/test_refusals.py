@@ -18,9 +18,9 @@ from tests.helpers import (
     refused,
     tiny_gpt2_model,
 )
-from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec, IntegrityError, exporting
+from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec, IntegrityError
 from transplant_hf.errors import CheckpointError, CompatibilityError, ConfigurationError
-from transplant_hf.exporting import export
+from transplant_hf.exporting import checkpoint, export
 
 load = AutoModelWithTransplant.from_pretrained
 
@@ -136,7 +136,7 @@ def test_other_logits(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float, told: str
 ) -> None:
     """One bit of one weight is enough, also where the logits differ no more than by rounding."""
-    real = exporting._write_model
+    real = checkpoint._write_model
 
     def flipped(model: PreTrainedModel, folder: Path, size: int | str) -> None:
         real(model, folder, size)
@@ -146,7 +146,7 @@ def test_other_logits(
         weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(10.0)) + change
         save_file(tensors, path, metadata={"format": "pt"})
 
-    monkeypatch.setattr(exporting, "_write_model", flipped)
+    monkeypatch.setattr(checkpoint, "_write_model", flipped)
     with refused(CheckpointError, told):
         export(tiny_llama / "donor", tmp_path / "full")
     assert_nothing_left(tmp_path)

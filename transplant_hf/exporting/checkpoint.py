@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Mxfp4Config, PreTrainedConfig, PreTrainedModel  # type: ignore[attr-defined]
 
-from .architecture import Recipient, max_context_length
-from .cards import CARD_FILE, TERMS, check_license
-from .display import progress_bar
-from .donor.companions import copy_companions, locate_with_companions
-from .donor.record import FileStamp
-from .donor.saved_files import check_artifact_folder, replaced_in
-from .errors import CheckpointError, ConfigurationError
-from .heads import CAUSAL_LM, Head, head_of
-from .layer_map import LayerMap
-from .model.card import write_full_card
-from .model.load import load_transplant
-from .model.load_adapters import ADAPTER_CONFIG
-from .model.load_request import LoadRequest, read_request, recipient_of
-from .model.native_methods import recipient_class
-from .model.surface import transplant_class
-from .numeric import is_finite
-from .sources import HubArguments, HubOptions, locate, points_to_folder, reading
-from .splice import Blueprint
-from .storage import publish, sha256_of
+from ..architecture import Recipient, max_context_length
+from ..cards import CARD_FILE, TERMS, check_license
+from ..display import progress_bar
+from ..donor.companions import copy_companions, locate_with_companions
+from ..donor.record import FileStamp
+from ..donor.saved_files import check_artifact_folder, replaced_in
+from ..errors import CheckpointError, ConfigurationError
+from ..heads import CAUSAL_LM, Head, head_of
+from ..model.card import write_full_card
+from ..model.load import load_transplant
+from ..model.load_adapters import ADAPTER_CONFIG
+from ..model.load_request import LoadRequest, read_request, recipient_of
+from ..model.native_methods import recipient_class
+from ..model.surface import transplant_class
+from ..numeric import is_finite
+from ..sources import HubArguments, HubOptions, locate, points_to_folder, reading
+from ..splice import Blueprint
+from ..storage import publish, sha256_of
+from .result import Export
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Export", "export"]
+__all__ = ["export"]
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _MAX_TOKENS = 32  # of the input on which logits are compared
@@ -43,61 +42,6 @@ _MAX_TOKENS = 32  # of the input on which logits are compared
 _MAX_ROUNDING = 16
 _UNPACKED = "mxfp4"  # the one quantization whose weights are unpacked; donors are never quantized
 _LOAD = "load it with AutoModelWithTransplant and call save_pretrained(folder)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Export:
-    """What was exported.
-
-    Args:
-        folder: The folder.
-        recipient: The recipient, with its commit if it has one.
-        model_class: The class of Transformers that loads it.
-        layer_map: Where each layer came from.
-        dtype: The dtype of its weights.
-        files: sha256 and size of every weight file.
-        verified: Whether the export was loaded again and its logits compared with the transplant's.
-        difference: The largest difference of logits; where it is not 0, all weights were equal bit for bit.
-        irregular: Whether the kinds of layers no longer repeat as in the recipient. Programs that derive the kind of a
-            layer from its number, instead of reading `layer_types`, then compute something else.
-    """
-
-    folder: str
-    recipient: str
-    model_class: str
-    layer_map: LayerMap
-    dtype: str
-    files: Mapping[str, FileStamp]
-    verified: bool
-    difference: float = 0.0
-    irregular: bool = False
-
-    @property
-    def size(self) -> int:
-        """Bytes of all weight files."""
-        return sum(stamp.size for stamp in self.files.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
-        return dataclasses.asdict(self) | {"layer_map": [list(layer) for layer in self.layer_map], "size": self.size}
-
-    def __str__(self) -> str:
-        count = len(self.files)
-        difference = f"weights equal, logits within {self.difference:.2g}"
-        equal = difference if self.difference else "logits equal, bit for bit"
-        verdict = f"verified: {equal}" if self.verified else "not verified"
-        lines = [
-            f"{self.folder}: {self.model_class} with {len(self.layer_map)} layers, a plain checkpoint",
-            f"  recipient {self.recipient}",
-            f"  {count} weight file{'s' if count > 1 else ''}, {self.size:,} bytes, {self.dtype}",
-            f"  {verdict}",
-        ]
-        if self.irregular:
-            lines.append(
-                "  its layer_types do not repeat as the recipient's do; Transformers reads them, vLLM and llama.cpp "
-                "derive some kinds of layers from the layer's number (docs/export.md)"
-            )
-        return "\n".join(lines)
 
 
 def export(
@@ -381,6 +325,3 @@ def _logits(model: Any) -> torch.Tensor:
     ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
     logits: torch.Tensor = model(ids.to(model.device), use_cache=False)[0]
     return logits.float().cpu()
-
-
-export_transplant = export  # the old name, for one release
