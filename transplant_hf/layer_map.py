@@ -125,26 +125,27 @@ class Placement:
     replaces: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.layer_indices) % len(self._positions):
+        if len(self.layer_indices) % len(self.positions):
             raise ConfigurationError(
                 f"donor {self.name!r} has {len(self.layer_indices)} layers, which cannot be divided into "
-                f"{len(self._positions)} parts of one size, for positions {list(self._positions)}."
+                f"{len(self.positions)} parts of one size, for positions {list(self.positions)}."
             )
 
     @property
-    def _positions(self) -> tuple[int, ...]:
+    def positions(self) -> tuple[int, ...]:
+        """The position of each part."""
         return self.position if isinstance(self.position, tuple) else (self.position,)
 
     @property
     def parts(self) -> tuple[tuple[int, range], ...]:
         """Each part: its position, and its layers' numbers in the donor."""
-        size = len(self.layer_indices) // len(self._positions)
-        return tuple((place, range(part * size, (part + 1) * size)) for part, place in enumerate(self._positions))
+        size = len(self.layer_indices) // len(self.positions)
+        return tuple((place, range(part * size, (part + 1) * size)) for part, place in enumerate(self.positions))
 
     @property
     def end(self) -> int:
         """How many layers the recipient has at least."""
-        return max(self._positions[-1], *(layer + 1 for layer in self.replaced), 0)
+        return max(self.positions[-1], *(layer + 1 for layer in self.replaced), 0)
 
     @property
     def replaced(self) -> tuple[int, ...]:
@@ -249,6 +250,34 @@ def check_position(
 def trained_position(num_layers: int, count: int, mode: str = "insert") -> int:
     """Return the best measured position of a donor to train: before the last layer; to replace, the last layers."""
     return max(num_layers - (count if mode == "replace" else 1), 0)
+
+
+def spread_positions(num_layers: int, count: int) -> tuple[int, ...]:
+    """Return positions for the layers of a donor that is spread evenly; the last is before the recipient's last layer.
+
+    Example:
+        >>> spread_positions(30, 3)
+        (10, 20, 29)
+    """
+    return tuple(min(round(num_layers * part / count), num_layers - 1) for part in range(1, count + 1))
+
+
+def starting_layers(placement: Placement, num_layers: int) -> tuple[int, ...]:
+    """Return the recipient layers that a donor's training starts from: those before each part, or those it replaces."""
+    count = len(placement.layer_indices)
+    if count > num_layers:
+        raise ConfigurationError(f"a donor of {count} layers cannot start from a recipient of {num_layers} layers.")
+    start: list[int] = []
+    for place, layers in placement.parts:
+        size = len(layers)
+        first = place if placement.replaces else min(max(place - size, 0), max(num_layers - size, 0))
+        start += range(first, min(first + size, num_layers))
+    if start != sorted(set(start)):
+        raise ConfigurationError(
+            f"the parts of {placement.name} at positions {list(placement.positions)} would start from layers {start}, "
+            "some of them twice. Move the positions apart, or pass start_layers."
+        )
+    return tuple(start)
 
 
 def extracted_position(num_layers: int, layers: Sequence[int]) -> int:

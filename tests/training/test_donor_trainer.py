@@ -158,7 +158,7 @@ def test_steps_follow_from_epochs(tmp_path: Path) -> None:
     [
         ({"position": 5}, ("position 5 of", "outside 0..4", "4 layers")),
         ({"position": 3, "mode": "replace"}, ("position 3 of", "outside 0..2", "2 are replaced")),
-        ({"donor_layers": 5}, ("donor_layers=5", "4 layers")),
+        ({"donor_layers": 5}, ("donor of 5 layers", "4 layers")),
         ({"method": "alone"}, ("method must be one of", "'alone'")),
         ({"distillation": -1.0}, ("distillation", "-1.0")),
         ({"distillation": 1.0, "mode": "replace"}, ("distillation", "insert")),

@@ -15,12 +15,12 @@ from torch import nn
 
 from ..architecture import find_stack
 from ..donor import Donor
-from ..layer_map import Position
+from ..layer_map import Position, spread_positions
 from ..model.in_memory import transplant
 from ..partial import running_only, stack_of
 from ..training import Part
 from ..training.arguments import width_scaled
-from ..training.donor_trainer import spread_positions, with_untrained_donor
+from ..training.donor_trainer import with_untrained_donor
 
 __all__ = ["METHODS", "Method", "Prepared", "Setting", "donor_of", "in_place"]
 

@@ -16,7 +16,7 @@ from ..donor.tensors import MemoryTensors, loaded_dtype
 from ..errors import ConfigurationError
 from ..inspection.donors import open_donors, read_transplant_config
 from ..inspection.files import MODEL_FILES, Files, all_tensors
-from ..layer_map import Position, paper_layers, trained_position
+from ..layer_map import Placement, Position, Splice, starting_layers, trained_position
 from ..sources import HubOptions, Source
 from ..splice import Blueprint, draw_blueprint
 from ..storage import read_json
@@ -81,16 +81,18 @@ def find_models(
 
 
 def _new_layers(recipient: Anatomy, count: int, position: Position | None, mode: str) -> tuple[DonorSpec, Donor]:
-    """Return a donor as `extract` would make it from the recipient, in full precision."""
-    chosen = tuple(paper_layers(recipient.num_layers, count))
+    """Return a donor as `train` would start it from the recipient, in full precision."""
+    if position is None:
+        position = trained_position(recipient.num_layers, count, mode)
+    placement = Placement("the donor", position, tuple(range(count)), mode == "replace")
+    Splice(recipient.num_layers, [placement])  # which checks the position
+    chosen = starting_layers(placement, recipient.num_layers)
     tensors = {
         f"layers.{number}.{name}": tensor
         for number, index in enumerate(chosen)
         for name, tensor in recipient.layers[index].state_dict().items()
     }
     record = DonorRecord(recipient.config.model_type, recipient.config.to_dict(), chosen)
-    if position is None:
-        position = trained_position(recipient.num_layers, count, mode)
     spec = DonorSpec("new-layers", position, mode, name="donor")
     return spec, Donor(record, MemoryTensors(tensors))
 

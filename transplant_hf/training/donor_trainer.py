@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..architecture import find_stack, is_quantized, projections_of_layers, quantization_fields, was_gguf
 from ..donor import Donor
 from ..errors import ConfigurationError
-from ..layer_map import RECIPIENT, Placement, Position, Splice, trained_position
+from ..layer_map import RECIPIENT, Placement, Position, Splice, starting_layers, trained_position
 from ..model.in_memory import transplant
 from ..model.layers_in_files import layers_in_files
 from ..model.starting_copies import FROM_DEQUANTIZED, STARTED_FROM, full_precision_copies
@@ -206,24 +206,12 @@ class DonorTrainer(TransplantTrainer):
 
 
 def _position(layers: int, args: DonorTrainingArguments) -> Position:
-    if args.donor_layers > layers:
-        raise ConfigurationError(
-            f"donor_layers={args.donor_layers}, but the recipient has {layers} layers to start from."
-        )
     position = trained_position(layers, args.donor_layers, args.mode) if args.position is None else args.position
-    # Which also checks them.
-    Splice(layers, [Placement("the donor", position, tuple(range(args.donor_layers)), args.mode == "replace")])
+    placement = Placement("the donor", position, tuple(range(args.donor_layers)), args.mode == "replace")
+    Splice(layers, [placement])  # checks the position
+    if args.start_layers is None:
+        starting_layers(placement, layers)  # checks that there are enough
     return position
-
-
-def spread_positions(num_layers: int, count: int) -> tuple[int, ...]:
-    """Return positions for the layers of a donor that is spread evenly; the last is before the recipient's last layer.
-
-    Example:
-        >>> spread_positions(30, 3)
-        (10, 20, 29)
-    """
-    return tuple(min(round(num_layers * part / count), num_layers - 1) for part in range(1, count + 1))
 
 
 def with_untrained_donor(
@@ -240,7 +228,8 @@ def with_untrained_donor(
     """Return the recipient with an untrained donor, whose parameters alone require gradients."""
     layer_map = getattr(recipient, "layer_map", None) or [(RECIPIENT, n) for n in range(len(stack_of(recipient)))]
     numbers = [number for number, (source, _) in enumerate(layer_map) if source == RECIPIENT]
-    start = list(start_layers or _start_layers(position, count, mode, len(numbers)))
+    placement = Placement("the donor", position, tuple(range(count)), mode == "replace")
+    start = list(start_layers or starting_layers(placement, len(numbers)))
     if min(start) < 0 or max(start) >= len(numbers):
         raise ConfigurationError(
             f"the donor cannot start from layers {start}: {len(numbers)} recipient layers run, 0..{len(numbers) - 1}."
@@ -278,18 +267,3 @@ def _zero_output_projections(model: Any, numbers: Sequence[int]) -> None:
         for number, names in projections_of_layers(model, find_stack(model), numbers).items():
             for name in names:
                 stack_of(model)[number].get_parameter(name).zero_()
-
-
-def _start_layers(position: Position, count: int, mode: str, num_layers: int) -> list[int]:
-    """The recipient layers that each part of the donor starts from: those before it, or those that it replaces."""
-    start: list[int] = []
-    for place, layers in Placement("the donor", position, tuple(range(count))).parts:
-        size = len(layers)
-        first = place if mode == "replace" else min(max(place - size, 0), max(num_layers - size, 0))
-        start += range(first, min(first + size, num_layers))
-    if start != sorted(set(start)):
-        raise ConfigurationError(
-            f"the parts of the donor at positions {list(position) if isinstance(position, tuple) else position} would "
-            f"start from layers {start}, some of them twice. Move the positions apart, or pass start_layers."
-        )
-    return start
