@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import transplant_hf
 from tests.cli.conftest import Run
 from transplant_hf import DonorSpec
 from transplant_hf.cli import _parser
@@ -29,6 +31,7 @@ def called(run: Run, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run a command up to the call of its verb; returns the call and what was written on standard error."""
 
     def call(*words: object) -> SimpleNamespace:
+        @functools.wraps(getattr(transplant_hf, str(words[0])))  # options are passed by the names of its parameters
         def verb(*arguments: Any, **options: Any) -> None:
             raise Called(*arguments, **options)
 

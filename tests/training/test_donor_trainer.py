@@ -12,6 +12,7 @@ from tests.helpers import BUILDERS, NUM_LAYERS, copied, logits_of, refused
 from tests.training.helpers import losses, noise, recipient, trainer
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, DataError, Donor
 from transplant_hf.partial import running_only
+from transplant_hf.training.part_trainer import COMPARED_TOKENS
 
 
 @pytest.mark.parametrize("family", sorted(BUILDERS))
@@ -175,9 +176,7 @@ def test_arguments_that_are_refused(fields: dict[str, object], facts: tuple[str,
 
 def test_a_cache_over_its_limit_is_refused(tmp_path: Path) -> None:
     made = trainer(tmp_path, prefix_cache_limit="1KB", position=3)
-    with refused(
-        ConfigurationError, "24 blocks before position 3 take 49,152 bytes", "limit of the prefix cache is 1,000"
-    ):
+    with refused(ConfigurationError, "hidden states take 49,152 bytes", "limit of the prefix cache is 1,000"):
         made.train()
 
 
@@ -191,3 +190,15 @@ def test_save_model_writes_a_donor_repo(tiny_llama: Path, tmp_path: Path) -> Non
     made = trainer(tmp_path / "run", family / "recipient")
     made.save_model(str(family / "law"))
     assert Donor.from_pretrained(family / "law").position == 3
+
+
+def test_the_part_is_compared_with_the_whole_model_on_a_few_tokens(tmp_path: Path) -> None:
+    base = recipient(max_position_embeddings=128)
+    made = trainer(tmp_path, base, train_dataset=noise(length=100), max_steps=1)
+    lengths = []
+    made.model.lm_head.register_forward_hook(
+        lambda module, args, output: lengths.append(output.shape[1]) if not torch.is_grad_enabled() else None
+    )
+    made.train()
+    assert lengths.count(COMPARED_TOKENS) == 2  # by the part, and by the whole model
+    assert 100 not in lengths

@@ -40,7 +40,7 @@ def _run(options: argparse.Namespace) -> int:
         options.recipient,
         spec.donor,
         spec.position if options.position is None else options.position,
-        trust_remote_code=options.trust_remote_code or None,
+        trust_remote_code=options.trust_remote_code,
     )
     show(report, options)
     return 0 if report else 1

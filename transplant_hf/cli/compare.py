@@ -15,8 +15,8 @@ from .options import (
     add_overwrite,
     add_seed,
     add_text,
+    arguments_for,
     loading_arguments,
-    pick,
     text_source,
 )
 from .values import number, share, whole
@@ -47,9 +47,9 @@ def add(commands: Any) -> None:
     add_number(parser, "--held-out-blocks", "maximum number of blocks of each test text", 192)
     shares = "shares of general text in each batch (default: 0 0.25)"
     add_number(parser, "--replay-shares", shares, None, share, "S", nargs="+")
-    parser.add_argument("--no-equal-time", action="store_true", help="compare at equal steps only")
-    add_number(parser, "--count", "layers of a donor", 3, metavar="K")
-    old_spelling(parser, "--layers", "--count", "count", type=whole())
+    parser.add_argument("--no-equal-time", action="store_false", dest="equal_time", help="compare at equal steps only")
+    add_number(parser, "--count", "layers of a donor", 3, metavar="K", dest="layers")
+    old_spelling(parser, "--layers", "--count", "layers", type=whole())
     add_number(parser, "--rank", "rank of LoRA", 16)
     add_seed(parser)
     parser.add_argument("--bf16", action="store_true", help="train with bfloat16 autocast")
@@ -72,23 +72,10 @@ def _run(options: argparse.Namespace) -> int:
     if folder is not None:
         check_comparison_folder(folder, options.overwrite or options.resume)
         check_picture(folder / PICTURE, options.overwrite or options.resume)
-    names = ("block_length", "blocks", "held_out_blocks", "methods", "learning_rates", "steps", "rank", "seed", "bf16")
-    report = compare(
-        options.recipient,
-        text_source(options.text, options),
-        text_source(options.general, options),
-        others=[text_source(text, options) for text in options.other],
-        output=folder,
-        overwrite=options.overwrite,
-        resume=options.resume,
-        batch_size=options.batch_size,
-        replay_shares=options.replay_shares or [0.0, 0.25],
-        equal_time=not options.no_equal_time,
-        layers=options.count,
-        quiet=options.json,
-        **pick(options, *names),
-        **loading_arguments(options),
-    )
+    arguments = {**arguments_for(compare, options), **loading_arguments(options), "quiet": options.json}
+    arguments |= {name: text_source(arguments[name], options) for name in ("text", "general")}
+    arguments["others"] = [text_source(text, options) for text in options.other]
+    report = compare(**arguments)
     show(report, options)
     if folder is not None:
         plot_comparison(report, folder / PICTURE, overwrite=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import command, old_spelling, show
-from .options import add_layers, add_number, add_output, add_shard_size, check_output, pick
+from .options import add_layers, add_number, add_output, add_shard_size, arguments_for, check_output
 from .values import whole
 
 
@@ -41,12 +41,5 @@ def _run(options: argparse.Namespace) -> int:
     from .. import convert
 
     check_output(options)
-    names = ("path", "recipient", "output", "overwrite", "metadata", "layers", "position", "name")
-    done = convert(
-        **pick(options, *names, "recipient_revision", "max_shard_size", "verify"),
-        push_to=options.push_to_hub,
-        private=options.private or None,
-        revision=options.to_revision,
-    )
-    show(done, options)
+    show(convert(**arguments_for(convert, options), revision=options.to_revision), options)
     return 0

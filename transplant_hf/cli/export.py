@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .command import command, old_spelling, show
-from .options import add_donors, add_dtype, add_overwrite, add_shard_size, pick
+from .options import add_donors, add_dtype, add_overwrite, add_shard_size, arguments_for
 from .values import donor_spec
 
 if TYPE_CHECKING:
@@ -35,7 +35,10 @@ def add(commands: Any) -> None:
     add_dtype(parser)
     add_shard_size(parser)
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not load the result to compare logits (needed if it does not fit)"
+        "--no-verify",
+        action="store_false",
+        dest="verify",
+        help="do not load the result to compare logits (needed if it does not fit)",
     )
     parser.add_argument("--composition", choices=("stacked", "side_by_side"), help="default: as in the source")
     parser.add_argument("--license", help="license for the card (default: the one that recipient and donors share)")
@@ -46,8 +49,7 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from .. import export
 
-    names = ("source", "output", "overwrite", "dtype", "max_shard_size", "composition", "license", "revision")
-    show(export(donors=_donors(options), verify=not options.no_verify, **pick(options, *names)), options)
+    show(export(donors=_donors(options), **arguments_for(export, options)), options)
     return 0
 
 

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .command import command, show
-from .options import add_choice, add_dtype, add_layers, add_number, add_output, add_trust, check_output, pick
+from .options import add_choice, add_dtype, add_layers, add_number, add_output, add_trust, arguments_for, check_output
 from .values import whole
 
 
@@ -43,12 +43,5 @@ def _run(options: argparse.Namespace) -> int:
     from .. import extract
 
     check_output(options)
-    names = ("model", "output", "overwrite", "layers", "count", "init", "position", "name", "revision", "dtype")
-    done = extract(
-        **pick(options, *names),
-        push_to=options.push_to_hub,
-        private=options.private or None,
-        trust_remote_code=options.trust_remote_code or None,
-    )
-    show(done, options)
+    show(extract(**arguments_for(extract, options)), options)
     return 0

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from .command import command, show
-from .options import add_donors, add_loading, add_number, add_quantization, loading_arguments, pick
+from .options import add_donors, add_loading, add_number, add_quantization, arguments_for, loading_arguments
 
 
 def add(commands: Any) -> None:
@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from .. import generate
 
-    done = generate(**pick(options, "model", "prompt", "off", "max_new_tokens", "chat"), **loading_arguments(options))
+    done = generate(**{**arguments_for(generate, options), **loading_arguments(options)})
     if done.chat and options.chat is None:
         print("the prompt is in the model's chat template; --no-chat continues it as it is", file=sys.stderr)
     show(done, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,10 @@ TEXT_HELP = (
 Parser = argparse.ArgumentParser
 
 
-def pick(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Return some of the options as keyword arguments."""
-    return {name: getattr(options, name) for name in names}
+def arguments_for(function: Callable[..., Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that are given and have the names of a function's parameters."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in vars(options).items() if name in names and value is not None}
 
 
 def add_number(
@@ -99,16 +101,22 @@ def add_output(parser: Parser) -> None:
     )
     add_overwrite(parser)
     parser.add_argument(
-        "--push-to-hub", metavar="REPO", help="also upload the result to this repository, in one commit"
+        "--push-to-hub", metavar="REPO", dest="push_to", help="also upload the result to this repository, in one commit"
     )
-    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    add_private(parser)
+
+
+def add_private(parser: Parser) -> None:
+    """Add the option for new repositories."""
+    description = "make the repository private if it is new"
+    parser.add_argument("--private", action="store_true", default=None, help=description)
 
 
 def check_output(options: argparse.Namespace) -> None:
     """Exit with a usage error where there is nowhere to write to."""
-    if options.output is None and options.push_to_hub is None:
+    if options.output is None and options.push_to is None:
         options.usage_error("give a folder to write, or --push-to-hub REPO")
-    if options.private and options.push_to_hub is None:
+    if options.private and options.push_to is None:
         options.usage_error("--private goes with --push-to-hub")
 
 
@@ -135,7 +143,7 @@ def text_source(specification: str | None, options: argparse.Namespace) -> Any:
 
     if specification is None:
         return None
-    how = pick(options, "column", "config", "streaming")
+    how = {"column": options.column, "config": options.config, "streaming": options.streaming}
     return TextSource.parse(specification, revision=options.text_revision, **how)
 
 
@@ -172,7 +180,8 @@ def add_measuring(parser: Parser, strengths: str, plot: str, **text: Any) -> Non
 
 def measuring_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `evaluate` and `sweep` on how text is read and the model is loaded."""
-    return {**pick(options, "max_tokens", "block_length", "stride", "batch_size"), **loading_arguments(options)}
+    names = ("max_tokens", "block_length", "stride", "batch_size")
+    return {name: getattr(options, name) for name in names} | loading_arguments(options)
 
 
 # -- Loading -------------------------------------------------------------------------------------------------------
@@ -187,7 +196,8 @@ def add_dtype(parser: Parser) -> None:
 
 def add_trust(parser: Parser) -> None:
     """Add the option that lets code of a repository run."""
-    parser.add_argument("--trust-remote-code", action="store_true", help="run modeling code of the model's repository")
+    description = "run modeling code of the model's repository"
+    parser.add_argument("--trust-remote-code", action="store_true", default=None, help=description)
 
 
 def add_loading(parser: Parser) -> None:
@@ -224,7 +234,7 @@ def _quantization(options: argparse.Namespace) -> Any:
 
 def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `from_pretrained`: those that are given, and the donors of `--donor`."""
-    given = {**pick(options, "revision", "dtype", "device_map", "gguf_file"), "donors": donors_of(options)}
-    given["quantization_config"] = _quantization(options)
-    given["trust_remote_code"] = options.trust_remote_code or None
+    names = ("revision", "dtype", "device_map", "gguf_file", "trust_remote_code")
+    given = {name: getattr(options, name) for name in names}
+    given |= {"donors": donors_of(options), "quantization_config": _quantization(options)}
     return {name: value for name, value in given.items() if value is not None}

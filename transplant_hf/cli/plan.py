@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .command import command, old_spelling, show
-from .options import add_choice, add_donors, add_number, donors_of, pick
+from .options import add_choice, add_donors, add_number, arguments_for, donors_of
 from .values import torch_name, whole
 
 
@@ -56,19 +56,20 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from .. import plan
 
-    chosen = pick(options, "devices", "memory", "cpu_memory", "dtype", "dequantize", "blocks", "revision")
+    chosen = {**arguments_for(plan, options), "donors": donors_of(options), "train": None}
     if options.train:
         from ..training import DonorTrainingArguments
 
         chosen["train"] = DonorTrainingArguments(
             "plan",  # nothing is written
-            donor_layers=options.count,
-            per_device_train_batch_size=options.batch_size or 8,
-            block_length=options.context,
-            **pick(options, "position", "mode", "optim", "gradient_checkpointing"),
+            donor_layers=chosen.pop("count", None),
+            per_device_train_batch_size=chosen.pop("batch_size", 8),
+            block_length=chosen.pop("context", None),
+            position=chosen.pop("position", None),
+            mode=options.mode,
+            optim=options.optim,
+            gradient_checkpointing=options.gradient_checkpointing,
         )
-    else:
-        chosen |= pick(options, "count", "position", "context") | {"batch_size": options.batch_size or 1}
-    result = plan(options.what, donors=donors_of(options), **chosen)
+    result = plan(**chosen)
     show(result, options)
     return 0 if result else 1

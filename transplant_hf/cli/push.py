@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import command, old_spelling, show
+from .options import add_private, arguments_for
 
 
 def add(commands: Any) -> None:
@@ -22,26 +23,19 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with the saved files")
     parser.add_argument("repo_id", metavar="REPO", help="repository on the Hub; created if it does not exist")
-    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    add_private(parser)
     parser.add_argument("--to-revision", metavar="BRANCH", help="branch to push to; created if it does not exist")
     old_spelling(parser, "--revision", "--to-revision", "to_revision")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
-    parser.add_argument("--message", help="first line of the commit message (default: names what is uploaded)")
+    parser.add_argument(
+        "--message", dest="commit_message", help="first line of the commit message (default: names what is uploaded)"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
     from .. import push
 
-    done = push(
-        options.folder,
-        options.repo_id,
-        private=options.private or None,
-        to_revision=options.to_revision,
-        create_pr=options.create_pr,
-        commit_message=options.message,
-        on_files=_list_files,
-    )
-    show(done, options)
+    show(push(on_files=_list_files, **arguments_for(push, options)), options)
     return 0
 
 

@@ -16,9 +16,9 @@ from .options import (
     add_quantization,
     add_seed,
     add_text,
+    arguments_for,
     check_output,
     loading_arguments,
-    pick,
     text_source,
     text_sources,
 )
@@ -100,7 +100,7 @@ def _add_shared(parser: argparse.ArgumentParser, learning_rate: float | None = N
     length = parser.add_mutually_exclusive_group()
     add_number(length, "--steps", "optimizer steps (default: as many as --epochs takes)", dest="max_steps")
     add_number(length, "--epochs", "passes over the text", 1.0, number(above=0), dest="num_train_epochs")
-    add_number(parser, "--batch-size", "blocks per step and process", 8)
+    add_number(parser, "--batch-size", "blocks per step and process", 8, dest="per_device_train_batch_size")
     default = " (default: by method and width)" if learning_rate is None else ""
     rate = f"peak learning rate{default}"
     add_number(parser, "--learning-rate", rate, learning_rate, number(above=0), "LR")
@@ -125,18 +125,18 @@ def _add_shared(parser: argparse.ArgumentParser, learning_rate: float | None = N
 
 def _train(options: argparse.Namespace) -> int:
     from .. import train
+    from ..training import DonorTrainingArguments
 
-    names = ("method", "mode", "init", "position", "donor_layers", "start_layers", "donor_name", "distillation")
-    return _run(options, train, pick(options, *names, "strength", "stream_prefix"))
+    return _run(options, train, DonorTrainingArguments)
 
 
 def _recover(options: argparse.Namespace) -> int:
-    from ..training import recover
+    from ..training import RecoveryArguments, recover
 
-    return _run(options, recover, pick(options, "parts", "neighbors", "donors"))
+    return _run(options, recover, RecoveryArguments)
 
 
-def _run(options: argparse.Namespace, run: Any, chosen: dict[str, Any]) -> int:
+def _run(options: argparse.Namespace, run: Any, arguments_class: Any) -> int:
     from accelerate import PartialState
 
     check_output(options)
@@ -144,11 +144,6 @@ def _run(options: argparse.Namespace, run: Any, chosen: dict[str, Any]) -> int:
         options.usage_error("--replay-share goes with --general")
     if options.held_out_blocks is not None and options.held_out is None:
         options.usage_error("--held-out-blocks goes with --held-out")
-    names = ("block_length", "held_out_blocks", "replay_share", "learning_rate", "seed", "cache_prefix", "bf16")
-    chosen |= pick(
-        options, *names, "prefix_cache_limit", "prefix_cache_dir", "max_steps", "num_train_epochs", "save_steps"
-    )
-    arguments = {name: value for name, value in chosen.items() if value is not None}
     loading = loading_arguments(options)
     report = run(
         options.model,
@@ -156,15 +151,16 @@ def _run(options: argparse.Namespace, run: Any, chosen: dict[str, Any]) -> int:
         options.output,
         general=text_source(options.general, options),
         held_out=text_sources(options.held_out, options) if options.held_out else None,
-        push_to=options.push_to_hub,
         push_kwargs={"private": True} if options.private else {},
         revision=loading.pop("revision", None),
         model_kwargs=loading,
-        per_device_train_batch_size=options.batch_size,
         logging_steps=10,
         disable_tqdm=options.json,
-        **pick(options, "resume", "overwrite", "keep_checkpoints"),
-        **arguments,
+        push_to=options.push_to,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        keep_checkpoints=options.keep_checkpoints,
+        **arguments_for(arguments_class, options),
     )
     if PartialState().is_main_process:
         show(report, options)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from ..errors import ConfigurationError
 from ..numeric import finite_number
-from .losses import Perplexity, perplexity_of_windows
-from .models_and_texts import LoadedModel, model_to_measure, read_windows
+from .losses import Perplexity
+from .measurement import Measurement
+from .models_and_texts import LoadedModel, model_to_measure
 from .reports import EvaluationReport, EvaluationRow, StrengthCurve
-from .windows import Windows
 
 __all__ = ["evaluate", "strength_curve"]
 
@@ -67,19 +67,24 @@ def evaluate(
         >>> report.models
         ('recipient', 'with law')
     """
-    if isinstance(texts, Mapping) and not texts:
-        raise ConfigurationError("there is no text to measure on: texts={'name': text}.")
-    loaded = model_to_measure(model, revision, kwargs)
-    windows = read_windows(
-        loaded, texts, tokenizer, block_length=block_length, stride=stride, max_tokens=max_tokens,
-        token=kwargs.get("token"), quiet=quiet,
-    )  # fmt: skip
+    measurement = Measurement(
+        model,
+        texts,
+        tokenizer,
+        block_length=block_length,
+        stride=stride,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        revision=revision,
+        quiet=quiet,
+        **kwargs,
+    )
     rows = []
-    for label, measured, state in _states(loaded, recipient, kwargs):
+    for label, measured, state in _states(measurement, recipient):
         with state:
-            found = _measure(measured, windows, batch_size, quiet)
+            found = measurement.perplexities(measured)
         rows += [EvaluationRow(label, name, value) for name, value in found.items()]
-    return EvaluationReport(tuple(rows), _about(loaded, windows, stride))
+    return EvaluationReport(tuple(rows), measurement.about)
 
 
 def strength_curve(
@@ -88,14 +93,7 @@ def strength_curve(
     strengths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     *,
     names: Sequence[str] | None = None,
-    tokenizer: Any = None,
-    block_length: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 8,
-    max_tokens: int | None = None,
-    revision: str | None = None,
-    quiet: bool = False,
-    **kwargs: Any,
+    **options: Any,
 ) -> StrengthCurve:
     """Measure a transplant at several strengths of its donors; 0 is the untouched recipient.
 
@@ -104,14 +102,7 @@ def strength_curve(
         texts: As in `evaluate`.
         strengths: The strengths to measure.
         names: The donors whose strength is set; by default all that are inserted.
-        tokenizer: As in `evaluate`.
-        block_length: As in `evaluate`.
-        stride: As in `evaluate`.
-        batch_size: As in `evaluate`.
-        max_tokens: As in `evaluate`.
-        revision: As in `evaluate`.
-        quiet: As in `evaluate`.
-        **kwargs: As in `evaluate`.
+        **options: The other arguments of `evaluate`, except `recipient`.
 
     Returns:
         The curve. The model's strengths are restored afterwards.
@@ -132,36 +123,19 @@ def strength_curve(
     strengths = [finite_number(strength, "each strength") for strength in strengths]
     if not strengths:
         raise ConfigurationError("a curve needs at least one strength.")
-    loaded = model_to_measure(model, revision, kwargs)
-    transplanted, donors = loaded.model, _scalable_donors(loaded, names)
-    windows = read_windows(
-        loaded, texts, tokenizer, block_length=block_length, stride=stride, max_tokens=max_tokens,
-        token=kwargs.get("token"), quiet=quiet,
-    )  # fmt: skip
+    measurement = Measurement(model, texts, **options)
+    transplanted, donors = measurement.model, _scalable_donors(measurement.loaded, names)
     before = {name: transplanted.strengths[name] for name in donors}
     points: dict[float, dict[str, Perplexity]] = {}
     try:
         for strength in strengths:
             for name in donors:
                 transplanted.set_strength(name, strength)
-            points[strength] = _measure(transplanted, windows, batch_size, quiet)
+            points[strength] = measurement.perplexities()
     finally:
         for name, strength in before.items():
             transplanted.set_strength(name, strength)
-    return StrengthCurve(points, donors, _about(loaded, windows, stride))
-
-
-def _measure(model: Any, windows: Sequence[Windows], batch_size: int, quiet: bool) -> dict[str, Perplexity]:
-    return {text.name: perplexity_of_windows(model, text, batch_size, quiet) for text in windows}
-
-
-def _about(loaded: LoadedModel, windows: Sequence[Windows], stride: int | None) -> dict[str, Any]:
-    return {
-        "model": loaded.reference or loaded.name,
-        "revision": loaded.revision,
-        "block_length": {text.name: text.block_length for text in windows},
-        "stride": stride,
-    }
+    return StrengthCurve(points, donors, measurement.about)
 
 
 def _scalable_donors(loaded: LoadedModel, names: Sequence[str] | None) -> tuple[str, ...]:
@@ -176,19 +150,17 @@ def _scalable_donors(loaded: LoadedModel, names: Sequence[str] | None) -> tuple[
     return tuple(chosen)
 
 
-def _states(
-    loaded: LoadedModel, recipient: Any, kwargs: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, AbstractContextManager[Any]]]:
+def _states(measurement: Measurement, recipient: Any) -> Iterator[tuple[str, Any, AbstractContextManager[Any]]]:
     """Yield what is measured: a label, a model, and a context manager for its state."""
-    model = loaded.model
+    model = measurement.model
     names = list(getattr(model, "strengths", ()))
     if recipient is not None:
         is_name = isinstance(recipient, str | os.PathLike)
-        other = model_to_measure(recipient, kwargs=kwargs if is_name else None).model
+        other = model_to_measure(recipient, kwargs=measurement.kwargs if is_name else None).model
         yield _RECIPIENT, other, _untouched(other)
     elif names:
         yield _RECIPIENT, model, _untouched(model)
-    label = f"with {', '.join(names)}" if names else loaded.name
+    label = f"with {', '.join(names)}" if names else measurement.loaded.name
     yield label if label != _RECIPIENT or recipient is None else f"{label} (model)", model, nullcontext()
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..architecture import choose_block_length
-from ..errors import ConfigurationError, DataError
+from ..errors import ConfigurationError
 from ..model.load_any_model import load_model, load_tokenizer
 from ..sources import HubOptions
-from ..texts import Blocks, TextSource, check_tokenizer, documents, encode, starting_token
+from ..texts import Blocks, check_tokenizer, read_stream, starting_token
 from .losses import vocab_size
 from .windows import Windows
 
@@ -23,19 +22,11 @@ __all__ = ["LoadedModel", "find_tokenizer", "model_to_measure", "read_windows"]
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model, and where it came from.
-
-    Args:
-        model: The model.
-        reference: The Hub id or folder it was loaded from; `None` for a model that the caller loaded.
-        revision: The revision that was asked for.
-        hub: How to reach the Hub.
-        gguf_file: The GGUF file that it was read from.
-    """
+    """A model, and where it came from."""
 
     model: Any
-    reference: str | None = None
-    revision: str | None = None
+    reference: str | None = None  # Hub id or folder; `None` for a model that the caller loaded
+    revision: str | None = None  # the one that was asked for
     hub: HubOptions = dataclasses.field(default_factory=HubOptions)
     gguf_file: str | None = None
 
@@ -82,16 +73,16 @@ def read_windows(
     loaded: LoadedModel,
     texts: Any,
     tokenizer: Any = None,
-    *,
     block_length: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
+    *,
     token: str | bool | None = None,
     quiet: bool = False,
 ) -> list[Windows]:
-    """Read a text, or several as `{name: text}`, as windows for a model."""
-    get_tokenizer = functools.cache(lambda: tokenizer if tokenizer is not None else find_tokenizer(loaded))
-    length = choose_block_length(loaded.model.config, block_length)
+    """Read a text, or several as `{name: text}`, as windows for a model: how all text to measure on is cut."""
+    model = loaded.model
+    length = choose_block_length(model.config, block_length)
     windows = []
     for name, text in (texts if isinstance(texts, Mapping) else {None: texts}).items():
         if isinstance(text, Blocks):
@@ -100,26 +91,9 @@ def read_windows(
         elif isinstance(text, torch.Tensor):
             windows.append(Windows(text[:max_tokens], length, stride, name=name))
         else:
-            source = TextSource.parse(os.fspath(text)) if isinstance(text, str | os.PathLike) else text
-            stream, start = _encode(source, loaded.model, get_tokenizer, max_tokens, token, quiet)
-            windows.append(Windows(stream, length, stride, start, name or str(source.name)))
+            tokenizer = find_tokenizer(loaded) if tokenizer is None else tokenizer
+            if vocab_size(model) is not None:
+                check_tokenizer(tokenizer, vocab_size(model), str(model.config.name_or_path or type(model).__name__))
+            stream, found = read_stream(text, tokenizer, max_tokens, name=name, token=token, quiet=quiet)
+            windows.append(Windows(stream, length, stride, starting_token(tokenizer), found))
     return windows
-
-
-def _encode(
-    source: Any,
-    model: Any,
-    get_tokenizer: Callable[[], Any],
-    max_tokens: int | None,
-    token: str | bool | None,
-    quiet: bool,
-) -> tuple[torch.Tensor, int | None]:
-    if not isinstance(source, TextSource):
-        raise DataError(
-            f"a text is Blocks, a stream of tokens, a TextSource or the name of one, got {type(source).__name__}."
-        )
-    tokenizer = get_tokenizer()
-    if vocab_size(model) is not None:
-        check_tokenizer(tokenizer, vocab_size(model), str(model.config.name_or_path or type(model).__name__))
-    stream = encode(documents(source, token), tokenizer, max_tokens=max_tokens, name=str(source.name), quiet=quiet)
-    return stream, starting_token(tokenizer)

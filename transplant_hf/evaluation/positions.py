@@ -21,7 +21,8 @@ from ..numeric import finite_number, whole_number
 from ..partial import PartialRun, hidden_states, running_only, stack_of
 from ..partial.states import recorded_states
 from .losses import Perplexity, batch_loss, check_vocabulary, input_device, max_rows
-from .models_and_texts import LoadedModel, model_to_measure, read_windows
+from .measurement import Measurement
+from .models_and_texts import LoadedModel
 from .reports import SweepReport, SweepRow
 from .windows import Batch, Windows
 
@@ -40,14 +41,7 @@ def sweep(
     strengths: Sequence[float] = (1.0,),
     *,
     mode: str = "insert",
-    tokenizer: Any = None,
-    block_length: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 8,
-    max_tokens: int | None = None,
-    revision: str | None = None,
-    quiet: bool = False,
-    **kwargs: Any,
+    **options: Any,
 ) -> SweepReport:
     """Measure the perplexity of donors, one at a time, at all positions.
 
@@ -62,14 +56,7 @@ def sweep(
         positions: By default all, 0..L.
         strengths: The strengths to measure at each position.
         mode: "insert", or "replace" to run the donor instead of the same number of recipient layers.
-        tokenizer: The recipient's tokenizer; by default the one beside it.
-        block_length: As in `evaluate`.
-        stride: As in `evaluate`.
-        batch_size: Windows in a batch.
-        max_tokens: Read at most this many tokens of the text.
-        revision: The revision of a recipient that is named.
-        quiet: Show no progress bar of this function; Transformers still shows those of loading.
-        **kwargs: As in `from_pretrained`.
+        **options: The other arguments of `evaluate`, except `recipient`.
 
     Returns:
         The report; a donor that does not fit at a position has a row with the reason.
@@ -91,23 +78,20 @@ def sweep(
     if not strengths or (positions is not None and not positions):
         raise ConfigurationError("a sweep needs at least one strength and one position.")
     began = time.perf_counter()
-    loaded = model_to_measure(recipient, revision, kwargs)
-    model, donors = loaded.model, _donors_in_memory(loaded, donors)
-    (windows,) = read_windows(
-        loaded, {None: text}, tokenizer, block_length=block_length, stride=stride, max_tokens=max_tokens,
-        token=kwargs.get("token"), quiet=quiet,
-    )  # fmt: skip
+    measurement = Measurement(recipient, {None: text}, **options)
+    (windows,) = measurement.windows
+    model, donors = measurement.model, _donors_in_memory(measurement.loaded, donors)
     check_vocabulary(model, windows)
     with eval_mode(model):
         places = list(_places(model, donors, positions, mode))
-        reference = _measure_all(model, places, windows, strengths, batch_size, quiet)
+        reference = _measure_all(model, places, windows, strengths, measurement.batch_size, measurement.quiet)
     rows = tuple(row for place in places for row in place.rows(strengths, windows.num_predicted))
+    about = measurement.about
     about = {
-        "recipient_model": loaded.reference or loaded.name,
-        "revision": revision,
+        "recipient_model": about.pop("model"),
+        **about,
         "mode": mode,
         "block_length": windows.block_length,
-        "stride": stride,
         "seconds": round(time.perf_counter() - began, 3),
     }
     return SweepReport(rows, reference, windows.name, about)

@@ -20,17 +20,11 @@ _DEFAULT_LENGTH = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of equal length.
-
-    Args:
-        input_ids: `[batch, tokens]`.
-        targets: `[batch, tokens]`, the token after each input; `IGNORED` where it does not count.
-        attention_mask: `[batch, tokens]`, where rows are padded.
-    """
+    """Rows of equal length, `[batch, tokens]`."""
 
     input_ids: torch.Tensor
-    targets: torch.Tensor
-    attention_mask: torch.Tensor | None = None
+    targets: torch.Tensor  # the token after each input; `IGNORED` where it does not count
+    attention_mask: torch.Tensor | None = None  # where rows are padded
 
 
 class _Window(NamedTuple):
@@ -47,17 +41,7 @@ class Windows:
     A stream is read in windows of `block_length` tokens, each `stride` tokens after the last one. A token counts in
     the first window that predicts it, so each token except the first is predicted once, and outside the first window
     from at least `block_length - stride` tokens before it. In blocks, all tokens except each block's first count.
-
-    Args:
-        text: `Blocks`, or a stream `[tokens]`.
-        block_length: Tokens in a window of a stream.
-        stride: The distance between windows of a stream; by default `block_length`, without overlap.
-        start: A token to put before each window of a stream; the stream's first token is then predicted too.
-        name: What to call the text in messages.
-
-    Raises:
-        ConfigurationError: A stride outside 1..block_length, or a window size for blocks, which have their own.
-        DataError: There is no token to predict.
+    A token `start` is put before each window of a stream; the stream's first token is then predicted too.
     """
 
     def __init__(

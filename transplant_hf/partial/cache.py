@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import torch
 
 from ..architecture import eval_mode
 from ..display import progress_bar
-from ..errors import ConfigurationError
 from ..storage import writing
-from .states import hidden_states, refuse_not_finite
+from .state_files import StatesInMemory, as_bytes, check_limit, mapped
+from .states import block_ids, block_states, refuse_not_finite
 
 __all__ = ["PrefixCache", "fill_cache"]
 
@@ -89,54 +89,45 @@ def fill_cache(
         CheckpointError: The disk is full or cannot be written to, or a hidden state is not finite.
     """
     began = time.perf_counter()
-    device = next(model.parameters()).device
 
     def states_of(some: Sequence[int]) -> torch.Tensor:
-        context: AbstractContextManager[Any] = nullcontext() if autocast is None else autocast()
-        ids = torch.stack([blocks[number]["input_ids"] for number in some]).to(device)
-        with context:
-            return hidden_states(model, ids, [position])[position].cpu()
+        return block_states(model, block_ids(model, blocks, some), position, autocast or nullcontext)
 
-    def all_states() -> Iterator[torch.Tensor]:
+    def fill(write: Callable[[int, torch.Tensor], Any]) -> None:
         with progress_bar(len(numbers), f"Hidden states before layer {position}", unit="block", quiet=quiet) as bar:
             for start in range(0, len(numbers), batch_size):
                 some = numbers[start : start + batch_size]
                 states = states_of(some)
                 refuse_not_finite(states, f"before layer {position}", some)
-                yield states
+                write(start, states)
                 bar.update(len(some))
 
     with eval_mode(model):
         sample = states_of(numbers[:1])
         shape = (len(numbers), *sample.shape[1:])
-        size = len(numbers) * sample.nbytes
-        if limit is not None and size > limit:
-            raise ConfigurationError(
-                f"the hidden states of {len(numbers)} blocks before position {position} take {size:,} bytes, the "
-                f"limit of the prefix cache is {limit:,}. Raise prefix_cache_limit, train on less text, or set "
-                'cache_prefix="off".'
-            )
-        if file is not None and _contains(file, shape, sample):
-            return PrefixCache(_map(file, shape, sample.dtype), numbers, position)
-        if file is not None:
-            _write(all_states(), file)
-            rows = _map(file, shape, sample.dtype)
-        else:
-            rows = torch.empty(shape, dtype=sample.dtype)
-            for part, states in zip(rows.split(batch_size), all_states(), strict=True):
-                part.copy_(states)
-    return PrefixCache(rows, numbers, position, time.perf_counter() - began)
+        check_limit(len(numbers) * sample.nbytes, limit)
+        if file is None:
+            memory = StatesInMemory([shape], sample.dtype, None)
+            fill(lambda start, states: memory.write(0, start, states))
+            return PrefixCache(memory.rows[0], numbers, position, time.perf_counter() - began)
+        found = _contains(file, shape, sample)
+        if not found:
+            with _written(file) as out:
+                fill(lambda start, states: out.write(as_bytes(states)))
+    seconds = 0.0 if found else time.perf_counter() - began
+    return PrefixCache(mapped(file, shape, sample.dtype), numbers, position, seconds)
 
 
-def _write(states: Iterator[torch.Tensor], file: Path) -> None:
+@contextmanager
+def _written(file: Path) -> Iterator[Any]:
+    """Open a file that is there as a whole after the block, or not at all."""
     with writing(file, "Nothing of the cache was kept."):
         file.parent.mkdir(parents=True, exist_ok=True)
         # Written, not mapped: a disk that fills up under a mapping ends the process.
         partial = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             with partial.open("wb") as out:
-                for piece in states:
-                    out.write(piece.contiguous().view(torch.uint8).numpy().data)
+                yield out
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)
@@ -146,9 +137,5 @@ def _contains(file: Path, shape: tuple[int, ...], sample: torch.Tensor) -> bool:
     """Whether a file of an earlier run, or of another process of this run, has these hidden states."""
     if not file.is_file() or file.stat().st_size != shape[0] * sample.nbytes:
         return False
-    first = _map(file, shape, sample.dtype)[0].float()
+    first = mapped(file, shape, sample.dtype)[0].float()
     return bool((first - sample[0].float()).norm() <= _TOLERANCE * first.norm())
-
-
-def _map(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)

@@ -165,8 +165,8 @@ def running_only(
         model: Any decoder-only model, a transplant included, without wrappers.
         numbers: The layers that run, by their running numbers.
         outer: The object to call instead of the model, such as a PEFT model around it.
-        from_embeddings: Whether the first of the layers may get the output of the embeddings.
-        find_states: Returns `prefix_states` for `input_ids`, where a call does not have them.
+        from_embeddings: As in `PartialRun`.
+        find_states: As in `PartialRun`.
 
     Yields:
         The model; calls take `prefix_states` `[batch, tokens, hidden]`, the hidden state that enters the first of the
@@ -234,7 +234,7 @@ def _output_forms(model: PreTrainedModel, stack: nn.ModuleList) -> list[_Form]:
         layer.register_forward_hook(lambda module, args, output, number=number: outputs.__setitem__(number, output))
         for number, layer in enumerate(stack)
     ]
-    ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
+    ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=model.device)
     undo = _borrow_forward(model, stack)
     try:
         with eval_mode(model):

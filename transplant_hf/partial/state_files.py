@@ -12,25 +12,19 @@ import torch
 from ..errors import ConfigurationError
 from ..storage import read_json, write_json, writing
 
-__all__ = ["StateFiles", "StatesInMemory"]
+__all__ = ["StateFiles", "StatesInMemory", "as_bytes", "check_limit", "mapped"]
 
 Shapes = Sequence[tuple[int, ...]]  # [blocks, tokens, hidden] of each text
 _RECORD = "record.json"
 
 
 class StatesInMemory:
-    """Hidden states in memory; each layer overwrites those of the one before.
-
-    Args:
-        shapes: `[blocks, tokens, hidden]` of each text.
-        dtype: Their dtype.
-        limit: The largest size in bytes.
-    """
+    """Hidden states in memory; each layer overwrites those of the one before."""
 
     layers_done = 0
 
     def __init__(self, shapes: Shapes, dtype: torch.dtype, limit: int | None) -> None:
-        _check_limit(_num_bytes(shapes, dtype), limit)
+        check_limit(_num_bytes(shapes, dtype), limit)
         self.rows = [torch.empty(tuple(shape), dtype=dtype) for shape in shapes]
 
     def read(self, text: int, start: int, count: int) -> torch.Tensor:
@@ -46,23 +40,16 @@ class StatesInMemory:
 
 
 class StateFiles:
-    """Hidden states in a folder: a layer reads one set of files and writes another.
+    """Hidden states in a folder of their own: a layer reads one set of files and writes another.
 
-    A record names the number of layers of the last whole set.
-
-    Args:
-        folder: The folder, for these states only.
-        shapes: `[blocks, tokens, hidden]` of each text.
-        dtype: Their dtype.
-        last: How many layers the states will have passed in the end.
-        limit: The largest size of one set in bytes.
+    A record names the number of layers of the last whole set. `limit` is for one set, in bytes.
     """
 
     def __init__(self, folder: Path, shapes: Shapes, dtype: torch.dtype, last: int, limit: int | None) -> None:
         self.folder, self._last = folder, last
         self._shapes, self._dtype = [tuple(shape) for shape in shapes], dtype
         self._sizes = [_num_bytes([shape], dtype) for shape in self._shapes]
-        _check_limit(sum(self._sizes), limit)
+        check_limit(sum(self._sizes), limit)
         self.layers_done = 0
 
     def make_folder(self) -> Path:
@@ -106,7 +93,7 @@ class StateFiles:
             path = self._path(text, None)
             # Written, not mapped: a disk that fills up under a mapping ends the process.
             with path.open("ab" if start else "wb") as file:
-                file.write(states.to(self._dtype).contiguous().view(torch.uint8).numpy().data)
+                file.write(as_bytes(states.to(self._dtype)))
 
     def finish(self, layers: int) -> None:
         """Let the rows that were written be those of the last whole layer."""
@@ -129,7 +116,7 @@ class StateFiles:
     def rows(self) -> list[torch.Tensor]:
         """Map the states of the last layer."""
         return [
-            torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=self._dtype).view(shape)
+            mapped(path, shape, self._dtype)
             for path, shape in zip(self._paths(self.layers_done), self._shapes, strict=True)
         ]
 
@@ -140,6 +127,17 @@ class StateFiles:
         return [self._path(text, layers) for text in range(len(self._shapes))]
 
 
+def as_bytes(states: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor on the CPU."""
+    content: memoryview = states.contiguous().view(torch.uint8).numpy().data
+    return content
+
+
+def mapped(file: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Map the hidden states in a file."""
+    return torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
+
+
 def _kept(layers: int) -> str:
     return f"The hidden states after {layers} layers are kept: the same command goes on from there."
 
@@ -148,11 +146,13 @@ def _num_bytes(shapes: Shapes, dtype: torch.dtype) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
 
 
-def _check_limit(needed: int, limit: int | None) -> None:
+def check_limit(needed: int, limit: int | None) -> None:
+    """Refuse hidden states that take more bytes than the limit."""
     if limit is not None and needed > limit:
         raise ConfigurationError(
             f"the hidden states take {needed:,} bytes, the limit of the prefix cache is {limit:,}. Raise "
-            "prefix_cache_limit (--prefix-cache-limit), or train on less text."
+            "prefix_cache_limit (--prefix-cache-limit), or train on less text. Without stream_prefix, cache_prefix="
+            '"off" (--cache-prefix off) needs no cache.'
         )
 
 

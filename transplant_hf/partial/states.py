@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError, ConfigurationError
-from .running import hidden_argument, stack_of
+from .running import PREFIX_STATES, hidden_argument, stack_of
 
-__all__ = ["hidden_states", "recorded_states", "refuse_not_finite"]
+__all__ = ["block_ids", "block_states", "hidden_states", "recorded_states", "refuse_not_finite"]
 
 
 class _LastPositionReached(Exception):  # noqa: N818 - not an error
@@ -74,6 +74,20 @@ def recorded_states(model: Any, positions: Collection[int], stop: bool = False) 
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def block_ids(model: Any, blocks: Any, numbers: Sequence[int]) -> torch.Tensor:
+    """Return blocks of text as input of a model, `[blocks, tokens]`."""
+    return torch.stack([blocks[number]["input_ids"] for number in numbers]).to(model.device)
+
+
+def block_states(
+    model: Any, ids: torch.Tensor, count: int, autocast: Any = nullcontext, entering: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the hidden state after `count` layers on the CPU; `entering` goes into the first layer that runs."""
+    prefix = {} if entering is None else {PREFIX_STATES: entering}
+    with autocast():
+        return hidden_states(model, ids, [count], **prefix)[count].cpu()
 
 
 def refuse_not_finite(states: torch.Tensor, where: str, blocks: Sequence[int]) -> None:

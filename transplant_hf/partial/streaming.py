@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from ..storage import locked
 from .cache import PrefixCache
 from .running import PREFIX_STATES, PartialRun, running_only, stack_of
 from .state_files import StateFiles, StatesInMemory
-from .states import hidden_states, refuse_not_finite
+from .states import block_ids, block_states, refuse_not_finite
 
 __all__ = ["StreamedStates", "Text", "layers_in_memory", "stream_prefix"]
 
@@ -40,45 +41,32 @@ _TOLERANCE = 1e-3  # for float32; the two ways to run two layers do the same com
 
 
 class Text(NamedTuple):
-    """Blocks of text that pass through the layers.
+    """Blocks of text that pass through the layers."""
 
-    Args:
-        blocks: Indexed by number; each gives `input_ids` `[tokens]`.
-        numbers: The blocks to compute.
-    """
-
-    blocks: Any
-    numbers: Sequence[int]
+    blocks: Any  # indexed by number; each gives `input_ids` `[tokens]`, all of one length
+    numbers: Sequence[int]  # those to compute
 
 
 class StreamedStates:
-    """The hidden states of several texts before a position.
-
-    Args:
-        texts: The texts.
-        caches: The hidden states of each.
-        seconds: How long the computation took.
-    """
+    """The hidden states of several texts before a position."""
 
     def __init__(self, texts: Sequence[Text], caches: Sequence[PrefixCache], seconds: float) -> None:
         self.caches = tuple(caches)
         self.seconds = seconds
-        self._rows: dict[bytes, tuple[PrefixCache, int]] = {}
-        # The first text is read by number. Of a block, perplexity reads all tokens but the last.
-        for text, cache in zip(texts[1:], caches[1:], strict=True):
+        self._texts = tuple(texts)
+
+    @cached_property
+    def _rows(self) -> dict[bytes, tuple[PrefixCache, int]]:
+        found: dict[bytes, tuple[PrefixCache, int]] = {}
+        for text, cache in zip(self._texts, self.caches, strict=True):
             for number in text.numbers:
                 ids = text.blocks[number]["input_ids"]
-                self._rows |= {_digest(ids): (cache, number), _digest(ids[:-1]): (cache, number)}
+                # Of a block, perplexity reads all tokens but the last.
+                found |= {_digest(ids): (cache, number), _digest(ids[:-1]): (cache, number)}
+        return found
 
     def find(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the hidden states of blocks of the texts after the first one, by their tokens.
-
-        Args:
-            input_ids: `[batch, tokens]`.
-
-        Raises:
-            DataError: Other tokens.
-        """
+        """Return the hidden states of blocks by their tokens `[batch, tokens]`."""
         rows = []
         for ids in input_ids.cpu():
             found = self._rows.get(_digest(ids))
@@ -107,7 +95,7 @@ def layers_in_memory(model: Any, numbers: Sequence[int]) -> Iterator[None]:
         yield
         return
     for number in set(numbers) & set(held.absent):
-        held.load(number, _device(model))
+        held.load(number, model.device)
     with running_only(model, numbers, from_embeddings=True):
         yield
 
@@ -124,24 +112,11 @@ def stream_prefix(
     autocast: Any = None,
     quiet: bool = False,
 ) -> StreamedStates:
-    """Compute the hidden states of texts before a position, layer by layer.
+    """Compute the hidden states of texts before a position, of which all layers stay in files, layer by layer.
 
-    Args:
-        model: The model; its layers before the position stay in files.
-        texts: The texts, of which each may have another block length.
-        position: How many layers run.
-        batch_size: Blocks in each forward pass.
-        folder: Where to keep the states; in memory by default. A computation that was stopped goes on after its last
-            whole layer.
-        identity: What the states depend on besides the model's files; other states in the folder are not used.
-        limit: The largest size of the states, in bytes.
-        autocast: Returns the context manager under which the model will be trained.
-        quiet: Show no progress bar.
-
-    Raises:
-        ConfigurationError: The states would take more than `limit`, or than there is on the disk.
-        CheckpointError: The disk is full, a weight file is missing or has changed, or a hidden state is not finite.
-        CompatibilityError: A layer's output depends on more than the hidden state before it.
+    They are kept in memory, or in `folder`, where a computation that was stopped goes on after its last whole layer.
+    `identity` is what they depend on besides the model's files: other states in the folder are not used. `autocast`
+    returns the context manager under which the model will be trained.
     """
     began = time.perf_counter()
     held = layers_in_files(model)
@@ -175,9 +150,9 @@ class _Run:
     ) -> None:
         self._model, self._held, self._texts = model, held, texts
         self._batch_size, self._quiet = batch_size, quiet
-        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext if autocast is None else autocast
+        self._autocast = autocast or nullcontext
         self._stack = stack_of(model)
-        self._device = _device(model)
+        self._device = model.device
         self._part = PartialRun(model, [len(self._stack) - 1])
         self._pairs: list[Any] = []  # the kinds of layers that were compared
         self._reader = ThreadPoolExecutor(max_workers=1)
@@ -240,12 +215,10 @@ class _Run:
         return self._reader.submit(load)
 
     def _ids(self, text: Text, numbers: Sequence[int]) -> torch.Tensor:
-        return torch.stack([text.blocks[number]["input_ids"] for number in numbers]).to(self._device)
+        return block_ids(self._model, text.blocks, numbers)
 
     def _states_after(self, count: int, ids: torch.Tensor, entering: torch.Tensor | None) -> torch.Tensor:
-        given = {} if entering is None else {PREFIX_STATES: entering}
-        with self._autocast():
-            return hidden_states(self._model, ids, [count], **given)[count].cpu()
+        return block_states(self._model, ids, count, self._autocast, entering)
 
     # -- Layers that depend on more than the hidden state ------------------------------------------------------------
 
@@ -324,11 +297,6 @@ def _layers_before(model: Any, position: int) -> list[Any]:
     layers = [list(slot) for slot in model.layer_map][:position]
     names = {source for source, _ in layers}
     return [layers, {name: value for name, value in model.strengths.items() if name in names}]
-
-
-def _device(model: Any) -> torch.device:
-    device: torch.device = next(model.parameters()).device
-    return device
 
 
 def _say_waiting(files: StateFiles) -> None:

@@ -177,7 +177,7 @@ class TrainingCost:
         activations: What a step takes beside these; `None` when not known.
         filling: Activations of the pass that computes the hidden states before the donor; `None` when not known.
         allocator: Freed memory that the allocator keeps: glibc returns to the system what is above 2 x 32 MiB.
-        compared: Logits of one block, by the part and by the whole model, which are compared before the first step.
+        compared: Logits of a few tokens, by the part and by the whole model, which are compared before the first step.
         states: The cache of hidden states, blocks x block length x width x bytes of a number; `None` when not known.
         states_on_disk: Whether it is in a file.
         notes: What is not known.

@@ -18,6 +18,7 @@ from ..layer_map import RECIPIENT
 from ..splice import Blueprint
 from ..training import DonorTrainingArguments
 from ..training.chunked_loss import ChunkedLoss, tokens_per_chunk
+from ..training.part_trainer import COMPARED_TOKENS
 from .cache import prepare_to_run
 from .live_bytes import LiveBytes, OrdinaryText
 from .results import TrainingCost
@@ -116,8 +117,9 @@ def training_cost(
     if not before or args.cache_prefix == "off":
         size = 0
     in_memory = args.cache_prefix == "memory" or (args.cache_prefix == "auto" and (size or 0) <= _CACHE_IN_MEMORY)
-    # The part is compared with the whole model on one block: logits of both, and their difference, in float32.
-    compared = 3 * 4 * block_length * model.config.get_text_config(decoder=True).vocab_size if before else 0
+    # The part is compared with the whole model on a few tokens: logits of both, and their difference, in float32.
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    compared = 3 * 4 * min(block_length, COMPARED_TOKENS) * vocab_size if before else 0
     return TrainingCost(
         optimizer=_name(args.optim),
         batch_size=batch,

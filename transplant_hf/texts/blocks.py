@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -15,9 +14,9 @@ from torch.utils.data import Dataset
 
 from ..display import progress_bar
 from ..errors import ConfigurationError, DataError
-from .documents import TextSource, documents, row_documents
+from .documents import TextSource, as_source, documents, row_documents
 
-__all__ = ["Blocks", "check_tokenizer", "encode", "pack", "starting_token"]
+__all__ = ["Blocks", "check_tokenizer", "encode", "pack", "read_stream", "starting_token"]
 
 # Characters that are tokenized in one call: enough for fast tokenizers to use all cores.
 _CHARACTERS_PER_CALL = 1 << 21
@@ -162,7 +161,7 @@ def pack(
     start = starting_token(tokenizer)
     step = block_length - (start is not None)
     max_tokens = None if max_blocks is None else max_blocks * step
-    stream, name = _token_stream(data, tokenizer, max_tokens, name, token, quiet)
+    stream, name = read_stream(data, tokenizer, max_tokens, name=name, token=token, quiet=quiet)
     count = len(stream) // step
     if not count:
         raise DataError(f"{name} has {len(stream)} tokens; a block needs {step}. Use more text or shorter blocks.")
@@ -268,15 +267,21 @@ def check_tokenizer(tokenizer: Any, vocab_size: int, what: str) -> None:
         )
 
 
-def _token_stream(
-    data: Any, tokenizer: Any, max_tokens: int | None, name: str | None, token: str | bool | None, quiet: bool
+def read_stream(
+    data: Any,
+    tokenizer: Any,
+    max_tokens: int | None = None,
+    *,
+    name: str | None = None,
+    token: str | bool | None = None,
+    quiet: bool = False,
 ) -> tuple[torch.Tensor, str]:
+    """Return a text in any of the forms of `pack` as one stream of tokens `[tokens]`, int32, and its name."""
     if isinstance(data, torch.Tensor):
         if data.dim() != 1:
             raise DataError(f"a stream of tokens must have one dimension, got {list(data.shape)}.")
         return data[:max_tokens].to(torch.int32), name or "text"
-    if isinstance(data, str | os.PathLike):
-        data = TextSource.parse(os.fspath(data))
+    data = as_source(data)
     if isinstance(data, TextSource):
         name = name or str(data.name)
         texts = documents(data, token)
@@ -286,17 +291,22 @@ def _token_stream(
     return encode(texts, tokenizer, max_tokens=max_tokens, name=name, quiet=quiet), name
 
 
-def _given_documents(data: Iterable[Any], name: str) -> Iterator[str]:
-    """Yield documents that are given as strings, or as rows with a column of text."""
+def _given_documents(data: Any, name: str) -> Iterator[str]:
+    """Return documents that are given as strings, or as rows with a column of text."""
+    if not isinstance(data, Iterable):
+        raise DataError(
+            "a text is Blocks, a stream of tokens, a TextSource or the name of one, documents, or rows with a column "
+            f"of text; got {type(data).__name__}."
+        )
     items = iter(data)
     first = next(items, None)
-    if first is None:
-        return
-    items = itertools.chain([first], items)
+    items = itertools.chain([] if first is None else [first], items)
     if isinstance(first, Mapping):
-        yield from row_documents(items, None, name)
-        return
-    for number, text in enumerate(items):
-        if not isinstance(text, str):
-            raise DataError(f"document {number} of {name} is a {type(text).__name__}, not a string.")
-        yield text
+        return row_documents(items, None, name)
+    return (_checked_document(text, number, name) for number, text in enumerate(items))
+
+
+def _checked_document(text: Any, number: int, name: str) -> str:
+    if not isinstance(text, str):
+        raise DataError(f"document {number} of {name} is a {type(text).__name__}, not a string.")
+    return text

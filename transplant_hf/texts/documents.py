@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import DataError, HubError
 from ..sources import hub_errors
 
-__all__ = ["TextSource", "documents", "row_documents"]
+__all__ = ["TextSource", "as_source", "check_texts", "documents", "row_documents"]
 
 # The format of each kind of file; "text" is read whole, the others are tables.
 _FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".csv": "csv"}
@@ -123,13 +123,39 @@ def documents(source: TextSource, token: str | bool | None = None) -> Iterator[s
         >>> list(documents(TextSource(path)))
         ['Tiger, tiger,\nburning bright']
     """
+    found = _local_documents(source)
+    return _hub_documents(source, token) if found is None else found
+
+
+def _local_documents(source: TextSource) -> Iterator[str] | None:
+    """Return the documents of files; `None` for a dataset on the Hub."""
     path = Path(source.data).expanduser()
     if path.exists():
         return _file_documents(_files_of_split(path, source.split), source.column)
     is_path = path.is_absolute() or source.data.startswith((".", "~")) or source.data.count("/") > 1
     if is_path or path.suffix in _FORMATS:
         raise DataError(f"there is no file or folder {source.data!r}. Check the path.")
-    return _hub_documents(source, token)
+    return None
+
+
+def as_source(data: Any) -> Any:
+    """Return the `TextSource` that a string or path names; anything else is returned unchanged."""
+    return TextSource.parse(os.fspath(data)) if isinstance(data, str | os.PathLike) else data
+
+
+def check_texts(*texts: Any) -> None:
+    """Refuse files of text that are missing, unreadable or empty, before a model is loaded.
+
+    What is not a file is checked when it is read; `{name: text}` stands for its texts.
+    """
+    for text in texts:
+        source = as_source(text)
+        if isinstance(source, Mapping):
+            check_texts(*source.values())
+        elif isinstance(source, TextSource):
+            found = _local_documents(source)
+            if found is not None and next(found, None) is None:
+                raise DataError(f"{source.data} is empty: it has no text.")
 
 
 def row_documents(rows: Iterable[Mapping[str, Any]], column: str | None, where: str) -> Iterator[str]:

@@ -31,8 +31,9 @@ from .prefix import CachePlan, PrefixStates
 from .progress import StderrProgress
 from .sharded import check_sharding, gathered, load_optimizer, optimizer_state
 
-__all__ = ["Part", "PartTrainer"]
+__all__ = ["COMPARED_TOKENS", "Part", "PartTrainer"]
 
+COMPARED_TOKENS = 64  # whose logits by the part are compared with those of the whole model before the first step
 _TOLERANCE = 1e-3
 _SCHEDULER_FILE = "scheduler.pt"
 _LOSS_ONLY = "loss_only"  # marks a batch of an evaluation that needs no logits
@@ -217,7 +218,8 @@ class PartTrainer(Trainer):
 
     def _check_exact(self) -> None:
         """Compare the part with the whole model: layers may do more than their hidden state shows."""
-        ids, states = (self.rows[0][name][None].to(self.args.device) for name in ("input_ids", PREFIX_STATES))
+        row, device = self.rows[0], self.args.device
+        ids, states = (row[name][None, :COMPARED_TOKENS].to(device) for name in ("input_ids", PREFIX_STATES))
         with eval_mode(self.model), self.autocast_smart_context_manager():
             partial = self.model(input_ids=ids, use_cache=False, **{PREFIX_STATES: states}).logits.float()
             with self._whole():

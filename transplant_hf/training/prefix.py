@@ -43,22 +43,13 @@ class CachePlan:
 
     @classmethod
     def from_arguments(cls, args: Any) -> CachePlan:
-        """Read the plan from arguments.
-
-        Args:
-            args: `DonorTrainingArguments` or `RecoveryArguments`.
-        """
+        """Read the plan from arguments for training."""
         folder = None if args.prefix_cache_dir is None else Path(args.prefix_cache_dir)
         return cls(args.cache_prefix, parse_size(args.prefix_cache_limit), folder, kept=folder is not None)
 
 
 class PrefixStates:
-    """The hidden states before the part of a trainer's model.
-
-    Args:
-        trainer: A `PartTrainer`.
-        plan: Where they are kept.
-    """
+    """The hidden states before the part of the model of a `PartTrainer`."""
 
     def __init__(self, trainer: Any, plan: CachePlan) -> None:
         self.plan, self.seconds = plan, 0.0

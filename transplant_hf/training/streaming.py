@@ -32,14 +32,7 @@ def held_back_layers(
 ) -> HeldBack | None:
     """Return how many layers of a named recipient stay in their files, as a function of its blueprint.
 
-    Args:
-        model: The recipient, named or loaded.
-        args: `DonorTrainingArguments`.
-        model_kwargs: The arguments for loading it.
-        position_in: Returns the donor's position or positions for the number of the recipient's layers.
-
-    Raises:
-        ConfigurationError: `stream_prefix=True` where layers cannot be streamed.
+    `position_in` returns the donor's position or positions for the number of the recipient's layers.
     """
     if args.stream_prefix is False:
         return None
