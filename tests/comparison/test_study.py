@@ -15,8 +15,9 @@ import torch
 from tests.helpers import copied, plain, refused
 from tests.training.helpers import noise
 from transplant_hf import ConfigurationError
-from transplant_hf.comparison import METHODS, ComparisonReport, compare, compare_texts
+from transplant_hf.comparison import METHODS, ComparisonReport, RunResult, compare, compare_texts
 from transplant_hf.comparison.methods import Setting
+from transplant_hf.comparison.study import _next_rate
 from transplant_hf.plots import plot_comparison
 
 pytest.importorskip("peft")
@@ -59,7 +60,55 @@ def test_learning_rates_are_chosen_on_the_validation_text(report: ComparisonRepo
                 for run in report.runs
                 if (run.method, run.view, run.steps) == (row.result.method, row.result.view, 4)
             ]
-            assert row.result.validation["domain"] == min(run.validation["domain"] for run in others)
+            assert row.result.validation == min(run.validation for run in others)
+
+
+def test_the_best_learning_rate_is_not_at_the_edge_of_those_tried() -> None:
+    def search(best: float, first: float) -> list[float]:
+        results: list[RunResult] = []
+        rate: float | None = first
+        while rate is not None:
+            loss = abs(math.log(rate / best))
+            failed = "diverged" if rate > best * 20 else None
+            # Another view of the same run does not decide.
+            results.append(RunResult("donor", "", rate, 4, 0.0, validation=loss, failed=failed))
+            results.append(RunResult("donor", "at 0.75", rate, 4, 0.0, validation=-rate, failed=failed))
+            rate = _next_rate(results)
+        return [result.learning_rate for result in results[::2]]
+
+    assert search(3e-3, 3e-3) == [3e-3, 1e-3, 1e-2]
+    assert search(1e-4, 3e-4) == [3e-4, 1e-4, 3e-5]
+    assert search(3e-2, 3e-3) == [3e-3, 1e-3, 1e-2, 3e-2, 1e-1]
+    assert search(3e-3, 3e-1) == [3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3]
+    assert len(search(1e-9, 1e-2)) == 6
+
+
+def test_each_method_is_also_measured_with_less_of_what_it_learned(report: ComparisonReport) -> None:
+    views = {run.method: run for run in report.runs if (run.view, run.steps) == ("at 0.75", 4)}
+    assert set(views) == set(METHODS) - {"standalone", "last"}
+    for method, run in views.items():
+        key = (method, run.learning_rate, 4, "")
+        whole = next(one for one in report.runs if (one.method, one.learning_rate, one.steps, one.view) == key)
+        assert run.forgetting != whole.forgetting and run.seconds == whole.seconds
+
+
+def test_less_of_what_was_learned_lies_between_the_recipient_and_the_whole(tiny_llama: Path) -> None:
+    recipient = tiny_llama / "recipient"
+    ids = torch.arange(8)[None]
+    for name in ("donor", "lora", "full"):
+        prepared = METHODS[name].prepare(Setting(lambda: plain(recipient), plain(recipient).eval(), 2, 2))
+        model = prepared.model.eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1)
+            whole = model(ids).logits
+            assert prepared.at_strength is not None
+            with prepared.at_strength(0.0) as scaled:
+                assert torch.allclose(scaled(ids).logits, plain(recipient)(ids).logits, atol=1e-6), name
+            with prepared.at_strength(0.5) as scaled:
+                assert not torch.allclose(scaled(ids).logits, whole, atol=1e-3), name
+            assert torch.equal(model(ids).logits, whole), name
 
 
 def test_what_can_be_taken_out_again_is_exact(report: ComparisonReport) -> None:
@@ -123,6 +172,10 @@ def test_each_run_is_a_file_and_is_not_made_again(
     assert again.to_dict()["rows"] == report.to_dict()["rows"]
     with refused(ConfigurationError, "another setup: batch_size 4 there, 2 now"):
         compare(family / "recipient", *texts, output=family / "out", resume=True, **{**FIELDS, "batch_size": 2})
+    one = copied(family / "out", family.parent / "incomplete")
+    next((one / "runs").glob("donor-at-0.75-lr0.01-4steps-*.json")).unlink()
+    with pytest.raises(pytest.fail.Exception, match="it trained"):
+        compare(family / "recipient", *texts, output=one, resume=True, **FIELDS)
 
 
 def test_old_names_of_arguments_are_accepted(family: Path) -> None:

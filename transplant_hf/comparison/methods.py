@@ -22,7 +22,7 @@ from ..training import Part
 from ..training.arguments import width_scaled
 from ..training.donor_trainer import with_untrained_donor
 
-__all__ = ["METHODS", "Method", "Prepared", "Setting", "donor_of", "in_place"]
+__all__ = ["METHODS", "Method", "Prepared", "Setting", "donor_of", "in_place", "on_grid"]
 
 _DONOR = "donor"
 View = Callable[[], AbstractContextManager[Any]]
@@ -68,6 +68,7 @@ class Prepared:
         part: The layers that run in training.
         inner: The model inside a wrapper.
         removed: The recipient again inside a `with` block; `None` where the change cannot be removed.
+        at_strength: The model with a share of what it learned inside a `with` block; `None` where that has no meaning.
     """
 
     model: Any
@@ -76,6 +77,7 @@ class Prepared:
     part: Part | None = None
     inner: Any = None
     removed: View | None = None
+    at_strength: Callable[[float], AbstractContextManager[Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +88,9 @@ class Method:
         name: Its name.
         what: Its name in the table.
         prepare: Returns a model that is ready to be trained.
-        learning_rate: The middle of the learning rates that are tried first.
+        learning_rate: The learning rate that is tried first.
         needs: A library that it needs and that may be missing.
-        scaled: Whether the rate is that of a model of width 192, and falls in proportion to 1 / width.
+        by_width: Whether the rate is that of a model of width 192, and falls in proportion to 1 / width.
     """
 
     name: str
@@ -96,28 +98,46 @@ class Method:
     prepare: Callable[[Setting], Prepared]
     learning_rate: float
     needs: str | None = None
-    scaled: bool = True
+    by_width: bool = True
 
-    def learning_rates(self, width: int) -> tuple[float, ...]:
-        """Return the learning rates that are tried first, a factor of about 3 apart.
+    def first_learning_rate(self, width: int) -> float:
+        """Return the learning rate that is tried first.
 
         Args:
             width: The recipient's hidden size.
         """
-        middle = width_scaled(self.learning_rate, width) if self.scaled else self.learning_rate
-        return tuple(float(f"{middle * factor:.1g}") for factor in (1 / 3, 1, 3))
+        rate = width_scaled(self.learning_rate, width) if self.by_width else self.learning_rate
+        return on_grid(rate)
+
+
+def on_grid(rate: float, steps: int = 0) -> float:
+    """Return the learning rate of the grid ..., 1e-3, 3e-3, 1e-2, ... that is this many steps from the nearest one.
+
+    Example:
+        >>> on_grid(3.3e-3), on_grid(3e-3, 1), on_grid(3e-3, -1)
+        (0.003, 0.01, 0.001)
+    """
+    return float(f"{10 ** ((round(2 * math.log10(rate)) + steps) / 2):.0e}")
 
 
 def in_place(setting: Setting, position: Position, mode: str = "insert") -> Prepared:
     """Prepare a donor that is trained inside the frozen recipient."""
     model = with_untrained_donor(setting.shared, position, setting.layers, mode=mode, name=_DONOR)
     own = model.layer_map.layers_of(_DONOR)
+
+    @contextmanager
+    def at_strength(strength: float) -> Iterator[Any]:
+        model.set_strength(_DONOR, strength)
+        yield model
+        model.set_strength(_DONOR, 1.0)
+
     return Prepared(
         model,
         {"": lambda: nullcontext(model)},
         lambda folder: donor_of(model).save_pretrained(folder, position=position, recipient="recipient"),
         part=Part(range(own[0], len(model.layer_map)), donor=own),
         removed=_without_donor(model),
+        at_strength=at_strength if mode == "insert" else None,
     )
 
 
@@ -164,7 +184,18 @@ def _standalone(setting: Setting) -> Prepared:
 def _full(setting: Setting) -> Prepared:
     model = setting.load()
     model.requires_grad_(True)
-    return Prepared(model, {"": lambda: nullcontext(model)}, model.save_pretrained)
+
+    @contextmanager
+    def at_strength(strength: float) -> Iterator[Any]:
+        learned = [parameter.detach().clone() for parameter in model.parameters()]
+        with torch.no_grad():
+            for parameter, before in zip(model.parameters(), setting.shared.parameters(), strict=True):
+                parameter.lerp_(before, 1 - strength)
+            yield model
+            for parameter, after in zip(model.parameters(), learned, strict=True):
+                parameter.copy_(after)
+
+    return Prepared(model, {"": lambda: nullcontext(model)}, model.save_pretrained, at_strength=at_strength)
 
 
 def _matched_rank(setting: Setting) -> int:
@@ -177,6 +208,7 @@ def _matched_rank(setting: Setting) -> int:
 
 def _lora(setting: Setting, layers: Sequence[int] | None = None, rank: int | None = None) -> Prepared:
     from peft import LoraConfig, get_peft_model
+    from peft.helpers import rescale_adapter_scale
 
     inner, rank = setting.load(), rank or setting.rank
     excluded = [str(number) for number in range(setting.count) if layers is not None and number not in layers]
@@ -196,6 +228,11 @@ def _lora(setting: Setting, layers: Sequence[int] | None = None, rank: int | Non
         with model.disable_adapter():
             yield model
 
+    @contextmanager
+    def at_strength(strength: float) -> Iterator[Any]:
+        with rescale_adapter_scale(model, strength):
+            yield model
+
     return Prepared(
         model,
         {"": lambda: nullcontext(model)},
@@ -203,6 +240,7 @@ def _lora(setting: Setting, layers: Sequence[int] | None = None, rank: int | Non
         part=None if layers is None else Part(range(layers[0], setting.count)),
         inner=inner,
         removed=removed,
+        at_strength=at_strength,
     )
 
 
@@ -227,16 +265,16 @@ METHODS: dict[str, Method] = {
             1e-2,
         ),
         Method("standalone", "donor, standalone (the paper's)", _standalone, 3e-3),
-        Method("lora", "LoRA, all linear layers", _lora, 3e-3, "peft", scaled=False),
+        Method("lora", "LoRA, all linear layers", _lora, 3e-3, "peft", by_width=False),
         Method(
             "lora-matched",
             "LoRA, as many parameters as the donor",
             lambda s: _lora(s, rank=_matched_rank(s)),
             3e-3,
             "peft",
-            scaled=False,
+            by_width=False,
         ),
-        Method("lora-last", "LoRA, last k layers, cached", lambda s: _lora(s, s.last), 1e-2, "peft", scaled=False),
+        Method("lora-last", "LoRA, last k layers, cached", lambda s: _lora(s, s.last), 1e-2, "peft", by_width=False),
         Method("last", "last k layers fine-tuned, cached", lambda s: in_place(s, s.last[0], "replace"), 3e-3),
         Method("full", "full fine-tuning", _full, 1e-3),
     )

@@ -15,7 +15,7 @@ from ..errors import ConfigurationError
 from ..storage import check_output_folder, read_json, write_json, writing
 from .runs import RunResult
 
-__all__ = ["PICTURE", "ComparisonReport", "ComparisonRow", "RunFiles", "check_comparison_folder"]
+__all__ = ["PICTURE", "ComparisonReport", "ComparisonRow", "Runs", "check_comparison_folder"]
 
 PICTURE = "comparison.png"
 _JSON, _TEXT, _RUNS = "comparison.json", "comparison.txt", "runs"
@@ -114,51 +114,69 @@ def _cells(row: ComparisonRow, texts: Sequence[str]) -> list[str]:
     ]
 
 
-class RunFiles:
-    """The runs of a comparison as files, one JSON object each, so that a comparison that is stopped loses none.
+class Runs:
+    """The runs of a comparison, and one JSON file for each, so that a comparison that is stopped loses none.
 
     Args:
-        folder: The comparison's folder; created if it does not exist.
+        folder: The comparison's folder; `None` to write no files.
         setup: What must be equal in all runs: recipient, texts, batch size, ...
         resume: Whether to keep the runs that are there.
+
+    Raises:
+        ConfigurationError: A run that is there was measured with another setup.
     """
 
-    def __init__(self, folder: Path, setup: Mapping[str, Any], resume: bool) -> None:
-        self.folder, self.setup = folder / _RUNS, json.loads(json.dumps(dict(setup)))
-        for path in [] if resume else self._files():
-            path.unlink()
-
-    def _files(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("*.json") if _is_run(path)) if self.folder.is_dir() else []
-
-    def add(self, results: Sequence[RunResult]) -> None:
-        """Write the results of one training, one file for each view."""
-        with writing(self.folder, "Earlier runs are unchanged."):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for result in results:
-                parts = [result.method, result.view, f"lr{result.learning_rate:g}", f"{result.steps}steps"]
-                name = "-".join([*filter(None, parts), f"replay{result.replay_share:g}", f"seed{result.seed}"])
-                content = {**dataclasses.asdict(result), "views": [one.view for one in results], "setup": self.setup}
-                write_json(self.folder / f"{_SEPARATORS.sub('-', name)}.json", content)
-
-    def find(self, **key: Any) -> list[RunResult]:
-        """Return the results of a training that are there, or nothing if they are not complete."""
-        found: dict[str, RunResult] = {}
-        views: list[str] = []
-        for path in self._files():
-            content = read_json(path, "the run")
-            if any(content.get(name) != value for name, value in key.items()):
+    def __init__(self, folder: Path | None, setup: Mapping[str, Any], resume: bool) -> None:
+        self.folder, self.setup = folder and folder / _RUNS, json.loads(json.dumps(dict(setup)))
+        found: dict[tuple[Any, ...], dict[str, RunResult]] = {}
+        views: dict[tuple[Any, ...], list[str]] = {}
+        for path in _run_files(self.folder):
+            if not resume:
+                path.unlink()
                 continue
-            setup, views = content.pop("setup"), content.pop("views")
-            differing = [name for name in self.setup if setup.get(name) != self.setup[name]]
-            if differing:
-                name = differing[0]
+            content = read_json(path, "the run")
+            self._check(path, content.pop("setup"))
+            names = content.pop("views")
+            result = RunResult(**content)
+            found.setdefault(result.key, {})[result.view] = result
+            views[result.key] = names
+        # A training of which a file is missing is made again.
+        complete = {key: names for key, names in views.items() if set(names) == set(found[key])}
+        self._of = {key: [found[key][name] for name in names] for key, names in complete.items()}
+
+    def _check(self, path: Path, setup: Mapping[str, Any]) -> None:
+        for name in self.setup:
+            if setup.get(name) != self.setup[name]:
                 raise ConfigurationError(
                     f"{path} was measured with another setup: {name} {setup.get(name)!r} there, {self.setup[name]!r} "
                     "now. Use the same setup, or another folder."
                 )
-            found[content["view"]] = RunResult(**content)
-        return [found[view] for view in views] if set(found) == set(views) else []
+
+    def add(self, results: Sequence[RunResult]) -> None:
+        """Keep the results of one training, one for each view."""
+        self._of[results[0].key] = list(results)
+        if self.folder is None:
+            return
+        for result in results:
+            parts = [result.method, result.view, f"lr{result.learning_rate:g}", f"{result.steps}steps"]
+            name = "-".join([*filter(None, parts), f"replay{result.replay_share:g}", f"seed{result.seed}"])
+            content = {**dataclasses.asdict(result), "views": [one.view for one in results], "setup": self.setup}
+            with writing(self.folder, "Earlier runs are unchanged."):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(self.folder / f"{_SEPARATORS.sub('-', name)}.json", content)
+
+    def find(self, key: tuple[Any, ...]) -> list[RunResult]:
+        """Return the results of a training, or nothing."""
+        return self._of.get(key, [])
+
+    @property
+    def all(self) -> tuple[RunResult, ...]:
+        """All of them."""
+        return tuple(result for results in self._of.values() for result in results)
+
+
+def _run_files(folder: Path | None) -> list[Path]:
+    return sorted(path for path in folder.glob("*.json") if _is_run(path)) if folder and folder.is_dir() else []
 
 
 def check_comparison_folder(folder: Path, overwrite: bool) -> None:

@@ -6,7 +6,8 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from .methods import Method, Prepared, Setting
 
 __all__ = ["Budget", "RunResult", "Texts", "measure", "run_method", "train_once"]
 
+PARTIAL_STRENGTH = 0.75  # each method is also measured with this share of what it learned
+
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
@@ -30,13 +33,13 @@ class Texts:
     Args:
         domain: Blocks of the text to learn.
         general: Blocks of general text to replay.
-        validation: `{"domain": blocks, "general": blocks}`, on which learning rates are chosen.
-        test: The same names and those of other texts, for the reported numbers.
+        validation: The domain's blocks on which learning rates are chosen.
+        test: `{"domain": blocks, "general": blocks}` and other texts, for the reported numbers.
     """
 
     domain: Blocks
     general: Blocks | None
-    validation: Mapping[str, Blocks]
+    validation: Blocks
     test: Mapping[str, Blocks]
 
 
@@ -70,13 +73,13 @@ class RunResult:
         steps: Optimizer steps.
         replay_share: The share of general text.
         seed: The seed of the run.
-        validation: Perplexity by name of text.
+        validation: Perplexity of the domain's validation text.
         test: Perplexity by name of text.
         gain: How much lower the loss on the domain's test text is than the untouched recipient's, in nats.
         forgetting: How much higher the loss on the general test text is than the untouched recipient's, in nats.
         forgetting_on: The same for each text that was not trained on, by name.
-        seconds: The time of training, without the cache.
-        cache_seconds: The time of computing hidden states before the part.
+        seconds: The time of training, without the cache; on a CPU, processor time, which other programs do not change.
+        cache_seconds: The time of computing hidden states before the part, in the same way.
         peak_memory_bytes: Peak memory of an accelerator in training; `None` on the CPU.
         trainable_parameters: How many numbers were trained.
         artifact_bytes: The size of the method's weight files.
@@ -91,7 +94,7 @@ class RunResult:
     steps: int
     replay_share: float
     seed: int = 42
-    validation: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    validation: float = math.inf
     test: Mapping[str, float] = dataclasses.field(default_factory=dict)
     gain: float | None = None
     forgetting: float | None = None
@@ -105,21 +108,28 @@ class RunResult:
     failed: str | None = None
 
     @property
+    def key(self) -> tuple[Any, ...]:
+        """What is equal in all views of one training, and in no other."""
+        return self.method, self.learning_rate, self.steps, self.replay_share, self.seed
+
+    @property
     def whole_seconds(self) -> float:
         """Training and cache together."""
         return self.seconds + self.cache_seconds
 
 
 class _Clock(TrainerCallback):
-    """Measures the steps alone."""
+    """Measures the steps, and what comes before them, alone."""
 
-    seconds = 0.0
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now, self.began = now, now()
+        self.before = self.seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
+        self.before = self.now() - self.began
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self._began
+        self.seconds = self.now() - self.began - self.before
 
 
 def train_once(
@@ -134,7 +144,7 @@ def train_once(
     quiet: bool = True,
 ) -> dict[str, Any]:
     """Train a prepared model, and return the costs by their names in `RunResult`."""
-    clock, cuda = _Clock(), torch.cuda.is_available()
+    cuda = torch.cuda.is_available()
     args = TrainingArguments(
         folder,
         max_steps=budget.steps,
@@ -150,6 +160,7 @@ def train_once(
         disable_tqdm=quiet,
         dataloader_pin_memory=cuda,
     )
+    clock = _Clock(time.perf_counter if cuda else time.process_time)
     trainer = PartTrainer(
         prepared.model,
         args,
@@ -161,10 +172,11 @@ def train_once(
     )
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    clock.began = clock.now()
     trainer.train()
     return {
         "seconds": clock.seconds,
-        "cache_seconds": trainer.cache_seconds,
+        "cache_seconds": clock.before if trainer.cache_seconds else 0.0,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "trainable_parameters": trainer.trainable_parameters,
     }
@@ -196,10 +208,13 @@ def run_method(
         files = Path(folder, "artifact").rglob("*.safetensors")
         known |= {"artifact_bytes": sum(path.stat().st_size for path in files)}
     known["removal_error"] = _removal_error(prepared, setting, texts)
+    views = dict(prepared.views)
+    if prepared.at_strength is not None:
+        views[f"at {PARTIAL_STRENGTH:g}"] = partial(prepared.at_strength, PARTIAL_STRENGTH)
     results = []
-    for view, enter in prepared.views.items():
+    for view, enter in views.items():
         with enter() as model:
-            validation, test = measure(model, texts.validation), measure(model, texts.test)
+            validation, test = perplexity(model, texts.validation, quiet=True).value, measure(model, texts.test)
         changes = {name: math.log(test[name] / untouched[name]) for name in test}
         results.append(
             RunResult(

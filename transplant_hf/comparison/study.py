@@ -22,8 +22,8 @@ from ..model.load_any_model import load_model
 from ..texts import Blocks
 from ..training.data import as_blocks, model_and_tokenizer
 from ..training.records import versions
-from .methods import METHODS, Method, Setting
-from .report import ComparisonReport, ComparisonRow, RunFiles, check_comparison_folder
+from .methods import METHODS, Method, Setting, on_grid
+from .report import ComparisonReport, ComparisonRow, Runs, check_comparison_folder
 from .runs import Budget, RunResult, Texts, measure, run_method
 
 __all__ = ["compare"]
@@ -76,8 +76,8 @@ def compare(
         overwrite: Replace an earlier comparison in that folder.
         resume: Use the runs that are in that folder, measured with the same setup, instead of making them again.
         methods: Names in `METHODS`; all by default.
-        learning_rates: Learning rates to try instead of each method's own. Those are extended until the best of them
-            is not at the edge, up to six.
+        learning_rates: Learning rates to try, the same for all methods. By default each method starts at its own, and
+            tries neighbors, a factor of about 3 away, until both neighbors of the best are known, up to six rates.
         steps: Optimizer steps.
         batch_size: Blocks in a step.
         replay_shares: Shares of general text in a batch; each is a comparison of its own.
@@ -129,50 +129,31 @@ def compare(
         "lora_rank": rank,
         "bf16_autocast": bf16,
     }
-    files = None if output is None else RunFiles(Path(output), setup, resume)
     width = setting.shared.config.get_text_config(decoder=True).hidden_size
-    rates = {method.name: list(learning_rates or method.learning_rates(width)) for method in chosen}
-    controls = _controls(setting, texts, model)
-    measured: dict[tuple[str, float, int, float], list[RunResult]] = {}
-    rows = list(controls)
-    total = len(replay_shares) * (sum(map(len, rates.values())) + (len(chosen) - 1 if equal_time else 0))
+    runs = Runs(None if output is None else Path(output), setup, resume)
+    rows = _controls(setting, texts, model)
+    untouched = rows[0].result.test
+    total = len(replay_shares) * (len(chosen) * len(learning_rates or range(3)) + (len(chosen) - 1) * equal_time)
     with progress_bar(total, "Comparing", unit="run", quiet=quiet) as bar:
 
         def run(method: Method, rate: float, budget: Budget) -> list[RunResult]:
             bar.set_postfix_str(f"{method.name}, lr {rate:g}, {budget.steps} steps")
-            key = (method.name, rate, budget.steps, budget.replay_share)
-            if key in measured:  # at equal time, as many steps as before
-                return measured[key]
-            results = []
-            if files is not None and resume:
-                results = files.find(
-                    method=method.name,
-                    learning_rate=rate,
-                    steps=budget.steps,
-                    seed=seed,
-                    replay_share=budget.replay_share,
-                )
-            if not results:
-                results = run_method(method, setting, rate, budget, texts, controls[0].result.test)
-                if files is not None:
-                    files.add(results)
-                elif not quiet:
-                    for result in results:
-                        bar.write(_line(result), file=sys.stderr)
-            measured[key] = results
+            key = (method.name, rate, budget.steps, budget.replay_share, seed)
+            if not runs.find(key):
+                runs.add(run_method(method, setting, rate, budget, texts, untouched))
+                for result in runs.find(key) if runs.folder is None and not quiet else ():
+                    bar.write(_line(result), file=sys.stderr)
             bar.update()
-            return results
+            return runs.find(key)
 
         for share in replay_shares:
             budget = Budget(steps, batch_size, share, seed, bf16)
-            at_steps = {}
+            at_steps: dict[str, list[RunResult]] = {}
             for method in chosen:
-                tried = rates[method.name]
+                tried = learning_rates or [method.first_learning_rate(width)]
                 results = [result for rate in tried for result in run(method, rate, budget)]
-                while learning_rates is None and (rate := _rate_beyond(results)) is not None:
-                    bar.total += 1
-                    tried.append(rate)
-                    results += run(method, rate, budget)
+                while not learning_rates and (following := _next_rate(results)) is not None:
+                    results += run(method, following, budget)
                 at_steps[method.name] = results
             rows += _rows(chosen, at_steps, "steps")
             if equal_time:
@@ -181,14 +162,16 @@ def compare(
         **setup,
         "seed": seed,
         "steps": steps,
-        "learning_rates": rates,
+        "learning_rates": {
+            method.name: sorted({run.learning_rate for run in runs.all if run.method == method.name})
+            for method in chosen
+        },
         "texts": {name: len(part) for name, part in texts.test.items()},
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    runs = tuple(result for results in measured.values() for result in results)
-    report = ComparisonReport(tuple(rows), runs, about)
+    report = ComparisonReport(tuple(rows), runs.all, about)
     if output is not None:
         report.save(Path(output), overwrite=True)  # its own runs are there
     return report
@@ -255,7 +238,7 @@ def _split(
     return Texts(
         domain,
         parts["general"][0],
-        {name: validation.part(0, held_out) for name, (_, validation, _) in parts.items()},
+        parts["domain"][1].part(0, held_out),
         test,
     )
 
@@ -277,18 +260,17 @@ def _controls(setting: Setting, texts: Texts, loaded: Any) -> list[ComparisonRow
 
 
 def _best(results: Sequence[RunResult]) -> RunResult:
-    """The best run on the domain's validation text; a failed one only where there is no other."""
-    succeeded = [result for result in results if result.failed is None]
-    return min(succeeded, key=lambda result: result.validation["domain"], default=results[0])
+    """The best run on the validation text, in a method's usual view; a failed one only where there is no other."""
+    usual = [result for result in results if result.view == results[0].view]
+    succeeded = [result for result in usual if result.failed is None]
+    return min(succeeded, key=lambda result: result.validation, default=usual[-1])
 
 
-def _rate_beyond(results: Sequence[RunResult]) -> float | None:
-    """The next learning rate to try, if the best so far is the lowest or the highest of those tried."""
-    best, tried = _best(results), sorted({result.learning_rate for result in results})
-    if best.failed is not None or len(tried) >= _MOST_RATES:
-        return None
-    factor = {tried[0]: 1 / 3, tried[-1]: 3}.get(best.learning_rate)
-    return None if factor is None else float(f"{best.learning_rate * factor:.1g}")
+def _next_rate(results: Sequence[RunResult]) -> float | None:
+    """The next learning rate to try: a neighbor of the best so far, until both neighbors are known."""
+    best, tried = _best(results).learning_rate, {result.learning_rate for result in results}
+    missing = [rate for rate in (on_grid(best, -1), on_grid(best, 1)) if rate not in tried]
+    return missing[0] if missing and len(tried) < _MOST_RATES else None
 
 
 def _rows(methods: Sequence[Method], results: dict[str, list[RunResult]], budget: str) -> Iterator[ComparisonRow]:
