@@ -1,7 +1,7 @@
 # The environment in use, else the one in .venv, else whatever python3 is.
 PYTHON ?= $(if $(VIRTUAL_ENV),python,$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
 
-.PHONY: help install check format test test-slow ecosystem docs release demo bench clean
+.PHONY: help install check format test test-slow ecosystem docs release demo bench evidence clean
 
 help:
 	@echo "make install     a virtual environment in .venv with the tested versions of everything"
@@ -14,6 +14,7 @@ help:
 	@echo "make release     wheel and sdist, tried in empty environments"
 	@echo "make demo        the demonstration"
 	@echo "make bench       the measurements; benchmarks/README.md has all of them"
+	@echo "make evidence    a small recipient, a comparison on it, and its table in docs/results.md"
 	@echo "make clean       remove what the tools left behind"
 
 install:
@@ -51,6 +52,9 @@ demo:
 
 bench:
 	$(PYTHON) benchmarks/load.py
+
+evidence:
+	$(PYTHON) benchmarks/evidence.py small build/evidence
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from one_load import PeakAnonymous
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from transplant_hf.comparison import METHODS
@@ -37,23 +37,29 @@ SHAPES: dict[str, PreTrainedConfig] = {
 def main() -> None:
     """Train a few steps by one method."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("shape", help=f"{', '.join(sorted(SHAPES))}, or a recipient's folder")
     parser.add_argument("method", choices=sorted(METHODS))
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=3)
     options = parser.parse_args()
     logging.disable_progress_bar()
-    config = SHAPES[options.shape]
+    config = SHAPES.get(options.shape) or AutoConfig.from_pretrained(options.shape)
     # What the imports and the libraries' own first steps take is not the method's.
     METHODS["full"].prepare(Setting(lambda: AutoModelForCausalLM.from_config(_tiny(config)), None))
     tokens = torch.randint(0, 500, (64, 128), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config).save_pretrained(Path(folder, "recipient"))
+        recipient = options.shape
+        if options.shape in SHAPES:
+            recipient = Path(folder, "recipient")
+            AutoModelForCausalLM.from_config(config).save_pretrained(recipient)
         with PeakAnonymous() as peak:
-            load = lambda: AutoModelForCausalLM.from_pretrained(Path(folder, "recipient"))  # noqa: E731
-            frozen = options.method not in ("full", "lora", "lora-last")
+            load = lambda: AutoModelForCausalLM.from_pretrained(recipient)  # noqa: E731
+            frozen = options.method != "full" and not options.method.startswith("lora")
             shared = load().eval() if frozen else _outline(config)
-            prepared = METHODS[options.method].prepare(Setting(load, shared))
-            train_once(prepared, folder, 1e-4, Budget(options.steps), Blocks(tokens), None, cache="disk")
+            prepared = METHODS[options.method].prepare(Setting(load, shared, options.layers))
+            budget = Budget(options.steps, options.batch_size)
+            train_once(prepared, folder, 1e-4, budget, Blocks(tokens), None, cache="disk")
     print(json.dumps({"mib": peak.mib, "whole_mib": peak.mib + peak.before_mib}))
 
 
