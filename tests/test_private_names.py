@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -41,9 +43,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo, load_state_dict
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
+from transformers.utils.output_capturing import _active_collector, maybe_install_capturing_hooks
 
-from tests.helpers import tiny_llama_model
+from tests.helpers import tiny_gpt_oss_model, tiny_llama_model
 from tests.release.names_used import names_used, private_names_of
 from tests.release.watched_names import NOT_THEIRS, SIGNED, WATCHED
 from transplant_hf import TransplantConfig
@@ -202,6 +204,26 @@ def test_the_capturing_hooks_leave_their_mark() -> None:
     assert getattr(model.model, "_output_capturing_hooks_installed", False), (
         "model/active_donors.py reads _output_capturing_hooks_installed to know which layers are recorded."
     )
+
+
+def test_what_a_call_records() -> None:
+    """model/rows.py reads it."""
+    model, seen = tiny_llama_model(0), []
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append({*_active_collector.get()}))
+    for arguments in ({}, {"output_attentions": True}, {"output_hidden_states": [1]}):
+        model(torch.ones(1, 2, dtype=torch.long), **arguments)
+    assert seen == [set(), {"attentions"}, {"hidden_states", "_hidden_states_layers"}], seen
+
+
+def test_cache_layers_that_hold_rows() -> None:
+    """model/rows_cache.py has a subclass of each kind of layer, and all operations on rows."""
+    for build in (tiny_llama_model, tiny_gpt_oss_model):
+        kinds = {type(layer) for layer in DynamicCache(config=build(0).config).layers}
+        assert kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    operations = {name for name in vars(DynamicCache.__base__) if re.match("batch_|reorder|crop|reset", name)}
+    assert operations == {
+        "batch_repeat_interleave", "batch_select_indices", "batch_size", "crop", "reorder_cache", "reset"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["update", "get_mask_sizes"])

@@ -17,6 +17,7 @@ NO_CHOICE = {
     "reformer": "two hidden states",
     "mllama": "without its first layer",  # cross-attention, which a text alone does not run
 }
+NO_GENERATION = {"xlnet": "returns a second hidden state"}
 # Halves the hidden state after some layers, in evaluation only: their number decides where, and rounding follows.
 TOLERANCE = {"rwkv": 1e-4}
 
@@ -27,13 +28,14 @@ def _check_type(model_type: str, folder: Path) -> None:
     ids, own = pair.ids, pair.recipient
     near = {"rtol": 0, "atol": TOLERANCE.get(model_type, 1e-5)}
     start, end = 2, (1 if 0 in NOT_AT.get(model_type, {}) else 0)
-    untouched = own(ids, use_cache=False).logits.clone()
+    cached = own.can_generate() and own.config.model_type not in CACHE_DIFFERS
+    untouched, continued = own(ids, use_cache=False).logits.clone(), _generate(own, ids) if cached else None
     live = transplant(own, str(folder / "donor"), start, in_place=True)
     for position in (start, end):
         live.move_donor("donor", position)
         loaded = _loaded(pair, position)
         assert torch.equal(live(ids, use_cache=False).logits, loaded(ids, use_cache=False).logits), position
-        if live.can_generate() and own.config.model_type not in CACHE_DIFFERS:
+        if cached:
             assert torch.equal(_generate(live, ids), _generate(loaded, ids)), position
     wanted = live(ids, use_cache=False).logits
     if model_type in NO_CHOICE:
@@ -44,12 +46,20 @@ def _check_type(model_type: str, folder: Path) -> None:
         assert torch.equal(live(ids, use_cache=False).logits, wanted)
     with live.using(()):
         torch.testing.assert_close(live(ids, use_cache=False).logits, untouched, **near)
+        if model_type in NO_GENERATION:
+            with pytest.raises(ConfigurationError, match=NO_GENERATION[model_type]):
+                _generate(live, ids)
+        elif cached:
+            assert torch.equal(_generate(live, ids), continued)
     if model_type in NO_ROWS:
         with pytest.raises(ConfigurationError, match=NO_ROWS[model_type]), live.using(rows=[None, "donor"]):
             pass
     else:
         with live.using(rows=[None, "donor"]):
             found = live(ids, use_cache=False).logits
+            tokens = _generate(live, ids) if cached else None
+        if cached:
+            assert torch.equal(tokens, torch.stack([continued[0], _generate(live, ids)[1]]))
         torch.testing.assert_close(found[0], untouched[0], **near)
         torch.testing.assert_close(found[1], wanted[1], **near)
     live.remove_donor("donor")

@@ -51,8 +51,12 @@ WATCHED: dict[str, Watched] = {
     "GradientCheckpointingLayer": Watched("tells decoder layers from other lists", _LAYERS),
     "maybe_install_capturing_hooks": Watched("hidden states of layers that come later are recorded", SIGNED),
     "_output_capturing_hooks_installed": Watched("the same", "test_the_capturing_hooks_leave_their_mark"),
+    "_active_collector": Watched("donors run on all rows where a call records layers", "test_what_a_call_records"),
     "_adapter_model_path": Watched("an adapter that an Auto class was asked for", "test_adapters_that_are_found"),
     "_hf_peft_config_loaded": Watched("an adapter is not saved into a full model", _MODEL),
+    "_hidden_states_layers": Watched("the same", "test_what_a_call_records"),
+    "DynamicLayer": Watched("cache layers that hold the rows of a donor", "test_cache_layers_that_hold_rows"),
+    "DynamicSlidingWindowLayer": Watched("the same", "test_cache_layers_that_hold_rows"),
     # Precision and devices.
     "convert_moe_packed_tensors": Watched("MXFP4 experts, dequantised as loading does", SIGNED),
     # Training.

@@ -14,10 +14,10 @@ from ..errors import ConfigurationError
 from .calls import Calls
 from .using import CallChoices
 
-__all__ = ["CacheGuard", "Setting"]
+__all__ = ["CacheGuard", "Setting", "cache_kind"]
 
 _GUARDED_METHODS = ("update", "get_mask_sizes", "update_conv_state", "update_recurrent_state")
-_MARK = "_transplant_mark"
+_MARK, _KIND = "_transplant_mark", "_transplant_kind"
 
 
 class Setting(NamedTuple):
@@ -212,4 +212,9 @@ def _guarded(kind: Any) -> Any:
         return method
 
     methods = {name: checked(name) for name in _GUARDED_METHODS if hasattr(kind, name)}
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, **methods})
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, _KIND: kind, **methods})
+
+
+def cache_kind(cache: Cache) -> type:
+    """The class that a cache was made of."""
+    return getattr(cache, _KIND, type(cache))

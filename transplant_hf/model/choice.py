@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +14,21 @@ from ..errors import ConfigurationError
 from ..numeric import finite_number
 from ..splice import Blueprint
 
-__all__ = ["Choice", "parse_choice"]
+__all__ = ["Choice", "Rows", "parse_choice"]
+
+
+class Rows(NamedTuple):
+    """The rows of a batch that use a donor.
+
+    Args:
+        held: Which they are, `[batch]`, on the CPU.
+        numbers: Their numbers, on the device of the hidden state.
+        none: Whether there are none.
+    """
+
+    held: torch.Tensor
+    numbers: torch.Tensor
+    none: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +44,21 @@ class Choice:
     strengths: Mapping[str, float | torch.Tensor]
     key: Hashable
     replacing: frozenset[str] = frozenset()
+    _rows: dict[Hashable, Rows | None] = dataclasses.field(default_factory=dict)
+
+    def rows(self, name: str, hidden: torch.Tensor) -> Rows | None:
+        """The rows of a hidden state `[batch, ...]` that use a donor; `None` if all do, or if the batch is another."""
+        key = (name, hidden.shape[0], hidden.device)
+        if key not in self._rows:
+            self._rows[key] = self._find_rows(self.strengths.get(name, 0.0), *key[1:])
+        return self._rows[key]
+
+    def _find_rows(self, strength: float | torch.Tensor, batch: int, device: torch.device) -> Rows | None:
+        strengths = strength if isinstance(strength, torch.Tensor) else torch.tensor([strength])
+        if batch % len(strengths):
+            return None
+        held = (strengths != 0).repeat_interleave(batch // len(strengths))
+        return None if held.all() else Rows(held, held.nonzero()[:, 0].to(device), not held.any())
 
     @property
     def chosen(self) -> set[str]:

@@ -24,6 +24,7 @@ from ..donor.extract import GATE
 from ..errors import ConfigurationError
 from ..layer_map import Stage
 from ..splice import Blueprint
+from .rows import DonorRows, OutputForm, is_another_stream, run_by_row, run_on_all_rows
 from .using import CallChoices
 
 __all__ = ["HOOKS_RUN_AGAIN", "StrengthHooks", "is_entrance"]
@@ -144,6 +145,12 @@ class _DonorHooks:
             )
         strength = role.strength if local.gate is None else local.gate
         strength = strength if local.chosen is None else local.chosen
+        scaled = isinstance(strength, torch.Tensor) or strength != 1
+        if scaled and in_tuple and any(is_another_stream(other, left) for other in output[1:]):
+            raise ConfigurationError(
+                f"donor {self.name!r} returns a second hidden state in this call, which cannot be scaled or left out. "
+                "Run it at strength 1, outside using(...); disable_transplants() switches it off."
+            )
         recomputed = module.training and getattr(module, "gradient_checkpointing", False)
         if recomputed and HOOKS_RUN_AGAIN and (self.group is not None or local.gate is not None or strength != 1):
             raise ConfigurationError(
@@ -214,6 +221,8 @@ class StrengthHooks:
             parts = [[self._layers[placement.name][number] for number in numbers] for _, numbers in placement.parts]
             self._hooks[placement.name] = [(part, _DonorHooks(placement.name, part, choices)) for part in parts]
         self._groups: dict[tuple[str, ...], _PerThread] = {}
+        form = OutputForm()
+        self._rows = {name: DonorRows(name, choices, form) for name in self._layers}
 
     def set(self, blueprint: Blueprint, disabled: Collection[str], by_call: bool) -> None:
         """Set what the hooks do."""
@@ -232,12 +241,16 @@ class StrengthHooks:
                 for number, layer in enumerate(layers):
                     inside = (number > 0 and changes) or not leads
                     setattr(layer, _ROLE, _Role(active, spec.strength, leads, name in running[-1:], inside))
+                    if by_call and spec.mode == "insert":
+                        run_by_row(layer, self._rows[name])
 
     def remove(self) -> None:
         """Remove all hooks."""
         while self._hooks:
-            for _, hooks in self._hooks.popitem()[1]:
+            for layers, hooks in self._hooks.popitem()[1]:
                 hooks.remove()
+                for layer in layers:
+                    run_on_all_rows(layer)
 
     def layers_of(self, name: str) -> list[nn.Module]:
         """The layers of a donor, in order."""

@@ -145,9 +145,9 @@ class TransplantMixin(NativeMethods):
     def using(self, donors: Any = None, *, rows: Sequence[Any] | None = None) -> AbstractContextManager[None]:
         """Choose donors for the calls inside a `with` block, without a change of the model.
 
-        Other threads, asyncio tasks and generators can choose other donors at the same time. The layers of all donors
-        run in every call; what a donor adds is left out where it was not chosen. A row without donors gets exactly
-        the recipient's output. The innermost block applies. `asyncio.to_thread` takes the choice along; in other
+        Other threads, asyncio tasks and generators can choose other donors at the same time. A donor runs on the rows
+        that use it, and its part of the cache holds these rows. A row without donors gets exactly the recipient's
+        output. The innermost block applies. `asyncio.to_thread` takes the choice along; in other
         threads, begin a block there.
 
         Args:

@@ -1,7 +1,7 @@
 """`using` blocks: which choice of donors applies to the code that runs, in threads, tasks and generators.
 
-All donors run in every call; what one of them adds is left out where it was not chosen. So nothing that calls share is
-changed, every layer's cache is filled, and a row without donors gets exactly the recipient's output.
+Nothing that calls share is changed: what a donor adds is left out where it was not chosen (`strength`), and its layers
+run only on the rows that use it (`rows`). A row without donors gets exactly the recipient's output.
 """
 
 from __future__ import annotations
