@@ -35,6 +35,7 @@ MODULES = (
     "model",
     "registration",
     "exporting",  # a transplant as files that load without this package
+    "serving",  # transplants in engines that build their own models
     "pushing",  # what is on disk, checked and uploaded
     "export",  # old names of the two, for one release
     "conversion",
@@ -232,9 +233,9 @@ def test_importing_is_quiet_and_loads_no_model_code(tmp_path: Path) -> None:
     )
 
 
-# Packages whose name on the index is another one; and one that is used only where somebody has installed it.
+# Packages whose name on the index is another one; and those that are used only where somebody has installed them.
 DISTRIBUTIONS = {"yaml": "pyyaml"}
-IF_INSTALLED = {"liger_kernel"}
+IF_INSTALLED = {"liger_kernel", "vllm"}
 
 
 def test_what_is_imported_is_declared() -> None:

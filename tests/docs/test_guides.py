@@ -19,7 +19,7 @@ from tests.hub_server import ALICE, HubServer
 GUIDES = ("getting_started", "load", "convert", "training", "compose", "hot_changes", "export", "scale")
 # Blocks of them that are not run here, by the beginning of one of their lines.
 LEFT_OUT = {
-    "vllm serve": "needs CUDA",
+    "vllm serve": "needs vLLM",
     "python llama.cpp": "needs llama.cpp; tests/ecosystem/test_gguf.py runs it where it is",
     "import runpy": "the same",
     "from transformers.distributed": "needs several processes; tests/ecosystem/test_distributed.py has them",

@@ -34,7 +34,7 @@ from .result import Export
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["export"]
+__all__ = ["export", "refuse_adapters", "refuse_beyond_native"]
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _MAX_TOKENS = 32  # of the input on which logits are compared
@@ -108,7 +108,7 @@ def export(
     hub = HubOptions(**hub_kwargs)
     request = read_request(source, donors=donors, revision=revision, hub=hub)
     recipient = recipient_of(request, hub)
-    _refuse_adapters(request, recipient)
+    refuse_adapters(request, recipient)
     options = _quantization_options(recipient)
     head: Head = head_of(recipient.config.architectures or (), recipient.config) or CAUSAL_LM
     model, info = load_transplant(
@@ -116,7 +116,7 @@ def export(
         output_loading_info=True, **options, **hub.as_kwargs(),
     )  # fmt: skip
     blueprint: Blueprint = model._transplant.blueprint
-    _refuse_beyond_native(blueprint)
+    refuse_beyond_native(blueprint)
     target = Path(output).expanduser()
     inputs = [place.folder for place in (request.source, *(part.donor.source for part in blueprint.parts)) if place]
     _refuse_inputs_place(target, [*inputs, points_to_folder(recipient.reference, revision=recipient.revision)])
@@ -172,7 +172,7 @@ def _breaks_pattern(before: Sequence[str], after: Sequence[str]) -> bool:
 # -- What is refused ------------------------------------------------------------------------------------------------
 
 
-def _refuse_adapters(request: LoadRequest, recipient: Recipient) -> None:
+def refuse_adapters(request: LoadRequest, recipient: Recipient) -> None:
     """Refuse adapters beside the recipient or the transplant: a plain checkpoint holds weights alone."""
     files = (f"{ADAPTER_CONFIG}*",)
     beside = locate(recipient.reference, files=files, revision=recipient.revision, hub=recipient.hub)
@@ -199,7 +199,7 @@ def _quantization_options(recipient: Recipient) -> dict[str, Any]:
     return {"quantization_config": Mxfp4Config(dequantize=True)}
 
 
-def _refuse_beyond_native(blueprint: Blueprint) -> None:
+def refuse_beyond_native(blueprint: Blueprint) -> None:
     """Refuse what would load in plain Transformers as another model, or not at all."""
     for part in blueprint.parts:
         if part.spec.strength == 0:

@@ -241,10 +241,8 @@ class WeightLoader:
             for key, error in sorted(info.conversion_errors.items()):
                 if key.startswith(start):
                     raise CheckpointError(f"donor {name}: {key.removeprefix(start)} could not be converted: {error}")
-        if bad:
-            raise CheckpointError(
-                f"donor tensor {bad[0]!r}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} holds NaN or infinity."
-            )
+        if self._merged:
+            self._merged.refuse_not_finite()
 
     def check_after_finish(self, info: Any) -> None:
         """Refuse a donor with missing or unexpected tensors, or with changed files, and modules that were replaced."""

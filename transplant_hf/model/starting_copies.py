@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from ..architecture import Anatomy, LayerNames, decoder_stack, dequantized_layer
 from ..donor import Donor
 from ..donor.extract import checkpoint_tensors
 from ..donor.record import DonorRecord
-from ..donor.tensors import MemoryTensors, read_shard_index
+from ..donor.tensors import MemoryTensors
 from ..errors import CheckpointError, HubError
-from ..sources import HubOptions, Source, locate
-from ..splice import open_checkpoint
+from ..sources import HubOptions, locate
+from ..splice import checkpoint_files, open_checkpoint
 from ..splice.quantized import QUANTISED
 from ..storage import read_json
 from .live import without_quantization
@@ -29,13 +28,6 @@ __all__ = ["FROM_CHECKPOINT", "FROM_DEQUANTIZED", "STARTED_FROM", "full_precisio
 
 STARTED_FROM = "started_from"  # in a donor's metadata
 FROM_CHECKPOINT, FROM_DEQUANTIZED = "the full-precision checkpoint", "dequantized weights"
-# In the order in which Transformers looks for them.
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 
 
 def full_precision_copies(
@@ -94,8 +86,8 @@ def _from_checkpoint(
 ) -> dict[str, torch.Tensor] | None:
     """Read layers from a recipient's files; `None` where these are not at hand, or not in full precision."""
     try:
-        source = locate(reference, files=("config.json", *_WEIGHTS), revision=revision, hub=hub)
-        files = _weight_files(source, revision, hub)
+        source = locate(reference, files=("config.json",), revision=revision, hub=hub)
+        files = checkpoint_files(reference, revision, hub)
     except (HubError, LocalEntryNotFoundError, CheckpointError):
         return None
     path = source.folder / "config.json"
@@ -114,19 +106,6 @@ def _from_checkpoint(
     if not read or any(marker in name for name in read for marker in QUANTISED):
         return None
     return read if all(tensor.is_floating_point() for tensor in read.values()) else None
-
-
-def _weight_files(source: Source, revision: str | None, hub: HubOptions) -> list[Path]:
-    first = next((name for name in _WEIGHTS if (source.folder / name).is_file()), None)
-    if first is None:
-        return []
-    if not first.endswith(".index.json"):
-        return [source.folder / first]
-    suffix = Path(first.removesuffix(".index.json")).suffix
-    names = sorted(set(read_shard_index(source.folder / first, suffix=suffix).values()))
-    if source.from_hub:
-        source = locate(source.reference, files=names, revision=revision, hub=hub)
-    return [source.folder / name for name in names] if all((source.folder / n).is_file() for n in names) else []
 
 
 def _unpacked(tensors: Mapping[str, torch.Tensor], method: str | None) -> dict[str, torch.Tensor]:

@@ -3,13 +3,14 @@
 from .blueprint import Blueprint, DonorPart, draw_blueprint, report_fit
 from .quantized import follow_quantization, quantization_beside_donors, renumber_metadata
 from .surgery import insert_layers, renumber, use_config
-from .weights import MergedWeights, Provenance, merge_weights, open_checkpoint
+from .weights import MergedWeights, Provenance, checkpoint_files, merge_weights, open_checkpoint
 
 __all__ = [
     "Blueprint",
     "DonorPart",
     "MergedWeights",
     "Provenance",
+    "checkpoint_files",
     "draw_blueprint",
     "follow_quantization",
     "insert_layers",

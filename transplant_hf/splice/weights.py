@@ -13,11 +13,18 @@ from safetensors.torch import load as load_safetensors_bytes
 from transformers.modeling_utils import load_state_dict
 
 from ..architecture import LayerNames
-from ..donor.tensors import layer_of, open_safetensors
+from ..donor.tensors import layer_of, open_safetensors, read_shard_index
 from ..errors import CheckpointError
 from ..layer_map import RECIPIENT
 from ..numeric import is_finite
+from ..sources import HubOptions, locate
 from .blueprint import Blueprint
+
+# A checkpoint in one file, and the index of one in shards, in the order in which Transformers looks for them.
+_WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +47,14 @@ class MergedWeights:
     def weight_map(self) -> dict[str, str]:
         """Absolute file by name, as a shard index has them."""
         return {name: os.path.abspath(origin.file) for name, origin in self.provenance.items()}
+
+    def refuse_not_finite(self) -> None:
+        """Refuse donors with NaN or infinity among the values that were read."""
+        bad = self.not_finite
+        if bad:
+            raise CheckpointError(
+                f"donor tensor {bad[0]!r}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} holds NaN or infinity."
+            )
 
     def restore_offload_names(self, index: dict[str, dict[str, Any]] | None) -> None:
         """Point entries of a disk offload index to the names that tensors have in their files."""
@@ -65,6 +80,21 @@ class WatchedTensor:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._part, name)
+
+
+def checkpoint_files(reference: str, revision: str | None, hub: HubOptions) -> list[Path]:
+    """Return the weight files of a model, downloaded if it is a repository; empty where one is missing."""
+    for whole, index in _WEIGHTS:
+        source = locate(reference, files=("config.json", whole, index), revision=revision, hub=hub)
+        names = [whole]
+        if not (source.folder / whole).is_file() and (source.folder / index).is_file():
+            names = sorted(set(read_shard_index(source.folder / index, suffix=Path(whole).suffix).values()))
+            if source.from_hub:
+                locate(reference, files=names, revision=source.revision, hub=hub)
+        files = [source.folder / name for name in names]
+        if all(file.is_file() for file in files):
+            return files
+    return []
 
 
 def open_checkpoint(

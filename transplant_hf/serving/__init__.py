@@ -1,0 +1,1 @@
+"""Transplants in inference engines that build their own models."""
