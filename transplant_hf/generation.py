@@ -13,6 +13,7 @@ import torch
 from .architecture import eval_mode, max_context_length
 from .errors import ConfigurationError
 from .evaluation.models_and_texts import find_tokenizer, model_to_measure
+from .evaluation.reports import label_of
 
 __all__ = ["Generation", "generate"]
 
@@ -107,10 +108,10 @@ def generate(
     names: Sequence[str] = list(getattr(loaded.model, "strengths", None) or ())
     with torch.inference_mode(), eval_mode(loaded.model):
         if names and not off:
-            texts[f"with {', '.join(names)}"] = write()
+            texts[label_of(names)] = write()
         if names:
             with loaded.model.disable_transplants():
-                texts["recipient"] = write()
+                texts[label_of([])] = write()
         else:
             texts["model"] = write()
     return Generation(prompt, texts, chat)

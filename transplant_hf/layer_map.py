@@ -275,7 +275,7 @@ def starting_layers(placement: Placement, num_layers: int) -> tuple[int, ...]:
     if start != sorted(set(start)):
         raise ConfigurationError(
             f"the parts of {placement.name} at positions {list(placement.positions)} would start from layers {start}, "
-            "some of them twice. Move the positions apart, or pass start_layers."
+            "some of them twice. Move the positions apart, or pass start_layers (--start-layers)."
         )
     return tuple(start)
 

@@ -33,8 +33,9 @@ def test_sweep(tiny_llama: Path, text: Path, run: Run) -> None:
     assert [(row["position"], row["perplexity"] is None) for row in found["rows"]] == [(1, False), (3, True)]
     assert found["mode"] == "replace"
     assert status == 0
-    status, _, _ = run(*words, "--positions", 9)
+    status, out, _ = run(*words, "--positions", 9)
     assert status == 1
+    assert "donor cannot go to position 9: position 9 of donor 'donor' is outside 0..4" in out
 
 
 def test_what_is_refused_is_one_sentence(tiny_llama: Path, text: Path, run: Run) -> None:

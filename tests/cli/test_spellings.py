@@ -125,6 +125,13 @@ def test_what_is_no_range_of_layers(text: str) -> None:
         layer_range(text)
 
 
+def test_options_reach_the_arguments_of_training(called: Any) -> None:
+    words = ("--loss-chunk", 0, "--steps", 3, "--batch-size", 2, "--no-stream-prefix")
+    found = called("train", "m", "t.txt", "out", *words)
+    assert (found.loss_chunk, found.max_steps, found.per_device_train_batch_size) == (0, 3, 2)
+    assert found.stream_prefix is False and not hasattr(found, "strength")
+
+
 # -- Old spellings -----------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import torch
 from tests.helpers import Shelf, loaded, plain, refused, some_ids, two_donors
 from transplant_hf import Donor, transplant
 from transplant_hf.errors import ConfigurationError, DataError
-from transplant_hf.evaluation import evaluate, perplexity
+from transplant_hf.evaluation import evaluate, perplexity, strength_curve, sweep
 from transplant_hf.texts import Blocks, TextSource
 
 STREAM = some_ids(1, 60)[0]
@@ -136,6 +136,20 @@ def test_what_cannot_be_evaluated_is_refused(tiny_llama: Path, text: Path) -> No
     model.resize_token_embeddings(200)
     with refused(DataError, "does not belong to", "has 200 tokens"):
         evaluate(model, {"hamlet": str(text)})
+
+
+def test_text_is_there_before_a_model_is_loaded(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transplant_hf.evaluation.models_and_texts.load_model", lambda *args, **kwargs: pytest.fail("loaded")
+    )
+    (tmp_path / "empty.jsonl").touch()
+    for measure in (evaluate, strength_curve, lambda model, texts: sweep(model, None, texts["law"])):
+        with refused(DataError, "missing.txt"):
+            measure(tiny_llama / "donor", {"law": tmp_path / "missing.txt"})
+        with refused(DataError, "empty.jsonl is empty"):
+            measure(tiny_llama / "donor", {"law": tmp_path / "empty.jsonl"})
 
 
 @pytest.mark.shared

@@ -184,6 +184,22 @@ def test_what_cannot_be_swept_is_refused(tiny_llama: Path) -> None:
         sweep(recipient, donor, STREAM, strengths=())
 
 
+def test_a_donor_that_is_spread_moves_as_a_block_only_where_positions_are_named(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    recipient, donor = plain(tiny_llama / "recipient"), donor_of(tiny_llama).replaced(position=(1, 3))
+    reason = ("spread through the recipient, at positions 1, 3", "evaluate")
+    with refused(ConfigurationError, *reason):
+        sweep(recipient, donor, STREAM)
+    with refused(ConfigurationError, *reason):
+        sweep(recipient, {donor: (1, 3)}, STREAM)
+    transplant(recipient, donor).save_pretrained(tmp_path / "thin", thin=True)
+    with refused(ConfigurationError, *reason):
+        sweep(tmp_path / "thin", None, STREAM)
+    assert [row.position for row in sweep(recipient, donor, STREAM, [2]).rows] == [2]
+    assert [row.position for row in sweep(recipient, {donor: 2}, STREAM).rows] == [2]
+
+
 def test_layers_that_pass_on_more_than_a_hidden_state_are_refused(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,7 +137,7 @@ def test_small_batches_have_the_models_own_loss(tmp_path: Path) -> None:
 )
 def test_a_loss_of_another_kind_is_the_models_own(fields: dict[str, Any], told: str, tmp_path: Path) -> None:
     assert trainer(tmp_path, **fields)._chunked is None
-    with refused(ConfigurationError, "the loss cannot be computed in chunks", told, "Leave loss_chunk out"):
+    with refused(ConfigurationError, "the loss cannot be computed in chunks", told, "(--loss-chunk)"):
         trainer(tmp_path, loss_chunk=5, **fields)
 
 

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from tests.helpers import Shelf, copied, refused
 from tests.hub_server import ALICE
-from transplant_hf import CheckpointError, ConfigurationError, Donor, HubError
+from transplant_hf import CheckpointError, ConfigurationError, DataError, Donor, HubError
 from transplant_hf.cli import main
-from transplant_hf.evaluation import perplexity
+from transplant_hf.evaluation import evaluate
+from transplant_hf.evaluation.losses import perplexity_of_windows
 from transplant_hf.model.load_any_model import load_model
-from transplant_hf.texts import pack
 from transplant_hf.training import PartTrainer, recover_transplant, train_donor
 
 SHORT: dict[str, Any] = {
@@ -85,7 +84,9 @@ def test_wrong_usage(words: list[str], told: str, capsys: pytest.CaptureFixture[
 
 
 def test_nothing_is_measured_for_a_run_that_cannot_be_resumed(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transplant_hf.training.runs.perplexity", lambda *args, **kwargs: pytest.fail("measured"))
+    monkeypatch.setattr(
+        "transplant_hf.training.runs.perplexity_of_windows", lambda *args, **kwargs: pytest.fail("measured")
+    )
     with refused(ConfigurationError, "no complete checkpoint"):
         train(family, held_out=str(family / "other.txt"), resume=True)
 
@@ -122,12 +123,33 @@ def test_what_was_measured_is_in_the_record_and_on_the_card(family: Path) -> Non
     law = report.held_out["law"]
     assert f"- `law`: recipient {law['recipient']:.2f}, with donor {law['with donor']:.2f}" in card
     assert "held_out_perplexity" not in card
-    # Measured on this number of blocks, at the strength that the donor was saved with.
-    tokenizer = AutoTokenizer.from_pretrained(family / "recipient")
-    blocks = pack(texts["general"], tokenizer, 16, max_blocks=5)
-    model = load_model(family / "new")
-    assert model.strengths == {"new": 0.5}
-    assert perplexity(model, blocks).value == pytest.approx(report.held_out["general"]["with donor"], rel=1e-5)
+    # The numbers of `evaluate` on as much text, at the strength that the donor was saved with.
+    again = evaluate(family / "new", texts, block_length=16, max_tokens=5 * 16)
+    assert load_model(family / "new").strengths == {"new": 0.5}
+    assert again.of("recipient", "law").tokens == 5 * 16 - 1
+    for text, numbers in report.held_out.items():
+        assert again.of("recipient", text).value == pytest.approx(numbers["recipient"], rel=1e-6)
+        assert again.of("with new", text).value == pytest.approx(numbers["with donor"], rel=1e-6)
+
+
+def test_other_donors_are_in_the_name_of_what_is_measured_before(family: Path) -> None:
+    train(family)
+    report = train_donor(
+        family / "new", str(family / "text.txt"), family / "newer", held_out=str(family / "other.txt"), **SHORT
+    )
+    assert list(report.perplexity) == ["with new", "with donor"]
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "missing.txt"])
+@pytest.mark.parametrize("argument", ["text", "general", "held_out"])
+def test_text_is_there_before_a_model_is_loaded(
+    argument: str, name: str, family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (family / "empty.txt").touch()
+    monkeypatch.setattr("transplant_hf.training.data.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    texts = {"text": str(family / "text.txt"), argument: str(family / name)}
+    with refused(DataError, name):
+        train_donor(family / "recipient", texts.pop("text"), family / "new", **texts, **SHORT)
 
 
 def test_what_recovery_measured_is_in_the_record_and_on_the_card(family: Path) -> None:
@@ -148,7 +170,7 @@ def test_a_perplexity_without_end_does_not_keep_a_donor_from_being_saved(
     class Endless:
         value = float("inf")
 
-    monkeypatch.setattr("transplant_hf.training.runs.perplexity", lambda *args, **kwargs: Endless)
+    monkeypatch.setattr("transplant_hf.training.runs.perplexity_of_windows", lambda *args, **kwargs: Endless)
     train(family, held_out=str(family / "other.txt"))
     held = Donor.from_pretrained(family / "new").metadata["held_out_perplexity"]
     assert held == {"other": {"recipient": None, "with donor": None}}
@@ -159,9 +181,9 @@ def test_a_measurement_that_fails_loses_no_training(family: Path, monkeypatch: p
     def fails_with_donor(model: Any, *args: Any, **kwargs: Any) -> Any:
         if model.layer_map.layers_of("new"):
             raise CheckpointError("the loss is nan")
-        return perplexity(model, *args, **kwargs)
+        return perplexity_of_windows(model, *args, **kwargs)
 
-    monkeypatch.setattr("transplant_hf.training.runs.perplexity", fails_with_donor)
+    monkeypatch.setattr("transplant_hf.training.runs.perplexity_of_windows", fails_with_donor)
     with refused(CheckpointError, "the loss is nan"):
         train(family, held_out=str(family / "other.txt"))
     assert Donor.from_pretrained(family / "new").metadata["steps"] == 4

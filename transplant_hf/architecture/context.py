@@ -29,7 +29,7 @@ def choose_block_length(config: PreTrainedConfig, block_length: int | None = Non
     if limit is not None and block_length > limit:
         raise ConfigurationError(
             f"block_length is {block_length}, but the model reads at most {limit} tokens (max_position_embeddings). "
-            "Choose shorter blocks."
+            "Choose shorter blocks (--block-length)."
         )
     return block_length
 

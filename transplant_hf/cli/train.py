@@ -106,6 +106,8 @@ def _add_shared(parser: argparse.ArgumentParser, learning_rate: float | None = N
     add_number(parser, "--learning-rate", rate, learning_rate, number(above=0), "LR")
     add_seed(parser)
     parser.add_argument("--bf16", action="store_true", help="train with bfloat16 autocast")
+    chunk = "tokens whose logits are in memory at one time, 0 for the model's own loss (default: those of 128 MiB)"
+    add_number(parser, "--loss-chunk", chunk, None, whole(0))
     cache = "where to keep hidden states from before the trained layers"
     add_choice(parser, "--cache-prefix", ("auto", "memory", "disk", "off"), cache)
     parser.add_argument(

@@ -19,7 +19,7 @@ from ..donor import Donor
 from ..errors import ConfigurationError
 from ..model.in_memory import remove_transplants, transplant
 from ..model.load_any_model import load_model
-from ..texts import Blocks
+from ..texts import Blocks, check_texts
 from ..training.data import as_blocks, model_and_tokenizer
 from ..training.records import versions
 from .methods import METHODS, Method, Setting, on_grid
@@ -110,6 +110,7 @@ def compare(
             raise ConfigurationError(f"{name} must be at least 1, got {count}.")
     if output is not None:
         check_comparison_folder(Path(output), overwrite or resume)
+    check_texts(text, general, *others)
     began = time.perf_counter()
     model, tokenizer, revision = model_and_tokenizer(recipient, tokenizer, revision, kwargs)
     texts = _split(text, general, others, model, tokenizer, block_length, blocks, held_out_blocks)

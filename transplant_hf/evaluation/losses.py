@@ -183,7 +183,8 @@ def batch_loss(logits: torch.Tensor, batch: Batch, number: int, name: str) -> fl
     if not math.isfinite(loss):
         raise CheckpointError(
             f"the loss on batch {number} of {name} ({len(batch.input_ids)} x {batch.input_ids.shape[1]} tokens) is "
-            f"{loss}: the model's weights contain NaN or infinity, or its dtype is too small. Try dtype=float32."
+            f"{loss}: the model's weights contain NaN or infinity, or its dtype is too small. Try dtype=float32 "
+            "(--dtype float32)."
         )
     return loss
 

@@ -8,15 +8,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..layer_map import RECIPIENT
 from ..numeric import finite_number
 from .losses import Perplexity
 from .measurement import Measurement
 from .models_and_texts import LoadedModel, model_to_measure
-from .reports import EvaluationReport, EvaluationRow, StrengthCurve
+from .reports import EvaluationReport, EvaluationRow, StrengthCurve, label_of
 
 __all__ = ["evaluate", "strength_curve"]
-
-_RECIPIENT = "recipient"
 
 
 def evaluate(
@@ -157,11 +156,11 @@ def _states(measurement: Measurement, recipient: Any) -> Iterator[tuple[str, Any
     if recipient is not None:
         is_name = isinstance(recipient, str | os.PathLike)
         other = model_to_measure(recipient, kwargs=measurement.kwargs if is_name else None).model
-        yield _RECIPIENT, other, _untouched(other)
+        yield RECIPIENT, other, _untouched(other)
     elif names:
-        yield _RECIPIENT, model, _untouched(model)
-    label = f"with {', '.join(names)}" if names else measurement.loaded.name
-    yield label if label != _RECIPIENT or recipient is None else f"{label} (model)", model, nullcontext()
+        yield RECIPIENT, model, _untouched(model)
+    label = label_of(names) if names else measurement.loaded.name
+    yield label if label != RECIPIENT or recipient is None else f"{label} (model)", model, nullcontext()
 
 
 @contextmanager

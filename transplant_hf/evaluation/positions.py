@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..architecture import eval_mode
-from ..display import progress_bar
+from ..display import position_numbers, progress_bar
 from ..donor import Donor
 from ..donor.tensors import MemoryTensors
 from ..errors import CompatibilityError, ConfigurationError
@@ -80,7 +80,7 @@ def sweep(
     began = time.perf_counter()
     measurement = Measurement(recipient, {None: text}, **options)
     (windows,) = measurement.windows
-    model, donors = measurement.model, _donors_in_memory(measurement.loaded, donors)
+    model, donors = measurement.model, _donors_in_memory(measurement.loaded, donors, positions)
     check_vocabulary(model, windows)
     with eval_mode(model):
         places = list(_places(model, donors, positions, mode))
@@ -100,12 +100,17 @@ def sweep(
 # -- Donors and places ---------------------------------------------------------------------------------------------
 
 
-def _donors_in_memory(loaded: LoadedModel, donors: Any) -> dict[str, tuple[Donor, int | None]]:
+def _donors_in_memory(
+    loaded: LoadedModel, donors: Any, positions: Sequence[int] | None
+) -> dict[str, tuple[Donor, int | None]]:
     """Return the donors by name, each with its only position, if any; take those of a transplant out of it."""
     model = loaded.model
     resident = getattr(model, "strengths", {})
     if donors is None and resident and loaded.reference is not None:
-        donors = {name: Donor.from_model(model, model.layer_map.layers_of(name), name=name) for name in resident}
+        donors = {
+            spec.name: Donor.from_model(model, model.layer_map.layers_of(spec.name)).replaced(position=spec.position)
+            for spec in model.transplant_config.donors
+        }
         remove_transplants(model)
     elif resident:
         raise ConfigurationError(
@@ -125,13 +130,12 @@ def _donors_in_memory(loaded: LoadedModel, donors: Any) -> dict[str, tuple[Donor
         if reference is None or isinstance(reference, int):  # {donor: position}, or {donor: None}
             name, reference, position = None, name, reference
         if isinstance(reference, list | tuple):
-            raise ConfigurationError(
-                f"a sweep moves a donor as a whole, and cannot measure {name or reference} at positions "
-                f"{list(reference)}. Measure a donor that is spread through the recipient with evaluate."
-            )
+            raise _spread(name, reference, "")
         is_donor = isinstance(reference, Donor)
         donor = reference if is_donor else Donor.from_pretrained(reference, **loaded.hub.as_kwargs())
         name = name or donor.name or f"donor {len(found)}"
+        if isinstance(donor.position, tuple) and position is None and positions is None:
+            raise _spread(name, donor.position, " To measure all of its layers at one place, name positions.")
         if name in found:
             raise ConfigurationError(f"two donors are named {name!r}. Name them: donors={{'name': donor}}.")
         # Read once, and checked against the recorded sha256.
@@ -141,6 +145,13 @@ def _donors_in_memory(loaded: LoadedModel, donors: Any) -> dict[str, tuple[Donor
     if not found:
         raise ConfigurationError("there is no donor to sweep.")
     return found
+
+
+def _spread(name: Any, positions: Sequence[int], more: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{name} is spread through the recipient, at positions {position_numbers(positions)}, and a sweep moves a "
+        f"donor as one block of layers. Measure it where it is with evaluate.{more}"
+    )
 
 
 @dataclasses.dataclass
@@ -175,7 +186,7 @@ def _places(
         wanted = [only] if only is not None else range(last + 1) if positions is None else positions
         for position in dict.fromkeys(wanted):
             try:
-                model = transplant(recipient, donor, position, mode, name=name)
+                model = transplant(recipient, donor, position, mode, name=name, strength=1.0)
             except (CompatibilityError, ConfigurationError) as error:
                 yield _Place(name, position, reason=str(error))
                 continue

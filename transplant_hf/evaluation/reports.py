@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..display import align_table
+from ..layer_map import RECIPIENT
 from .losses import Perplexity
 
-__all__ = ["EvaluationReport", "EvaluationRow", "StrengthCurve", "SweepReport", "SweepRow"]
+__all__ = ["EvaluationReport", "EvaluationRow", "StrengthCurve", "SweepReport", "SweepRow", "label_of"]
+
+
+def label_of(donors: Iterable[str]) -> str:
+    """Return what a model with these donors is called in reports.
+
+    Example:
+        >>> label_of([]), label_of(["law", "code"])
+        ('recipient', 'with law, code')
+    """
+    names = ", ".join(donors)
+    return f"with {names}" if names else RECIPIENT
 
 
 @dataclasses.dataclass(frozen=True)

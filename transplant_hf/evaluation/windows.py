@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch.utils.data import Dataset
 
 from ..errors import ConfigurationError, DataError
 from ..texts import Blocks
@@ -35,8 +37,8 @@ class _Window(NamedTuple):
     counted: int
 
 
-class Windows:
-    """The windows of one text.
+class Windows(Dataset[dict[str, torch.Tensor]]):
+    """The windows of one text; also a dataset for `Trainer`, of those windows that have the full length.
 
     A stream is read in windows of `block_length` tokens, each `stride` tokens after the last one. A token counts in
     the first window that predicts it, so each token except the first is predicted once, and outside the first window
@@ -54,6 +56,7 @@ class Windows:
     ) -> None:
         self.name = name or (text.name if isinstance(text, Blocks) else "the text")
         self._start: int | None = None
+        self._in_blocks = isinstance(text, Blocks)
         if isinstance(text, Blocks):
             if stride is not None or block_length not in (None, text.block_length):
                 raise ConfigurationError(
@@ -71,6 +74,30 @@ class Windows:
             self._windows = _cut(self._stream, self.block_length, stride)
         if self._stream.min() < 0:
             raise DataError(f"{self.name} contains the token number {int(self._stream.min())}; they start at 0.")
+
+    def __len__(self) -> int:
+        return len(self.equal_lengths()[0])
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        """Return a window as an example of training; blocks with the token that is predicted last."""
+        begin, end, _ = self._windows[number]
+        ids = self._stream[begin : end + self._in_blocks].long()
+        if self._start is not None:
+            ids[0] = self._start
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    def equal_lengths(self) -> list[range]:
+        """Return the numbers of the windows that have one length; a shorter last one stands alone."""
+        first, last, count = self._windows[0], self._windows[-1], len(self._windows)
+        shorter = last.end - last.begin < first.end - first.begin
+        return [range(count - 1), range(count - 1, count)] if shorter else [range(count)]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the tokens and of how they are cut."""
+        digest = hashlib.sha256(repr((self._start, self._windows)).encode())
+        digest.update(self._stream.to(torch.int32).contiguous().numpy().astype("<i4", copy=False).data)
+        return digest.hexdigest()
 
     @property
     def highest(self) -> int:
@@ -98,11 +125,11 @@ class Windows:
             yield Batch(ids, targets)
 
     def _groups(self, batch_size: int) -> list[list[_Window]]:
-        first, last = self._windows[0], self._windows[-1]
-        shorter = last.end - last.begin < first.end - first.begin
-        full = self._windows[:-1] if shorter else self._windows
-        groups = [full[begin : begin + batch_size] for begin in range(0, len(full), batch_size)]
-        return [*groups, [last]] if shorter else groups
+        return [
+            self._windows[numbers[0] : numbers[-1] + 1]
+            for equal in self.equal_lengths()
+            for numbers in (equal[begin : begin + batch_size] for begin in range(0, len(equal), batch_size))
+        ]
 
 
 def _cut(stream: torch.Tensor, length: int, stride: int) -> list[_Window]:
@@ -125,7 +152,7 @@ def _check_sizes(block_length: int | None, stride: int | None) -> tuple[int, int
     step = length if stride is None else stride
     if length < 1 or not 1 <= step <= length:
         raise ConfigurationError(
-            f"block_length must be at least 1 and stride in 1..block_length, got block_length={length} and "
-            f"stride={step}."
+            "block_length (--block-length) must be at least 1, and stride (--stride) in 1..block_length; got "
+            f"block_length={length} and stride={step}."
         )
     return length, step

@@ -95,5 +95,5 @@ def refuse_not_finite(states: torch.Tensor, where: str, blocks: Sequence[int]) -
     if not torch.isfinite(states).all():
         raise CheckpointError(
             f"the hidden state {where} is not finite for blocks {blocks[0]}..{blocks[-1]}: the recipient's weights "
-            "contain NaN or infinity, or its dtype is too small. Try dtype=float32."
+            "contain NaN or infinity, or its dtype is too small. Try dtype=float32 (--dtype float32)."
         )

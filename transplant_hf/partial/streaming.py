@@ -283,7 +283,7 @@ class _Run:
     def _needs_more(self, number: int, reason: str) -> CompatibilityError:
         return CompatibilityError(
             f"layer {number} of {type(self._model).__name__} needs more than the hidden state before it ({reason}), so "
-            "that layers cannot be read one at a time. Leave out stream_prefix."
+            "that layers cannot be read one at a time. Leave out stream_prefix (--stream-prefix)."
         )
 
 

@@ -182,8 +182,8 @@ def _text_column(row: Mapping[str, Any], where: str) -> str:
     if len(columns) != 1:
         problem = "several columns of text" if columns else "no column of text"
         raise DataError(
-            f"{where} has {problem}; its columns are {', '.join(row)}. Choose one with column={next(iter(row))!r} or "
-            "another name."
+            f"{where} has {problem}; its columns are {', '.join(row)}. Choose one with column= (--column), such as "
+            f"{next(iter(row))!r}."
         )
     return columns[0]
 

@@ -137,13 +137,15 @@ class DonorTrainingArguments(PartTrainingArguments):
         if self.donor_layers is None:
             self.donor_layers = len(self.position) if isinstance(self.position, tuple) else 3
         if self.donor_layers < 1:
-            raise ConfigurationError(f"donor_layers must be at least 1, got {self.donor_layers}.")
+            raise ConfigurationError(f"donor_layers (--count) must be at least 1, got {self.donor_layers}.")
         if self.method == "standalone" and self.mode == "replace":
-            raise ConfigurationError('method="standalone" trains layers alone; use mode="insert" with it.')
+            raise ConfigurationError(
+                'method="standalone" (--method) trains layers alone; use mode="insert" (--mode) with it.'
+            )
         if self.distillation and (self.mode == "replace" or self.method == "standalone"):
             raise ConfigurationError(
-                "distillation compares the model with the untouched recipient layer by layer, which needs "
-                'method="in_place" and mode="insert". Set distillation=0.'
+                "distillation (--distillation) compares the model with the untouched recipient layer by layer, which "
+                'needs method="in_place" (--method) and mode="insert" (--mode). Set it to 0.'
             )
 
 

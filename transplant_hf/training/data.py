@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from ..architecture import choose_block_length
 from ..errors import ConfigurationError, DataError
-from ..evaluation.models_and_texts import LoadedModel, find_tokenizer
+from ..evaluation.models_and_texts import LoadedModel, find_tokenizer, read_windows
+from ..evaluation.windows import Windows
 from ..model.load_any_model import load_model, pinned_commit
 from ..partial import PREFIX_STATES
 from ..sources import HubOptions
-from ..texts import Blocks, TextSource, check_tokenizer, pack
+from ..texts import Blocks, TextSource, check_texts, check_tokenizer, pack
 
 __all__ = ["REPLAYED", "Rows", "RunData", "as_blocks", "model_and_tokenizer", "read_run", "rows_per_step"]
 
@@ -35,7 +36,7 @@ class RunData:
     commit: str | None
     domain: Blocks
     general: Blocks | None
-    held_out: Blocks | dict[str, Blocks] | None
+    held_out: Windows | dict[str, Windows] | None
 
     def rows(self, args: Any, mark: bool = False) -> Rows:
         """Return the rows of the run, in order."""
@@ -56,21 +57,31 @@ def read_run(
     revision: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> RunData:
-    """Load the model of a run and pack its texts into blocks."""
+    """Load the model of a run, pack its texts into blocks, and cut held-out text as `evaluate` does."""
+    check_texts(domain, general, held_out)
     loaded, tokenizer, commit = model_and_tokenizer(model, tokenizer, revision, model_kwargs)
     if domain is None:
         raise DataError("train_dataset is missing: name the text to learn.")
     rows_read = args.max_steps * rows_per_step(args) if args.max_steps > 0 else None
 
-    def packed(data: Any, what: str, limit: int | None = None) -> Blocks:
-        limit = rows_read if limit is None and _is_stream(data) else limit
-        return as_blocks(data, loaded, tokenizer, args.block_length, what, limit)
+    def packed(data: Any, what: str) -> Blocks:
+        return as_blocks(data, loaded, tokenizer, args.block_length, what, rows_read if _is_stream(data) else None)
+
+    def cut(name: str | None, data: Any) -> Windows:
+        limit = rows_read if args.held_out_blocks is None and _is_stream(data) else args.held_out_blocks
+        if isinstance(data, Blocks):
+            return Windows(data.part(0, limit), name=name)
+        _check_can_pack(data, tokenizer, f"held-out text{f' {name}' if name else ''}", limit)
+        length = choose_block_length(loaded.config, args.block_length)
+        max_tokens, found = None if limit is None else limit * length, LoadedModel(loaded)
+        (windows,) = read_windows(found, {name: data}, tokenizer, length, max_tokens=max_tokens)
+        return windows
 
     held: Any = None
     if isinstance(held_out, Mapping):
-        held = {name: packed(text, f"held-out text {name}", args.held_out_blocks) for name, text in held_out.items()}
+        held = {name: cut(name, text) for name, text in held_out.items()}
     elif held_out is not None:
-        held = packed(held_out, "held-out text", args.held_out_blocks)
+        held = cut(None, held_out)
     blocks = packed(domain, "text")
     return RunData(
         loaded, tokenizer, commit, blocks, None if general is None else packed(general, "general text"), held
@@ -98,17 +109,19 @@ def as_blocks(
     """Pack text into blocks, unless it is packed already."""
     if isinstance(data, Blocks):
         return data if max_blocks is None else data.part(0, max_blocks)
+    _check_can_pack(data, tokenizer, what, max_blocks)
+    text_config = model.config.get_text_config(decoder=True)
+    check_tokenizer(tokenizer, text_config.vocab_size, str(model.config.name_or_path or type(model).__name__))
+    return pack(data, tokenizer, choose_block_length(model.config, block_length), max_blocks)
+
+
+def _check_can_pack(data: Any, tokenizer: Any, what: str, limit: int | None) -> None:
     if tokenizer is None:
         raise ConfigurationError(
             f"the {what} {data!r} must be packed into blocks: pass processing_class=, a tokenizer."
         )
-    text_config = model.config.get_text_config(decoder=True)
-    check_tokenizer(tokenizer, text_config.vocab_size, str(model.config.name_or_path or type(model).__name__))
-    if isinstance(data, str):
-        data = TextSource.parse(data)
-    if _is_stream(data) and max_blocks is None:
-        raise ConfigurationError(f"the {what} {data.data!r} is a stream, which has no end: set max_steps.")
-    return pack(data, tokenizer, choose_block_length(model.config, block_length), max_blocks)
+    if _is_stream(data) and limit is None:
+        raise ConfigurationError(f"the {what} {data.data!r} is a stream, which has no end: set max_steps (--steps).")
 
 
 def _is_stream(data: Any) -> bool:

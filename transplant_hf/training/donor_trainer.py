@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..architecture import find_stack, is_quantized, projections_of_layers, quantization_fields, was_gguf
 from ..donor import Donor
 from ..errors import ConfigurationError
+from ..evaluation.reports import label_of
 from ..layer_map import RECIPIENT, Placement, Position, Splice, starting_layers, trained_position
 from ..model.in_memory import transplant
 from ..model.layers_in_files import layers_in_files
@@ -131,8 +132,9 @@ class DonorTrainer(TransplantTrainer):
         return donor.replaced(record=record, **self._recommended)
 
     def states_before(self) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
-        """Yield the recipient, other donors included."""
-        yield RECIPIENT, self.transplant.disable_transplants(self.donor_name)
+        """Yield the recipient, or the recipient with the donors that it had before."""
+        others = [name for name in self.transplant.strengths if name != self.donor_name]
+        yield label_of(others), self.transplant.disable_transplants(self.donor_name)
 
     def finish(self) -> None:
         """Give the trained donor its recommended strength."""

@@ -37,7 +37,7 @@ COMPARED_TOKENS = 64  # whose logits by the part are compared with those of the 
 _TOLERANCE = 1e-3
 _SCHEDULER_FILE = "scheduler.pt"
 _LOSS_ONLY = "loss_only"  # marks a batch of an evaluation that needs no logits
-_NOT_IN_CHUNKS = "the loss cannot be computed in chunks (loss_chunk): {}. Leave loss_chunk out."
+_NOT_IN_CHUNKS = "the loss cannot be computed in chunks: {}. Leave out loss_chunk (--loss-chunk)."
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class PartTrainer(Trainer):
                 f"{type(self.inner).__name__} computes something else when the layers before "
                 f"{min(self.part.numbers) if self.part else 0} are left out (relative difference of the logits "
                 f"{difference:.2g}): they pass on more than a hidden state. "
-                'Set cache_prefix="off".'
+                'Set cache_prefix="off" (--cache-prefix off).'
             )
 
     @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import torch
 from accelerate.utils import get_int_from_env
 
 from ..display import parse_size
+from ..evaluation.windows import Windows
 from ..model.layers_in_files import layers_in_files
 from ..partial import PrefixCache, fill_cache
 from ..partial.streaming import StreamedStates, Text, stream_prefix
-from ..texts import Blocks
 
 __all__ = ["CACHE_FOLDER", "CachePlan", "PrefixStates", "held_out_texts"]
 
@@ -105,9 +105,9 @@ class PrefixStates:
     def _stream(self, position: int, identity: list[Any], how: Mapping[str, Any]) -> None:
         rows = self._trainer.rows
         if self._streamed is None:
-            held_out = held_out_texts(self._trainer)
-            texts = [Text(rows.blocks, rows.used), *(Text(text, range(len(text))) for text in held_out.values())]
-            about = {"run": identity, "held_out": [text.fingerprint for text in held_out.values()]}
+            held_out = list(held_out_texts(self._trainer).values())
+            texts = [Text(rows.blocks, rows.used), *texts_of(held_out)]
+            about = {"run": identity, "held_out": [text.fingerprint for text in held_out]}
             # On disk also where they are small: a run that is stopped goes on from there.
             folder = None if self.plan.kind == "memory" else self.folder
             self._streamed = stream_prefix(self._trainer.inner, texts, position, folder=folder, identity=about, **how)
@@ -136,7 +136,12 @@ class _Joined:
         return self._cache_of[number][number]
 
 
-def held_out_texts(trainer: Any) -> dict[str, Blocks]:
+def held_out_texts(trainer: Any) -> dict[str, Windows]:
     """Return the texts that a trainer measures on, by name."""
     held = trainer.eval_dataset
-    return dict(held) if isinstance(held, Mapping) else {held.name: held} if isinstance(held, Blocks) else {}
+    return dict(held) if isinstance(held, Mapping) else {held.name: held} if isinstance(held, Windows) else {}
+
+
+def texts_of(held_out: Iterable[Windows]) -> list[Text]:
+    """Return texts to measure on as texts that pass through layers, windows of one length together."""
+    return [Text(windows, numbers) for windows in held_out for numbers in windows.equal_lengths()]

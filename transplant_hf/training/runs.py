@@ -12,7 +12,7 @@ from typing import Any
 
 from ..donor.saved_files import check_artifact_folder
 from ..errors import ConfigurationError
-from ..evaluation import perplexity
+from ..evaluation.losses import perplexity_of_windows
 from ..hub import check_can_push
 from ..layer_map import RECIPIENT
 from ..sources import points_to_folder
@@ -251,8 +251,8 @@ def _measure(trainer: Any, label: str, before: _HeldOut) -> _HeldOut:
         return {}
     with trainer.measuring():
         return {
-            name: {**before.get(name, {}), label: perplexity(trainer.model, blocks, name=name, quiet=quiet).value}
-            for name, blocks in texts.items()
+            name: {**before.get(name, {}), label: perplexity_of_windows(trainer.model, windows, quiet=quiet).value}
+            for name, windows in texts.items()
         }
 
 
