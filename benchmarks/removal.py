@@ -56,7 +56,9 @@ def main() -> None:
     print(report.header(report.facts(torch.get_num_threads())), report.table(head, rows), sep="\n\n")
 
 
-def measure(recipient: str, text: str, steps: int, cycles: int) -> dict[str, dict[int, dict[str, float]]]:
+def measure(
+    recipient: str, text: str, steps: int, cycles: int, block_length: int = 128
+) -> dict[str, dict[int, dict[str, float]]]:
     """Return what changed, by way and by the number of cycles: after the first, and after all."""
 
     def load() -> Any:
@@ -64,7 +66,7 @@ def measure(recipient: str, text: str, steps: int, cycles: int) -> dict[str, dic
 
     setting = Setting(load, load().eval().requires_grad_(False))
     original = dict(load().bfloat16().named_parameters())
-    blocks = pack(text, AutoTokenizer.from_pretrained(recipient), 128, quiet=True).part(0, 2 * steps)
+    blocks = pack(text, AutoTokenizer.from_pretrained(recipient), block_length, quiet=True).part(0, 2 * steps)
     found: dict[str, dict[int, dict[str, float]]] = {}
     for method in _RATES:
         for way, cycle, weights in _ways(method, setting, blocks, steps, original):
