@@ -29,13 +29,14 @@ from typing import Any, NamedTuple
 import report
 
 from transplant_hf.comparison import METHODS, RunResult, compare
+from transplant_hf.comparison.report import HULL_LIMITS, hull
 from transplant_hf.demo.run import DemoSettings, train_recipient
 from transplant_hf.demo.texts import write_texts
+from transplant_hf.plots import plot_hulls
 from transplant_hf.texts import TextSource
 
 FOLDER = Path(__file__).with_name("evidence")
 PAGE = FOLDER.parents[1] / "docs" / "results.md"
-LIMITS = (0.01, 0.03, 0.1)
 _MEMORY = "memory.json"
 _SECONDS = ("seconds", "cache_seconds")
 _WITHOUT_K = ("lora", "full")  # methods that do not depend on the number of layers
@@ -52,11 +53,6 @@ class Run(NamedTuple):
         """The method's name in tables."""
         what = METHODS[self.result.method].what
         return what if self.result.method in _WITHOUT_K else f"{what}, k = {self.layers}"
-
-    @property
-    def forgetting(self) -> float:
-        """The largest rise of the loss on a text other than the domain, in nats."""
-        return max(self.result.forgetting_on.values())
 
 
 def main() -> int:
@@ -142,11 +138,10 @@ def tables(folder: Path) -> str:
         perplexities = [_mean([result.test[name] for result in results], ".1f") for name in names]
         shown = [f"{results[0].learning_rate:g}", str(steps), str(len(chosen)), *perplexities]
         gains = _mean([result.gain or 0.0 for result in results], ".3f")
-        quality.append([label, *shown, gains, _mean([run.forgetting for run in chosen], ".3f")])
-        best = [hull(rows, limit) for limit in LIMITS]
+        quality.append([label, *shown, gains, _mean([run.result.most_forgotten for run in chosen], ".3f")])
         peak = peaks.get(f"{results[0].method}, {chosen[0].layers}")
         costs.append([
-            label, str(steps), *("none" if gain is None else f"{gain:.3f}" for gain in best),
+            label, str(steps), *hull(_points(rows)),
             " + ".join(f"{statistics.mean(getattr(one, part) for one in results):.0f}" for part in _SECONDS),
             "-" if peak is None else str(peak),
             f"{results[0].trainable_parameters / 1e6:.2f} M", f"{results[0].artifact_bytes / 1e6:.1f}",
@@ -154,7 +149,7 @@ def tables(folder: Path) -> str:
         ])  # fmt: skip
     general = {"general": "general (replayed)"}
     head = ["method", "learning rate", "steps", "seeds", *(general.get(name, name) for name in names)]
-    head_costs = ["hull and costs", "steps", *(f"gain at <= {limit:g}" for limit in LIMITS)]
+    head_costs = ["hull and costs", "steps", *(f"gain at <= {limit:g}" for limit in HULL_LIMITS)]
     head_costs += ["s + cache", "peak MiB", "trained", "MB", "removal"]
     return "\n\n".join((report.table([*head, "gain", "forgetting"], quality), report.table(head_costs, costs)))
 
@@ -175,20 +170,18 @@ def _chosen(rows: Sequence[Run]) -> list[Run]:
     return min(finalists, key=lambda of_rate: statistics.mean(run.result.validation for run in of_rate))
 
 
-def hull(rows: Iterable[Run], limit: float) -> float | None:
-    """Return the best gain at a forgetting of at most `limit`, mean over seeds; `None` if all forget more."""
-    points = _grouped((run for run in rows if run.result.failed is None), lambda run: _settings(run.result))
-    found = [_point(of_setting) for of_setting in points.values()]
-    return max((gain for gain, forgetting in found if forgetting <= limit), default=None)
-
-
-def _settings(result: RunResult) -> tuple[float, str]:
-    return result.learning_rate, result.view
+def _points(rows: Iterable[Run]) -> list[tuple[float, float]]:
+    """Gain and forgetting at each learning rate and strength, mean over seeds."""
+    worked = [run for run in rows if run.result.failed is None]
+    settings = _grouped(worked, lambda run: (run.result.learning_rate, run.result.view))
+    return [_point(runs) for runs in settings.values()]
 
 
 def _point(runs: Sequence[Run]) -> tuple[float, float]:
     """Mean gain and mean forgetting."""
-    return statistics.mean(run.result.gain or 0.0 for run in runs), statistics.mean(run.forgetting for run in runs)
+    return statistics.mean(run.result.gain or 0.0 for run in runs), statistics.mean(
+        run.result.most_forgotten for run in runs
+    )
 
 
 def _mean(values: Sequence[float], how: str) -> str:
@@ -198,30 +191,9 @@ def _mean(values: Sequence[float], how: str) -> str:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Draw gain against forgetting: a curve for each method and number of steps, a point for each rate and strength."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    worked = [run for run in runs if run.result.failed is None]
-    for number, ((label, steps), rows) in enumerate(
-        _grouped(worked, lambda run: (run.label, run.result.steps)).items()
-    ):
-        points = sorted(_point(same)[::-1] for same in _grouped(rows, lambda run: _settings(run.result)).values())
-        axes.scatter(*zip(*points, strict=True), color=f"C{number % 10}", s=14)
-        best = [point for place, point in enumerate(points) if point[1] > max([0.0, *(y for _, y in points[:place])])]
-        if best:
-            axes.step(*zip(*best, strict=True), where="post", color=f"C{number % 10}", label=f"{label}, {steps} steps")
-    for limit in LIMITS:
-        axes.axvline(limit, color="gray", linewidth=0.5, linestyle=":")
-    axes.set(xlabel="forgetting, nats: the other text where the loss rose most", ylabel="gain on the domain, nats")
-    axes.set_xlim(right=0.3)
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=90, metadata={"Software": None})
+    """Draw gain against forgetting: a hull for each method and number of steps."""
+    groups = _grouped(runs, lambda run: f"{run.label}, {run.result.steps} steps")
+    plot_hulls({label: _points(rows) for label, rows in groups.items()}, path, overwrite=True)
 
 
 def small(folder: Path) -> None:

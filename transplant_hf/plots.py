@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections.abc import Collection, Iterator
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +13,15 @@ from .errors import ConfigurationError
 from .storage import check_output_file, writing
 
 if TYPE_CHECKING:
-    from .comparison import ComparisonReport, RunResult
+    from .comparison import ComparisonReport
     from .evaluation import StrengthCurve, SweepReport
 
-__all__ = ["check_picture", "check_strengths_picture", "plot_comparison", "plot_strengths", "plot_sweep"]
+__all__ = ["check_picture", "check_strengths_picture", "plot_comparison", "plot_hulls", "plot_strengths", "plot_sweep"]
 
 # Distinct with any kind of color vision (Okabe and Ito, 2008).
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4419", "#999999", "#5B2A86")
 _FORMATS = (".jpg", ".jpeg", ".pdf", ".png", ".svg")
-# The axes of a comparison end at this multiple of the untouched recipient: runs that diverged are outside.
-_MAX_DOMAIN, _MAX_GENERAL = 1.2, 6.0
+_MAX_FORGETTING = 0.3  # in the picture of a comparison, in nats: runs that diverged are outside
 
 
 def check_picture(path: Path, overwrite: bool = False) -> None:
@@ -108,41 +107,39 @@ def plot_strengths(curve: StrengthCurve, path: Path, overwrite: bool = False) ->
 
 
 def plot_comparison(report: ComparisonReport, path: Path, overwrite: bool = False) -> None:
-    """Draw a comparison: domain against general perplexity, a curve for each method, a point for each learning rate.
+    """Draw a comparison at equal steps: gain against forgetting, and the hull of each method.
 
     Args:
         report: The result of `compare`.
         path: The picture's file.
         overwrite: Replace the file if it exists.
     """
-    untouched = report.rows[0].result.test
-    domain, general = list(untouched)[:2]
-    curves: dict[tuple[str, str, float], list[RunResult]] = {}
+    curves: dict[str, list[tuple[float, float]]] = {}
     for run in report.runs:
-        if run.failed is None and run.steps == report.about["steps"] and math.isfinite(run.test[general]):
-            curves.setdefault((run.method, run.view, run.replay_share), []).append(run)
-    names = list(dict.fromkeys((method, view) for method, view, _ in curves))
-    title = "What was learned and what was forgotten"
-    with _axes(path, title, f"perplexity, {domain}", f"perplexity, {general}", overwrite) as axes:
-        point = (untouched[domain], untouched[general])
-        axes.scatter(*point, marker="*", s=160, color="black", label="recipient, untouched")
-        for (method, view, share), runs in curves.items():
-            runs = sorted(runs, key=lambda run: run.learning_rate)
-            color = _COLORS[names.index((method, view)) % len(_COLORS)]
-            axes.plot(
-                [run.test[domain] for run in runs],
-                [run.test[general] for run in runs],
-                marker="o",
-                linestyle="-" if share else "--",
-                color=color,
-                markerfacecolor=color if share else "white",
-                label=f"{method}{f', {view}' if view else ''}{f', replay {share:g}' if share else ''}",
-            )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        for text, set_limits, most in ((domain, axes.set_xlim, _MAX_DOMAIN), (general, axes.set_ylim, _MAX_GENERAL)):
-            values = [untouched[text], *(run.test[text] for runs in curves.values() for run in runs)]
-            set_limits(min(values) / 1.1, min(max(values), most * untouched[text]) * 1.1)
+        if run.failed is None and run.steps == report.about["steps"] and run.gain is not None:
+            share = f", {run.replay_share:.0%} replayed" if run.replay_share else ""
+            curves.setdefault(f"{run.curve}{share}", []).append((run.gain, run.most_forgotten))
+    plot_hulls(curves, path, overwrite)
+
+
+def plot_hulls(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, overwrite: bool = False) -> None:
+    """Draw pairs of gain and forgetting, and the best gain of each curve that forgets no more.
+
+    Args:
+        curves: The pairs, in nats, by label.
+        path: The picture's file.
+        overwrite: Replace the file if it exists.
+    """
+    forgetting = "forgetting, nats, on the other text where the loss rose most"
+    with _axes(path, "What was learned and what was forgotten", forgetting, "gain, nats", overwrite) as axes:
+        for number, (label, pairs) in enumerate(curves.items()):
+            color = _COLORS[number % len(_COLORS)]
+            points = sorted((forgotten, gain) for gain, forgotten in pairs)
+            axes.scatter(*zip(*points, strict=True), color=color, s=14)
+            best = itertools.accumulate((gain for _, gain in points), max)
+            axes.step([forgotten for forgotten, _ in points], list(best), where="post", color=color, label=label)
+        axes.set_xlim(right=min(axes.get_xlim()[1], _MAX_FORGETTING))
+        axes.set_ylim(bottom=0)
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 

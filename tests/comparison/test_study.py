@@ -133,6 +133,12 @@ def test_it_can_be_printed_saved_and_drawn(report: ComparisonReport, tmp_path: P
     assert max(map(len, table.splitlines())) <= 100
     long = dataclasses.replace(report, rows=tuple(dataclasses.replace(row, label=row.label * 3) for row in report.rows))
     assert max(map(len, str(long).splitlines())) <= 100
+    hulls = table.partition("\n\n")[2].splitlines()
+    assert hulls[0].split() == ["gain", "at", "forgetting", "steps", "replay", "<=", "0.01", "<=", "0.03", "<=", "0.1"]
+    full = [run for run in report.runs if (run.method, run.steps) == ("full", 4)]
+    gains = [run.gain for run in full if run.gain is not None and run.most_forgotten <= 0.1]
+    shown = next(line.split() for line in hulls if line.startswith("full ") and line.split()[1] == "4")
+    assert shown[-1] == (f"{max(gains):.3f}" if gains else "none")
     pytest.importorskip("matplotlib")
     plot_comparison(report, tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")

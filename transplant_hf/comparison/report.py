@@ -15,11 +15,12 @@ from ..errors import ConfigurationError
 from ..storage import check_output_folder, read_json, write_json, writing
 from .runs import RunResult
 
-__all__ = ["PICTURE", "ComparisonReport", "ComparisonRow", "Runs", "check_comparison_folder"]
+__all__ = ["HULL_LIMITS", "PICTURE", "ComparisonReport", "ComparisonRow", "Runs", "check_comparison_folder", "hull"]
 
 PICTURE = "comparison.png"
 _JSON, _TEXT, _RUNS = "comparison.json", "comparison.txt", "runs"
 _LABEL_WIDTH = 34
+HULL_LIMITS = (0.01, 0.03, 0.1)
 _SEPARATORS = re.compile(r"[^\w.]+")
 
 
@@ -92,7 +93,33 @@ class ComparisonReport:
         printed = align_table(lines).splitlines()
         for number, title in sorted(titles.items(), reverse=True):
             printed.insert(number, title)
-        return "\n".join(printed)
+        return "\n".join([*printed, "", self._hulls()])
+
+    def _hulls(self) -> str:
+        """The best gain of each method that forgets at most as much as each limit, in nats."""
+        curves: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+        for run in self.runs:
+            if run.failed is None and run.gain is not None:
+                label = (run.curve, str(run.steps), f"{run.replay_share:.0%}")
+                curves.setdefault(label, []).append((run.gain, run.most_forgotten))
+        best = [[*label, *hull(pairs)] for label, pairs in curves.items()]
+        return align_table(
+            [["gain at forgetting", "steps", "replay", *(f"<= {limit:g}" for limit in HULL_LIMITS)], *best]
+        )
+
+
+def hull(pairs: Sequence[tuple[float, float]]) -> list[str]:
+    """Return the largest gain whose forgetting is at most each limit; "none" if there is none.
+
+    Args:
+        pairs: Gain and forgetting, in nats.
+
+    Example:
+        >>> hull([(0.2, 0.005), (0.3, 0.02), (0.9, 0.5)])
+        ['0.200', '0.300', '0.300']
+    """
+    kept = [[gain for gain, forgetting in pairs if forgetting <= limit] for limit in HULL_LIMITS]
+    return [f"{max(gains):.3f}" if gains else "none" for gains in kept]
 
 
 def _cells(row: ComparisonRow, texts: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ from .methods import Method, Prepared, Setting
 __all__ = ["Budget", "RunResult", "Texts", "measure", "run_method", "train_once"]
 
 PARTIAL_STRENGTH = 0.75  # each method is also measured with this share of what it learned
+_AT_PARTIAL_STRENGTH = f"at {PARTIAL_STRENGTH:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,16 @@ class RunResult:
     def key(self) -> tuple[Any, ...]:
         """What is equal in all views of one training, and in no other."""
         return self.method, self.learning_rate, self.steps, self.replay_share, self.seed
+
+    @property
+    def curve(self) -> str:
+        """The method, and the view where it is not a share of what the method learned."""
+        return ", ".join(filter(None, (self.method, "" if self.view == _AT_PARTIAL_STRENGTH else self.view)))
+
+    @property
+    def most_forgotten(self) -> float:
+        """How much higher the loss is on the other text where it rose most, in nats."""
+        return max(self.forgetting_on.values())
 
     @property
     def whole_seconds(self) -> float:
@@ -210,7 +221,7 @@ def run_method(
     known["removal_error"] = _removal_error(prepared, setting, texts)
     views = dict(prepared.views)
     if prepared.at_strength is not None:
-        views[f"at {PARTIAL_STRENGTH:g}"] = partial(prepared.at_strength, PARTIAL_STRENGTH)
+        views[_AT_PARTIAL_STRENGTH] = partial(prepared.at_strength, PARTIAL_STRENGTH)
     results = []
     for view, enter in views.items():
         with enter() as model:
