@@ -10,12 +10,42 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import TransplantError
-from . import check, compare, convert, demo, evaluate, export, extract, generate, inspect, plan, push, sweep, train
+from . import (
+    check,
+    compare,
+    convert,
+    demo,
+    evaluate,
+    export,
+    extract,
+    generate,
+    inspect,
+    plan,
+    push,
+    serve,
+    sweep,
+    train,
+)
 from .command import EXIT_STATUS
 
 __all__ = ["main"]
 
-_COMMANDS = (demo, generate, train, sweep, evaluate, compare, check, inspect, plan, extract, convert, export, push)
+_COMMANDS = (
+    demo,
+    generate,
+    train,
+    sweep,
+    evaluate,
+    compare,
+    check,
+    inspect,
+    plan,
+    extract,
+    convert,
+    export,
+    push,
+    serve,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,226 @@
+"""`serve`: a model whose donors are chosen by each request, behind the API of OpenAI.
+
+The server is that of `transformers serve`. Here its model manager gives out one model, which is loaded once. A request
+runs with the donors that its `model` field names: `using` chooses them in the thread of the request.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import GenerationState
+
+from ..config import DonorSpec
+from ..display import position_text
+from ..donor import Donor
+from ..errors import ConfigurationError, TransplantError
+from ..model.in_memory import transplant
+
+__all__ = ["build_app"]
+
+Choice = dict[str, float]
+
+
+def build_app(model: Any, tokenizer: Any, name: str, token: str | None = None) -> FastAPI:
+    """Return the server of a loaded model.
+
+    Args:
+        model: A transplant, or a plain model to which donors are added later.
+        tokenizer: Its tokenizer.
+        name: What requests call the model without its donors.
+        token: Lets its bearer add and remove donors; without one nobody can.
+
+    Raises:
+        ConfigurationError: A donor that a request could not leave out.
+    """
+    models = DonorModels(model, tokenizer, name)
+    state = Threads(models)
+    not_served: Any = NotServed()
+    app = build_server(
+        models,
+        ChatCompletionHandler(models, state),
+        CompletionHandler(models, state),
+        ResponseHandler(models, state),
+        not_served,
+        not_served,
+        state,
+    )
+
+    @app.exception_handler(TransplantError)
+    @app.exception_handler(HTTPException)
+    async def answer(_: Request, error: Exception) -> JSONResponse:
+        status, message = (error.status_code, error.detail) if isinstance(error, HTTPException) else (400, str(error))
+        return JSONResponse({"error": {"message": message, "code": status}}, status_code=status)
+
+    if token is not None:
+        _add_changes(app, models, token)
+    return app
+
+
+class DonorModels(ModelManager):
+    """The recipient and its donors as the models of a server.
+
+    Args:
+        model: The transplant.
+        tokenizer: Its tokenizer.
+        name: The name of the recipient.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        super().__init__(model_timeout=-1)
+        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        for spec in self.donors:
+            refuse_replacing(str(spec.name), spec.mode)
+
+    @property
+    def donors(self) -> list[DonorSpec]:
+        """The donors that the model has now."""
+        return list(self.model.transplant_config.donors) if hasattr(self.model, "transplant_config") else []
+
+    def choice(self, model: str) -> Choice:
+        """Return the strengths of the donors that a request names, such as `law+code@0.5`.
+
+        Raises:
+            HTTPException: No such donor (404).
+        """
+        known = {str(spec.name): spec.strength for spec in self.donors}
+        if model == self.name:
+            return {}
+        if model in known:  # names may have + and @ in them
+            return {model: known[model]}
+        choice = {}
+        for part in model.split("+"):
+            donor, at, strength = part.rpartition("@")
+            donor = donor if at else part
+            try:
+                choice[donor] = float(strength) if at else known[donor]
+            except (KeyError, ValueError):
+                donor = part
+            if donor not in known:
+                names = ", ".join([self.name, *known])
+                raise HTTPException(404, f"there is no model {model!r} here. Models are {names}; several donors are "
+                                    "LAW+CODE, another strength is LAW@0.5.")  # fmt: skip
+        return choice
+
+    def process_model_name(self, model_id: str) -> str:  # type: ignore[override]
+        """Return a name as it is: revisions are those of the donors that were loaded."""
+        return model_id
+
+    def load_model_and_processor(
+        self, model_id_and_revision: str, *args: Any, gguf_file: str | None = None, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Return the model as a request sees it, and the tokenizer."""
+        name = model_id_and_revision if gguf_file is None else f"{model_id_and_revision}:{gguf_file}"
+        choice = self.choice(name)
+        view = ChosenDonors(self.model, choice)
+        with view.chosen():  # refuses strengths that a donor cannot have
+            return view, self.tokenizer
+
+    async def load_model_streaming(
+        self, model_id_and_revision: str, gguf_file: str | None = None
+    ) -> AsyncIterator[str]:
+        """Say that a model is ready, as `/load_model` does for one that is loaded."""
+        self.load_model_and_processor(model_id_and_revision, gguf_file=gguf_file)
+        yield f"data: {json.dumps({'status': 'ready', 'model': model_id_and_revision, 'cached': True})}\n\n"
+
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
+        """List the recipient and the donors."""
+        about = {self.name: "the model without donors"}
+        for spec in self.donors:
+            about[str(spec.name)] = f"donor at {position_text(spec.position)}, strength {spec.strength:g}"
+        more = {"object": "model", "created": 0, "owned_by": "transplant_hf"}
+        return [{"id": name, **more, "description": text} for name, text in about.items()]
+
+    def shutdown(self) -> None:
+        """Keep the model: it is loaded as long as the server runs."""
+
+
+def refuse_replacing(name: str, mode: str) -> None:
+    """Refuse a donor that a request could not leave out."""
+    if mode == "replace":
+        raise ConfigurationError(
+            f"donor {name!r} replaces layers of the recipient, and a request without it could not run them. Serve a "
+            "donor that is inserted, or export the transplant and serve the result."
+        )
+
+
+class ChosenDonors:
+    """A model that generates with some of its donors. Everything else is the model's own."""
+
+    def __init__(self, model: Any, donors: Choice) -> None:
+        self._model, self._donors = model, donors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def chosen(self) -> AbstractContextManager[Any]:
+        """Let the calls inside a `with` block run with the chosen donors."""
+        return self._model.using(self._donors) if hasattr(self._model, "using") else nullcontext()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the chosen donors; see `generate` of the model."""
+        with self.chosen():
+            return self._model.generate(*args, **kwargs)
+
+
+class Threads(GenerationState):
+    """The threads that generate: one for the recipient, one for each donor, and one for all other choices."""
+
+    def __init__(self, models: DonorModels) -> None:
+        super().__init__()
+        self._models = models
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
+        """Return what generates for a model. Requests may name any number of them, so not each has a thread."""
+        alone = model_id == self._models.name or any(model_id == spec.name for spec in self._models.donors)
+        return super().get_manager(model_id if alone else "", use_cb)
+
+
+class NotServed:
+    """Answers requests that do not generate text."""
+
+    async def handle_request(self, *args: Any) -> Any:
+        """Refuse."""
+        raise HTTPException(501, "this server has /v1/chat/completions, /v1/completions and /v1/responses.")
+
+
+class AddedDonor(BaseModel):
+    """The body of a request that adds a donor: the donor, its name in the model, and its strength."""
+
+    donor: str
+    name: str | None = None
+    strength: float | None = None
+
+
+def _add_changes(app: FastAPI, models: DonorModels, token: str) -> None:
+    """Add the requests that change the donors of the model; they wait until others have ended."""
+    bearer = HTTPBearer()
+
+    def check(given: HTTPAuthorizationCredentials = Depends(bearer)) -> None:  # noqa: B008
+        if not secrets.compare_digest(given.credentials.encode(), token.encode()):
+            raise HTTPException(401, "this is not the token that the server was started with.")
+
+    @app.post("/v1/donors", dependencies=[Depends(check)])
+    def add(body: AddedDonor) -> JSONResponse:
+        spec = DonorSpec.parse(body.donor)
+        refuse_replacing(body.name or str(spec.name), Donor.from_pretrained(spec.donor).mode)
+        transplant(models.model, spec.donor, spec.position, name=body.name, strength=body.strength, in_place=True)
+        return JSONResponse({"object": "list", "data": models.get_gen_models()})
+
+    @app.delete("/v1/donors/{name}", dependencies=[Depends(check)])
+    def remove(name: str) -> JSONResponse:
+        models.model.remove_donor(name)
+        return JSONResponse({"object": "list", "data": models.get_gen_models()})
