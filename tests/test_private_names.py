@@ -104,6 +104,24 @@ def test_signature(function: Callable[..., Any], known: str, used_in: str) -> No
     )
 
 
+def test_parts_of_the_server() -> None:
+    """`serving/server.py` overrides these; tests/serving/test_server.py runs them."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("openai")
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.server import build_server
+    from transformers.cli.serving.utils import GenerationState
+
+    from transplant_hf.serving.server import DonorModels
+
+    overridden = {name for name in vars(DonorModels) if not name.startswith("_")} - {"donors", "choice"}
+    assert overridden <= set(vars(ModelManager))
+    assert list(inspect.signature(GenerationState.get_manager).parameters) == ["self", "model_id", "use_cb"]
+    handlers = ["chat_handler", "completion_handler", "response_handler", "transcription_handler", "systemone_handler"]
+    parameters = ["model_manager", *handlers, "generation_state", "enable_cors"]
+    assert list(inspect.signature(build_server).parameters) == parameters
+
+
 def test_what_a_model_is_built_under() -> None:
     """`thread_contexts` of architecture/build.py has a counterpart for these, and lets the others be."""
     contexts = PreTrainedModel.get_init_context(torch.float32, False, False, None)

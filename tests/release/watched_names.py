@@ -59,6 +59,18 @@ WATCHED: dict[str, Watched] = {
     "DynamicSlidingWindowLayer": Watched("the same", "test_cache_layers_that_hold_rows"),
     # Precision and devices.
     "convert_moe_packed_tensors": Watched("MXFP4 experts, dequantised as loading does", SIGNED),
+    # Serving.
+    **{
+        name: Watched("the server of `transformers serve`", "test_parts_of_the_server")
+        for name in (
+            "ModelManager",
+            "ChatCompletionHandler",
+            "CompletionHandler",
+            "ResponseHandler",
+            "GenerationState",
+            "build_server",
+        )
+    },
     # Training.
     "_load_from_checkpoint": Watched("checkpoints have only what is trained", SIGNED),
     "_load_best_model": Watched("the same", SIGNED),

@@ -1,1 +1,1 @@
-"""Transplants in inference engines that build their own models."""
+"""Transplants on servers: that of Transformers, and engines that build their own models."""
