@@ -191,10 +191,30 @@ def publish(target: str | os.PathLike[str], replaced: Callable[[Path], Collectio
         raise ConfigurationError(f"{target} is a file; choose a folder to save into.")
     if target.exists():
         replaced(target)  # malformed records are found before the work is done
+    # A mount point cannot be exchanged with a folder outside it, nor can files be renamed into it.
+    place = target if target.is_mount() else target.parent
+    with _staging_beside(target, place) as staging:
+        yield staging
+        _set_usual_modes(staging)
+        with locked(place):
+            _put_in_place(staging, target, replaced)
+
+
+@contextmanager
+def publish_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file whole or not at all: the block writes to the path that it gets, which then replaces the target."""
+    target = Path(target).expanduser().resolve()  # a link stays, its file is replaced
+    with _staging_beside(target, target.parent) as staging:
+        yield staging / target.name
+        _set_usual_modes(staging)
+        os.replace(staging / target.name, target)
+
+
+@contextmanager
+def _staging_beside(target: Path, place: Path) -> Iterator[Path]:
+    """Make a folder that is removed after the block, with whatever the block left in it."""
     kept = "What was there before is unchanged." if target.exists() else "Nothing was left behind."
     with writing(target, kept):
-        # A mount point cannot be exchanged with a folder outside it, nor can files be renamed into it.
-        place = target if target.is_mount() else target.parent
         place.mkdir(parents=True, exist_ok=True)
         staging = place / f".{target.name}.{secrets.token_hex(4)}.tmp"
         with locked(place):
@@ -203,9 +223,6 @@ def publish(target: str | os.PathLike[str], replaced: Callable[[Path], Collectio
             lock = _lock(staging)
         try:
             yield staging
-            _set_usual_modes(staging)
-            with locked(place):
-                _put_in_place(staging, target, replaced)
         finally:
             if lock is not None:
                 os.close(lock)

@@ -20,19 +20,27 @@ def add(commands: Any) -> None:
         commands,
         "export",
         _run,
-        "write a transplant as a plain checkpoint that loads without transplant_hf",
+        "write a transplant as a plain checkpoint that loads without transplant_hf, or as a GGUF file",
         "export user/gpt2-law gpt2-law-full --dtype bfloat16",
         "export openai-community/gpt2 full --donor user/gpt2-law@4",
+        "export --gguf gpt2.Q4_K_M.gguf user/gpt2-law@4 gpt2-law.gguf",
     )
     parser.add_argument("source", metavar="MODEL", help="Hub id or folder of a transplant, a donor or a recipient")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write; with --gguf, the file")
+    parser.add_argument(
+        "--gguf",
+        metavar="FILE",
+        type=Path,
+        help="a GGUF file of the recipient: copy its tensors as they are, and write a GGUF file. MODEL is then a "
+        "transplant or DONOR[@POSITION]",
+    )
     add_overwrite(parser)
     add_donors(parser)
     old_spelling(parser, "--position", "--donor DONOR@POSITION", "position", type=int, append=True)
     parser.add_argument(
         "--mode", choices=("insert", "replace"), help="for donors with a given position (default: insert)"
     )
-    add_dtype(parser)
+    add_dtype(parser, "q8_0", note="; q8_0 also for the donors in a GGUF file, which are float16 by default")
     add_shard_size(parser)
     parser.add_argument(
         "--no-verify",
@@ -49,6 +57,9 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from .. import export
 
+    if options.gguf is not None and (options.donor or options.mode or donor_spec(options.source).position is not None):
+        options.donor = [options.source, *(options.donor or ())]
+        options.source, options.gguf = options.gguf, None
     show(export(donors=_donors(options), **arguments_for(export, options)), options)
     return 0
 

@@ -187,10 +187,13 @@ def measuring_arguments(options: argparse.Namespace) -> dict[str, Any]:
 # -- Loading -------------------------------------------------------------------------------------------------------
 
 
-def add_dtype(parser: Parser) -> None:
+def add_dtype(parser: Parser, *more: str, note: str = "") -> None:
     """Add the dtype of the model."""
     parser.add_argument(
-        "--dtype", type=dtype, default="auto", help="such as float32 or bfloat16 (default: as in the checkpoint)"
+        "--dtype",
+        type=lambda text: text if text in more else dtype(text),
+        default="auto",
+        help=f"such as float32 or bfloat16 (default: as in the checkpoint{note})",
     )
 
 

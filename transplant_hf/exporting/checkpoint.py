@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Mxfp4Config, PreTrainedConfig, PreTrainedModel  # type: ignore[attr-defined]
+from transformers import Mxfp4Config, PreTrainedModel  # type: ignore[attr-defined]
 
 from ..architecture import Recipient, max_context_length
 from ..cards import CARD_FILE, TERMS, check_license
@@ -29,7 +29,8 @@ from ..numeric import is_finite
 from ..sources import HubArguments, HubOptions, locate, points_to_folder, reading
 from ..splice import Blueprint
 from ..storage import publish, sha256_of
-from .result import Export
+from .gguf import export_gguf
+from .result import Export, breaks_pattern, layer_types
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -56,25 +57,31 @@ def export(
     composition: str | None = None,
     license: str | None = None,
     revision: str | None = None,
+    gguf: str | os.PathLike[str] | None = None,
     **hub_kwargs: Unpack[HubArguments],
 ) -> Export:
-    """Write a transplant as a plain checkpoint that loads without this package.
+    """Write a transplant as a plain checkpoint that loads without this package, or as a GGUF file.
 
     The transplant is loaded, checked and saved; then the checkpoint is loaded again and, unless `verify=False`, must
     give the transplant's logits on random tokens. Only then does the folder take its place, in one step.
 
+    A recipient that is a GGUF file gives a GGUF file, for which no model is loaded: the recipient's tensors are copied
+    as they are, under new block numbers, and those of the donors are added.
+
     Args:
-        source: A transplant or a donor, as Hub id or folder; or, with `donors`, a recipient.
-        output: The folder to write.
+        source: A transplant or a donor, as Hub id or folder; or, with `donors`, a recipient, which may be a GGUF file.
+        output: The folder, or the GGUF file, to write.
         donors: `{donor: position}`, where the position `None` means the recommended one, or a list of `DonorSpec`.
         overwrite: Replace what transplant_hf wrote to the output before. Without it, a folder that is not empty is
             refused before anything else is done.
-        dtype: "bfloat16", "float16" or "float32"; by default the recipient's.
+        dtype: "bfloat16", "float16" or "float32"; by default the recipient's. In a GGUF file it is the dtype of the
+            donors' matrices: also "q8_0", and by default "float16".
         max_shard_size: Largest weight file.
-        verify: Load the export and compare its logits.
+        verify: Load the export and compare its logits; read a GGUF file again and compare its tensors.
         composition: "stacked" or "side_by_side"; by default as the source says.
         license: The license that the card names; by default the one that recipient and donors agree on.
         revision: The source's branch, tag or commit.
+        gguf: A GGUF file to use as the recipient of the transplant or donor `source`.
         **hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `from_pretrained`.
 
     Returns:
@@ -101,6 +108,19 @@ def export(
         >>> done.verified, AutoModelForCausalLM.from_pretrained(f"{folder}/full").config.n_layer
         (True, 5)
     """
+    file = source if gguf is None and Path(source).expanduser().is_file() else gguf
+    if file is not None:
+        if (max_shard_size, license) != ("5GB", None):
+            raise ConfigurationError("a GGUF file is one file without a card: leave out max_shard_size and license.")
+        if (gguf is None) == (donors is None):
+            raise ConfigurationError(
+                "for a GGUF file, name a donor or a transplant and the recipient's file as gguf=, or the recipient's "
+                "file as the source and its donors as donors=."
+            )
+        return export_gguf(
+            file, output, source if donors is None else None, donors, overwrite=overwrite, dtype=dtype, verify=verify,
+            composition=composition, revision=revision, hub=HubOptions(**hub_kwargs),
+        )  # fmt: skip
     check_artifact_folder(output, overwrite)
     dtype = _checked_dtype(dtype)
     if license is not None:
@@ -145,7 +165,7 @@ def export(
         files=files,
         verified=verify,
         difference=difference,
-        irregular=_breaks_pattern(_layer_types(recipient.config), _layer_types(model.config)),
+        irregular=breaks_pattern(layer_types(recipient.config), layer_types(model.config)),
     )
 
 
@@ -156,17 +176,6 @@ def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
             f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}. Quantize the export instead."
         )
     return getattr(torch, name) if name in _DTYPES else None
-
-
-def _layer_types(config: PreTrainedConfig) -> list[str]:
-    return list(getattr(config.get_text_config(), "layer_types", None) or ())
-
-
-def _breaks_pattern(before: Sequence[str], after: Sequence[str]) -> bool:
-    """Whether `after` does not continue the shortest period of `before`."""
-    lengths = range(1, len(before) + 1)
-    period = next((n for n in lengths if all(kind == before[i % n] for i, kind in enumerate(before))), 1)
-    return bool(before) and any(kind != before[i % period] for i, kind in enumerate(after))
 
 
 # -- What is refused ------------------------------------------------------------------------------------------------

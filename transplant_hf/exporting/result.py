@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 from ..donor.record import FileStamp
 from ..layer_map import LayerMap
@@ -15,16 +17,18 @@ class Export:
     """What was exported.
 
     Args:
-        folder: The folder.
-        recipient: The recipient, with its commit if it has one.
+        folder: The folder, or the GGUF file.
+        recipient: The recipient, with its commit if it has one, or its GGUF file.
         model_class: The class of Transformers that loads it.
         layer_map: Where each layer came from.
-        dtype: The dtype of its weights.
+        dtype: The dtype of its weights; in a GGUF file, of the donors' matrices.
         files: sha256 and size of every weight file.
-        verified: Whether the export was loaded again and its logits compared with the transplant's.
+        verified: Whether the export was loaded again and its logits compared with the transplant's, or a GGUF file was
+            read again and its tensors compared.
         difference: The largest difference of logits; where it is not 0, all weights were equal bit for bit.
         irregular: Whether the kinds of layers no longer repeat as in the recipient. Programs that derive the kind of a
             layer from its number, instead of reading `layer_types`, then compute something else.
+        gguf: Whether it is a GGUF file.
     """
 
     folder: str
@@ -36,6 +40,7 @@ class Export:
     verified: bool
     difference: float = 0.0
     irregular: bool = False
+    gguf: bool = False
 
     @property
     def size(self) -> int:
@@ -48,18 +53,41 @@ class Export:
 
     def __str__(self) -> str:
         count = len(self.files)
-        difference = f"weights equal, logits within {self.difference:.2g}"
-        equal = difference if self.difference else "logits equal, bit for bit"
-        verdict = f"verified: {equal}" if self.verified else "not verified"
+        kind = "a GGUF file" if self.gguf else "a plain checkpoint"
+        dtype = f"donors in {self.dtype}" if self.gguf else self.dtype
         lines = [
-            f"{self.folder}: {self.model_class} with {len(self.layer_map)} layers, a plain checkpoint",
+            f"{self.folder}: {self.model_class} with {len(self.layer_map)} layers, {kind}",
             f"  recipient {self.recipient}",
-            f"  {count} weight file{'s' if count > 1 else ''}, {self.size:,} bytes, {self.dtype}",
-            f"  {verdict}",
+            f"  {count} weight file{'s' if count > 1 else ''}, {self.size:,} bytes, {dtype}",
+            f"  {self._verdict()}",
         ]
         if self.irregular:
-            lines.append(
-                "  its layer_types do not repeat as the recipient's do; Transformers reads them, vLLM and llama.cpp "
-                "derive some kinds of layers from the layer's number (docs/export.md)"
+            readers = (
+                "llama.cpp reads them, Transformers derives them from the layer's number"
+                if self.gguf
+                else "Transformers reads them, vLLM and llama.cpp derive some kinds of layers from the layer's number"
             )
+            lines.append(f"  its layer_types do not repeat as the recipient's do; {readers} (docs/export.md)")
         return "\n".join(lines)
+
+    def _verdict(self) -> str:
+        if not self.verified:
+            return "not verified"
+        if self.gguf:
+            return "verified: all tensors equal, byte for byte"
+        equal = (
+            f"weights equal, logits within {self.difference:.2g}" if self.difference else "logits equal, bit for bit"
+        )
+        return f"verified: {equal}"
+
+
+def layer_types(config: PreTrainedConfig) -> list[str]:
+    """Return the kind of each layer, where a configuration lists them."""
+    return list(getattr(config.get_text_config(), "layer_types", None) or ())
+
+
+def breaks_pattern(before: Sequence[str], after: Sequence[str]) -> bool:
+    """Whether `after` does not continue the shortest period of `before`."""
+    lengths = range(1, len(before) + 1)
+    period = next((n for n in lengths if all(kind == before[i % n] for i, kind in enumerate(before))), 1)
+    return bool(before) and any(kind != before[i % period] for i, kind in enumerate(after))

@@ -153,10 +153,11 @@ def find_parts(
     hub: HubOptions,
     trust_remote_code: bool | None = False,
     kwargs: Mapping[str, Any] | None = None,
+    recipient: Recipient | None = None,
 ) -> TransplantParts:
-    """Open the recipient and the donors of a request by configurations and headers."""
+    """Open the donors of a request and its recipient, unless another is to be used, by configurations and headers."""
     donors = _open_donors(request, hub)
-    recipient = recipient_of(request, hub, trust_remote_code, kwargs)
+    recipient = recipient or recipient_of(request, hub, trust_remote_code, kwargs)
     config = request.config.replaced(
         donors=donor_specs([spec for spec, _ in donors]),
         recipient=recipient.reference,
