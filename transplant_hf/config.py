@@ -248,6 +248,17 @@ def _checked_quantization(found: Any, where: str) -> dict[str, Any] | None:
     return {"config": dict(found["config"]), "donors": list(found["donors"])}
 
 
+def gguf_quantization(file: str) -> dict[str, Any]:
+    """Return the `recipient_quantization` of a recipient that is read from a GGUF file."""
+    return {"config": {"quant_method": "gguf", "gguf_file": file}, "donors": []}
+
+
+def gguf_file_of(config: TransplantConfig) -> str | None:
+    """Return the GGUF file that the recipient is read from, if any."""
+    file = (config.recipient_quantization or {}).get("config", {}).get("gguf_file")
+    return None if file is None else _text(file, "gguf_file in recipient_quantization")
+
+
 def donor_specs(donors: Any) -> list[DonorSpec]:
     """Return the specs of donors that are named in any accepted way."""
     if donors is None:
@@ -307,7 +318,8 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
             `config.json`. Every field that is set on this object, and is not its own, becomes one.
         recipient_quantization: How the recipient is quantized while it is loaded: `"config"`, a `quantization_config`
             with the recipient's own names, and `"donors"`, the donors that are quantized too. An argument
-            `quantization_config` replaces it; `None` loads in full precision.
+            `quantization_config` replaces it; `None` loads in full precision. For a GGUF file, `"config"` names it,
+            `{"quant_method": "gguf", "gguf_file": name}`.
         vocab_size: The recipient's, for tools that read it without loading the recipient.
         **kwargs: The arguments of `PreTrainedConfig`, and fields of the recipient's configuration.
 

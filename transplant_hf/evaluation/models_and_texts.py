@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..architecture import choose_block_length
+from ..config import gguf_file_of
 from ..errors import ConfigurationError
 from ..model.load_any_model import load_model, load_tokenizer
 from ..sources import HubOptions
@@ -61,8 +62,9 @@ def find_tokenizer(loaded: LoadedModel) -> Any:
     elif loaded.reference is None:
         places.append((loaded.model.config.name_or_path, None))
     places = [(reference, revision) for reference, revision in places if reference]
+    gguf_file = loaded.gguf_file or (None if config is None else gguf_file_of(config))
     for reference, revision in places:
-        tokenizer = load_tokenizer(reference, revision, loaded.hub, loaded.gguf_file)
+        tokenizer = load_tokenizer(reference, revision, loaded.hub, gguf_file)
         if tokenizer is not None:
             return tokenizer
     searched = ", ".join(reference for reference, _ in places) or "a model without a name"

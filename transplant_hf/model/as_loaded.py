@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..architecture import is_packed, is_quantized, quantization_fields
+from ..config import gguf_file_of, gguf_quantization
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..splice.quantized import SKIP_FIELDS
@@ -107,6 +108,9 @@ def quantization_of_recipient(model: Any) -> dict[str, Any] | None:
     Modules that were not quantized are listed by the recipient's own names, and the donors that were.
     """
     blueprint = model._transplant.blueprint
+    file = gguf_file_of(blueprint.config)
+    if file is not None:
+        return gguf_quantization(file)
     if not is_quantized(model) or getattr(blueprint.recipient.config, "quantization_config", None) is not None:
         return None
     fields = dict(quantization_fields(model) or {})

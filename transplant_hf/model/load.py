@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from ..architecture import check_gguf_reader, forget_gguf
+from ..architecture import forget_gguf
 from ..architecture.build import build_random
-from ..config import TransplantConfig
+from ..config import TransplantConfig, gguf_file_of
 from ..errors import ConfigurationError
 from ..sources import HubOptions, for_transformers, reading
 from ..splice import follow_quantization, quantization_beside_donors
@@ -170,8 +170,7 @@ def load_transplant(
         raise ConfigurationError(
             f"there is no argument donor={kwargs['donor']!r}; donors={{donor: position}} names them."
         )
-    hub, gguf_file = HubOptions.from_kwargs(kwargs), kwargs.get("gguf_file")
-    check_gguf_reader(gguf_file)
+    hub = HubOptions.from_kwargs(kwargs)
     request = read_request(
         asked,
         donors=donors,
@@ -179,10 +178,11 @@ def load_transplant(
         revision=revision,
         subfolder=subfolder or None,
         hub=hub,
-        gguf_file=gguf_file,
+        gguf_file=kwargs.pop("gguf_file", None),
         composition=composition,
         overrides=recipient_overrides,
     )
+    gguf_file = gguf_file_of(request.config)
     trust = kwargs.pop("trust_remote_code", None)
     # Not for the recipient: `code_revision` and private names of Transformers are about the asked repo.
     left_out = (*_HUB_NAMES, "code_revision")
@@ -197,7 +197,7 @@ def load_transplant(
     parts = find_parts(request, hub, trust, kwargs)
     blueprint = parts.blueprint(auto_class, keep_replaced)
     saved = parts.config.recipient_quantization
-    if saved is not None and "quantization_config" not in for_model:
+    if saved is not None and gguf_file is None and "quantization_config" not in for_model:
         for_model["quantization_config"] = quantization_beside_donors(saved["config"], blueprint, saved["donors"])
     elif for_model.get("quantization_config") is not None and not quantize_donors:
         for_model["quantization_config"] = quantization_beside_donors(for_model["quantization_config"], blueprint)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..architecture import Recipient, open_recipient
-from ..config import DonorSpec, TransplantConfig, check_composition, donor_specs
+from ..architecture import Recipient, check_gguf_reader, open_recipient
+from ..config import DonorSpec, TransplantConfig, check_composition, donor_specs, gguf_file_of, gguf_quantization
 from ..donor import DONOR_FILES, Donor
 from ..donor.place import named, placed, spec_of
 from ..errors import ConfigurationError
@@ -107,7 +107,8 @@ def read_request(
             )
         specs, open_donors = _specs(donors)
         own = TransplantConfig(recipient=asked, recipient_revision=source.revision, donors=specs)
-        return LoadRequest(asked, source, _changed(own, asked, composition, overrides), False, open_donors, adapter)
+        own = _changed(own, asked, composition, overrides, gguf_file)
+        return LoadRequest(asked, source, own, False, open_donors, adapter)
     if donors:
         raise ConfigurationError(
             f"{source} is a transplant already (recipient {config.recipient}). Name its recipient instead, with all "
@@ -118,13 +119,15 @@ def read_request(
         raise ConfigurationError(f"the transplant configuration of {source} names no {missing}.")
     if adapter is None and (source.folder / ADAPTER_CONFIG).exists():
         adapter = source
-    return LoadRequest(asked, source, _changed(config, asked, composition, overrides), True, {}, adapter)
+    return LoadRequest(asked, source, _changed(config, asked, composition, overrides, gguf_file), True, {}, adapter)
 
 
 def _changed(
-    config: TransplantConfig, asked: str, composition: str | None, overrides: Mapping[str, Any]
+    config: TransplantConfig, asked: str, composition: str | None, overrides: Mapping[str, Any], gguf_file: str | None
 ) -> TransplantConfig:
     changes: dict[str, Any] = {"recipient_overrides": {**config.recipient_overrides, **overrides}}
+    if gguf_file is not None:
+        changes["recipient_quantization"] = gguf_quantization(gguf_file)
     if composition is not None:
         changes["composition"] = check_composition(composition, asked)
     return config.replaced(**changes)
@@ -175,13 +178,15 @@ def recipient_of(
     kwargs: Mapping[str, Any] | None = None,
 ) -> Recipient:
     """Open the recipient of a request; see `find_parts`."""
+    gguf_file = gguf_file_of(request.config)
+    check_gguf_reader(gguf_file)
     return open_recipient(
         request.config.recipient,
         request.config.recipient_revision,
         hub,
         relative_to=request.source if request.names_transplant else None,
         with_weights=True,
-        gguf_file=(kwargs or {}).get("gguf_file"),
+        gguf_file=gguf_file,
         overrides=request.config.recipient_overrides,
         trust_remote_code=trust_remote_code,
         kwargs=kwargs,

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import Anatomy, apply_overrides, is_quantized, was_gguf
 from ..architecture.names import is_adapted
+from ..config import gguf_file_of
 from ..errors import CompatibilityError, ConfigurationError
 from ..layer_map import RECIPIENT
 from ..sources import HubOptions, for_transformers, hub_errors, locate
@@ -96,22 +97,24 @@ def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
     from .surface import transplant_class  # imports this module; a class that loads for this thread only
 
     recipient, config = state.blueprint.recipient, state.blueprint.config
-    if was_gguf(model):
+    gguf_file = gguf_file_of(config)
+    if was_gguf(model) and gguf_file is None:
         raise ConfigurationError(
-            f"a thin save names its recipient, and cannot name the GGUF file that the weights of {config.recipient} "
-            "were read from. Save in full (save_pretrained(folder)); or write the recipient as a plain folder once, "
-            "remove_transplants(model).save_pretrained(folder), and load it from there with its donors."
+            f"a thin save names its recipient, and the GGUF file that the weights of {config.recipient} were read from "
+            "is not known: the recipient was in memory before its donors. Load it with "
+            "AutoModelWithTransplant.from_pretrained(recipient, gguf_file=..., donors=...), or save in full."
         )
     hub = HubOptions(cache_dir=state.cache_dir, local_files_only=state.local_only)
     with hub_errors(config.recipient, config.recipient_revision):
         loaded: Any = transplant_class(recipient.model_class).from_pretrained(
-            for_transformers(config.recipient, config.recipient_revision, hub, weights=True),
+            for_transformers(config.recipient, config.recipient_revision, hub, weights=True, file=gguf_file),
             revision=config.recipient_revision or "main",
             config=copy.deepcopy(recipient.config),
             dtype=model.dtype,
             cache_dir=state.cache_dir,
             local_files_only=state.local_only,
             output_loading_info=True,
+            **({} if gguf_file is None else {"gguf_file": gguf_file}),
         )
     pinned, info = loaded
     for name in info["missing_keys"]:
