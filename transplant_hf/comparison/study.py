@@ -19,7 +19,8 @@ from ..donor import Donor
 from ..errors import ConfigurationError
 from ..model.in_memory import remove_transplants, transplant
 from ..model.load_any_model import load_model
-from ..texts import Blocks, check_texts
+from ..texts import Blocks
+from ..texts.documents import check_texts
 from ..training.data import as_blocks, model_and_tokenizer
 from ..training.records import versions
 from .methods import METHODS, Method, Setting, on_grid

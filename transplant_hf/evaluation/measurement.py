@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigurationError
-from ..texts import check_texts
+from ..texts.documents import check_texts
 from .losses import Perplexity, perplexity_of_windows
 from .models_and_texts import model_to_measure, read_windows
 

@@ -14,7 +14,8 @@ from ..config import gguf_file_of
 from ..errors import ConfigurationError
 from ..model.load_any_model import load_model, load_tokenizer
 from ..sources import HubOptions
-from ..texts import Blocks, check_tokenizer, read_stream, starting_token
+from ..texts import Blocks, check_tokenizer, starting_token
+from ..texts.blocks import read_stream
 from .losses import vocab_size
 from .windows import Windows
 

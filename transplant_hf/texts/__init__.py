@@ -1,17 +1,6 @@
 """Text as documents, and as blocks of tokens to train and to measure on."""
 
-from .blocks import Blocks, check_tokenizer, encode, pack, read_stream, starting_token
-from .documents import TextSource, as_source, check_texts, documents
+from .blocks import Blocks, check_tokenizer, encode, pack, starting_token
+from .documents import TextSource, documents
 
-__all__ = [
-    "Blocks",
-    "TextSource",
-    "as_source",
-    "check_texts",
-    "check_tokenizer",
-    "documents",
-    "encode",
-    "pack",
-    "read_stream",
-    "starting_token",
-]
+__all__ = ["Blocks", "TextSource", "check_tokenizer", "documents", "encode", "pack", "starting_token"]

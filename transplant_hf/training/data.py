@@ -19,7 +19,8 @@ from ..evaluation.windows import Windows
 from ..model.load_any_model import load_model, pinned_commit
 from ..partial import PREFIX_STATES
 from ..sources import HubOptions
-from ..texts import Blocks, TextSource, check_texts, check_tokenizer, pack
+from ..texts import Blocks, TextSource, check_tokenizer, pack
+from ..texts.documents import check_texts
 
 __all__ = ["REPLAYED", "Rows", "RunData", "as_blocks", "model_and_tokenizer", "read_run", "rows_per_step"]
 

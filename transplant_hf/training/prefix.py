@@ -43,7 +43,11 @@ class CachePlan:
 
     @classmethod
     def from_arguments(cls, args: Any) -> CachePlan:
-        """Read the plan from arguments for training."""
+        """Read the plan from arguments for training.
+
+        Args:
+            args: `DonorTrainingArguments`, or others with `cache_prefix`, `prefix_cache_limit` and `prefix_cache_dir`.
+        """
         folder = None if args.prefix_cache_dir is None else Path(args.prefix_cache_dir)
         return cls(args.cache_prefix, parse_size(args.prefix_cache_limit), folder, kept=folder is not None)
 
