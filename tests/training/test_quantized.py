@@ -16,10 +16,19 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig,
 from tests.helpers import BUILDERS, layers_of, logits_of, refused, write_tokenizer
 from tests.model.test_gguf import NAME, write_gguf
 from tests.training.helpers import arguments, losses, noise, trainer
-from transplant_hf import AutoModelWithTransplant, CompatibilityError, ConfigurationError, Donor, train
+from transplant_hf import (
+    AutoModelWithTransplant,
+    CompatibilityError,
+    ConfigurationError,
+    Donor,
+    sweep,
+    train,
+    transplant,
+)
 from transplant_hf.architecture import projections_of_layers, quantization_method
 from transplant_hf.architecture.quantized import dequantized_layer
 from transplant_hf.errors import CheckpointError
+from transplant_hf.evaluation import perplexity
 from transplant_hf.model.load_any_model import load_model
 from transplant_hf.model.starting_copies import FROM_CHECKPOINT, FROM_DEQUANTIZED
 from transplant_hf.training import DonorTrainer, recover
@@ -67,6 +76,20 @@ def write_recipient(folder: Path, family: str = "llama") -> Path:
     BUILDERS[family](seed=1, **sizes).save_pretrained(folder)
     write_tokenizer(folder)
     return folder
+
+
+@int8
+def test_a_sweep_of_a_quantized_recipient(make: Callable[[], Any], tmp_path: Path) -> None:
+    folder, config, text = write_recipient(tmp_path / "recipient"), make(), noise(4)
+    donor = Donor.from_model(AutoModelForCausalLM.from_pretrained(folder), [1], name="law")
+    model = load_model(folder, quantization_config=config)
+    kind = type(model)
+    report = sweep(model, donor, text, [1, 3], quiet=True)
+    assert type(model) is kind and len(layers_of(model)) == 4  # as it was
+    for row in report.rows:
+        placed = transplant(load_model(folder, quantization_config=config), donor, row.position, in_place=True)
+        assert row.perplexity is not None
+        assert row.perplexity.nll == pytest.approx(perplexity(placed, text, quiet=True).nll, rel=1e-5)
 
 
 @every_method

@@ -174,13 +174,15 @@ def add_measuring(parser: Parser, strengths: str, plot: str, **text: Any) -> Non
     add_number(parser, "--max-tokens", "stop after this many tokens of each text", None, whole(2))
     add_number(parser, "--stride", "window stride in tokens (default: no overlap)")
     add_number(parser, "--batch-size", "windows in a batch", 8)
+    stream = "leave the layers before the first donor in their files and read each of them once: they take no memory"
+    parser.add_argument("--stream", action="store_true", help=stream)
     add_loading(parser)
     add_quantization(parser)
 
 
 def measuring_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `evaluate` and `sweep` on how text is read and the model is loaded."""
-    names = ("max_tokens", "block_length", "stride", "batch_size")
+    names = ("max_tokens", "block_length", "stride", "batch_size", "stream")
     return {name: getattr(options, name) for name in names} | loading_arguments(options)
 
 

@@ -12,7 +12,7 @@ from ..layer_map import RECIPIENT
 from ..numeric import finite_number
 from .losses import Perplexity
 from .measurement import Measurement
-from .models_and_texts import LoadedModel, model_to_measure
+from .models_and_texts import LoadedModel
 from .reports import EvaluationReport, EvaluationRow, StrengthCurve, label_of
 
 __all__ = ["evaluate", "strength_curve"]
@@ -29,6 +29,7 @@ def evaluate(
     batch_size: int = 8,
     max_tokens: int | None = None,
     revision: str | None = None,
+    stream: bool = False,
     quiet: bool = False,
     **kwargs: Any,
 ) -> EvaluationReport:
@@ -45,6 +46,7 @@ def evaluate(
         batch_size: Windows in a batch.
         max_tokens: Read at most this many tokens of each text.
         revision: The revision of a model that is named.
+        stream: Leave the layers before the first donor in their files, and read each of them once: they take no memory.
         quiet: Show no progress bar.
         **kwargs: As in `from_pretrained`: `dtype`, `device_map`, `token`, ...
 
@@ -75,6 +77,7 @@ def evaluate(
         batch_size=batch_size,
         max_tokens=max_tokens,
         revision=revision,
+        stream=stream,
         quiet=quiet,
         **kwargs,
     )
@@ -155,7 +158,7 @@ def _states(measurement: Measurement, recipient: Any) -> Iterator[tuple[str, Any
     names = list(getattr(model, "strengths", ()))
     if recipient is not None:
         is_name = isinstance(recipient, str | os.PathLike)
-        other = model_to_measure(recipient, kwargs=measurement.kwargs if is_name else None).model
+        other = measurement.load(recipient).model if is_name else recipient
         yield RECIPIENT, other, _untouched(other)
     elif names:
         yield RECIPIENT, model, _untouched(model)

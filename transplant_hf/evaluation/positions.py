@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from ..architecture import eval_mode
+from ..architecture import eval_mode, is_quantized
 from ..display import position_numbers, progress_bar
 from ..donor import Donor
 from ..donor.tensors import MemoryTensors
 from ..errors import CompatibilityError, ConfigurationError
 from ..model.in_memory import remove_transplants, transplant
+from ..model.layers_in_files import layers_in_files
 from ..numeric import finite_number, whole_number
 from ..partial import PartialRun, hidden_states, running_only, stack_of
 from ..partial.states import recorded_states
@@ -78,14 +79,18 @@ def sweep(
     if not strengths or (positions is not None and not positions):
         raise ConfigurationError("a sweep needs at least one strength and one position.")
     began = time.perf_counter()
-    measurement = Measurement(recipient, {None: text}, **options)
+    named = _named_donors(donors)
+    measurement = Measurement(recipient, {None: text}, positions=_all_positions(named, positions), **options)
     (windows,) = measurement.windows
-    model, donors = measurement.model, _donors_in_memory(measurement.loaded, donors, positions)
-    check_vocabulary(model, windows)
-    with eval_mode(model):
-        places = list(_places(model, donors, positions, mode))
-        reference = _measure_all(model, places, windows, strengths, measurement.batch_size, measurement.quiet)
-    rows = tuple(row for place in places for row in place.rows(strengths, windows.num_predicted))
+    model, found = measurement.model, _donors_in_memory(measurement.loaded, named, positions)
+    if is_quantized(model) or layers_in_files(model) is not None:
+        reference, rows = _measure_in_place(measurement, found, positions, mode, strengths)
+    else:
+        check_vocabulary(model, windows)
+        with eval_mode(model):
+            places = list(_places(model, found, positions, mode))
+            reference = _measure_all(model, places, windows, strengths, measurement.batch_size, measurement.quiet)
+        rows = [row for place in places for row in place.rows(strengths, windows.num_predicted)]
     about = measurement.about
     about = {
         "recipient_model": about.pop("model"),
@@ -94,43 +99,59 @@ def sweep(
         "block_length": windows.block_length,
         "seconds": round(time.perf_counter() - began, 3),
     }
-    return SweepReport(rows, reference, windows.name, about)
+    return SweepReport(tuple(rows), reference, windows.name, about)
 
 
 # -- Donors and places ---------------------------------------------------------------------------------------------
 
 
+_Named = list[tuple[Any, Any, Any]]
+
+
+def _named_donors(donors: Any) -> _Named | None:
+    """Return names, donors and positions as they are given; what is not given is `None`."""
+    if donors is None:
+        return None
+    if isinstance(donors, Donor | str | os.PathLike):
+        donors = [donors]
+    if not isinstance(donors, Mapping):
+        return [(None, donor, None) for donor in donors]
+    named: _Named = []
+    for key, value in donors.items():
+        if isinstance(value, list | tuple):
+            raise _spread(key, value, "")
+        is_place = value is None or isinstance(value, int)  # {donor: position}, or {donor: None}
+        named.append((None, key, value) if is_place else (key, value, None))
+    return named
+
+
+def _all_positions(named: _Named | None, positions: Sequence[int] | None) -> list[int]:
+    """Return all positions that are measured, or only the first where that is 0."""
+    own = [position for _, _, position in named or [(None, None, None)]]
+    return [0] if positions is None and None in own else [*(positions or ()), *(p for p in own if p is not None)]
+
+
 def _donors_in_memory(
-    loaded: LoadedModel, donors: Any, positions: Sequence[int] | None
+    loaded: LoadedModel, named: _Named | None, positions: Sequence[int] | None
 ) -> dict[str, tuple[Donor, int | None]]:
     """Return the donors by name, each with its only position, if any; take those of a transplant out of it."""
     model = loaded.model
     resident = getattr(model, "strengths", {})
-    if donors is None and resident and loaded.reference is not None:
-        donors = {
-            spec.name: Donor.from_model(model, model.layer_map.layers_of(spec.name)).replaced(position=spec.position)
-            for spec in model.transplant_config.donors
-        }
-        remove_transplants(model)
+    if named is None and resident and loaded.reference is not None:
+        specs = model.transplant_config.donors
+        taken = [Donor.from_model(model, model.layer_map.layers_of(spec.name)) for spec in specs]
+        named = [
+            (spec.name, donor.replaced(position=spec.position), None) for spec, donor in zip(specs, taken, strict=True)
+        ]
     elif resident:
         raise ConfigurationError(
             f"{loaded.reference or 'this model'} has donors already; a sweep starts from the untouched recipient. "
             "Name the recipient and the donors, or a transplant or donor repo alone to sweep its donors."
         )
-    elif donors is None:
+    elif named is None:
         raise ConfigurationError(f"{loaded.name} has no donors, and none are named. Name a donor to sweep.")
-    if isinstance(donors, Donor | str | os.PathLike):
-        donors = [donors]
-    pairs: list[tuple[Any, Any]] = (
-        list(donors.items()) if isinstance(donors, Mapping) else [(None, donor) for donor in donors]
-    )
     found: dict[str, tuple[Donor, int | None]] = {}
-    for name, reference in pairs:
-        position = None
-        if reference is None or isinstance(reference, int):  # {donor: position}, or {donor: None}
-            name, reference, position = None, name, reference
-        if isinstance(reference, list | tuple):
-            raise _spread(name, reference, "")
+    for name, reference, position in named:
         is_donor = isinstance(reference, Donor)
         donor = reference if is_donor else Donor.from_pretrained(reference, **loaded.hub.as_kwargs())
         name = name or donor.name or f"donor {len(found)}"
@@ -144,7 +165,16 @@ def _donors_in_memory(
         found[name] = (in_memory, position)
     if not found:
         raise ConfigurationError("there is no donor to sweep.")
+    _remove_donors(model)
     return found
+
+
+def _remove_donors(model: Any) -> None:
+    if layers_in_files(model) is None:
+        remove_transplants(model)
+    else:  # a transplant also without donors: its layers in files belong to it
+        for name in list(model.strengths):
+            model.remove_donor(name)
 
 
 def _spread(name: Any, positions: Sequence[int], more: str) -> ConfigurationError:
@@ -181,10 +211,8 @@ def _places(
     """Put each donor at each position, or find out why it does not fit."""
     num_layers = len(stack_of(recipient))
     for name, (donor, only) in donors.items():
-        last = num_layers - (donor.num_layers if mode == "replace" else 0)
         first: _Place | None = None
-        wanted = [only] if only is not None else range(last + 1) if positions is None else positions
-        for position in dict.fromkeys(wanted):
+        for position in _positions_of(donor, only, positions, mode, num_layers):
             try:
                 model = transplant(recipient, donor, position, mode, name=name, strength=1.0)
             except (CompatibilityError, ConfigurationError) as error:
@@ -196,6 +224,14 @@ def _places(
             else:
                 _share_weights(first, place)
             yield place
+
+
+def _positions_of(
+    donor: Donor, only: int | None, positions: Sequence[int] | None, mode: str, num_layers: int
+) -> Sequence[int]:
+    """Return the positions at which a donor is measured."""
+    last = num_layers - (donor.num_layers if mode == "replace" else 0)
+    return [only] if only is not None else list(dict.fromkeys(range(last + 1) if positions is None else positions))
 
 
 def _share_weights(first: _Place, other: _Place) -> None:
@@ -239,6 +275,39 @@ def _measure_all(
                 place.seconds += time.perf_counter() - began
                 bar.update()
     return Perplexity(loss / windows.num_predicted, windows.num_predicted, seconds)
+
+
+def _measure_in_place(
+    measurement: Measurement,
+    donors: Mapping[str, tuple[Donor, int | None]],
+    positions: Sequence[int] | None,
+    mode: str,
+    strengths: tuple[float, ...],
+) -> tuple[Perplexity, list[SweepRow]]:
+    """Measure the recipient, and each place of a donor in it, one after the other: their weights cannot be shared."""
+    model = measurement.model
+    num_layers = len(stack_of(model))
+    (reference,) = measurement.perplexities().values()
+    rows: list[SweepRow] = []
+    try:
+        for name, (donor, only) in donors.items():
+            for position in _positions_of(donor, only, positions, mode, num_layers):
+                try:
+                    transplant(model, donor, position, mode, name=name, strength=1.0, in_place=True)
+                except (CompatibilityError, ConfigurationError) as error:
+                    rows += [SweepRow(name, position, strength, reason=str(error)) for strength in strengths]
+                    continue
+                for number in model.layer_map.layers_of(name):
+                    stack_of(model)[number].to(input_device(model))
+                for strength in strengths:
+                    if strength != model.strengths[name]:
+                        model.set_strength(name, strength)
+                    (found,) = measurement.perplexities().values()
+                    rows.append(SweepRow(name, position, strength, found))
+                model.remove_donor(name)
+    finally:
+        _remove_donors(model)
+    return reference, rows
 
 
 def _run(model: Any, ids: torch.Tensor, positions: set[int]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:

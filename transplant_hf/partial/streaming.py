@@ -32,7 +32,7 @@ from .running import PREFIX_STATES, PartialRun, running_only, stack_of
 from .state_files import StateFiles, StatesInMemory
 from .states import block_ids, block_states, refuse_not_finite
 
-__all__ = ["StreamedStates", "Text", "layers_in_memory", "stream_prefix"]
+__all__ = ["StreamedStates", "Text", "layers_in_memory", "reason_against_streaming", "stream_prefix"]
 
 logger = logging.get_logger(__name__)
 
@@ -82,6 +82,18 @@ class StreamedStates:
 
 def _digest(ids: torch.Tensor) -> bytes:
     return hashlib.blake2b(ids.to(torch.int64).numpy().tobytes(), digest_size=16).digest()
+
+
+def reason_against_streaming(model: Any, loading: Mapping[str, Any]) -> str | None:
+    """Return why no layer of a model that is loaded with these arguments can stay in its files, if so."""
+    if not isinstance(model, str | os.PathLike):
+        return "the model is in memory already. Pass its folder or Hub id"
+    if loading.get("gguf_file") is not None:
+        return "a GGUF file is read as a whole"
+    place = loading.get("device_map")
+    if isinstance(place, Mapping) or place in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return f"device_map={place!r} spreads the model. Name one device"
+    return None
 
 
 @contextmanager

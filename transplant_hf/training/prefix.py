@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import get_int_from_env
 
 from ..display import parse_size
+from ..evaluation.streamed import texts_of
 from ..evaluation.windows import Windows
 from ..model.layers_in_files import layers_in_files
 from ..partial import PrefixCache, fill_cache
@@ -144,8 +145,3 @@ def held_out_texts(trainer: Any) -> dict[str, Windows]:
     """Return the texts that a trainer measures on, by name."""
     held = trainer.eval_dataset
     return dict(held) if isinstance(held, Mapping) else {held.name: held} if isinstance(held, Windows) else {}
-
-
-def texts_of(held_out: Iterable[Windows]) -> list[Text]:
-    """Return texts to measure on as texts that pass through layers, windows of one length together."""
-    return [Text(windows, numbers) for windows in held_out for numbers in windows.equal_lengths()]

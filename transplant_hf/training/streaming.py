@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ..display import bytes_text
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, Position
 from ..model.load_weights import HeldBack
+from ..partial.streaming import reason_against_streaming
 from ..splice import Blueprint
 
 __all__ = ["free_memory", "held_back_layers"]
@@ -62,18 +62,11 @@ def held_back_layers(
 
 
 def _reason_against(model: Any, args: Any, model_kwargs: Mapping[str, Any]) -> str | None:
-    if not isinstance(model, str | os.PathLike):
-        return "the recipient is in memory already. Pass its folder or Hub id"
     if args.method == "standalone":
         return 'method="standalone" runs the donor between the embeddings and the head, without the layers before it'
     if args.cache_prefix == "off":
         return 'cache_prefix="off" runs the layers before the donor in every step'
-    if model_kwargs.get("gguf_file") is not None:
-        return "a GGUF file is read as a whole"
-    place = model_kwargs.get("device_map")
-    if isinstance(place, Mapping) or place in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return f"device_map={place!r} spreads the recipient. Name one device"
-    return None
+    return reason_against_streaming(model, model_kwargs)
 
 
 def _is_too_large(blueprint: Blueprint, args: Any, model_kwargs: Mapping[str, Any]) -> bool:
