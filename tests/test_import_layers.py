@@ -43,6 +43,7 @@ MODULES = (
     "texts",  # from words to blocks of tokens: knows no model
     "partial",  # some layers of a model, from a hidden state that was computed before
     "evaluation",
+    "signing",  # what the text of a donor's domain looks like
     "generation",  # text with donors and without
     "training",
     "planning",  # the memory that a transplant or a training run needs, from headers alone

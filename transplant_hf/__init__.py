@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .model.load import AutoModelWithTransplant
     from .planning import plan
     from .pushing import push
+    from .signing import sign
     from .training import DonorTrainer, DonorTrainingArguments, recover, train
 
 __version__ = "0.1.0"
@@ -77,6 +78,7 @@ __all__ = [
     "push",
     "recover",
     "remove_transplants",
+    "sign",
     "sweep",
     "train",
     "transplant",
@@ -105,6 +107,7 @@ _LAZY = {
     "plan": "planning:plan",
     "push": "pushing:push",
     "recover": "training:recover",
+    "sign": "signing:sign",
     "sweep": "evaluation:sweep",
     "train": "training:train",
     "transplant": "model.in_memory:transplant",

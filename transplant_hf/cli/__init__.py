@@ -23,6 +23,7 @@ from . import (
     plan,
     push,
     serve,
+    sign,
     sweep,
     train,
 )
@@ -41,6 +42,7 @@ _COMMANDS = (
     inspect,
     plan,
     extract,
+    sign,
     convert,
     export,
     push,

@@ -128,13 +128,14 @@ def add_shard_size(parser: Parser) -> None:
 # -- Texts ---------------------------------------------------------------------------------------------------------
 
 
-def add_text(parser: Parser) -> None:
+def add_text(parser: Parser, block_length: bool = True) -> None:
     """Add options on how text is read."""
     parser.add_argument("--column", help='column with the text (default: "text", or the only column of strings)')
     parser.add_argument("--config", help="configuration of a dataset on the Hub")
     parser.add_argument("--text-revision", metavar="REVISION", help="branch, tag or commit of that dataset")
     parser.add_argument("--streaming", action="store_true", help="stream the dataset instead of downloading all of it")
-    add_number(parser, "--block-length", "tokens in a block (default: the model's context length, at most 1024)")
+    if block_length:
+        add_number(parser, "--block-length", "tokens in a block (default: the model's context length, at most 1024)")
 
 
 def text_source(specification: str | None, options: argparse.Namespace) -> Any:

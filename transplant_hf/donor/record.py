@@ -61,6 +61,7 @@ class DonorRecord:
         name: The donor's name.
         metadata: What the author recorded, unchanged.
         files: sha256 and size of every weight file.
+        signature: What its domain looks like, as `Signature.to_dict` writes it, if it was signed.
     """
 
     model_type: str
@@ -71,6 +72,7 @@ class DonorRecord:
     name: str | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: Mapping[str, FileStamp] = dataclasses.field(default_factory=dict)
+    signature: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> DonorRecord:
@@ -107,6 +109,7 @@ class DonorRecord:
                     safe_name(name): FileStamp(_typed(stamp, "sha256", str), _typed(stamp, "size", int))
                     for name, stamp in (content.get("files") or {}).items()
                 },
+                signature=_typed(content, "signature", dict) if content.get("signature") is not None else None,
             )
         except (KeyError, TypeError, AttributeError, ConfigurationError) as error:
             raise CheckpointError(f"{path} is malformed: {error}") from error
@@ -139,6 +142,7 @@ class DonorRecord:
                 "metadata": plain_json(self.metadata, "donor metadata"),
                 "files": {name: dataclasses.asdict(stamp) for name, stamp in sorted(self.files.items())},
                 "source_config": dict(self.source_config),
+                **({"signature": dict(self.signature)} if self.signature is not None else {}),
             },
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,10 +23,12 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from ..architecture import decoder_stack
 from ..errors import ConfigurationError
 from ..layer_map import Slot, Stage
+from ..numeric import finite_number
 from ..splice import Blueprint, renumber, use_config
 from .cache_guard import CacheGuard, Setting
 from .calls import BLOCK_END, Calls
 from .choice import Choice, parse_choice
+from .routing import AUTO, routed_choice
 from .strength import StrengthHooks
 from .structure import Attributes, Structure, structure_of
 from .using import CallChoices
@@ -68,6 +71,8 @@ class TransplantState:
         self._guard = CacheGuard.of(decoder) or CacheGuard(decoder)
         # Whether calls may choose donors: the hooks of all inserted donors are then active.
         self._choices_by_call = False
+        # Whether donors choose themselves in calls outside `using`.
+        self._routed = False
         self.hooks = StrengthHooks(blueprint, layers, self.choices)
         self.update(new_layers=True)
         if blueprint.running(_NONE) == blueprint.built:
@@ -99,7 +104,7 @@ class TransplantState:
 
     def update(self, new_layers: bool = False) -> None:
         """Apply the current setting to the strength hooks and the cache guard."""
-        self.hooks.set(self.blueprint, self.disabled, self._choices_by_call)
+        self.hooks.set(self.blueprint, self.disabled, self._choices_by_call, self._routed)
         replacing = frozenset(part.name for part in self.blueprint.parts if part.spec.mode == "replace")
         self._guard.use(
             Setting(
@@ -110,6 +115,7 @@ class TransplantState:
                 replacing=replacing,
             ),
             always=self._choices_by_call,
+            default=functools.partial(routed_choice, self.blueprint, self.disabled) if self._routed else None,
         )
 
     # -- Strengths and choices by call -----------------------------------------------------------------------------
@@ -126,10 +132,20 @@ class TransplantState:
                 self.blueprint = blueprint
                 self.update()
 
-    def choose(self, donors: Any, rows: Sequence[Any] | None) -> tuple[CallChoices, Choice]:
+    def route(self) -> None:
+        """Let donors choose themselves in calls outside `using`."""
+        routed_choice(self.blueprint, self.disabled)  # refuses donors that cannot
+        with self.calls.alone('strength="auto"', generations=False):
+            self._choices_by_call = self._routed = True
+            self.update()
+
+    def choose(self, donors: Any, rows: Sequence[Any] | None, threshold: float) -> tuple[CallChoices, Choice]:
         """Read the arguments of `using`, and prepare the model for choices by call."""
         self.hooks.refuse_gates()
-        choice = parse_choice(self.blueprint, donors, rows)
+        if donors == AUTO and rows is None and AUTO not in self.blueprint.splice.names:
+            choice = routed_choice(self.blueprint, self.disabled, finite_number(threshold, "the threshold"))
+        else:
+            choice = parse_choice(self.blueprint, donors, rows)
         if self.calls.overdue:
             with self.calls.turn("using()"):  # makes the overdue change
                 pass

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from transformers import Cache
 
 from ..errors import ConfigurationError
 from .calls import Calls
+from .choice import Choice
+from .routing import given_arguments, mask_of_prompt, read_probe
 from .using import CallChoices
 
 __all__ = ["CacheGuard", "Setting", "cache_kind"]
@@ -48,8 +51,8 @@ class _Origin(NamedTuple):
 class _Mark:
     """What a cache remembers. The copy of a cache belongs to the same model."""
 
-    def __init__(self, guard: CacheGuard, origin: _Origin) -> None:
-        self.guard, self.origin = guard, origin
+    def __init__(self, guard: CacheGuard, origin: _Origin, choice: Choice | None) -> None:
+        self.guard, self.origin, self.choice = guard, origin, choice
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Mark:
         return self
@@ -71,6 +74,11 @@ class CacheGuard:
         self.setting = Setting()
         # Watch caches also while the model runs as it was loaded.
         self._always = False
+        # Makes the choice of calls outside `using`, for a model whose donors choose themselves; and what it made.
+        self._make_default: Callable[[], Choice] | None = None
+        self._default: Choice | None = None
+        # The hidden states of a few tokens before the first donor, by generation and place.
+        self._probes: dict[Hashable, torch.Tensor | None] = {}
         # The origin of caches without a mark: the first setting.
         self._unmarked: _Origin | None = None
         self._handles = [
@@ -84,9 +92,9 @@ class CacheGuard:
         owners = [getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values()]
         return next((owner for owner in owners if isinstance(owner, CacheGuard)), None)
 
-    def use(self, setting: Setting, always: bool) -> None:
-        """Change the setting."""
-        self.setting, self._always = setting, always
+    def use(self, setting: Setting, always: bool, default: Callable[[], Choice] | None = None) -> None:
+        """Change the setting, and what makes the choice of calls outside `using`."""
+        self.setting, self._always, self._make_default, self._default = setting, always, default, None
         if self._unmarked is None:
             self._unmarked = _Origin(setting, None)
 
@@ -136,12 +144,46 @@ class CacheGuard:
     def _watching(self) -> bool:
         return self._always or self._origin() != self._unmarked
 
+    def _find_default(self) -> Choice | None:
+        if self._default is None and self._make_default is not None:
+            self._default = self._make_default()
+        return self._default
+
+    def _check_router(self, router: Any, module: nn.Module, given: Mapping[str, Any]) -> None:
+        key = (self.setting.generation, router.place)
+        if key not in self._probes:
+            self._probes[key] = None  # the probe is a call of its own
+            try:
+                device = next(value.device for value in given.values() if isinstance(value, torch.Tensor))
+                self._probes[key] = read_probe(module, router.place, device)
+            finally:
+                if self._probes[key] is None:
+                    del self._probes[key]
+        if (probe := self._probes[key]) is not None:
+            router.check(probe)
+
+    def _prepare_router(self, choice: Choice, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let a call take the choice that a cache was filled with, or make its own within the call."""
+        given = given_arguments(module, args, kwargs)
+        self._check_router(choice.router, module, given)
+        for cache in _caches(args, kwargs):
+            mark = getattr(cache, _MARK, None)
+            if mark is not None and mark.choice is not None and mark.choice.routes and _is_filled(cache):
+                self.choices.change_call(mark.choice)
+                return
+            if mark is not None and not _is_filled(cache):
+                setattr(cache, _MARK, None)  # it was emptied for other text
+        self.choices.change_call(dataclasses.replace(choice, mask=mask_of_prompt(given)))
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
         self.calls.begin_pass()
-        self.choices.begin_call(self.setting)
+        self.choices.begin_call(self.setting, self._find_default)
         self._check_choice()
+        choice = self.choices.current()
+        if choice is not None and choice.router is not None:
+            self._prepare_router(choice, module, args, kwargs)
         if not self._watching:
             return
         for cache in _caches(args, kwargs):
@@ -158,8 +200,8 @@ class CacheGuard:
             # After an exception there is no output: a cache that was refused keeps its origin.
             for cache in _caches(args, kwargs, output) if output is not None and self._watching else ():
                 if getattr(cache, _MARK, None) is None:
-                    setattr(cache, _MARK, _Mark(self, self._origin()))
-                    kind: Any = type(cache)
+                    setattr(cache, _MARK, _Mark(self, self._origin(), self.choices.current()))
+                    kind: Any = cache_kind(cache)
                     cache.__class__ = _guarded(kind)
         finally:
             began_with = self.choices.end_call()
@@ -206,7 +248,8 @@ def _guarded(kind: Any) -> Any:
         @functools.wraps(original)
         def method(self: Cache, *args: Any, **kwargs: Any) -> Any:
             mark = getattr(self, _MARK)
-            mark.guard.check(mark.origin)
+            if mark is not None:
+                mark.guard.check(mark.origin)
             return original(self, *args, **kwargs)
 
         return method

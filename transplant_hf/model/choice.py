@@ -14,7 +14,7 @@ from ..errors import ConfigurationError
 from ..numeric import finite_number
 from ..splice import Blueprint
 
-__all__ = ["Choice", "Rows", "parse_choice"]
+__all__ = ["Choice", "Rows", "choice_of", "parse_choice", "refuse_rows"]
 
 
 class Rows(NamedTuple):
@@ -39,12 +39,18 @@ class Choice:
         strengths: By inserted donor: a number for all rows, or `[rows]` in float32.
         key: Equal for choices that are equal.
         replacing: The donors that replaced layers when the block began; a call cannot leave them out.
+        router: What chooses the donors within the call, for `using("auto")`; `strengths` are NaN until then.
+        mask: For the router, which tokens are no padding, `[rows, tokens]`.
+        routes: Where the router sent each row.
     """
 
     strengths: Mapping[str, float | torch.Tensor]
     key: Hashable
     replacing: frozenset[str] = frozenset()
-    _rows: dict[Hashable, Rows | None] = dataclasses.field(default_factory=dict)
+    router: Any = None
+    mask: torch.Tensor | None = None
+    routes: tuple[Any, ...] | None = None
+    _rows: dict[Hashable, Rows | None] = dataclasses.field(default_factory=dict, init=False)
 
     def rows(self, name: str, hidden: torch.Tensor) -> Rows | None:
         """The rows of a hidden state `[batch, ...]` that use a donor; `None` if all do, or if the batch is another."""
@@ -92,13 +98,18 @@ def parse_choice(blueprint: Blueprint, donors: Any, rows: Sequence[Any] | None) 
                 f"every call, or switch it off for all calls: disable_transplants({name!r})."
             )
     if lengths:
-        _refuse_rows(blueprint)
-    inserted = {name: value for name, value in numbers.items() if blueprint.part(name).spec.mode == "insert"}
+        refuse_rows(blueprint)
+    return choice_of({name: value for name, value in numbers.items() if blueprint.part(name).spec.mode == "insert"})
+
+
+def choice_of(strengths: Mapping[str, Any], kind: str = "named") -> Choice:
+    """Return the choice of strengths by donor, each a number or a list with one for each row."""
+    numbers = {name: _numbers(name, value) for name, value in strengths.items()}
     tensors = {
         name: torch.tensor(value, dtype=torch.float32) if isinstance(value, tuple) else value
-        for name, value in inserted.items()
+        for name, value in numbers.items()
     }
-    return Choice(tensors, tuple(sorted(inserted.items())))
+    return Choice(tensors, (kind, *sorted(numbers.items())))
 
 
 def _strengths_by_name(blueprint: Blueprint, donors: Any) -> dict[str, Any]:
@@ -126,7 +137,8 @@ def _numbers(name: str, value: Any) -> float | tuple[float, ...]:
     return numbers if len(set(numbers)) > 1 else numbers[0]
 
 
-def _refuse_rows(blueprint: Blueprint) -> None:
+def refuse_rows(blueprint: Blueprint) -> None:
+    """Refuse choices by row in a model whose hidden states have the batch elsewhere."""
     model_type = text_config(blueprint.recipient.config).model_type
     if model_type in ROWS_APART:
         raise ConfigurationError(

@@ -21,6 +21,7 @@ from .as_loaded import AsLoaded
 from .load_adapters import find_adapter, load_adapter_beside
 from .load_request import find_parts, read_request
 from .load_weights import FileChecks, HeldBack, WeightLoader, from_pretrained, use_loader
+from .routing import AUTO, routed_choice
 from .surface import transplant_class
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class AutoModelWithTransplant:
         auto_class: Any = AutoModelForCausalLM,
         keep_replaced: bool = False,
         composition: str | None = None,
+        strength: Literal["auto"] | None = None,
         output_loading_info: Literal[False] = False,
         **kwargs: Any,
     ) -> TransplantedModel: ...
@@ -99,6 +101,7 @@ class AutoModelWithTransplant:
         auto_class: Any = AutoModelForCausalLM,
         keep_replaced: bool = False,
         composition: str | None = None,
+        strength: Literal["auto"] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load a transplant.
@@ -112,6 +115,7 @@ class AutoModelWithTransplant:
             keep_replaced: Also load layers that donors replace, so that those donors can be switched off.
             composition: How donors at one position go together, "stacked" or "side_by_side"; by default what the repo
                 says, and else stacked.
+            strength: "auto" lets donors choose themselves in every call, as `model.using("auto")` does in a block.
             **kwargs: What `from_pretrained` takes; `revision` and `subfolder` name the repo that was asked for, all
                 else reaches the recipient.
 
@@ -129,6 +133,7 @@ class AutoModelWithTransplant:
             config=config,
             keep_replaced=keep_replaced,
             composition=composition,
+            strength=strength,
             **kwargs,
         )
 
@@ -154,6 +159,7 @@ def load_transplant(
     config: PreTrainedConfig | None = None,
     keep_replaced: bool = False,
     composition: str | None = None,
+    strength: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     recipient_overrides: Mapping[str, Any] | None = None,
@@ -169,6 +175,10 @@ def load_transplant(
     if "donor" in kwargs:
         raise ConfigurationError(
             f"there is no argument donor={kwargs['donor']!r}; donors={{donor: position}} names them."
+        )
+    if strength not in (None, AUTO):
+        raise ConfigurationError(
+            f'strength={strength!r}: at load it can be "auto". The strength of one donor is a field of its DonorSpec.'
         )
     hub = HubOptions.from_kwargs(kwargs)
     request = read_request(
@@ -196,6 +206,8 @@ def load_transplant(
     for_model = {name: kwargs.pop(name) for name in FOR_MODEL if name in kwargs}
     parts = find_parts(request, hub, trust, kwargs)
     blueprint = parts.blueprint(auto_class, keep_replaced)
+    if strength is not None:
+        routed_choice(blueprint, ())  # refuses donors that cannot, before weights are read
     saved = parts.config.recipient_quantization
     if saved is not None and gguf_file is None and "quantization_config" not in for_model:
         for_model["quantization_config"] = quantization_beside_donors(saved["config"], blueprint, saved["donors"])
@@ -228,6 +240,8 @@ def load_transplant(
     model._transplant.as_loaded = AsLoaded(model)
     if adapter is not None:
         load_adapter_beside(model, adapter, parts.config.recipient)
+    if strength is not None:
+        model._transplant.route()
     return loaded
 
 

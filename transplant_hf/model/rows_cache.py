@@ -43,6 +43,8 @@ class _HeldRows:
         self.update(empty, empty)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self._filled and key_states.shape[0] != int(self.held.sum()):
+            self.held = torch.ones(key_states.shape[0], dtype=torch.bool)  # it was emptied, and all rows run now
         if key_states.shape[0] != int(self.held.sum()):
             raise ConfigurationError(
                 f"this cache has keys and values of rows {_numbers(self.held)} of {len(self.held)} for a donor, and "

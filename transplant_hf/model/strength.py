@@ -25,7 +25,7 @@ from ..errors import ConfigurationError
 from ..layer_map import Stage
 from ..splice import Blueprint
 from .rows import DonorRows, OutputForm, is_another_stream, run_by_row, run_on_all_rows
-from .using import CallChoices
+from .using import NOT_COMPILED, CallChoices
 
 __all__ = ["HOOKS_RUN_AGAIN", "StrengthHooks", "is_entrance"]
 
@@ -44,6 +44,7 @@ class _Role(NamedTuple):
         leads: Whether the donor is the first of a group side by side, or in no group.
         closes: Whether it is the last of a group.
         inside: Whether the layer needs the state that entered an earlier layer.
+        routed: Whether each call chooses its donors, so that there is a choice in every call.
     """
 
     active: bool
@@ -51,6 +52,7 @@ class _Role(NamedTuple):
     leads: bool
     closes: bool
     inside: bool
+    routed: bool
 
 
 def is_entrance(layer: nn.Module) -> bool:
@@ -111,6 +113,11 @@ class _DonorHooks:
         local = self._states.local
         local.arrived, local.gate = arrived, module._parameters.get(GATE)
         choice = self.choices.of_layer()
+        if choice is not None and choice.router is not None:
+            choice = choice.router.choose(choice, arrived)
+            self.choices.change_call(choice)
+        if choice is None and role.routed:
+            raise ConfigurationError(NOT_COMPILED)
         if choice is not None and module.training and getattr(module, "gradient_checkpointing", False):
             raise ConfigurationError(
                 "using(...) lasts for a call, but gradient checkpointing runs layers again after it. Set the strength "
@@ -224,7 +231,7 @@ class StrengthHooks:
         form = OutputForm()
         self._rows = {name: DonorRows(name, choices, form) for name in self._layers}
 
-    def set(self, blueprint: Blueprint, disabled: Collection[str], by_call: bool) -> None:
+    def set(self, blueprint: Blueprint, disabled: Collection[str], by_call: bool, routed: bool) -> None:
         """Set what the hooks do."""
         group_of = {name: group for group in blueprint.side_by_side_groups for name in group}
         gates = self.gates()
@@ -240,7 +247,7 @@ class StrengthHooks:
                     hooks.forget()
                 for number, layer in enumerate(layers):
                     inside = (number > 0 and changes) or not leads
-                    setattr(layer, _ROLE, _Role(active, spec.strength, leads, name in running[-1:], inside))
+                    setattr(layer, _ROLE, _Role(active, spec.strength, leads, name in running[-1:], inside, routed))
                     if by_call and spec.mode == "insert":
                         run_by_row(layer, self._rows[name])
 

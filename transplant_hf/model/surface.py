@@ -18,6 +18,7 @@ from .active_donors import state_of
 from .calls import counted, deep_copy
 from .live import add_donor, move_donor, remove_donor, swap_donor
 from .native_methods import NativeMethods, recipient_class
+from .routing import Route
 from .save import push_transplant, save_transplant
 from .using import DisableBlock, UsingBlock
 
@@ -142,7 +143,14 @@ class TransplantMixin(NativeMethods):
         off()  # checks the names now
         return DisableBlock(off)
 
-    def using(self, donors: Any = None, *, rows: Sequence[Any] | None = None) -> AbstractContextManager[None]:
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """Where each row went in this thread's last call with `using("auto")` or `strength="auto"`, with its score."""
+        return self._transplant.choices.routes if self._transplant else ()
+
+    def using(
+        self, donors: Any = None, *, rows: Sequence[Any] | None = None, threshold: float = 0.0
+    ) -> AbstractContextManager[None]:
         """Choose donors for the calls inside a `with` block, without a change of the model.
 
         Other threads, asyncio tasks and generators can choose other donors at the same time. A donor runs on the rows
@@ -152,13 +160,17 @@ class TransplantMixin(NativeMethods):
 
         Args:
             donors: One donor name or several, each at its own strength; or `{name: strength}`, where a strength is a
-                number or a list with one number for each row. Other donors are left out; `()` leaves out all.
+                number or a list with one number for each row. Other donors are left out; `()` leaves out all. "auto":
+                each row uses the donor whose domain its prompt looks like, or none; see `routes`. Donors need a
+                signature, which `transplant_hf.sign` makes.
             rows: One entry for each row of the batch, instead of `donors`: what `donors` takes, or `None` for no
                 donor. `generate` may return several sequences for a row.
+            threshold: For "auto", the score from which on a row uses a donor: the logarithm of the odds of the donor's
+                domain against general text.
 
         Raises:
             ConfigurationError: No such donor, a donor that is switched off, or one that replaces layers and was not
-                chosen.
+                chosen. For "auto", donors without signatures, or with those of another recipient or position.
 
         Example:
             >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -171,7 +183,7 @@ class TransplantMixin(NativeMethods):
             >>> bool((logits[0] == logits[1]).all())
             False
         """
-        return UsingBlock(lambda: state_of(self).choose(donors, rows))
+        return UsingBlock(lambda: state_of(self).choose(donors, rows, threshold))
 
     def add_donor(
         self,

@@ -21,7 +21,12 @@ import torch
 from ..errors import ConfigurationError
 from .choice import Choice
 
-__all__ = ["CallChoices", "DisableBlock", "UsingBlock"]
+__all__ = ["NOT_COMPILED", "CallChoices", "DisableBlock", "UsingBlock"]
+
+NOT_COMPILED = (
+    'donors that choose themselves, by using("auto") or strength="auto", look at hidden states within a call, which a '
+    "compiled call cannot. Call the model that is not compiled, or name the donors: using(rows=[...])."
+)
 
 # A compiled call cannot tell which of several tasks or generators of its thread it belongs to.
 _AMBIGUOUS = Choice({}, "ambiguous")
@@ -85,17 +90,27 @@ class CallChoices(threading.local):
 
     def __init__(self) -> None:
         self.thread = _Thread()
+        # Where the last call that chose by itself sent each row.
+        self.routes: tuple[Any, ...] = ()
 
     def __reduce__(self) -> Any:
         return CallChoices, ()
 
-    def begin_call(self, setting: Hashable) -> None:
+    def begin_call(self, setting: Hashable, default: Callable[[], Choice | None]) -> None:
         """Find the choice of an eager call when it enters the decoder, and keep the setting of the model."""
         frame, thread = _module_call(sys._getframe(2)), self.thread
         thread.forget_interrupted(frame.f_back)
-        choice = self._find()
+        choice = self._find() or default()
         thread.calls.append(_Call(id(frame), choice, setting))
         thread.calling, thread.choice = True, choice
+
+    def change_call(self, choice: Choice) -> None:
+        """Change the choice of the call in progress."""
+        thread = self.thread
+        thread.calls[-1] = _Call(thread.calls[-1].frame, choice, thread.calls[-1].setting)
+        thread.choice = choice
+        if choice.routes is not None:
+            self.routes = choice.routes
 
     def end_call(self) -> Hashable:
         """Leave the decoder; returns the setting at the begin, or `None` if the call did not begin."""
@@ -123,6 +138,8 @@ class CallChoices(threading.local):
                 "a generator of its thread. Begin the block in a function that runs the compiled model (as one for "
                 "asyncio.to_thread), or call the model that is not compiled."
             )
+        if choice is not None and choice.router is not None and not self.thread.calling:
+            raise ConfigurationError(NOT_COMPILED)
         return choice
 
     def _find(self) -> Choice | None:

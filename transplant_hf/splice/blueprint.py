@@ -236,6 +236,7 @@ class Blueprint:
             source_revision=known.source_revision if known else self.config.recipient_revision,
             name=name or (source if part else None),
             metadata=dict(known.metadata) if known else {},
+            signature=known.signature if known else None,
         )
         return record, part.spec if part else None
 

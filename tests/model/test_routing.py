@@ -1,0 +1,282 @@
+"""`using("auto")`: each row uses the donor whose domain its prompt looks like, and keeps it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
+
+from tests.helpers import edit_json, generated, logits_of, make_family, plain, refused, tiny_llama_model
+from transplant_hf import AutoModelWithTransplant, CheckpointError, ConfigurationError, DonorSpec, sign
+
+# The tokens of each kind of text.
+KINDS = {"low": range(8, 14), "high": range(60, 66), "general": range(120, 126)}
+
+
+def text_of(kind: str, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    first, last = KINDS[kind][0], KINDS[kind][-1]
+    return torch.randint(first, last + 1, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def signed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipient and two signed donors, `low` and `high`, for position 1."""
+    folder = make_family(tmp_path_factory.mktemp("signed"), tiny_llama_model)
+    for number, name in enumerate(("low", "high")):
+        donor = AutoModelWithTransplant.from_pretrained(folder / "donor")
+        donor.save_pretrained(folder / name, thin=True)
+        edit_json(folder / name / "donor_config.json", name=name)
+        text, general = (text_of(kind, 1, 32 * 200, seed).flatten() for kind, seed in ((name, number), ("general", 7)))
+        report = sign(folder / name, text, general, quiet=True)
+        assert report.position == 1 and report.rows == (160, 160) and min(report.right) > 0.95
+    return folder
+
+
+def both(folder: Path, **kwargs: Any) -> Any:
+    specs = [DonorSpec(str(folder / "low"), 1, name="low"), DonorSpec(str(folder / "high"), 2, name="high")]
+    if kwargs.pop("one_place", True):
+        specs[1] = DonorSpec(str(folder / "high"), 1, name="high")
+    return AutoModelWithTransplant.from_pretrained(folder / "recipient", donors=specs, **kwargs)
+
+
+def mixed(length: int = 32) -> tuple[torch.Tensor, list[str | None]]:
+    kinds = ["high", "general", "low", "high"]
+    ids = torch.cat([text_of(kind, 1, length, seed=50 + n) for n, kind in enumerate(kinds)])
+    return ids, [None if kind == "general" else kind for kind in kinds]
+
+
+def names(model: Any) -> list[str | None]:
+    return [route.donor for route in model.routes]
+
+
+# -- What rows get -------------------------------------------------------------------------------------------------
+
+
+def test_rows_go_to_their_donors(signed: Path) -> None:
+    model, (ids, wanted) = both(signed), mixed()
+    assert model.routes == ()
+    with model.using("auto"):
+        found = logits_of(model, ids)
+        assert names(model) == wanted
+        assert [route.score > 0 for route in model.routes] == [name is not None for name in wanted]
+        tokens = generated(model, ids)
+        assert names(model) == wanted
+    with model.using(rows=wanted):
+        torch.testing.assert_close(found, logits_of(model, ids))
+        assert torch.equal(tokens, generated(model, ids))
+        assert torch.equal(generated(model, ids, num_beams=2), routed(model, ids, num_beams=2))
+
+
+def routed(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    with model.using("auto"):
+        return generated(model, ids, **kwargs)
+
+
+@torch.no_grad()
+def test_the_choice_stays_with_the_cache(signed: Path) -> None:
+    """Also where what follows looks like another domain."""
+    model, (ids, wanted) = both(signed), mixed()
+    more = text_of("low", 4, 40, seed=9)
+    with model.using("auto"):
+        cache = model(ids, use_cache=True).past_key_values
+        copied = copy.deepcopy(cache)
+        found = model(more, past_key_values=cache).logits
+        assert names(model) == wanted
+        logits_of(model, more)
+        assert names(model) == ["low"] * 4
+    with model.using("auto"):  # in another block, too
+        torch.testing.assert_close(model(more, past_key_values=copied).logits, found)
+        assert names(model) == wanted
+        copied.reset()
+        model(more, past_key_values=copied)
+        assert names(model) == ["low"] * 4
+    with model.using(rows=wanted):
+        torch.testing.assert_close(found, logits_of(model, torch.cat([ids, more], 1))[:, 32:], rtol=1e-4, atol=1e-5)
+    with refused(ConfigurationError, "other donors"):
+        model(more, past_key_values=cache)
+
+
+def test_padding_and_short_prompts(signed: Path) -> None:
+    model = both(signed)
+    ids, mask = torch.full((3, 32), 257), torch.zeros(3, 32, dtype=torch.long)
+    for row, (kind, length) in enumerate((("high", 20), ("low", 32), ("low", 7))):
+        ids[row, 32 - length :] = text_of(kind, 1, length, seed=row)[0]
+        mask[row, 32 - length :] = 1
+    with model.using("auto"):
+        tokens = generated(model, ids, attention_mask=mask)
+        assert names(model) == ["high", "low", None]
+        score = model.routes[0].score
+        assert model.routes[2].score != model.routes[2].score
+        logits_of(model, ids[:1, 12:])
+        assert model.routes[0].score == pytest.approx(score, rel=1e-3)
+        short = generated(model, ids[2:, 25:])
+        assert names(model) == [None]
+    assert torch.equal(short, generated(plain(signed / "recipient"), ids[2:, 25:]))
+    with model.using(rows=["high", "low", None]):
+        assert torch.equal(tokens, generated(model, ids, attention_mask=mask))
+
+
+def test_threshold_and_strength(signed: Path) -> None:
+    model, (ids, _) = both(signed), mixed()
+    model.set_strength("high", 0.5)
+    with model.using("auto", threshold=1e9):
+        assert torch.equal(logits_of(model, ids), logits_of(plain(signed / "recipient"), ids))
+    with model.using("auto"):
+        found = logits_of(model, ids)
+    with model.using({"high": [0.5, 0, 0, 0.5], "low": [0, 0, 1, 0]}):
+        torch.testing.assert_close(found, logits_of(model, ids))
+    with refused(ConfigurationError, "threshold", "finite number"), model.using("auto", threshold=float("nan")):
+        pass
+
+
+def test_what_each_thread_saw(signed: Path) -> None:
+    model, (ids, wanted) = both(signed), mixed()
+
+    def serve(row: int) -> list[str | None]:
+        with model.using("auto"):
+            generated(model, ids[row : row + 1])
+            return names(model)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [found[0] for found in pool.map(serve, range(4))] == wanted
+    assert model.routes == ()
+
+
+# -- At load -------------------------------------------------------------------------------------------------------
+
+
+def test_at_load(signed: Path, tmp_path: Path) -> None:
+    both(signed).save_pretrained(tmp_path / "thin", thin=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "thin", strength="auto")
+    ids, wanted = mixed()
+    found = logits_of(model, ids)
+    assert names(model) == wanted
+    with model.using(rows=wanted):
+        torch.testing.assert_close(logits_of(model, ids), found)
+    with model.using("low"):
+        assert not torch.equal(logits_of(model, ids), found)
+    with model.disable_transplants("low"):
+        logits_of(model, ids)
+        assert {*names(model)} <= {"high", None}
+    with model.disable_transplants(), refused(ConfigurationError, "all of them are switched off"):
+        logits_of(model, ids)
+    again = copy.deepcopy(model)
+    torch.testing.assert_close(logits_of(again, ids), found)
+    model.remove_donor("high")
+    logits_of(model, ids)
+    assert names(model)[2] == "low" and "high" not in names(model)
+    model.move_donor("low", 2)
+    with refused(ConfigurationError, "position 1", "position 2", "--position 2"):
+        logits_of(model, ids)
+
+
+def test_in_a_pipeline(signed: Path) -> None:
+    run = pipeline("text-generation", model=str(signed / "low"), model_kwargs={"strength": "auto"})
+    run("a text of several words", max_new_tokens=2)
+    assert len(run.model.routes) == 1
+
+
+def test_other_strengths_at_load(signed: Path) -> None:
+    with refused(ConfigurationError, "strength=0.5", '"auto"', "DonorSpec"):
+        both(signed, strength=0.5)
+
+
+# -- Refusals ------------------------------------------------------------------------------------------------------
+
+
+def using_auto(model: Any) -> None:
+    with model.using("auto"):
+        logits_of(model, mixed()[0])
+
+
+def test_donors_without_a_signature(signed: Path) -> None:
+    specs = [DonorSpec(str(signed / "low"), 1), DonorSpec(str(signed / "donor"), 1, name="plain")]
+    model = AutoModelWithTransplant.from_pretrained(signed / "recipient", donors=specs)
+    with refused(ConfigurationError, "'plain' has no signature", "transplant-hf sign", str(signed / "donor")):
+        using_auto(model)
+    with refused(ConfigurationError, "'plain' has no signature"):
+        AutoModelWithTransplant.from_pretrained(signed / "recipient", donors=specs, strength="auto")
+    with model.disable_transplants("plain"):
+        using_auto(model)
+        assert names(model)[2] == "low"
+
+
+def test_another_position(signed: Path) -> None:
+    model = both(signed)
+    model.move_donor("high", 3)  # the first donor still runs at 1
+    using_auto(model)
+    assert names(model) == mixed()[1]
+    model.move_donor("low", 3)
+    with refused(ConfigurationError, "position 1", "position 3", "--position 3"):
+        using_auto(model)
+
+
+def test_another_recipient(signed: Path, tmp_path: Path) -> None:
+    tiny_llama_model(seed=5).save_pretrained(tmp_path / "other")
+    model = AutoModelWithTransplant.from_pretrained(tmp_path / "other", donors={str(signed / "low"): 1})
+    for _ in range(2):
+        with refused(ConfigurationError, "'low'", "other hidden states", "another recipient"):
+            using_auto(model)
+
+
+def test_a_replacing_donor(signed: Path) -> None:
+    model = AutoModelWithTransplant.from_pretrained(
+        signed / "recipient", donors=[DonorSpec(str(signed / "low"), 1, mode="replace")]
+    )
+    with refused(ConfigurationError, "'low' replaces recipient layers"):
+        using_auto(model)
+
+
+def broken(change: dict[str, Any], signed: Path, tmp_path: Path) -> Any:
+    AutoModelWithTransplant.from_pretrained(signed / "low").save_pretrained(tmp_path / "broken", thin=True)
+    record = tmp_path / "broken" / "donor_config.json"
+    edit_json(record, signature=json.loads(record.read_text())["signature"] | change)
+    return AutoModelWithTransplant.from_pretrained(tmp_path / "broken")
+
+
+def test_signatures_that_cannot_be_read(signed: Path, tmp_path: Path) -> None:
+    with refused(ConfigurationError, "version 2", "reads version 1"):
+        using_auto(broken({"version": 2}, signed, tmp_path))
+    for change in ({"domain": "!"}, {"domain": "AAAA"}, {"hidden": 7}, {"factor": None}, {"rest": "x"}):
+        with refused(CheckpointError, "signature of donor", "malformed", "Sign the donor again"):
+            using_auto(broken(change, signed, tmp_path))
+
+
+def test_calls_that_cannot_be_routed(signed: Path) -> None:
+    model, (ids, wanted) = both(signed), mixed()
+    with model.using("auto"):
+        with refused(ConfigurationError, "several texts"):
+            model(ids, position_ids=torch.arange(16).repeat(2)[None].expand(4, -1), use_cache=False)
+        with refused(ConfigurationError, "another kind", "rows="):
+            model(ids, attention_mask=torch.zeros(4, 1, 32, 32), use_cache=False)
+        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=40))
+        assert names(model) == wanted
+    with torch.no_grad():
+        model.model.embed_tokens.weight[ids[1, 3]] = torch.nan
+    with model.using("auto"), refused(ConfigurationError, "not finite in rows [1]"):
+        logits_of(model, ids)
+    fresh = both(signed)
+    cache = fresh(ids, past_key_values=DynamicCache(config=fresh.config)).past_key_values
+    with fresh.using("auto"), refused(ConfigurationError, "other donors", "new cache"):
+        fresh(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="torch 2.10 cannot trace a thread's choice")
+def test_compiled(signed: Path) -> None:
+    for model, block in ((both(signed), True), (both(signed, strength="auto"), False)):
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="eager")
+        with refused(ConfigurationError, "compiled call cannot"):
+            if block:
+                with model.using("auto"):
+                    logits_of(compiled, mixed()[0])
+            else:
+                logits_of(compiled, mixed()[0])
+    torch.compiler.reset()
