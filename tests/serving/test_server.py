@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers import copied, edit_json, plain, refused
-from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, transplant
+from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, sign, transplant
 from transplant_hf.cli import main
 from transplant_hf.model.load_any_model import load_tokenizer
 from transplant_hf.sources import HubOptions
@@ -149,6 +150,24 @@ def test_an_unknown_donor_is_not_found(client: Any, name: str) -> None:
 def test_a_strength_that_no_donor_can_have(client: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="finite"):
         completed(client, "law@nan")
+
+
+def test_donors_without_a_signature_cannot_choose_themselves(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="transplant-hf sign"):
+        completed(client, "auto")
+
+
+def test_donors_choose_themselves(family: Path, tokenizer: Any, tmp_path: Path) -> None:
+    law = copied(family, tmp_path / "family") / "law"
+    domain, general = (torch.randint(low, low + 6, (32 * 200,)) for low in (8, 120))
+    sign(law, domain, general, quiet=True)
+    model = AutoModelWithTransplant.from_pretrained(law)
+    with Running(server.build_app(model, tokenizer, "base")) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        for text, right in ((domain, "law"), (general, "base")):
+            prompt = tokenizer.decode(text[:32])
+            assert completed(client, "auto", prompt) == completed(client, right, prompt)
+        assert completed(client, "law", prompt) != completed(client, "base", prompt)
 
 
 def test_what_generates_no_text_is_not_served(client: Any) -> None:

@@ -10,7 +10,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -31,7 +31,7 @@ from ..model.in_memory import transplant
 
 __all__ = ["build_app"]
 
-Choice = dict[str, float]
+Choice = dict[str, float] | Literal["auto"]  # what `using` takes
 
 
 def build_app(model: Any, tokenizer: Any, name: str, token: str | None = None) -> FastAPI:
@@ -91,7 +91,7 @@ class DonorModels(ModelManager):
         return list(self.model.transplant_config.donors) if hasattr(self.model, "transplant_config") else []
 
     def choice(self, model: str) -> Choice:
-        """Return the strengths of the donors that a request names, such as `law+code@0.5`.
+        """Return the donors that a request names, such as `law+code@0.5`; "auto" lets them choose themselves.
 
         Raises:
             HTTPException: No such donor (404).
@@ -101,6 +101,8 @@ class DonorModels(ModelManager):
             return {}
         if model in known:  # names may have + and @ in them
             return {model: known[model]}
+        if model == "auto":
+            return "auto"
         choice = {}
         for part in model.split("+"):
             donor, at, strength = part.rpartition("@")
@@ -111,8 +113,11 @@ class DonorModels(ModelManager):
                 donor = part
             if donor not in known:
                 names = ", ".join([self.name, *known])
-                raise HTTPException(404, f"there is no model {model!r} here. Models are {names}; several donors are "
-                                    "LAW+CODE, another strength is LAW@0.5.")  # fmt: skip
+                raise HTTPException(
+                    404,
+                    f"there is no model {model!r} here. Models are {names}; several donors are LAW+CODE, another "
+                    "strength is LAW@0.5, and with auto they choose themselves.",
+                )
         return choice
 
     def process_model_name(self, model_id: str) -> str:  # type: ignore[override]
