@@ -12,9 +12,9 @@ from torch import nn
 from transformers import Cache
 
 from ..errors import ConfigurationError
-from .calls import Calls
+from .calls import Calls, arguments_by_name
 from .choice import Choice
-from .routing import given_arguments, mask_of_prompt, read_probe
+from .routing import mask_of_prompt, read_probe
 from .using import CallChoices
 
 __all__ = ["CacheGuard", "Setting", "cache_kind"]
@@ -164,7 +164,7 @@ class CacheGuard:
 
     def _prepare_router(self, choice: Choice, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Let a call take the choice that a cache was filled with, or make its own within the call."""
-        given = given_arguments(module, args, kwargs)
+        given = arguments_by_name(module, args, kwargs)
         self._check_router(choice.router, module, given)
         for cache in _caches(args, kwargs):
             mark = getattr(cache, _MARK, None)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from ..errors import ConfigurationError
 
-__all__ = ["BLOCK_END", "Calls", "counted", "deep_copy"]
+__all__ = ["BLOCK_END", "Calls", "arguments_by_name", "counted", "deep_copy"]
 
 BLOCK_END = "the end of disable_transplants()"
 LONGEST_WAIT = 60.0
@@ -187,6 +188,16 @@ def deep_copy(model: Any, memo: dict[int, Any]) -> Any:
     new = memo[id(model)] = make(*args)
     new.__setstate__(copy.deepcopy(state, memo))
     return new
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of a module by name."""
+    return {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs}
 
 
 def _too_long(what: str, who: str) -> ConfigurationError:

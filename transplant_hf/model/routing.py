@@ -7,8 +7,6 @@ It decides the choice of the call, and a cache that is filled keeps the choice f
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import threading
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -24,7 +22,7 @@ from ..layer_map import RECIPIENT
 from ..splice import Blueprint
 from .choice import Choice, choice_of, refuse_rows
 
-__all__ = ["AUTO", "Route", "Router", "given_arguments", "mask_of_prompt", "read_probe", "routed_choice"]
+__all__ = ["AUTO", "Route", "Router", "mask_of_prompt", "read_probe", "routed_choice"]
 
 AUTO = "auto"
 # How far the hidden states of the probe may be from those that a signature was made with, in parts of their length.
@@ -162,16 +160,6 @@ def routed_choice(blueprint: Blueprint, disabled: Collection[str], threshold: fl
     strengths = {part.name: part.spec.strength for part in parts}
     router = Router(signatures, strengths, threshold, (blueprint.recipient.stack_path.rpartition(".")[2], number))
     return Choice(dict.fromkeys(strengths, torch.nan), AUTO, router=router)
-
-
-@functools.cache
-def _parameters(forward: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
-
-
-def given_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name."""
-    return {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs}
 
 
 def mask_of_prompt(given: Mapping[str, Any]) -> torch.Tensor | None:

@@ -8,7 +8,6 @@ arguments, its output or its cache are of another kind than those known here, th
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 from transformers import Cache
 from transformers.utils.output_capturing import _active_collector
 
+from .calls import arguments_by_name
 from .choice import Rows
 from .rows_cache import hold_rows
 from .using import CallChoices
@@ -86,7 +86,7 @@ class DonorRows:
             output = native(layer, *args, **kwargs)
             self.form.learn(output)
             return output
-        given = dict(zip(_parameters(native), args, strict=False)) | kwargs
+        given = arguments_by_name(layer, args, kwargs)
         if any(is_another_stream(value, hidden) for value in given.values()):
             return native(layer, *args, **kwargs)
         narrowed = given if rows.none else _of_rows(layer, given, rows)
@@ -108,11 +108,6 @@ def _records(kwargs: Mapping[str, Any]) -> bool:
     recorded = {*(_active_collector.get() or ())}
     recorded |= {name.removeprefix("output_") for name, value in kwargs.items() if name.startswith("output_") and value}
     return not recorded <= _RECORDED_OUTSIDE
-
-
-@functools.cache
-def _parameters(native: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(native).parameters)[1:]
 
 
 def _of_rows(layer: nn.Module, given: Mapping[str, Any], rows: Rows) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from ..donor.record import DonorRecord
 from ..layer_map import RECIPIENT, LayerMap, Position
 from .active_donors import state_of
 from .calls import counted, deep_copy
+from .generate_each import generate_each
 from .live import add_donor, move_donor, remove_donor, swap_donor
 from .native_methods import NativeMethods, recipient_class
 from .routing import Route
@@ -184,6 +185,34 @@ class TransplantMixin(NativeMethods):
             False
         """
         return UsingBlock(lambda: state_of(self).choose(donors, rows, threshold))
+
+    def generate_each(self, inputs: Any, donors: Sequence[Any], **kwargs: Any) -> Any:
+        """Generate an answer to one prompt for each of several choices of donors.
+
+        The layers before the first donor run once for all tokens of the prompt but the last, where layers can share
+        what they get; otherwise this is `generate` with as many rows.
+
+        Args:
+            inputs: `input_ids` `[1, tokens]`, or what a tokenizer returns for one prompt.
+            donors: One entry for each answer, as in `using(rows=...)`.
+            **kwargs: As in `generate`.
+
+        Returns:
+            What `generate` returns for as many rows as there are entries.
+
+        Raises:
+            ConfigurationError: More than one prompt, or no such donor.
+
+        Example:
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> from transplant_hf import Donor, transplant
+            >>> import torch
+            >>> recipient = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+            >>> model = transplant(recipient, Donor.from_model(recipient, layers=[1], name="law"), position=2).eval()
+            >>> model.generate_each(torch.tensor([[1, 2, 3]]), ["law", None], max_new_tokens=2, pad_token_id=0).shape
+            torch.Size([2, 5])
+        """
+        return generate_each(self, inputs, donors, kwargs)
 
     def add_donor(
         self,

@@ -1,0 +1,107 @@
+"""`generate_each`: one prompt for several choices of donors; the layers before the donors run once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache
+
+from ..architecture import decoder_stack
+from ..errors import ConfigurationError
+from ..layer_map import RECIPIENT
+from .active_donors import state_of
+from .calls import arguments_by_name
+
+__all__ = ["generate_each"]
+
+# Arguments of layers that the rows of one prompt can share, with 1 in their first dimension.
+_SHARED = {"attention_mask": 4, "position_ids": 2, "position_embeddings": 3}
+
+
+class _CannotShare(Exception):  # noqa: N818 - not an error
+    """Ends a pass in which layers get arguments that rows may not be able to share."""
+
+
+def generate_each(model: Any, inputs: Any, donors: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Generate for each of several choices; see `TransplantMixin.generate_each`."""
+    given = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else dict(inputs)
+    ids = given.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
+        found = list(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise ConfigurationError(
+            f"generate_each answers one prompt, input_ids [1, tokens] with at least one token; got {found}. For "
+            "several prompts call generate inside using(rows=[...])."
+        )
+    if taken := sorted({*given, *kwargs} & {"past_key_values", "inputs_embeds"}):
+        raise ConfigurationError(f"generate_each makes the cache from the prompt: leave out {', '.join(taken)}.")
+    with model.using(rows=donors):
+        rows = {name: value.repeat_interleave(len(donors), 0) for name, value in given.items()}
+        cache = _shared_prompt(model, given, len(donors)) if _is_plain(model, kwargs) else None
+        return model.generate(**rows, **kwargs, **({} if cache is None else {"past_key_values": cache}))
+
+
+def _is_plain(model: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether each row is one sequence, which a dynamic cache serves."""
+    config = kwargs.get("generation_config") or model.generation_config
+    several = [kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")]
+    other = [
+        kwargs.get(name, getattr(config, name, None))
+        for name in ("cache_implementation", "prompt_lookup_num_tokens", "assistant_model", "prefill_chunk_size")
+    ]
+    cached = kwargs.get("use_cache", getattr(config, "use_cache", True)) is not False
+    return cached and not any(other) and all(number in (None, 1) for number in several) and not model.training
+
+
+def _shared_prompt(model: Any, given: Mapping[str, Any], count: int) -> Cache | None:
+    """Fill a cache with all tokens of a prompt but the last, for `count` rows; `None` where rows cannot share it."""
+    tokens = given["input_ids"].shape[1] - 1
+    padded = "attention_mask" in given and not bool(given["attention_mask"].all())
+    if not tokens or padded or not {*given} <= {"input_ids", "attention_mask"}:
+        return None
+    cache: Any = DynamicCache(config=model.config)
+    with torch.no_grad(), suppress(_CannotShare), _expanded(model, count) as first:
+        model(**{name: value[:, :tokens] for name, value in given.items()}, past_key_values=cache, use_cache=True)
+        for layer in cache.layers[:first]:
+            layer.batch_repeat_interleave(count)
+        return cache
+    return None
+
+
+@contextmanager
+def _expanded(model: Any, count: int) -> Iterator[int]:
+    """Make one row several where it enters the first donor, in calls of this thread; yields that layer's number."""
+    state, me = state_of(model), threading.get_ident()
+    running = state.blueprint.running(state.disabled)
+    first = next((n for n, stage in enumerate(running) if stage.slot.source != RECIPIENT), None)
+    if first is None:
+        raise ConfigurationError("generate_each needs a donor that is not switched off.")
+
+    def expand(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != me:
+            return None
+        arguments = arguments_by_name(layer, args, kwargs)
+        hidden = arguments.pop("hidden_states")
+        if not all(_is_shared(name, value) for name, value in arguments.items()):
+            raise _CannotShare
+        hidden = hidden.repeat_interleave(count, 0)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    layer = decoder_stack(model, state.blueprint.recipient.stack_path)[first]
+    hook = layer.register_forward_pre_hook(expand, with_kwargs=True, prepend=True)
+    try:
+        yield first
+    finally:
+        hook.remove()
+
+
+def _is_shared(name: str, value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return name == "cache_position" or (value.dim() == _SHARED.get(name) and value.shape[0] == 1)
+    if isinstance(value, tuple | list):
+        return all(_is_shared(name, part) for part in value)
+    return value is None or isinstance(value, bool | int | float | str | Cache)
