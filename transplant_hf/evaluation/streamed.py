@@ -14,13 +14,12 @@ from ..layer_map import RECIPIENT
 from ..model.layers_in_files import layers_in_files
 from ..model.load_weights import HeldBack
 from ..partial import running_only, stack_of
+from ..partial.state_files import MOST_IN_MEMORY
 from ..partial.streaming import StreamedStates, Text, reason_against_streaming, stream_prefix
 from ..splice import Blueprint
 from .windows import Windows
 
 __all__ = ["Streams", "layers_to_stream", "texts_of"]
-
-_IN_MEMORY = 1 << 30  # bytes of hidden states that are kept in memory
 
 
 def texts_of(windows: Iterable[Windows]) -> list[Text]:
@@ -76,7 +75,7 @@ class Streams:
         size = tokens * model.config.get_text_config(decoder=True).hidden_size * model.dtype.itemsize
         with ExitStack() as folders:
             # Files that are mapped can be read until they are no longer used.
-            folder = Path(folders.enter_context(tempfile.TemporaryDirectory())) if size > _IN_MEMORY else None
+            folder = Path(folders.enter_context(tempfile.TemporaryDirectory())) if size > MOST_IN_MEMORY else None
             return stream_prefix(
                 model,
                 texts_of(self._windows),

@@ -12,9 +12,10 @@ import torch
 from ..errors import ConfigurationError
 from ..storage import read_json, write_json, writing
 
-__all__ = ["StateFiles", "StatesInMemory", "as_bytes", "check_limit", "mapped"]
+__all__ = ["MOST_IN_MEMORY", "StateFiles", "StatesInMemory", "as_bytes", "check_limit", "mapped"]
 
 Shapes = Sequence[tuple[int, ...]]  # [blocks, tokens, hidden] of each text
+MOST_IN_MEMORY = 1 << 30  # bytes: where nothing is said, more than this is kept on disk
 _RECORD = "record.json"
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..architecture import decoder_stack
 from ..errors import BUILD_ERRORS, ConfigurationError
 from ..layer_map import RECIPIENT
+from ..partial.state_files import MOST_IN_MEMORY
 from ..splice import Blueprint
 from ..training import DonorTrainingArguments
 from ..training.chunked_loss import ChunkedLoss, tokens_per_chunk
@@ -48,7 +49,6 @@ _STATES = {
 }
 _FUSED = "adamw_torch_fused"  # computes without copies
 _IN_8_BITS_FROM, _NUMBERS_PER_SCALE = 4096, 256
-_CACHE_IN_MEMORY = 1 << 30  # bytes: `cache_prefix="auto"` keeps more than this on disk
 
 
 def check_training(args: DonorTrainingArguments) -> None:
@@ -116,7 +116,7 @@ def training_cost(
     size = None if blocks is None else blocks * block_length * width * itemsize
     if not before or args.cache_prefix == "off":
         size = 0
-    in_memory = args.cache_prefix == "memory" or (args.cache_prefix == "auto" and (size or 0) <= _CACHE_IN_MEMORY)
+    in_memory = args.cache_prefix == "memory" or (args.cache_prefix == "auto" and (size or 0) <= MOST_IN_MEMORY)
     # The part is compared with the whole model on a few tokens: logits of both, and their difference, in float32.
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     compared = 3 * 4 * min(block_length, COMPARED_TOKENS) * vocab_size if before else 0

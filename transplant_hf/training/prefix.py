@@ -18,12 +18,12 @@ from ..evaluation.streamed import texts_of
 from ..evaluation.windows import Windows
 from ..model.layers_in_files import layers_in_files
 from ..partial import PrefixCache, fill_cache
+from ..partial.state_files import MOST_IN_MEMORY
 from ..partial.streaming import StreamedStates, Text, stream_prefix
 
 __all__ = ["CACHE_FOLDER", "CachePlan", "PrefixStates", "held_out_texts"]
 
 CACHE_FOLDER = "prefix-cache"
-_IN_MEMORY = 1 << 30  # bytes of a cache that "auto" keeps in memory
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class PrefixStates:
             return
         width = model.config.get_text_config(decoder=True).hidden_size
         size = len(numbers) * rows.domain.block_length * width * model.dtype.itemsize
-        on_disk = plan.kind == "disk" or (plan.kind == "auto" and size > _IN_MEMORY) or args.world_size > 1
+        on_disk = plan.kind == "disk" or (plan.kind == "auto" and size > MOST_IN_MEMORY) or args.world_size > 1
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
         # The processes of one machine compute a share each, and read each other's files.
         count = min(get_int_from_env(["LOCAL_WORLD_SIZE"], 1), args.world_size, len(numbers))
