@@ -165,8 +165,10 @@ def test_at_load(signed: Path, tmp_path: Path) -> None:
     with model.disable_transplants("low"):
         logits_of(model, ids)
         assert {*names(model)} <= {"high", None}
-    with model.disable_transplants(), refused(ConfigurationError, "all of them are switched off"):
-        logits_of(model, ids)
+    with model.disable_transplants():
+        assert torch.equal(logits_of(model, ids), logits_of(plain(signed / "recipient"), ids))
+        with refused(ConfigurationError, "all of them are switched off"), model.using("auto"):
+            pass
     again = copy.deepcopy(model)
     torch.testing.assert_close(logits_of(again, ids), found)
     model.remove_donor("high")
@@ -175,6 +177,8 @@ def test_at_load(signed: Path, tmp_path: Path) -> None:
     model.move_donor("low", 2)
     with refused(ConfigurationError, "position 1", "position 2", "--position 2"):
         logits_of(model, ids)
+    model.remove_donor("low")
+    assert torch.equal(logits_of(model, ids), logits_of(plain(signed / "recipient"), ids))
 
 
 def test_in_a_pipeline(signed: Path) -> None:

@@ -104,7 +104,8 @@ class TransplantState:
 
     def update(self, new_layers: bool = False) -> None:
         """Apply the current setting to the strength hooks and the cache guard."""
-        self.hooks.set(self.blueprint, self.disabled, self._choices_by_call, self._routed)
+        routed = self._routed and not self.disabled.issuperset(self.blueprint.splice.names)
+        self.hooks.set(self.blueprint, self.disabled, self._choices_by_call, routed)
         replacing = frozenset(part.name for part in self.blueprint.parts if part.spec.mode == "replace")
         self._guard.use(
             Setting(
@@ -115,7 +116,7 @@ class TransplantState:
                 replacing=replacing,
             ),
             always=self._choices_by_call,
-            default=functools.partial(routed_choice, self.blueprint, self.disabled) if self._routed else None,
+            default=functools.partial(routed_choice, self.blueprint, self.disabled) if routed else None,
         )
 
     # -- Strengths and choices by call -----------------------------------------------------------------------------
