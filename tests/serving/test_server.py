@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 import socket
 import subprocess
@@ -29,6 +31,7 @@ uvicorn = pytest.importorskip("uvicorn")
 server = pytest.importorskip("transplant_hf.serving.server", exc_type=ImportError)
 
 TOKEN = "a token of the test"
+CONTENT = {"Content-Type": "application/json"}
 PROMPT = "The court held that"
 
 
@@ -140,16 +143,45 @@ def test_the_models_are_listed(client: Any) -> None:
     assert listed["code"] == "donor at position 3, strength 1"
 
 
-@pytest.mark.parametrize("name", ["art", "law+art", "law@much", "law@"])
+@pytest.mark.parametrize("name", ["art", "law+art", "law@much", "law@", "law@1_0", "law@ 1", "law+law@0.5"])
 def test_an_unknown_donor_is_not_found(client: Any, name: str) -> None:
     with pytest.raises(openai.NotFoundError) as error:
         completed(client, name)
     assert "recipient, law, code" in str(error.value)
 
 
-def test_a_strength_that_no_donor_can_have(client: Any) -> None:
-    with pytest.raises(openai.BadRequestError, match="finite"):
-        completed(client, "law@nan")
+@pytest.mark.parametrize("name", ["law@8", "code+law@1.5"])
+def test_a_position_is_no_strength(client: Any, name: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="not a position"):
+        completed(client, name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "fact"),
+    [
+        ({"model": None}, "name a model"),
+        ({"prompt": ""}, "no prompt"),
+        ({"max_tokens": 0}, "from 1, got 0"),
+        ({"max_tokens": "x"}, "got 'x'"),
+        ({"n": 2}, "n=2 is not supported"),
+        ({"logprobs": 3}, "logprobs=3"),
+        ({"seed": "x"}, "seed|int|str"),
+        ({"prompt": "x" * 100}, "100 tokens, and the model reads at most"),
+        ({"messages": [{"role": "user", "content": 5}]}, "."),
+    ],
+)
+def test_bad_requests_are_refused(address: str, fields: dict[str, Any], fact: str) -> None:
+    body = {"model": "law", "prompt": PROMPT, "max_tokens": 4, **fields}
+    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), CONTENT)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request)
+    assert error.value.code in (400, 422)
+    assert re.search(fact, error.value.read().decode())
+
+
+def test_as_many_tokens_as_the_model_reads(client: Any) -> None:
+    answer = client.completions.create(model="law", prompt="x" * 60, max_tokens=500, temperature=0.0)
+    assert answer.usage.total_tokens <= 64
 
 
 def test_donors_without_a_signature_cannot_choose_themselves(client: Any) -> None:
@@ -159,7 +191,7 @@ def test_donors_without_a_signature_cannot_choose_themselves(client: Any) -> Non
 
 def test_donors_choose_themselves(family: Path, tokenizer: Any, tmp_path: Path) -> None:
     law = copied(family, tmp_path / "family") / "law"
-    domain, general = (torch.randint(low, low + 6, (32 * 200,)) for low in (8, 120))
+    domain, general = (torch.randint(low, low + 6, (32 * 200,)) for low in (8, 60))
     sign(law, domain, general, quiet=True)
     model = AutoModelWithTransplant.from_pretrained(law)
     with Running(server.build_app(model, tokenizer, "base")) as address:
@@ -193,13 +225,13 @@ def test_a_client_that_leaves_does_not_end_the_others(client: Any, expected: Any
 
 
 def test_donors_are_added_and_removed(family: Path, tokenizer: Any) -> None:
-    model = plain(family / "recipient")
+    model = AutoModelWithTransplant.from_pretrained(family / "code")
     with Running(server.build_app(model, tokenizer, "base", TOKEN)) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key=TOKEN, max_retries=0)
         untouched = completed(client, "base")
         client.post("/donors", body={"donor": f"{family / 'law'}@4", "name": "late", "strength": 0.5}, cast_to=object)
-        assert [one.id for one in client.models.list()] == ["base", "late"]
-        assert model.transplant_config.donors[0].position == 4
+        assert [one.id for one in client.models.list()] == ["base", "code", "late"]
+        assert model.transplant_config.donors[1].position == 4
         assert completed(client, "base") == untouched
         assert completed(client, "late") == completed(client, "late@0.5") != untouched
         client.delete("/donors/late", cast_to=object)
@@ -207,6 +239,9 @@ def test_donors_are_added_and_removed(family: Path, tokenizer: Any) -> None:
             completed(client, "late")
         with pytest.raises(openai.BadRequestError, match="no donor"):
             client.delete("/donors/late", cast_to=object)
+        for name in ("base", "auto"):
+            with pytest.raises(openai.BadRequestError, match="cannot be called"):
+                client.post("/donors", body={"donor": str(family / "law"), "name": name}, cast_to=object)
         assert completed(client, "base") == untouched
 
 
@@ -241,6 +276,16 @@ def test_without_a_token_nobody_changes_donors(model: Any, tokenizer: Any) -> No
         client = openai.OpenAI(base_url=f"{address}/v1", api_key=TOKEN, max_retries=0)
         with pytest.raises(openai.NotFoundError):
             client.delete("/donors/law", cast_to=object)
+
+
+def test_a_donor_that_requests_could_not_tell_from_the_recipient(model: Any, tokenizer: Any) -> None:
+    with refused(ConfigurationError, "'law'", "--name"):
+        server.build_app(model, tokenizer, "law")
+
+
+def test_a_model_without_donors(family: Path, tokenizer: Any) -> None:
+    with refused(ConfigurationError, "base has no donors", "--donor"):
+        server.build_app(plain(family / "recipient"), tokenizer, "base")
 
 
 def test_a_donor_that_no_request_could_leave_out(family: Path, tokenizer: Any) -> None:

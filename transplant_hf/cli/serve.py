@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
+import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
@@ -14,6 +17,7 @@ from .options import add_donors, add_loading, add_number, add_quantization, load
 from .values import whole
 
 _TOKEN = "TRANSPLANT_HF_SERVE_TOKEN"
+_SECONDS_TO_END = 10  # of requests that run when the server is stopped
 _NEEDED = ("fastapi", "uvicorn", "openai")
 
 
@@ -29,7 +33,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a donor, a transplant or a model")
     add_donors(parser)
-    parser.add_argument("--name", help="what requests call the model without donors (default: the recipient's name)")
+    parser.add_argument(
+        "--name",
+        help="what requests call the model without donors (default: the recipient's name, or that of its folder)",
+    )
     parser.add_argument("--host", default="localhost", help="address to listen at (default: localhost)")
     add_number(parser, "--port", "port to listen at", 8000, whole(0, 65535))
     add_loading(parser)
@@ -42,15 +49,22 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigurationError(f"serve needs {', '.join(missing)}: pip install 'transformers[serving]'.")
     import uvicorn
 
+    token = os.environ.get(_TOKEN) or None
+    if token is not None and not token.isascii():
+        raise ConfigurationError(f"{_TOKEN} must be ASCII: it is sent in a header.")
+    # Before the model is loaded, which takes time.
+    listening = socket.create_server((options.host, options.port))
     from ..evaluation.models_and_texts import find_tokenizer, model_to_measure
     from ..serving.server import build_app
 
     arguments = loading_arguments(options)
     loaded = model_to_measure(options.model, arguments.pop("revision", None), arguments)
     config = getattr(loaded.model, "transplant_config", None)
-    name = options.name or (config.recipient if config is not None else options.model)
-    app = build_app(loaded.model, find_tokenizer(loaded), name, os.environ.get(_TOKEN) or None)
-    donors = "".join(f", {donor}" for donor in getattr(loaded.model, "strengths", ()))
-    print(f"models: {name}{donors}", file=sys.stderr)
-    uvicorn.run(app, host=options.host, port=options.port)
+    recipient = config.recipient if config is not None else options.model
+    name = options.name or (Path(recipient).name if Path(recipient).is_dir() else recipient)
+    app = build_app(loaded.model, find_tokenizer(loaded), name, token)
+    print(f"models: {', '.join([name, *loaded.model.strengths])}", file=sys.stderr)
+    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=_SECONDS_TO_END))
+    with listening, contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
     return 0

@@ -7,9 +7,9 @@ runs with the donors that its `model` field names: `using` chooses them in the t
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -23,6 +23,7 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
+from ..architecture import max_context_length
 from ..config import DonorSpec
 from ..display import position_text
 from ..donor import Donor
@@ -31,17 +32,24 @@ from ..model.in_memory import transplant
 
 __all__ = ["build_app"]
 
+AUTO: Literal["auto"] = "auto"
 Choice = dict[str, float] | Literal["auto"]  # what `using` takes
+_STRENGTH = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
+# Fields that Transformers ignores, and the value that asks for nothing else than what is done.
+_KNOWN_VALUES = {
+    **{"n": 1, "best_of": 1, "presence_penalty": 0, "response_format": {"type": "text"}},
+    **{"logprobs": False, "top_logprobs": 0, "echo": False},
+}
 
 
 def build_app(model: Any, tokenizer: Any, name: str, token: str | None = None) -> FastAPI:
     """Return the server of a loaded model.
 
     Args:
-        model: A transplant, or a plain model to which donors are added later.
+        model: A transplant.
         tokenizer: Its tokenizer.
         name: What requests call the model without its donors.
-        token: Lets its bearer add and remove donors; without one nobody can.
+        token: Requests that add or remove donors need it; without a token they are refused.
 
     Raises:
         ConfigurationError: A donor that a request could not leave out.
@@ -51,9 +59,9 @@ def build_app(model: Any, tokenizer: Any, name: str, token: str | None = None) -
     not_served: Any = NotServed()
     app = build_server(
         models,
-        ChatCompletionHandler(models, state),
-        CompletionHandler(models, state),
-        ResponseHandler(models, state),
+        Chats(models, state),
+        Completions(models, state),
+        Responses(models, state),
         not_served,
         not_served,
         state,
@@ -82,13 +90,30 @@ class DonorModels(ModelManager):
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         super().__init__(model_timeout=-1)
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        if not hasattr(model, "transplant_config"):
+            raise ConfigurationError(
+                f"{name} has no donors. Name one with --donor, or serve it with transformers serve."
+            )
         for spec in self.donors:
-            refuse_replacing(str(spec.name), spec.mode)
+            self.check_donor(str(spec.name), spec.mode)
 
     @property
     def donors(self) -> list[DonorSpec]:
         """The donors that the model has now."""
-        return list(self.model.transplant_config.donors) if hasattr(self.model, "transplant_config") else []
+        return list(self.model.transplant_config.donors)
+
+    def check_donor(self, name: str, mode: str) -> None:
+        """Refuse a donor that requests could not name, or could not leave out."""
+        if name in (self.name, AUTO):
+            raise ConfigurationError(
+                f"a donor cannot be called {name!r} here: requests use that name for something else. Give the donor "
+                "another name, or the model (--name)."
+            )
+        if mode == "replace":
+            raise ConfigurationError(
+                f"donor {name!r} replaces layers of the recipient, and a request without it could not run them. Serve "
+                "a donor that is inserted, or export the transplant and serve the result."
+            )
 
     def choice(self, model: str) -> Choice:
         """Return the donors that a request names, such as `law+code@0.5`; "auto" lets them choose themselves.
@@ -101,22 +126,22 @@ class DonorModels(ModelManager):
             return {}
         if model in known:  # names may have + and @ in them
             return {model: known[model]}
-        if model == "auto":
-            return "auto"
-        choice = {}
+        if model == AUTO:
+            return AUTO
+        names, choice = ", ".join([self.name, *known]), dict[str, float]()
         for part in model.split("+"):
             donor, at, strength = part.rpartition("@")
             donor = donor if at else part
-            try:
-                choice[donor] = float(strength) if at else known[donor]
-            except (KeyError, ValueError):
-                donor = part
-            if donor not in known:
-                names = ", ".join([self.name, *known])
+            if donor not in known or donor in choice or (at and not _STRENGTH.fullmatch(strength)):
                 raise HTTPException(
                     404,
-                    f"there is no model {model!r} here. Models are {names}; several donors are LAW+CODE, another "
-                    "strength is LAW@0.5, and with auto they choose themselves.",
+                    f"there is no model {model!r} here. Models are {names}; several donors are joined by "
+                    f"+, @0.5 after one is its strength, and with {AUTO} they choose themselves.",
+                )
+            choice[donor] = float(strength) if at else known[donor]
+            if at and choice[donor] > max(1.0, known[donor]):
+                raise HTTPException(
+                    400, f"{part!r}: in a request, a strength from 0 to 1 follows the @, not a position."
                 )
         return choice
 
@@ -130,9 +155,8 @@ class DonorModels(ModelManager):
         """Return the model as a request sees it, and the tokenizer."""
         name = model_id_and_revision if gguf_file is None else f"{model_id_and_revision}:{gguf_file}"
         choice = self.choice(name)
-        view = ChosenDonors(self.model, choice)
-        with view.chosen():  # refuses strengths that a donor cannot have
-            return view, self.tokenizer
+        with self.model.using(choice):  # refuses what these donors cannot do
+            return ChosenDonors(self.model, choice), self.tokenizer
 
     async def load_model_streaming(
         self, model_id_and_revision: str, gguf_file: str | None = None
@@ -153,15 +177,6 @@ class DonorModels(ModelManager):
         """Keep the model: it is loaded as long as the server runs."""
 
 
-def refuse_replacing(name: str, mode: str) -> None:
-    """Refuse a donor that a request could not leave out."""
-    if mode == "replace":
-        raise ConfigurationError(
-            f"donor {name!r} replaces layers of the recipient, and a request without it could not run them. Serve a "
-            "donor that is inserted, or export the transplant and serve the result."
-        )
-
-
 class ChosenDonors:
     """A model that generates with some of its donors. Everything else is the model's own."""
 
@@ -171,13 +186,15 @@ class ChosenDonors:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def chosen(self) -> AbstractContextManager[Any]:
-        """Let the calls inside a `with` block run with the chosen donors."""
-        return self._model.using(self._donors) if hasattr(self._model, "using") else nullcontext()
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the chosen donors; see `generate` of the model."""
-        with self.chosen():
+        """Generate with the chosen donors, at most as many tokens as the model can read."""
+        length, limit = kwargs["input_ids"].shape[-1], max_context_length(self._model.config)
+        if limit is not None:
+            settings = kwargs["generation_config"]  # made for this request
+            if length >= limit:
+                raise ConfigurationError(f"the prompt has {length:,} tokens, and the model reads at most {limit:,}.")
+            settings.max_new_tokens = min(settings.max_new_tokens, limit - length)
+        with self._model.using(self._donors):
             return self._model.generate(*args, **kwargs)
 
 
@@ -192,6 +209,39 @@ class Threads(GenerationState):
         """Return what generates for a model. Requests may name any number of them, so not each has a thread."""
         alone = model_id == self._models.name or any(model_id == spec.name for spec in self._models.donors)
         return super().get_manager(model_id if alone else "", use_cb)
+
+
+class Checked:
+    """Refuses requests that would end in an internal error, and fields that would be ignored."""
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """Answer a request."""
+        if not isinstance(body.get("model"), str):
+            raise HTTPException(400, 'name a model: {"model": ...}; /v1/models lists them.')
+        if not any(body.get(name) for name in ("prompt", "messages", "input")):
+            raise HTTPException(400, "there is no prompt.")
+        for name, known in _KNOWN_VALUES.items():
+            if body.get(name) not in (None, known):
+                raise HTTPException(400, f"{name}={body[name]!r} is not supported; leave it out.")
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+            if body.get(name) is not None and not (isinstance(body[name], int) and body[name] > 0):
+                raise HTTPException(400, f"{name} must be a number of tokens from 1, got {body[name]!r}.")
+        try:
+            return await super().handle_request(body, request_id)  # type: ignore[misc]
+        except (ValueError, TypeError) as error:  # by Transformers: no chat template, a seed that is no number, ...
+            raise HTTPException(400, str(error)) from error
+
+
+class Chats(Checked, ChatCompletionHandler):
+    """Answers `/v1/chat/completions`."""
+
+
+class Completions(Checked, CompletionHandler):
+    """Answers `/v1/completions`."""
+
+
+class Responses(Checked, ResponseHandler):
+    """Answers `/v1/responses`."""
 
 
 class NotServed:
@@ -221,7 +271,8 @@ def _add_changes(app: FastAPI, models: DonorModels, token: str) -> None:
     @app.post("/v1/donors", dependencies=[Depends(check)])
     def add(body: AddedDonor) -> JSONResponse:
         spec = DonorSpec.parse(body.donor)
-        refuse_replacing(body.name or str(spec.name), Donor.from_pretrained(spec.donor).mode)
+        mode = Donor.from_pretrained(spec.donor).mode if spec.position is None else "insert"
+        models.check_donor(body.name or str(spec.name), mode)
         transplant(models.model, spec.donor, spec.position, name=body.name, strength=body.strength, in_place=True)
         return JSONResponse({"object": "list", "data": models.get_gen_models()})
 
