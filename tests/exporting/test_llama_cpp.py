@@ -69,11 +69,11 @@ def test_a_published_model(tmp_path: Path, recipient: Any) -> None:
     path = tmp_path / NAME
     path.write_bytes(b"".join(part.read_bytes() for part in recipient()))
     (tmp_path / "text.txt").write_text(TEXT * 200)
-    run = {"max_steps": 2, "per_device_train_batch_size": 2, "block_length": 32, "position": (4, 12), "strength": 1.0}
+    run = {"max_steps": 4, "per_device_train_batch_size": 2, "block_length": 64, "position": (4, 12), "strength": 1.0}
     train(tmp_path, tmp_path / "text.txt", tmp_path / "law", model_kwargs={"gguf_file": NAME}, **run)
     done = export(tmp_path / "law", tmp_path / "out.gguf", gguf=path)
     assert done.size < path.stat().st_size + (tmp_path / "law" / "donor.safetensors").stat().st_size + 2**16
-    ids = AutoTokenizer.from_pretrained(tmp_path / "law")(TEXT, return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(tmp_path, gguf_file=NAME)(TEXT, return_tensors="pt").input_ids
     plain = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=NAME, dtype=torch.float32), ids)[0]
     model = AutoModelWithTransplant.from_pretrained(tmp_path / "law", gguf_file=NAME, dtype=torch.float32)
     expected = logits_of(model, ids)[0]
