@@ -93,7 +93,7 @@ def test_a_donors_card() -> None:
         '- `method`: `{"lr": [0.01]}`',
         "- `perplexity`: `52.5`",
         f"- `donor.safetensors`, 81,234,567 bytes, sha256 `{'e' * 64}`",
-        "works only in the recipient that it names",
+        "was made for the recipient that it names",
         "Evaluate on your own data.",
         "no safety evaluation",
         "License: `apache-2.0`.",

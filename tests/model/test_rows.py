@@ -62,6 +62,17 @@ def test_a_donor_that_is_not_chosen_does_not_run(tiny: Path) -> None:
         assert not seen.keys() & {*left_out} and len(seen) == 7 - len(left_out)
 
 
+def test_a_layer_with_several_parts_of_the_cache_runs_on_all_rows(tiny_llama: Path) -> None:
+    """As in longcat_flash, where each layer has two attentions."""
+    model, ids = warm(two_donors(tiny_llama)), some_ids(batch=4)
+    for number in (A, *B):
+        model.model.layers[number].mlp.layer_idx = 7 + number
+    rows = ["a", None, ("a", "b"), "a"]
+    with model.using(rows=rows), batches(model) as seen:
+        cache = model(ids, use_cache=True).past_key_values
+    assert [rows_held(cache, n) for n in range(7)] == [4] * 7 and set(map(tuple, seen.values())) == {(4,)}
+
+
 def test_the_first_call_of_a_model(tiny: Path) -> None:
     """At most one layer has to run to know how layers return their hidden state."""
     model = two_donors(tiny)

@@ -68,7 +68,8 @@ def _run(options: argparse.Namespace) -> int:
             position=chosen.pop("position", None),
             mode=options.mode,
             optim=options.optim,
-            gradient_checkpointing=options.gradient_checkpointing,
+            # Transformers warns of its old name, False too.
+            gradient_checkpointing=options.gradient_checkpointing or None,
         )
     result = plan(**chosen)
     show(result, options)

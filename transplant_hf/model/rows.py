@@ -149,8 +149,8 @@ def _narrow_cache(layer: nn.Module, given: Mapping[str, Any], rows: Rows, hidden
     caches = [value for value in given.values() if isinstance(value, Cache)]
     if not caches:
         return True
-    number = next(_numbers_of(layer), None)
-    held = hold_rows(caches[0], number, rows.held) if number is not None and len(caches) == 1 else None
+    numbers = {*_numbers_of(layer)}  # longcat_flash has two attentions in a layer, each with its own part of the cache
+    held = hold_rows(caches[0], numbers.pop(), rows.held) if len(numbers) == len(caches) == 1 else None
     if held is not None and rows.none:
         held.pass_tokens(hidden)
     return held is not None
