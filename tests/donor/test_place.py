@@ -11,6 +11,7 @@ import torch
 from tests.helpers import copied, edit_json, logits_of, plain, refused, some_ids
 from transplant_hf import (
     AutoModelWithTransplant,
+    CheckpointError,
     ConfigurationError,
     Donor,
     DonorSpec,
@@ -165,3 +166,10 @@ def test_one_donor_with_its_position_in_a_dictionary(family: Path) -> None:
     for donor, position in (({folder: 1, "other": 2}, None), ({folder: 1}, 3), ({}, None)):
         with refused(ConfigurationError, "one donor", "{donor: position}"):
             transplant(plain(recipient), donor, position)
+
+
+def test_a_folder_with_a_pt_file_is_no_donor(family: Path, tmp_path: Path) -> None:
+    (tmp_path / "donor_layers.pt").touch()
+    for call in (Donor.from_pretrained, lambda folder: check(family / "recipient", folder, 1)):
+        with refused(CheckpointError, "is not a donor", "`transplant-hf convert`", "donor_layers.pt"):
+            call(tmp_path)

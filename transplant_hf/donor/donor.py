@@ -133,11 +133,13 @@ class Donor:
             CheckpointError: Files are missing or malformed.
             IntegrityError: A weight file has another size than recorded, or no recorded sha256.
         """
-        if source.from_hub and not (source.folder / DONOR_CONFIG).exists():
-            raise CheckpointError(
-                f"{source} is not a donor: it has no {DONOR_CONFIG}, or the local cache holds only a part of it. In "
-                "that case load it once with a connection."
-            )
+        if not (source.folder / DONOR_CONFIG).exists():
+            if source.from_hub:
+                why = ", or the local cache holds only a part of it. In that case load it once with a connection."
+            else:
+                pickled = [path.name for path in sorted(source.folder.glob("*.pt"))]
+                why = f". `transplant-hf convert` makes a donor from {pickled[0]}." if pickled else "."
+            raise CheckpointError(f"{source} is not a donor: it has no {DONOR_CONFIG}{why}")
         record = DonorRecord.read(source.folder)
         if store is None:
             store = _open_files(source, record)

@@ -53,7 +53,9 @@ def find_models(
     if donors and count:
         raise ConfigurationError("pass either donors, or the count of layers that do not exist yet.")
     if position is not None and not count:
-        raise ConfigurationError("position is that of the layers asked for with count; write a donor's as DONOR@P.")
+        raise ConfigurationError(
+            "a position is for new layers, and needs train or count (--train, --count); write a donor's as DONOR@P."
+        )
     files = Files.find(what, hub, revision=revision)
     fields = read_json(files.source.folder / "config.json", "config.json") if files.has("config.json") else {}
     config = TransplantConfig(recipient=what, recipient_revision=files.source.revision, donors=donor_specs(donors))
