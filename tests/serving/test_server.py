@@ -191,7 +191,8 @@ def test_donors_without_a_signature_cannot_choose_themselves(client: Any) -> Non
 
 def test_donors_choose_themselves(family: Path, tokenizer: Any, tmp_path: Path) -> None:
     law = copied(family, tmp_path / "family") / "law"
-    domain, general = (torch.randint(low, low + 6, (32 * 200,)) for low in (8, 60))
+    seeded = torch.Generator().manual_seed(0)
+    domain, general = (torch.randint(low, low + 6, (32 * 200,), generator=seeded) for low in (8, 60))
     sign(law, domain, general, quiet=True)
     model = AutoModelWithTransplant.from_pretrained(law)
     with Running(server.build_app(model, tokenizer, "base")) as address:
@@ -199,7 +200,8 @@ def test_donors_choose_themselves(family: Path, tokenizer: Any, tmp_path: Path) 
         for text, right in ((domain, "law"), (general, "base")):
             prompt = tokenizer.decode(text[:32])
             assert completed(client, "auto", prompt) == completed(client, right, prompt)
-        assert completed(client, "law", prompt) != completed(client, "base", prompt)
+        prompts = [tokenizer.decode(text[:32]) for text in (domain, general)]
+        assert any(completed(client, "law", one) != completed(client, "base", one) for one in prompts)
 
 
 def test_what_generates_no_text_is_not_served(client: Any) -> None:
