@@ -43,8 +43,8 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    model, dtype, prompt, result = json.loads(sys.argv[1])
-    formats = {"config_format": "transplant", "load_format": "transplant"}
+    model, dtype, prompt, result, ranks = json.loads(sys.argv[1])
+    formats = {"config_format": "transplant", "load_format": "transplant", "tensor_parallel_size": ranks}
     llm = LLM(model, dtype=dtype, max_model_len=64, enforce_eager=True, **formats)
     sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=3, prompt_logprobs=1)
     made = llm.generate([{"prompt_token_ids": prompt}], sampling)[0]
@@ -95,11 +95,13 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pat
 VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
-def run_vllm(model: Path, dtype: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_vllm(model: Path, dtype: str, folder: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     result = folder / "result.json"
+    # Without it, vLLM wants a NUMA node for each rank.
+    cores = {} if ranks == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))}
     return subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps([str(model), dtype, PROMPT, str(result)])],
-        env=os.environ | VARIABLES,
+        [sys.executable, "-c", RUN, json.dumps([str(model), dtype, PROMPT, str(result), ranks])],
+        env=os.environ | VARIABLES | cores,
         cwd=folder,
         capture_output=True,
         text=True,
@@ -108,9 +110,9 @@ def run_vllm(model: Path, dtype: str, folder: Path) -> subprocess.CompletedProce
     )
 
 
-def assert_equal_in_vllm(model: Path, folder: Path, dtype: str = "float32") -> None:
+def assert_equal_in_vllm(model: Path, folder: Path, dtype: str = "float32", ranks: int = 1) -> None:
     """Compare greedy tokens, and the log-probability of each token of prompt and output, with Transformers."""
-    run = run_vllm(model, dtype, folder)
+    run = run_vllm(model, dtype, folder, ranks)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
     found = json.loads((folder / "result.json").read_text())
     ids = torch.tensor([PROMPT + found["tokens"]])
@@ -142,6 +144,11 @@ def test_a_donor_is_served(name: str, family: Callable[..., Path], tmp_path: Pat
 
 def test_a_donor_is_served_in_bfloat16(family: Callable[..., Path], tmp_path: Path) -> None:
     assert_equal_in_vllm(family("llama", "bfloat16") / "donor", tmp_path, "bfloat16")
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each rank has a core of its own")
+def test_tensor_parallel(family: Callable[..., Path], tmp_path: Path) -> None:
+    assert_equal_in_vllm(family("llama") / "donor", tmp_path, ranks=2)
 
 
 def test_a_thin_transplant_is_served(family: Callable[..., Path], tmp_path: Path) -> None:
