@@ -42,6 +42,7 @@ from transformers.core_model_loading import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo, load_state_dict
 from transformers.utils.output_capturing import _active_collector, maybe_install_capturing_hooks
 
@@ -104,6 +105,15 @@ def test_signature(function: Callable[..., Any], known: str, used_in: str) -> No
     )
 
 
+def test_scaled_rope() -> None:
+    """`exporting/gguf.py` divides the usual frequencies by these."""
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1)
+    more = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config.rope_parameters = {"rope_type": "llama3", "rope_theta": 10000.0, **more}
+    frequencies, scale = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    assert frequencies.shape == (4,) and frequencies[-1] < 10000.0**-0.75 and scale == 1.0
+
+
 def test_parts_of_the_server() -> None:
     """`serving/server.py` overrides these; tests/serving/test_server.py runs them."""
     pytest.importorskip("fastapi")
@@ -114,7 +124,7 @@ def test_parts_of_the_server() -> None:
 
     from transplant_hf.serving.server import DonorModels
 
-    overridden = {name for name in vars(DonorModels) if not name.startswith("_")} - {"donors", "choice"}
+    overridden = {name for name in vars(DonorModels) if not name.startswith("_")} - {"donors", "choice", "check_donor"}
     assert overridden <= set(vars(ModelManager))
     assert list(inspect.signature(GenerationState.get_manager).parameters) == ["self", "model_id", "use_cb"]
     handlers = ["chat_handler", "completion_handler", "response_handler", "transcription_handler", "systemone_handler"]

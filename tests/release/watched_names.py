@@ -71,6 +71,7 @@ WATCHED: dict[str, Watched] = {
             "build_server",
         )
     },
+    "ROPE_INIT_FUNCTIONS": Watched("the factors of a scaled RoPE, which a GGUF file stores", "test_scaled_rope"),
     # Training.
     "_load_from_checkpoint": Watched("checkpoints have only what is trained", SIGNED),
     "_load_best_model": Watched("the same", SIGNED),
