@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 import transplant_hf
+from transplant_hf import exporting
 
 VERBS = (
     "check",
@@ -31,6 +33,7 @@ VERBS = (
 EVERY_SUBMODULE = """
 import importlib, pkgutil, sys
 import transplant_hf
+from transplant_hf import exporting
 verbs = sys.argv[1:]
 [getattr(transplant_hf, verb) for verb in verbs]
 for module in pkgutil.walk_packages(transplant_hf.__path__, "transplant_hf."):
@@ -59,6 +62,11 @@ def test_no_submodule_hides_a_verb() -> None:
     run = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []
+
+
+def test_the_module_that_has_the_name_of_a_verb_has_its_signature() -> None:
+    module = importlib.import_module("transplant_hf.export")
+    assert inspect.signature(module) == inspect.signature(exporting.export)
 
 
 def test_an_old_name_is_the_same_function() -> None:

@@ -4,6 +4,7 @@
 when it is imported, so this module is callable: `transplant_hf.export(...)` works whichever was imported first.
 """
 
+import inspect
 import sys
 from types import ModuleType
 
@@ -15,6 +16,7 @@ __all__ = ["Export", "Push", "export_transplant", "push_artefact"]
 
 class _CallableModule(ModuleType):
     __call__ = staticmethod(export)
+    __signature__ = inspect.signature(export)
 
 
 sys.modules[__name__].__class__ = _CallableModule
