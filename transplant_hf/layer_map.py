@@ -252,6 +252,14 @@ def trained_position(num_layers: int, count: int, mode: str = "insert") -> int:
     return max(num_layers - (count if mode == "replace" else 1), 0)
 
 
+def trained_placement(num_layers: int, count: int, mode: str = "insert", position: Position | None = None) -> Placement:
+    """Return where a donor to train goes, by default at the best measured position; refuse what the recipient lacks."""
+    position = trained_position(num_layers, count, mode) if position is None else position
+    placement = Placement("the donor", position, tuple(range(count)), mode == "replace")
+    Splice(num_layers, [placement])  # checks the position
+    return placement
+
+
 def spread_positions(num_layers: int, count: int) -> tuple[int, ...]:
     """Return positions for the layers of a donor that is spread evenly; the last is before the recipient's last layer.
 

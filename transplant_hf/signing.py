@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from .evaluation.models_and_texts import LoadedModel, find_tokenizer, model_to_m
 from .numeric import whole_number
 from .partial import hidden_states
 from .sources import points_to_folder
-from .storage import writing
+from .storage import publish_file
 from .texts import check_tokenizer, starting_token
 from .texts.blocks import read_stream
 from .texts.documents import check_texts
@@ -133,7 +131,8 @@ def sign(
     told = Discriminant([signature])
     right = (told.scores(left) > 0, told.scores(left_other) <= 0)
     content = signature.to_dict()
-    _write(dataclasses.replace(DonorRecord.read(folder), signature=content), folder)
+    with publish_file(folder / DONOR_CONFIG) as staged:
+        dataclasses.replace(DonorRecord.read(folder), signature=content).write(staged.parent)
     return SignReport(
         str(folder),
         position,
@@ -178,11 +177,3 @@ def _describe(model: Any, ids: torch.Tensor, position: int, batch_size: int, qui
 def _split(rows: torch.Tensor) -> Sequence[torch.Tensor]:
     measured = torch.arange(len(rows)) % _HELD_OUT == _HELD_OUT - 1
     return rows[~measured], rows[measured]
-
-
-def _write(record: DonorRecord, folder: Path) -> None:
-    """Replace the record of a donor in one step."""
-    path = folder / DONOR_CONFIG
-    with writing(path), tempfile.TemporaryDirectory(dir=folder) as staging:
-        record.write(Path(staging))
-        os.replace(Path(staging) / DONOR_CONFIG, path)

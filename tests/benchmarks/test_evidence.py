@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,10 @@ import pytest
 
 from transplant_hf.comparison import RunResult
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def evidence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The script as a module; its neighbors have names that nothing else should find."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("evidence")
-    for name in ("evidence", "report"):
-        sys.modules.pop(name, None)
+def evidence(script: Callable[[str], Any]) -> Any:
+    return script("evidence")
 
 
 def write_run(folder: Path, rate: float, gain: float, forgetting: float, view: str = "", **more: Any) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,9 @@ WORDS = ["--device", "cpu", *(word for name, n in NUMBERS.items() for word in (f
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Iterator[Any]:
-    """The script as a module; its neighbours have names that nothing else should find."""
+def gpu(script: Callable[[str], Any]) -> Any:
     pytest.importorskip("peft")
-    before = set(sys.modules)
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module("gpu")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        for name in set(sys.modules) - before:
-            path = getattr(sys.modules[name], "__file__", None)
-            if path is not None and Path(path).parent == BENCHMARKS:
-                del sys.modules[name]
+    return script("gpu")
 
 
 @pytest.fixture(scope="module")

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def removal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The script as a module; its neighbors have names that nothing else should find."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("removal")
-    for name in ("removal", "report"):
-        sys.modules.pop(name, None)
+def removal(script: Callable[[str], Any]) -> Any:
+    return script("removal")
 
 
 def test_differences_are_counted_by_weight_and_by_bit(removal: Any) -> None:

@@ -20,10 +20,10 @@ from ..errors import ConfigurationError
 from ..layer_map import Position
 from .entry import read_entry
 
-logger = logging.get_logger(__name__)
-
 if TYPE_CHECKING:
     from .donor import Donor
+
+logger = logging.get_logger(__name__)
 
 
 def donor_and_position(donor: Any, position: Position | None) -> tuple[Any, Position | None]:

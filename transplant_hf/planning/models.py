@@ -16,7 +16,7 @@ from ..donor.tensors import MemoryTensors, loaded_dtype
 from ..errors import ConfigurationError
 from ..inspection.donors import open_donors, read_transplant_config
 from ..inspection.files import MODEL_FILES, Files, all_tensors
-from ..layer_map import Placement, Position, Splice, starting_layers, trained_position
+from ..layer_map import Position, starting_layers, trained_placement
 from ..sources import HubOptions, Source
 from ..splice import Blueprint, draw_blueprint
 from ..storage import read_json
@@ -84,10 +84,7 @@ def find_models(
 
 def _new_layers(recipient: Anatomy, count: int, position: Position | None, mode: str) -> tuple[DonorSpec, Donor]:
     """Return a donor as `train` would start it from the recipient, in full precision."""
-    if position is None:
-        position = trained_position(recipient.num_layers, count, mode)
-    placement = Placement("the donor", position, tuple(range(count)), mode == "replace")
-    Splice(recipient.num_layers, [placement])  # which checks the position
+    placement = trained_placement(recipient.num_layers, count, mode, position)
     chosen = starting_layers(placement, recipient.num_layers)
     tensors = {
         f"layers.{number}.{name}": tensor
@@ -95,7 +92,7 @@ def _new_layers(recipient: Anatomy, count: int, position: Position | None, mode:
         for name, tensor in recipient.layers[index].state_dict().items()
     }
     record = DonorRecord(recipient.config.model_type, recipient.config.to_dict(), chosen)
-    spec = DonorSpec("new-layers", position, mode, name="donor")
+    spec = DonorSpec("new-layers", placement.position, mode, name="donor")
     return spec, Donor(record, MemoryTensors(tensors))
 
 

@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -29,11 +29,11 @@ from ..display import position_text
 from ..donor import Donor
 from ..errors import ConfigurationError, TransplantError
 from ..model.in_memory import transplant
+from ..model.routing import AUTO
 
 __all__ = ["build_app"]
 
-AUTO: Literal["auto"] = "auto"
-Choice = dict[str, float] | Literal["auto"]  # what `using` takes
+Choice = dict[str, float] | str  # what `using` takes: strengths by donor, or AUTO
 _STRENGTH = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
 # Fields that Transformers ignores, and the value that asks for nothing else than what is done.
 _KNOWN_VALUES = {

@@ -16,7 +16,7 @@ from ..architecture import find_stack, is_quantized, projections_of_layers, quan
 from ..donor import Donor
 from ..errors import ConfigurationError
 from ..evaluation.reports import label_of
-from ..layer_map import RECIPIENT, Placement, Position, Splice, starting_layers, trained_position
+from ..layer_map import RECIPIENT, Placement, Position, starting_layers, trained_placement
 from ..model.in_memory import transplant
 from ..model.layers_in_files import layers_in_files
 from ..model.starting_copies import FROM_DEQUANTIZED, STARTED_FROM, full_precision_copies
@@ -208,12 +208,10 @@ class DonorTrainer(TransplantTrainer):
 
 
 def _position(layers: int, args: DonorTrainingArguments) -> Position:
-    position = trained_position(layers, args.donor_layers, args.mode) if args.position is None else args.position
-    placement = Placement("the donor", position, tuple(range(args.donor_layers)), args.mode == "replace")
-    Splice(layers, [placement])  # checks the position
+    placement = trained_placement(layers, args.donor_layers, args.mode, args.position)
     if args.start_layers is None:
         starting_layers(placement, layers)  # checks that there are enough
-    return position
+    return placement.position
 
 
 def with_untrained_donor(
