@@ -158,8 +158,12 @@ class RecoveryArguments(PartTrainingArguments):
             (only the norms of both), "gate" (the donor's strength); one or several.
         neighbors: How many recipient layers on either side are neighbors.
         donors: The donors to recover, by name; by default all that are inserted.
-        block_length, held_out_blocks, replay_share: As in `DonorTrainingArguments`.
-        cache_prefix, prefix_cache_limit, prefix_cache_dir: As in `DonorTrainingArguments`.
+        block_length: As in `DonorTrainingArguments`.
+        held_out_blocks: As in `DonorTrainingArguments`.
+        replay_share: As in `DonorTrainingArguments`.
+        cache_prefix: As in `DonorTrainingArguments`.
+        prefix_cache_limit: As in `DonorTrainingArguments`.
+        prefix_cache_dir: As in `DonorTrainingArguments`.
         learning_rate: The learning rate of all parts except gates.
         gate_learning_rate: The learning rate of gates.
         neighbours: The old name of `neighbors`.
