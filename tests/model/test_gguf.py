@@ -11,12 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.helpers import Graft, logits_of, reference_logits, refused, tiny_llama_model
+from tests.hub_server import HubServer
 from transplant_hf import AutoModelWithTransplant, CheckpointError, ConfigurationError, Donor, DonorSpec, transplant
 from transplant_hf.architecture import gguf as reader
 from transplant_hf.evaluation.models_and_texts import find_tokenizer, model_to_measure
 from transplant_hf.inspection import inspect
 from transplant_hf.model.in_memory import remove_transplants
-from transplant_hf.model.load_any_model import load_model
+from transplant_hf.model.load_any_model import load_model, pinned_commit
 
 NAME = "tiny.gguf"
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -82,6 +83,12 @@ def test_a_folder_that_holds_nothing_else(family: Path, named: str) -> None:
     torch.testing.assert_close(logits_of(model), expected(family))
     with model.disable_transplants():
         assert torch.equal(logits_of(model), logits_of(plain(family)))
+
+
+@pytest.mark.hub
+def test_a_repository_that_holds_nothing_else_is_pinned(hub: HubServer, family: Path) -> None:
+    commit = hub.add_repo("alice/only-gguf", family / "recipient")
+    assert pinned_commit("alice/only-gguf", None, {"gguf_file": NAME}) == commit
 
 
 def loaded(family: Path) -> Any:

@@ -185,4 +185,4 @@ def pinned_commit(reference: str, revision: str | None, kwargs: Mapping[str, Any
     revision = revision_for(reference, revision)
     if points_to_folder(reference, revision=revision) is not None:
         return None
-    return commit_of(reference, revision, HubOptions.from_kwargs(kwargs))
+    return commit_of(reference, revision, HubOptions.from_kwargs(kwargs), kwargs.get("gguf_file"))
