@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import edit_json, loaded, make_family, refused, tiny_gpt2_model, tiny_llama_model
+from tests.helpers import copied, edit_json, loaded, make_family, plain, refused, tiny_gpt2_model, tiny_llama_model
 from transplant_hf import ConfigurationError, DataError, Donor, sign
 from transplant_hf.cli import main
 from transplant_hf.donor.signature import Discriminant, Signature, describe_rows
@@ -48,6 +48,19 @@ def test_the_donor_itself_makes_no_difference(family: Path) -> None:
         sign(family / "donor", *texts, recipient=recipient, quiet=True, **tokenizer)
         found.append(signature_in(family / "donor"))
     assert found[0] == found[1] == found[2]
+
+
+def test_an_adapter_in_the_recipient_makes_no_difference(tiny_llama: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    donor, found = copied(tiny_llama / "donor", tmp_path / "donor"), []
+    texts = [torch.arange(3200) % 6 + first for first in (10, 90)]
+    model = plain(tiny_llama / "recipient")
+    for adapted in (False, True):
+        if adapted:
+            model.add_adapter(peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj"]))
+        sign(donor, *texts, recipient=model, quiet=True)
+        found.append(signature_in(donor))
+    assert found[0] == found[1]
 
 
 def loaded_tokenizer(family: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -15,12 +14,13 @@ from .display import position_text, progress_bar
 from .donor import DONOR_CONFIG, Donor, DonorRecord
 from .donor.signature import PROBE_TOKENS, TOKENS, Discriminant, Signature, describe_rows
 from .errors import ConfigurationError, DataError
-from .evaluation.models_and_texts import LoadedModel, find_tokenizer, model_to_measure
+from .evaluation.losses import check_tokenizer_of
+from .evaluation.models_and_texts import LoadedModel, find_tokenizer, model_to_measure, untouched
 from .numeric import whole_number
 from .partial import hidden_states
 from .sources import points_to_folder
 from .storage import publish_file
-from .texts import check_tokenizer, starting_token
+from .texts import starting_token
 from .texts.blocks import read_stream
 from .texts.documents import check_texts
 
@@ -147,8 +147,7 @@ def _rows(loaded: LoadedModel, data: Any, tokenizer: Any, count: int, name: str,
     start = None
     if not isinstance(data, torch.Tensor):
         tokenizer = find_tokenizer(loaded) if tokenizer is None else tokenizer
-        config = loaded.model.config
-        check_tokenizer(tokenizer, config.get_text_config(decoder=True).vocab_size, config.name_or_path or loaded.name)
+        check_tokenizer_of(loaded.model, tokenizer)
         start = starting_token(tokenizer)
     stream, _ = read_stream(data, tokenizer, _MOST_TOKENS, name=name, quiet=quiet)
     width = TOKENS - (start is not None)
@@ -161,10 +160,9 @@ def _rows(loaded: LoadedModel, data: Any, tokenizer: Any, count: int, name: str,
 
 def _describe(model: Any, ids: torch.Tensor, position: int, batch_size: int, quiet: bool) -> torch.Tensor:
     """Describe rows by the hidden states of the recipient alone, `[rows, hidden]`."""
-    alone = model.disable_transplants() if getattr(model, "_transplant", None) else contextlib.nullcontext()
     found = []
     with (
-        alone,
+        untouched(model),
         eval_mode(model),
         progress_bar(len(ids), f"Hidden states at {position}", unit="row", quiet=quiet) as bar,
     ):

@@ -67,7 +67,7 @@ class Prepared:
         save: Writes the method's artifact.
         part: The layers that run in training.
         inner: The model inside a wrapper.
-        removed: The recipient again inside a `with` block; `None` where the change cannot be removed.
+        removable: Whether the recipient can be had again.
         at_strength: The model with a share of what it learned inside a `with` block; `None` where that has no meaning.
     """
 
@@ -76,7 +76,7 @@ class Prepared:
     save: Callable[[Path], Any]
     part: Part | None = None
     inner: Any = None
-    removed: View | None = None
+    removable: bool = False
     at_strength: Callable[[float], AbstractContextManager[Any]] | None = None
 
 
@@ -136,18 +136,9 @@ def in_place(setting: Setting, position: Position, mode: str = "insert") -> Prep
         {"": lambda: nullcontext(model)},
         lambda folder: donor_of(model).save_pretrained(folder, position=position, recipient="recipient"),
         part=Part(range(own[0], len(model.layer_map)), donor=own),
-        removed=_without_donor(model),
+        removable=True,
         at_strength=at_strength if mode == "insert" else None,
     )
-
-
-def _without_donor(model: Any) -> View:
-    @contextmanager
-    def removed() -> Iterator[Any]:
-        with model.disable_transplants():
-            yield model
-
-    return removed
 
 
 def donor_of(model: Any) -> Donor:
@@ -177,7 +168,7 @@ def _standalone(setting: Setting) -> Prepared:
         },
         lambda folder: donor_of(model).save_pretrained(folder, position=1, recipient="recipient"),
         part=Part(own, from_embeddings=True, donor=own),
-        removed=_without_donor(model),
+        removable=True,
     )
 
 
@@ -224,11 +215,6 @@ def _lora(setting: Setting, layers: Sequence[int] | None = None, rank: int | Non
     _initialize_adapters(model, torch.Generator().manual_seed(setting.seed))
 
     @contextmanager
-    def removed() -> Iterator[Any]:
-        with model.disable_adapter():
-            yield model
-
-    @contextmanager
     def at_strength(strength: float) -> Iterator[Any]:
         with rescale_adapter_scale(model, strength):
             yield model
@@ -239,7 +225,7 @@ def _lora(setting: Setting, layers: Sequence[int] | None = None, rank: int | Non
         lambda folder: model.save_pretrained(str(folder)),
         part=None if layers is None else Part(range(layers[0], setting.count)),
         inner=inner,
-        removed=removed,
+        removable=True,
         at_strength=at_strength,
     )
 

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from ..architecture import eval_mode
 from ..errors import TrainingError
 from ..evaluation import perplexity
+from ..evaluation.models_and_texts import untouched
 from ..texts import Blocks
 from ..training import CachePlan, PartTrainer, Rows
 from .methods import Method, Prepared, Setting
@@ -152,7 +153,6 @@ def train_once(
     general: Blocks | None,
     *,
     cache: str = "memory",
-    quiet: bool = True,
 ) -> dict[str, Any]:
     """Train a prepared model, and return the costs by their names in `RunResult`."""
     cuda = torch.cuda.is_available()
@@ -168,7 +168,7 @@ def train_once(
         seed=budget.seed,
         bf16=budget.bf16,
         use_cpu=not cuda,
-        disable_tqdm=quiet,
+        disable_tqdm=True,
         dataloader_pin_memory=cuda,
     )
     clock = _Clock(time.perf_counter if cuda else time.process_time)
@@ -244,11 +244,11 @@ def measure(model: Any, texts: Mapping[str, Blocks]) -> dict[str, float]:
 
 def _removal_error(prepared: Prepared, setting: Setting, texts: Texts) -> float | None:
     """How far the logits are from the recipient's after what was learned is removed again."""
-    if prepared.removed is None:
+    if not prepared.removable:
         return None
     ids = texts.test["domain"][0]["input_ids"][None].to(setting.shared.device)
     with eval_mode(setting.shared):
         wanted = setting.shared(input_ids=ids, use_cache=False).logits
-    with prepared.removed() as model, eval_mode(model):
-        found = model(input_ids=ids, use_cache=False).logits
+    with untouched(prepared.model), eval_mode(prepared.model):
+        found = prepared.model(input_ids=ids, use_cache=False).logits
     return float((found - wanted).abs().max())

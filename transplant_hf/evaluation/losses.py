@@ -20,6 +20,7 @@ from .windows import IGNORED, Batch, Windows
 __all__ = [
     "Perplexity",
     "batch_loss",
+    "check_tokenizer_of",
     "check_vocabulary",
     "document_perplexity",
     "input_device",
@@ -142,8 +143,7 @@ def document_perplexity(
     """
     _check_batch_size(batch_size)
     length = choose_block_length(model.config, max_length)
-    if vocab_size(model) is not None:
-        check_tokenizer(tokenizer, vocab_size(model), str(model.config.name_or_path or type(model).__name__))
+    check_tokenizer_of(model, tokenizer)
     texts = list(documents)
     encoded = tokenizer(texts, truncation=True, max_length=length)["input_ids"] if texts else []
     rows = sorted((torch.tensor(ids) for ids in encoded if len(ids) > 1), key=len, reverse=True)
@@ -221,6 +221,13 @@ def check_vocabulary(model: Any, windows: Windows) -> None:
             f"{windows.name} contains the token number {windows.highest}, the model has {size} tokens, "
             f"0..{size - 1}. Encode the text with the model's own tokenizer."
         )
+
+
+def check_tokenizer_of(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer with tokens that the model does not know."""
+    size = vocab_size(model)
+    if size is not None:
+        check_tokenizer(tokenizer, size, str(model.config.name_or_path or type(model).__name__))
 
 
 def vocab_size(model: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ..errors import ConfigurationError
@@ -12,7 +12,7 @@ from ..layer_map import RECIPIENT
 from ..numeric import finite_number
 from .losses import Perplexity
 from .measurement import Measurement
-from .models_and_texts import LoadedModel
+from .models_and_texts import LoadedModel, untouched
 from .reports import EvaluationReport, EvaluationRow, StrengthCurve, label_of
 
 __all__ = ["evaluate", "strength_curve"]
@@ -159,22 +159,8 @@ def _states(measurement: Measurement, recipient: Any) -> Iterator[tuple[str, Any
     if recipient is not None:
         is_name = isinstance(recipient, str | os.PathLike)
         other = measurement.load(recipient).model if is_name else recipient
-        yield RECIPIENT, other, _untouched(other)
+        yield RECIPIENT, other, untouched(other)
     elif names:
-        yield RECIPIENT, model, _untouched(model)
+        yield RECIPIENT, model, untouched(model)
     label = label_of(names) if names else measurement.loaded.name
     yield label if label != RECIPIENT or recipient is None else f"{label} (model)", model, nullcontext()
-
-
-@contextmanager
-def _untouched(model: Any) -> Iterator[None]:
-    """Switch off what was added to a model: donors, and adapters of PEFT."""
-    with ExitStack() as off:
-        if getattr(model, "strengths", None):
-            off.enter_context(model.disable_transplants())
-        if hasattr(model, "peft_config") and hasattr(model, "disable_adapter"):
-            off.enter_context(model.disable_adapter())
-        elif getattr(model, "_hf_peft_config_loaded", False):
-            model.disable_adapters()
-            off.callback(model.enable_adapters)
-        yield

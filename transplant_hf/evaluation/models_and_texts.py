@@ -1,10 +1,11 @@
-"""Load what is measured: a model by its name, its tokenizer, and texts as windows of tokens."""
+"""What is measured: a model by its name, with what was added to it or without, its tokenizer, and texts as windows."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ from ..errors import ConfigurationError
 from ..model.load_any_model import load_model, load_tokenizer
 from ..model.load_weights import HeldBack
 from ..sources import HubOptions
-from ..texts import Blocks, check_tokenizer, starting_token
+from ..texts import Blocks, starting_token
 from ..texts.blocks import read_stream
-from .losses import vocab_size
+from .losses import check_tokenizer_of
 from .windows import Windows
 
-__all__ = ["LoadedModel", "find_tokenizer", "model_to_measure", "read_windows"]
+__all__ = ["LoadedModel", "find_tokenizer", "model_to_measure", "read_windows", "untouched"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,20 @@ def model_to_measure(
         names = ", ".join([*(["revision"] if revision is not None else []), *kwargs])
         raise ConfigurationError(f"{names}: these are for loading a model by its name, but a loaded model was given.")
     return LoadedModel(model)
+
+
+@contextmanager
+def untouched(model: Any) -> Iterator[None]:
+    """Switch off what was added to a model inside a `with` block: donors, and adapters of PEFT."""
+    with ExitStack() as off:
+        if getattr(model, "strengths", None):
+            off.enter_context(model.disable_transplants())
+        if hasattr(model, "peft_config") and hasattr(model, "disable_adapter"):
+            off.enter_context(model.disable_adapter())
+        elif getattr(model, "_hf_peft_config_loaded", False):
+            model.disable_adapters()
+            off.callback(model.enable_adapters)
+        yield
 
 
 def find_tokenizer(loaded: LoadedModel) -> Any:
@@ -101,8 +116,7 @@ def read_windows(
             windows.append(Windows(text[:max_tokens], length, stride, name=name))
         else:
             tokenizer = find_tokenizer(loaded) if tokenizer is None else tokenizer
-            if vocab_size(model) is not None:
-                check_tokenizer(tokenizer, vocab_size(model), str(model.config.name_or_path or type(model).__name__))
+            check_tokenizer_of(model, tokenizer)
             stream, found = read_stream(text, tokenizer, max_tokens, name=name, token=token, quiet=quiet)
             windows.append(Windows(stream, length, stride, starting_token(tokenizer), found))
     return windows

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 
 from ..architecture import choose_block_length
 from ..errors import ConfigurationError, DataError
+from ..evaluation.losses import check_tokenizer_of
 from ..evaluation.models_and_texts import LoadedModel, find_tokenizer, read_windows
 from ..evaluation.windows import Windows
 from ..model.load_any_model import load_model, pinned_commit
 from ..partial import PREFIX_STATES
 from ..sources import HubOptions
-from ..texts import Blocks, TextSource, check_tokenizer, pack
+from ..texts import Blocks, TextSource, pack
 from ..texts.documents import check_texts
 
 __all__ = ["REPLAYED", "Rows", "RunData", "as_blocks", "model_and_tokenizer", "read_run", "rows_per_step"]
@@ -111,8 +112,7 @@ def as_blocks(
     if isinstance(data, Blocks):
         return data if max_blocks is None else data.part(0, max_blocks)
     _check_can_pack(data, tokenizer, what, max_blocks)
-    text_config = model.config.get_text_config(decoder=True)
-    check_tokenizer(tokenizer, text_config.vocab_size, str(model.config.name_or_path or type(model).__name__))
+    check_tokenizer_of(model, tokenizer)
     return pack(data, tokenizer, choose_block_length(model.config, block_length), max_blocks)
 
 
