@@ -13,6 +13,7 @@ from .errors import ConfigurationError
 __all__ = [
     "align_table",
     "bytes_text",
+    "dtype_name",
     "numbers_text",
     "parse_size",
     "position_numbers",
@@ -53,6 +54,11 @@ def numbers_text(numbers: Sequence[int]) -> str:
     listed = ", ".join(map(str, numbers[:_MAX_LISTED_NUMBERS]))
     hidden = len(numbers) - _MAX_LISTED_NUMBERS
     return f"{listed}, ... and {hidden} more" if hidden > 0 else listed or "none"
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the name of a dtype of torch, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def position_text(position: int | Sequence[int]) -> str:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from ..display import dtype_name
 from ..donor.from_pt import METADATA_FILE, match_pt_file
 from ..errors import CheckpointError, CompatibilityError, ConfigurationError
 from ..layer_map import Placement, Splice
 from ..pt_files import PtFile
+from ..pt_files.layer_names import numbers_in
 from ..storage import read_json
 from .donors import Asked
 from .findings import Numbering, PtInspection, PtTensorFinding
 
 __all__ = ["inspect_pt"]
 
-_NUMBERED = re.compile(r"(.*?)(\d{1,9})")
 _MAX_PROBLEMS = 8
 
 
@@ -29,14 +29,14 @@ def inspect_pt(path: Path, asked: Asked) -> PtInspection:
     dtypes: Counter[str] = Counter()
     # Tied tensors count once. By their texts: a file can choose numbers whose hashes are all equal.
     for tensor in {repr(tensor): tensor for tensor in file.tensors.values()}.values():
-        dtypes[_dtype_name(tensor.dtype)] += tensor.num_elements
+        dtypes[dtype_name(tensor.dtype)] += tensor.num_elements
     beside = path.parent / METADATA_FILE
     found = PtInspection(
         what=asked.what,
         notes=() if asked.recipient else ("name the source model to see which of its layers these are.",),
         problems=tuple(_false_claims(file)),
         size=path.stat().st_size,
-        tensors={name: PtTensorFinding(t.shape, _dtype_name(t.dtype)) for name, t in file.tensors.items()},
+        tensors={name: PtTensorFinding(t.shape, dtype_name(t.dtype)) for name, t in file.tensors.items()},
         parameters=sum(dtypes.values()),
         dtypes=dict(dtypes.most_common()),
         numbering=_numbering(file.tensors),
@@ -84,16 +84,7 @@ def _numbering(names: Iterable[str]) -> tuple[Numbering, ...]:
     """Group names by what stands before the first number in them."""
     groups: dict[str, Counter[int]] = {}
     for name in names:
-        pieces = name.split(".")
-        for at, piece in enumerate(pieces):
-            match = _NUMBERED.fullmatch(piece)
-            if match is not None:
-                prefix = ".".join([*pieces[:at], *([match[1]] if match[1] else [])])
-                groups.setdefault(prefix, Counter())[int(match[2])] += 1
-                break
+        for _, prefix, number in itertools.islice(numbers_in(name), 1):
+            groups.setdefault(prefix, Counter())[number] += 1
     found = [Numbering(prefix, tuple(sorted(counts)), counts.total()) for prefix, counts in groups.items()]
     return tuple(sorted(found, key=lambda group: (-group.tensors, group.prefix)))
-
-
-def _dtype_name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")

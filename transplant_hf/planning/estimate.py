@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architecture import decoder_stack, max_context_length
-from ..display import parse_size
+from ..display import dtype_name, parse_size
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, LayerMap
 from ..sources import HubArguments, HubOptions
@@ -21,7 +21,7 @@ from .devices import place_model
 from .models import PlannedModels, find_models
 from .results import CacheKind, Cost, Hardware, Plan, PlannedDonor
 from .training import check_training, training_cost
-from .weights import dtype_name, loaded_model, loaded_transplant, quantization, weights_by_dtype
+from .weights import loaded_model, loaded_transplant, quantization, weights_by_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -13,24 +13,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import Anatomy, decoder_stack
+from ..display import dtype_name
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..splice import Blueprint, DonorPart
 
-__all__ = ["dtype_name", "loaded_model", "loaded_transplant", "quantization", "weights_by_dtype"]
+__all__ = ["loaded_model", "loaded_transplant", "quantization", "weights_by_dtype"]
 
 # MXFP4 stores 32 numbers in 17 bytes: 16 for the numbers and one for their common scale.
 _BLOCK, _BLOCK_BYTES = 32, 17
-
-
-def dtype_name(dtype: object) -> str:
-    """Return the name of a dtype without the library's.
-
-    Example:
-        >>> dtype_name(torch.bfloat16)
-        'bfloat16'
-    """
-    return str(dtype).removeprefix("torch.")
 
 
 def loaded_model(anatomy: Anatomy, quantized: bool) -> PreTrainedModel:

@@ -40,14 +40,7 @@ class NameReader:
 
     def read_numbered(self, name: str) -> LayerTensor | None:
         """Split a name; `None` when no tensor of a layer follows a number in it."""
-        pieces = name.split(".")
-        splits = []
-        for at, piece in enumerate(pieces):
-            match = _NUMBER.fullmatch(piece)
-            if match is not None:
-                prefix = ".".join([*pieces[:at], *([match[1]] if match[1] else [])])
-                splits.append((at + 1, prefix, int(match[2])))
-        return self._first_match(pieces, splits)
+        return self._first_match(name.split("."), list(numbers_in(name)))
 
     def read_unnumbered(self, name: str) -> LayerTensor | None:
         """Split a name in a file that holds one layer, without a number."""
@@ -80,6 +73,15 @@ class NameReader:
                 if _COMPUTED.fullmatch(rest) or self.names.is_ignored(f"{self._path}.0.{rest}"):
                     return rest, None
         return None
+
+
+def numbers_in(name: str) -> Iterator[tuple[int, str, int]]:
+    """Yield each number in a dotted name: how many pieces end with it, what stands before it, and the number."""
+    pieces = name.split(".")
+    for at, piece in enumerate(pieces):
+        match = _NUMBER.fullmatch(piece)
+        if match is not None:
+            yield at + 1, ".".join([*pieces[:at], *([match[1]] if match[1] else [])]), int(match[2])
 
 
 def _without_wrappers(pieces: list[str]) -> Iterator[str]:

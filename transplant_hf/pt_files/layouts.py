@@ -9,6 +9,7 @@ import torch
 
 from ..architecture import Anatomy
 from ..architecture.names import is_adapter
+from ..display import dtype_name
 from ..errors import CheckpointError, ConfigurationError
 from ..numeric import consecutive_layers
 from .layer_names import LayerTensor, NameReader
@@ -217,7 +218,7 @@ def _wrong_shape(
     name: str, found: LayerTensor, tensor: PtTensor, wanted: torch.Tensor, one_to_one: bool
 ) -> Iterator[str]:
     shape = tuple(wanted.shape)
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = dtype_name(tensor.dtype)
     if found.packed:
         if not one_to_one or len(shape) != 3 or shape[1] % 32:
             yield f"{name}: found a part of a tensor packed as MXFP4, expected all of {list(shape)}"
