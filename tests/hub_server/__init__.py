@@ -14,7 +14,6 @@ from __future__ import annotations
 from .client import ENDPOINT, hub_environment, json_result, run_with_hub, start_session_server
 from .faults import Fault
 from .requestlog import RequestLog, RequestRecord
-from .script import run_script
 from .server import HubServer
 from .users import ALICE, ALICE_READ_ONLY, BOB, EXPIRED
 
@@ -30,7 +29,6 @@ __all__ = [
     "RequestRecord",
     "hub_environment",
     "json_result",
-    "run_script",
     "run_with_hub",
     "start_session_server",
 ]

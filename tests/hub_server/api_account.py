@@ -21,34 +21,13 @@ def whoami(hub: HubState, request: Request) -> Response:
     """Who the token belongs to."""
     name = hub.users.check_login(request.caller)
     role = "write" if request.caller.can_write else "read"
-    organizations = [
-        {"type": "org", "name": org, "fullname": org, "roleInOrg": role} for org in hub.users.organizations_of(name)
-    ]
-    return json_response(
-        {
-            "type": "user",
-            "id": name,
-            "name": name,
-            "fullname": name.title(),
-            "isPro": False,
-            "orgs": organizations,
-            "auth": {"type": "access_token", "accessToken": {"displayName": "test", "role": role}},
-        }
-    )
+    auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": role}}
+    return json_response({"type": "user", "id": name, "name": name, "isPro": False, "orgs": [], "auth": auth})
 
 
 @router.add("POST", "/api/validate-yaml")
 def validate_yaml(hub: HubState, request: Request) -> Response:
-    """Check the metadata of a model card.
-
-    Only the fence of the block is checked: the standard library has no YAML parser.
-    """
-    content = str(request.json().get("content", ""))
-    if not content.startswith("---"):
-        warning = "empty or missing yaml metadata in repo card"
-        return json_response({"errors": [], "warnings": [{"message": warning}]})
-    if "\n---" not in content[3:]:
-        return json_response({"errors": [{"message": "metadata block is not closed"}], "warnings": []}, 400)
+    """Accept the metadata of a model card."""
     return json_response({"errors": [], "warnings": []})
 
 
@@ -83,45 +62,10 @@ def delete_repo(hub: HubState, request: Request) -> Response:
     return Response()
 
 
-@router.add("PUT", "/api/models/{repo}/settings")
-def update_settings(hub: HubState, request: Request, repo: str) -> Response:
-    """Change who may see a repository."""
-    target = hub.writable_repo(request, repo)
-    wanted = request.json()
-    with hub.store.lock:
-        if "visibility" in wanted:
-            target.private = wanted["visibility"] == "private"
-        elif "private" in wanted:
-            target.private = bool(wanted["private"])
-        if "gated" in wanted:
-            target.gated = wanted["gated"]
-    return json_response({"private": target.private, "gated": target.gated})
-
-
-@router.add("GET", "/api/models/{repo}/auth-check")
-def auth_check(hub: HubState, request: Request, repo: str) -> Response:
-    """Whether the caller may read the files."""
-    hub.readable_repo(request, repo)
-    return json_response({})
-
-
-@router.add("GET", "/api/models/{repo}/auth-check/write")
-def auth_check_write(hub: HubState, request: Request, repo: str) -> Response:
-    """Whether the caller may push."""
-    hub.writable_repo(request, repo)
-    return json_response({})
-
-
 @router.add("GET", "/api/agent-harnesses")
 def agent_harnesses(hub: HubState, request: Request) -> Response:
     """A registry that the client fetches once a day for its user agent; it holds nothing here."""
     return json_response({"standardEnvVars": [], "harnesses": {}})
-
-
-@router.add("GET", "/api/telemetry/{path}")
-def telemetry(hub: HubState, request: Request, path: str) -> Response:
-    """Accept and forget, for libraries whose telemetry was not switched off."""
-    return Response()
 
 
 def _repo_id(wanted: dict[str, Any], caller: str) -> str:

@@ -1,25 +1,19 @@
-"""Endpoints that describe repositories: what they hold, their history and their refs."""
+"""Endpoints that describe repositories: what they hold, and their history."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlencode
 
 from .errors import entry_not_found
 from .messages import Request, Response, json_response
 from .routing import Router
 from .state import HubState
-from .store import Commit, FileEntry, Repo, folder_ids, iso_date
+from .store import Commit, Repo, folder_ids, iso_date
 
 __all__ = ["router"]
 
 router = Router()
-
-# Looking up last commits is slow on the public Hub, which therefore gives out shorter pages.
-_EXPANDED_PAGE = 50
-_SAFE = {"status": "safe", "avScan": None, "pickleImportScan": None}
 
 
 @router.add("GET", "/api/models/{repo}")
@@ -48,18 +42,6 @@ def subtree(hub: HubState, request: Request, repo: str, revision: str, path: str
     return _tree(hub, request, repo, revision, path.strip("/"))
 
 
-@router.add("POST", "/api/models/{repo}/paths-info/{revision}")
-def paths_info(hub: HubState, request: Request, repo: str, revision: str) -> Response:
-    """Describe the given paths; those that do not exist are left out."""
-    target = hub.visible_repo(request, repo)
-    commit = target.resolve(revision)
-    form = request.form()
-    expand = form.get("expand", ["false"])[-1].lower() == "true"
-    entries = _entries(commit)
-    wanted = [entries[path.strip("/")] for path in form.get("paths", []) if path.strip("/") in entries]
-    return json_response([_with_history(target, commit, entry) if expand else entry for entry in wanted])
-
-
 @router.add("GET", "/api/models/{repo}/commits/{revision}")
 def commits(hub: HubState, request: Request, repo: str, revision: str) -> Response:
     """List the commits that led to a revision, newest first."""
@@ -75,25 +57,7 @@ def commits(hub: HubState, request: Request, repo: str, revision: str) -> Respon
         }
         for commit in target.history(target.resolve(revision))
     ]
-    return _page(hub, request, history, hub.page_size)
-
-
-@router.add("GET", "/api/models/{repo}/refs")
-def refs(hub: HubState, request: Request, repo: str) -> Response:
-    """List branches, tags and, if asked to, pull requests."""
-    target = hub.visible_repo(request, repo)
-
-    def rows(names: Mapping[str, str], prefix: str) -> list[dict[str, str]]:
-        return [{"name": name, "ref": f"{prefix}{name}", "targetCommit": sha} for name, sha in sorted(names.items())]
-
-    answer = {
-        "branches": rows(target.branches, "refs/heads/"),
-        "tags": rows(target.tags, "refs/tags/"),
-        "converts": [],
-    }
-    if request.flag("include_prs"):
-        answer["pullRequests"] = rows(target.pulls, "")
-    return json_response(answer)
+    return json_response(history)
 
 
 def _describe(repo: Repo, commit: Commit, request: Request) -> Response:
@@ -167,24 +131,6 @@ def _entries(commit: Commit) -> dict[str, dict[str, Any]]:
     return dict(sorted(rows.items()))
 
 
-def _with_history(repo: Repo, commit: Commit, entry: dict[str, Any]) -> dict[str, Any]:
-    """Add the last commit that changed an entry."""
-    path = entry["path"]
-
-    def content(files: Mapping[str, FileEntry]) -> list[tuple[str, str]]:
-        return sorted((name, e.oid) for name, e in files.items() if name == path or name.startswith(f"{path}/"))
-
-    last = commit
-    for earlier in repo.history(commit):
-        if content(earlier.files) != content(commit.files):
-            break
-        last = earlier
-    expanded = {**entry, "lastCommit": {"id": last.id, "title": last.title, "date": iso_date(last.time)}}
-    if entry["type"] == "file":
-        expanded["securityFileStatus"] = _SAFE
-    return expanded
-
-
 def _tree(hub: HubState, request: Request, repo_id: str, revision: str, folder: str) -> Response:
     repo = hub.visible_repo(request, repo_id)
     commit = repo.resolve(revision)
@@ -195,19 +141,4 @@ def _tree(hub: HubState, request: Request, repo_id: str, revision: str, folder: 
     rows = [entry for path, entry in entries.items() if path.startswith(prefix)]
     if not request.flag("recursive"):
         rows = [entry for entry in rows if "/" not in entry["path"].removeprefix(prefix)]
-    size = hub.page_size
-    if request.flag("expand"):
-        rows = [_with_history(repo, commit, entry) for entry in rows]
-        size = min(size, _EXPANDED_PAGE)
-    return _page(hub, request, rows, size)
-
-
-def _page(hub: HubState, request: Request, rows: Sequence[dict[str, Any]], size: int) -> Response:
-    """Cut a listing into pages, linked by a header."""
-    start = int(request.query.get("cursor", ["0"])[-1])
-    headers = {"X-Total-Count": str(len(rows))}
-    if start + size < len(rows):
-        query = {**request.query, "cursor": [str(start + size)]}
-        # The path is repeated as it was sent: decoding it would lose an encoded slash in a revision.
-        headers["Link"] = f'<{hub.hub_url}{request.raw_path}?{urlencode(query, doseq=True)}>; rel="next"'
-    return json_response(rows[start : start + size], headers=headers)
+    return json_response(rows)

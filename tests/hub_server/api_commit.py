@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -139,26 +138,12 @@ def _apply(
     elif kind == "deletedFile":
         if files.pop(path, None) is None:
             raise entry_not_found(head.id, f"A file with this name doesn't exist: {path}")
-    elif kind == "deletedFolder":
-        prefix = path.rstrip("/") + "/"
-        gone = [name for name in files if name.startswith(prefix)]
-        if not gone:
-            raise entry_not_found(head.id, f"A folder with this name doesn't exist: {path}")
-        for name in gone:
-            del files[name]
     else:
         raise ApiError(400, f"Unknown kind of change: {kind}")
 
 
 def _regular_file(hub: HubState, path: str, value: dict[str, Any]) -> FileEntry:
-    content = str(value.get("content", ""))
-    if value.get("encoding") == "base64":
-        try:
-            raw = base64.b64decode(content, validate=True)
-        except binascii.Error as error:
-            raise ApiError(400, f"The content of {path} is not base64") from error
-    else:
-        raw = content.encode()
+    raw = base64.b64decode(value["content"], validate=True)
     if len(raw) >= hub.lfs_threshold:
         raise ApiError(400, f"Your push was rejected because {path} is too large for git: use LFS")
     return FileEntry(hub.blobs.add_bytes(raw), lfs=False)

@@ -57,14 +57,8 @@ class BlobStore:
         """Keep a content that is in memory."""
         return self.add_file(self.receive([content])[0], move=True)
 
-    def add_file(self, source: Path, *, move: bool = False, link: bool = False) -> Blob:
-        """Keep the content of a file.
-
-        Args:
-            source: The file.
-            move: The file is ours to take.
-            link: Serve the file from where it is: nothing is copied, and it must not change any more.
-        """
+    def add_file(self, source: Path, *, move: bool = False) -> Blob:
+        """Keep the content of a file; `move` takes the file itself."""
         sha256, git_oid, size = _hash_file(source)
         with self._lock:
             known = self._blobs.get(sha256)
@@ -72,31 +66,26 @@ class BlobStore:
                 if move:
                     source.unlink()
                 return known
-            target = source if link else self.root / sha256
+            target = self.root / sha256
             if move:
                 source.replace(target)
-            elif not link:
+            else:
                 shutil.copyfile(source, target)
             blob = Blob(sha256, git_oid, size, target.absolute())
             self._blobs[sha256] = blob
             return blob
 
-    def receive(self, chunks: Iterable[bytes]) -> tuple[Path, str, str]:
-        """Write a body that arrives in pieces to a temporary file.
-
-        Returns:
-            The file, its sha256 and its md5 (the ETag that storage gives to a part).
-        """
+    def receive(self, chunks: Iterable[bytes]) -> tuple[Path, str]:
+        """Write a body that arrives in pieces to a temporary file; returns the file and its sha256."""
         with self._lock:
             self._serial += 1
             target = self._incoming / str(self._serial)
-        sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+        sha256 = hashlib.sha256()
         with target.open("wb") as file:
             for chunk in chunks:
                 file.write(chunk)
                 sha256.update(chunk)
-                md5.update(chunk)
-        return target, sha256.hexdigest(), md5.hexdigest()
+        return target, sha256.hexdigest()
 
 
 def _hash_file(path: Path) -> tuple[str, str, int]:

@@ -45,7 +45,6 @@ class Dispatcher:
             query=request.query,
             range=request.headers.get("Range"),
             has_token=request.headers.get("Authorization") is not None,
-            download_call=request.headers.get("X-HF-Download-Counter") is not None,
         )
         self.log.add(record)
         fault = self.faults.take(request.method, request.path)

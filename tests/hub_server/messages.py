@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
 from typing import Any, Protocol
-from urllib.parse import parse_qs
 
 from .blobs import Blob
 from .errors import ApiError
@@ -108,10 +107,6 @@ class Request:
         if not isinstance(value, dict):
             raise ApiError(400, "The body must be a JSON object")
         return value
-
-    def form(self) -> dict[str, list[str]]:
-        """The body as a submitted form."""
-        return parse_qs(self.body.read().decode(), keep_blank_values=True)
 
     def flag(self, name: str) -> bool:
         """A yes-or-no parameter of the query."""

@@ -22,7 +22,6 @@ class RequestRecord:
         range: The `Range` header.
         user: The user whose token came along; None for an anonymous request or a bad token.
         has_token: Whether any token came along.
-        download_call: Whether the client counts the request as part of a download.
         status: Status of the answer; None when the connection was dropped instead.
         bytes_sent: Size of the body that was sent.
         bytes_received: Size of the body that came in.
@@ -37,7 +36,6 @@ class RequestRecord:
     range: str | None = None
     user: str | None = None
     has_token: bool = False
-    download_call: bool = False
     status: int | None = None
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -77,9 +75,6 @@ class RequestLog:
 
     def __len__(self) -> int:
         return len(self.snapshot())
-
-    def __getitem__(self, index: int) -> RequestRecord:
-        return self.snapshot()[index]
 
     def __repr__(self) -> str:
         return "\n".join(str(record) for record in self.snapshot()) or "(no requests)"

@@ -28,21 +28,11 @@ class HubServer:
     Args:
         lfs_threshold: From this size on, a file is large; names that `.gitattributes` lists are large at any
             size.
-        multipart_threshold: From this size on, a large file is uploaded in parts.
-        part_size: Size of such a part.
-        page_size: Entries per page of a listing.
     """
 
-    def __init__(
-        self,
-        *,
-        lfs_threshold: int = 10 * MIB,
-        multipart_threshold: int = 64 * MIB,
-        part_size: int = 16 * MIB,
-        page_size: int = 1000,
-    ) -> None:
+    def __init__(self, lfs_threshold: int = 10 * MIB) -> None:
         self._root = Path(tempfile.mkdtemp(prefix="test-hub-"))
-        self.state = HubState(self._root, lfs_threshold, multipart_threshold, part_size, page_size)
+        self.state = HubState(self._root, lfs_threshold)
         self._dispatcher = Dispatcher(self.state)
         self._hub = Origin("hub", self._dispatcher)
         self._cdn = Origin("cdn", self._dispatcher)
@@ -55,11 +45,6 @@ class HubServer:
     def url(self) -> str:
         """What `HF_ENDPOINT` has to be; still known after the server stopped."""
         return self.state.hub_url
-
-    @property
-    def cdn_url(self) -> str:
-        """Where large files are stored."""
-        return self.state.cdn_url
 
     @property
     def crashes(self) -> list[str]:
@@ -98,11 +83,6 @@ class HubServer:
 
     # -- Filling ---------------------------------------------------------------------------------------------
 
-    @property
-    def users(self) -> UserDirectory:
-        """Users and organizations, to add more."""
-        return self.state.users
-
     def add_repo(
         self,
         repo_id: str,
@@ -110,9 +90,7 @@ class HubServer:
         *,
         private: bool = False,
         gated: bool | str = False,
-        granted: Iterable[str] = (),
         message: str = "initial commit",
-        link: bool = False,
     ) -> str:
         """Create a repository with one commit, without any request.
 
@@ -121,19 +99,16 @@ class HubServer:
         Args:
             repo_id: Its id; the part before the slash is its owner.
             files: Path in the repository -> content or file; or a folder, to take all files below it.
-            private: Only the owner and the users in `granted` may know of it.
-            gated: Only the owner and the users in `granted` may read its files.
-            granted: Names of users.
+            private: Only the owner and users that `grant` let in may know of it.
+            gated: Only the owner and users that `grant` let in may read its files.
             message: Message of the commit.
-            link: Serve files from where they are instead of copying them; they must not change any more.
 
         Returns:
             The id of the commit.
         """
         with self.state.store.lock:
             repo = self.state.store.create(repo_id, private=private, gated=gated)
-            repo.granted.update(granted)
-            return self._commit(repo, files, (), None, "main", message, link)
+            return self._commit(repo, files, (), None, "main", message)
 
     def commit(
         self,
@@ -143,7 +118,6 @@ class HubServer:
         delete: Iterable[str] = (),
         branch: str = "main",
         message: str = "update",
-        link: bool = False,
     ) -> str:
         """Add a commit to a branch, without any request.
 
@@ -153,12 +127,7 @@ class HubServer:
         with self.state.store.lock:
             repo = self._repo(repo_id)
             head = repo.commits[repo.movable(branch)[branch]]
-            return self._commit(repo, files, delete, head, branch, message, link)
-
-    def branch(self, repo_id: str, name: str, revision: str = "main") -> None:
-        """Create a branch, or move it."""
-        repo = self._repo(repo_id)
-        repo.branches[name] = repo.resolve(revision).id
+            return self._commit(repo, files, delete, head, branch, message)
 
     def tag(self, repo_id: str, name: str, revision: str = "main") -> None:
         """Create a tag, or move it."""
@@ -168,10 +137,6 @@ class HubServer:
     def grant(self, repo_id: str, user: str) -> None:
         """Let a user into a private or gated repository."""
         self._repo(repo_id).granted.add(user)
-
-    def revoke(self, repo_id: str, user: str) -> None:
-        """Take a user off the list of a private or gated repository."""
-        self._repo(repo_id).granted.discard(user)
 
     # -- Looking ---------------------------------------------------------------------------------------------
 
@@ -266,7 +231,6 @@ class HubServer:
         head: Commit | None,
         branch: str,
         message: str,
-        link: bool,
     ) -> str:
         merged = dict(head.files) if head is not None else {}
         for path in delete:
@@ -275,7 +239,7 @@ class HubServer:
             if isinstance(content, bytes):
                 blob = self.state.blobs.add_bytes(content)
             else:
-                blob = self.state.blobs.add_file(content, link=link)
+                blob = self.state.blobs.add_file(content)
             merged[path] = FileEntry(blob, self.state.is_large(path, blob.size, merged))
         commit = self.state.store.commit(repo, merged, parent=head, title=message, author=repo.namespace)
         repo.branches[branch] = commit.id

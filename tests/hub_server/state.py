@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, urlencode
@@ -23,28 +22,19 @@ MIB = 1 << 20
 
 @dataclass
 class HubState:
-    """The data of the Hub and the sizes that decide how files travel.
+    """The data of the Hub, and the size that decides how files travel.
 
     Attributes:
         root: Folder for contents and half-done uploads.
         lfs_threshold: From this size on, a file is large whatever its name.
-        multipart_threshold: From this size on, a large file is uploaded in parts.
-        part_size: Size of such a part.
-        page_size: Entries per page of a listing.
     """
 
     root: Path
     lfs_threshold: int = 10 * MIB
-    multipart_threshold: int = 64 * MIB
-    part_size: int = 16 * MIB
-    page_size: int = 1000
     hub_url: str = ""
     cdn_url: str = ""
     users: UserDirectory = field(default_factory=UserDirectory)
     store: RepoStore = field(default_factory=RepoStore)
-    # Parts of uploads under way, by (repository, sha256): number -> (file, md5).
-    parts: dict[tuple[str, str], dict[int, tuple[Path, str]]] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.blobs = BlobStore(self.root / "blobs")

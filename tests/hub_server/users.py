@@ -33,11 +33,10 @@ class Caller:
 
 
 class UserDirectory:
-    """Tokens, users and organizations. Alice and Bob are there from the start."""
+    """Tokens and users: Alice and Bob."""
 
     def __init__(self) -> None:
         self._callers: dict[str, Caller] = {}
-        self._organizations: dict[str, set[str]] = {}
         self.add_user("alice", ALICE)
         self.add_user("alice", ALICE_READ_ONLY, can_write=False)
         self.add_user("bob", BOB)
@@ -45,10 +44,6 @@ class UserDirectory:
     def add_user(self, name: str, token: str, *, can_write: bool = True) -> None:
         """Register a token of a user; a user may have several."""
         self._callers[token] = Caller(name, can_write)
-
-    def add_organization(self, name: str, members: set[str]) -> None:
-        """Register an organization whose members may write to its repositories."""
-        self._organizations[name] = set(members)
 
     def identify(self, authorization: str | None) -> Caller:
         """Turn an `Authorization` header into a caller.
@@ -64,25 +59,15 @@ class UserDirectory:
             raise bad_credentials()
         return caller
 
-    def organizations_of(self, user: str) -> list[str]:
-        """Organizations that a user is a member of."""
-        return sorted(name for name, members in self._organizations.items() if user in members)
-
-    def owns(self, caller: Caller, namespace: str) -> bool:
-        """Whether a namespace is the caller's own or that of one of their organizations."""
-        return caller.name is not None and (
-            caller.name == namespace or caller.name in self._organizations.get(namespace, ())
-        )
-
     def check_visible(self, caller: Caller, repo: Repo) -> None:
         """Let through whoever may know that the repository exists."""
-        if repo.private and not self.owns(caller, repo.namespace) and caller.name not in repo.granted:
+        if repo.private and caller.name != repo.namespace and caller.name not in repo.granted:
             raise repo_not_found(anonymous=caller.anonymous)
 
     def check_content(self, caller: Caller, repo: Repo, page: str) -> None:
         """Let through whoever may read the files; the metadata of a gated repository is open to all."""
         self.check_visible(caller, repo)
-        if repo.gated and not self.owns(caller, repo.namespace) and caller.name not in repo.granted:
+        if repo.gated and caller.name != repo.namespace and caller.name not in repo.granted:
             raise gated_repo(repo.id, page, anonymous=caller.anonymous)
 
     def check_login(self, caller: Caller) -> str:
@@ -94,7 +79,7 @@ class UserDirectory:
     def check_namespace(self, caller: Caller, namespace: str) -> None:
         """Let through whoever may create or delete repositories of a namespace."""
         self.check_login(caller)
-        if not self.owns(caller, namespace):
+        if caller.name != namespace:
             raise forbidden(f'You don\'t have the rights to create a model under the namespace "{namespace}"')
         if not caller.can_write:
             raise self._read_only_token()
@@ -103,7 +88,7 @@ class UserDirectory:
         """Let through whoever may push to a repository."""
         self.check_visible(caller, repo)
         self.check_login(caller)
-        if not self.owns(caller, repo.namespace):
+        if caller.name != repo.namespace:
             raise forbidden("Authorization error: you don't have write access to this repository.")
         if not caller.can_write:
             raise self._read_only_token()
