@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from transformers import Gemma3nTextConfig
 
-from tests.helpers import edit_json, edit_weights, make_family, tiny_gpt2_model, tiny_llama_model
+from tests.helpers import edit_json, edit_weights, make_family, tiny_llama_model
 from transplant_hf import (
     AutoModelWithTransplant,
-    Donor,
     DonorSpec,
     DonorTrainer,
     DonorTrainingArguments,
@@ -26,7 +25,7 @@ load = AutoModelWithTransplant.from_pretrained
 
 @dataclasses.dataclass(frozen=True)
 class Desk:
-    """The current folder: `recipient/`, `law/` (a donor of it), `gpt2/` and `llama/` (other models).
+    """The current folder: `recipient/`, `law/` (a donor of it) and `llama/` (another model).
 
     Args:
         folder: Where they lie.
@@ -55,7 +54,6 @@ def make_desk(folder: Path, hub: Any, log_in: Callable[[str], None], patch: Any)
     (folder / "donor").rename(folder / "law")
     edit_json(folder / "law" / "donor_config.json", name="law")
     edit_json(folder / "law" / "config.json", recipient="../recipient")
-    tiny_gpt2_model(seed=3).save_pretrained(folder / "gpt2")
     tiny_llama_model(seed=4, hidden_size=64).save_pretrained(folder / "llama")
     return Desk(folder, hub, log_in, patch)
 
@@ -63,25 +61,8 @@ def make_desk(folder: Path, hub: Any, log_in: Callable[[str], None], patch: Any)
 # -- Loading and places --------------------------------------------------------------------------------------------
 
 
-def no_donors_named(desk: Desk) -> None:
-    load("recipient")
-
-
-def transplant_as_recipient(desk: Desk) -> None:
-    load("law", donors={"law": 1})
-
-
-def no_recommended_position(desk: Desk) -> None:
-    Path("law/config.json").unlink()
-    load("recipient", donors="law")
-
-
 def does_not_fit(desk: Desk) -> None:
     load("llama", donors={"law": 1})
-
-
-def other_architecture(desk: Desk) -> None:
-    load("gpt2", donors={"law": 1})
 
 
 def layers_depend_on_each_other(desk: Desk) -> None:
@@ -90,14 +71,6 @@ def layers_depend_on_each_other(desk: Desk) -> None:
 
 
 # -- Files ---------------------------------------------------------------------------------------------------------
-
-
-def bytes_changed(desk: Desk) -> None:
-    path = desk.folder / "law" / "donor.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    load("law")
 
 
 def size_changed(desk: Desk) -> None:
@@ -111,17 +84,7 @@ def not_finite(desk: Desk) -> None:
     load("law")
 
 
-def layers_unknown(desk: Desk) -> None:
-    source = tiny_llama_model(seed=2)
-    torch.save([source.model.layers[n].state_dict() for n in (1, 2)], "donor_layers.pt")
-    Donor.from_pt("donor_layers.pt", recipient="recipient")
-
-
 # -- A loaded model ------------------------------------------------------------------------------------------------
-
-
-def strength_of_replacing(desk: Desk) -> None:
-    desk.model("replace").set_strength("law", 0.5)
 
 
 def cache_of_the_other_side(desk: Desk) -> None:
