@@ -51,6 +51,7 @@ __all__ = [
     "loaded",
     "logits_of",
     "make_family",
+    "pack_experts",
     "plain",
     "randomised",
     "reference_logits",
@@ -340,6 +341,24 @@ def cast_weights(folder: Path, dtype: torch.dtype) -> None:
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     edit_json(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
+
+
+def pack_experts(folder: Path) -> None:
+    """Give a saved GPT-OSS random experts in the published format, MXFP4: blocks of 32 four-bit values, and scales."""
+    path, generator = folder / "model.safetensors", torch.Generator().manual_seed(0)
+    packed = {}
+    for name, tensor in load_file(path).items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inner, outer = tensor.shape
+            shape = (experts, outer, inner // 32)
+            packed[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+            packed[f"{name}_scales"] = torch.randint(118, 124, shape, dtype=torch.uint8, generator=generator)
+        else:
+            packed[name] = tensor.bfloat16()
+    save_file(packed, path, metadata={"format": "pt"})
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    edit_json(folder / "config.json", dtype="bfloat16", quantization_config=quantization)
 
 
 def digest_of(folder: Path) -> dict[str, str]:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from transformers import AutoModelForCausalLM
 
 from tests.faults.looping import pt_file
 from tests.helpers import DONOR_LAYERS, NUM_LAYERS, Shelf, edit_json, refused, refused_by_hub
 from tests.hub_server import ALICE, BOB, EXPIRED, HubServer, json_result, run_with_hub
-from transplant_hf import AutoModelWithTransplant, Donor, HubError, inspect
+from transplant_hf import AutoModelWithTransplant, Donor, HubError, check, inspect
 from transplant_hf.conversion import convert
 
 pytestmark = pytest.mark.hub
@@ -27,6 +28,18 @@ def call_donor(shelf: Shelf, **kwargs: Any) -> Any:
 
 def call_load(shelf: Shelf, **kwargs: Any) -> Any:
     return AutoModelWithTransplant.from_pretrained(shelf.law, **kwargs)
+
+
+def call_auto_class(shelf: Shelf, **kwargs: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(shelf.law, **kwargs)
+
+
+def call_insert(shelf: Shelf, **kwargs: Any) -> Any:
+    return AutoModelWithTransplant.from_pretrained(shelf.base, donors={shelf.law: 1}, **kwargs)
+
+
+def call_check(shelf: Shelf, **kwargs: Any) -> Any:
+    return check(shelf.base, shelf.law, **kwargs)
 
 
 def call_from_pt(shelf: Shelf, **kwargs: Any) -> Any:
@@ -47,7 +60,8 @@ def call_inspect(shelf: Shelf, **kwargs: Any) -> Any:
     return inspect(shelf.law, **kwargs)
 
 
-READS_LAW, READS_BASE, PUSHES = [call_donor, call_load], [call_load, call_from_pt, call_convert], [call_push]
+READS_LAW = [call_donor, call_load, call_insert, call_check]
+READS_BASE = [call_load, call_auto_class, call_from_pt, call_convert]
 ALL = [call_donor, call_load, call_from_pt, call_convert, call_push]
 
 
@@ -58,6 +72,7 @@ def test_a_donor_that_is_not_open(shelf: Shelf, as_user: Any, call: Call, how: s
     for token in (None, BOB):
         with refused_by_hub(shelf.law, how, cause=cause):
             call(shelf, token=token)
+    assert shelf.weights(shelf.base) == 0
     shelf.hub.grant(shelf.law, "bob")
     assert call(shelf, token=BOB)
 
@@ -77,7 +92,7 @@ def test_a_recipient_that_is_not_open(shelf: Shelf, as_user: Any, call: Call, ho
 def test_a_recipient_that_is_missing(shelf: Shelf, as_user: Any, call: Call) -> None:
     edit_json(shelf.family / "donor" / "config.json", recipient=shelf.base)
     shelf.put_law()
-    with refused_by_hub(shelf.base, "not found", "Check the name", cause=RepositoryNotFoundError):
+    with refused_by_hub(shelf.base, "not found", "private", "Check the name", cause=RepositoryNotFoundError):
         call(shelf)
 
 

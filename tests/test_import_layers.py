@@ -206,8 +206,9 @@ IMPORT_PROBE = """
 import json, sys
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-before = set(sys.modules)
+before, verbosity = set(sys.modules), transformers.logging.get_verbosity()
 import transplant_hf
+assert transformers.logging.get_verbosity() == verbosity
 added = sorted(name for name in set(sys.modules) - before if name.split(".")[0] in ("torch", "transformers"))
 with open(sys.argv[1], "w") as file:
     json.dump({"added": added, "file": transplant_hf.__file__}, file)

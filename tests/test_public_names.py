@@ -43,9 +43,9 @@ print(*(verb for verb in verbs if not callable(getattr(transplant_hf, verb))))
 """
 
 
-@pytest.mark.parametrize("name", transplant_hf.__all__)
-def test_every_public_name_is_there(name: str) -> None:
-    assert getattr(transplant_hf, name) is not None
+def test_every_public_name_is_there() -> None:
+    assert set(dir(transplant_hf)) == set(transplant_hf.__all__)
+    assert all(getattr(transplant_hf, name) is not None for name in transplant_hf.__all__)
 
 
 @pytest.mark.parametrize("verb", VERBS)

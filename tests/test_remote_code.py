@@ -110,30 +110,26 @@ print(config.to_dict())
     assert printed[0].startswith("5 5 eager torch.bfloat16")
 
 
-def test_without_the_package_one_reads_what_to_install(tiny_llama: Path) -> None:
-    code = """
-from transformers import AutoModelForCausalLM
-try:
-    AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-except ImportError as error:
-    print(error)
-"""
-    said = run_python(NOT_INSTALLED + code, tiny_llama / "donor")
-    assert "needs the Python package transplant_hf" in said and "from its own sources" in said
-    assert "pip install" not in said
-
-
-def test_without_trust_nothing_is_run(tiny_llama: Path) -> None:
-    code = """
+def test_without_trust_nothing_is_run_and_without_the_package_one_reads_what_to_install(tiny_llama: Path) -> None:
+    code = f"""
 import sys
 from transformers import AutoModelForCausalLM
 try:
     AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)
 except ValueError as error:
-    print(error)
+    assert "trust_remote_code=True" in str(error), error
+else:
+    raise AssertionError("it was loaded")
 assert "transplant_hf" not in sys.modules
+{NOT_INSTALLED}
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+except ImportError as error:
+    print(error)
 """
-    assert "trust_remote_code=True" in run_python(code, tiny_llama / "donor")
+    said = run_python(code, tiny_llama / "donor")
+    assert "needs the Python package transplant_hf" in said and "from its own sources" in said
+    assert "pip install" not in said
 
 
 def test_with_the_import_the_repositorys_code_is_never_run(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:

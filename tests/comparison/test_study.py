@@ -17,7 +17,7 @@ from tests.training.helpers import noise
 from transplant_hf import ConfigurationError
 from transplant_hf.comparison import METHODS, ComparisonReport, RunResult, compare, compare_texts
 from transplant_hf.comparison.methods import Setting
-from transplant_hf.comparison.study import _next_rate
+from transplant_hf.comparison.study import _next_rate, _rows
 from transplant_hf.plots import plot_comparison
 
 pytest.importorskip("peft")
@@ -29,7 +29,7 @@ def family(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 
 FIELDS: dict[str, Any] = {
-    "learning_rates": [1e-3, 1e-2],
+    "learning_rates": [1e-2],
     "steps": 4,
     "batch_size": 4,
     "replay_shares": [0.25],
@@ -52,15 +52,14 @@ def test_every_method_is_beside_the_controls(report: ComparisonReport) -> None:
     assert sum("standalone" in label for label in labels) == 6, "three views, at equal steps and at equal time"
 
 
-def test_learning_rates_are_chosen_on_the_validation_text(report: ComparisonReport) -> None:
-    for row in report.rows:
-        if row.budget == "steps":
-            others = [
-                run
-                for run in report.runs
-                if (run.method, run.view, run.steps) == (row.result.method, row.result.view, 4)
-            ]
-            assert row.result.validation == min(run.validation for run in others)
+def test_learning_rates_are_chosen_on_the_validation_text() -> None:
+    results = [
+        RunResult("donor", view, rate, 4, 0.0, validation=loss, test={"domain": -loss})
+        for rate, loss in ((1e-3, 3.0), (1e-2, 2.0), (1e-1, 4.0))
+        for view in ("", "at 0.75")
+    ]
+    rows = _rows([METHODS["donor"]], {"donor": results}, "steps")
+    assert [(row.result.learning_rate, row.result.view) for row in rows] == [(1e-2, ""), (1e-2, "at 0.75")]
 
 
 def test_the_best_learning_rate_is_not_at_the_edge_of_those_tried() -> None:

@@ -26,7 +26,7 @@ from tests.hub_server import HubServer
 from transplant_hf import Donor
 from transplant_hf.cli import main
 
-__all__ = ["DOCS", "ROOT", "Block", "blocks_of", "make_desk", "run_block"]
+__all__ = ["DOCS", "ROOT", "Block", "blocks_of", "make_desk", "publish_desk", "run_block"]
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -76,32 +76,38 @@ def blocks_of(path: Path) -> list[Block]:
     ]
 
 
-def make_desk(folder: Path, hub: HubServer) -> None:
-    """Make what the guides speak of.
+def make_desk(folder: Path) -> Path:
+    """Make what the guides speak of: texts, a `.pt` file, `recipient` with its donors `law` and `code`.
 
-    On the Hub a small `openai-community/gpt2` and two donors; in the folder texts, a `.pt` file, and `recipient` with
-    its donors `law` and `code`.
+    In `made`, what `publish_desk` puts on the Hub: a small `openai-community/gpt2` and two donors. Returns the folder.
     """
     fields: dict[str, Any] = {"n_layer": 12, "n_positions": 256}
     recipient = tiny_gpt2_model(seed=6, **fields)
     recipient.generation_config.max_new_tokens = 8
     recipient.save_pretrained(folder / "made" / "recipient")
     write_tokenizer(folder / "made" / "recipient")
-    hub.add_repo("openai-community/gpt2", folder / "made" / "recipient")
     for seed, name in enumerate(("gpt2-law", "gpt2-code"), 7):
         donor = Donor.from_model(tiny_gpt2_model(seed=seed, **fields), layers=LAYERS, name=name)
         donor.save_pretrained(folder / "made" / name, position=10, recipient="openai-community/gpt2")
         write_tokenizer(folder / "made" / name)
-        hub.add_repo(f"alice/{name}", folder / "made" / name)
     tiny_gpt_oss_model(seed=9, num_hidden_layers=6).config.save_pretrained(folder / "made" / "gpt-oss")
-    hub.add_repo("openai/gpt-oss-20b", folder / "made" / "gpt-oss")
     source = tiny_gpt2_model(seed=7, **fields)
     torch.save([source.transformer.h[n].state_dict() for n in LAYERS], folder / "donor_layers.pt")
     make_family(folder, tiny_llama_model)  # `recipient`
+    edit_json(folder / "donor" / "config.json", recipient="../recipient")
     for name in ("law", "code"):
         edit_json(copied(folder / "donor", folder / name) / "donor_config.json", name=name)
     for name in ("law.txt", "law-test.txt", "wikitext.txt", "general-test.txt"):
         (folder / name).write_text("The court holds that the contract is void. " * 10, encoding="utf-8")
+    return folder
+
+
+def publish_desk(folder: Path, hub: HubServer) -> None:
+    """Put models and donors on the Hub."""
+    for name, repo in (("recipient", "openai-community/gpt2"), ("gpt-oss", "openai/gpt-oss-20b")):
+        hub.add_repo(repo, folder / "made" / name)
+    for name in ("gpt2-law", "gpt2-code"):
+        hub.add_repo(f"alice/{name}", folder / "made" / name)
 
 
 def run_block(block: Block, known: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.docs.provoked import PROVOKED, make_desk
+from tests.docs.provoked import PROVOKED, Desk, make_desk
 from tests.helpers import copied, edit_json, run_python
 from tests.hub_server import HubServer
 from transplant_hf import TransplantError
@@ -31,16 +30,22 @@ def test_every_quoted_error_can_be_provoked() -> None:
     assert len(re.findall("^### ", FAQ, re.MULTILINE)) == FAQ.count("```text") == len(QUOTED)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_desk(tmp_path_factory.mktemp("made"))
+
+
 @pytest.mark.hub
+@pytest.mark.usefixtures("as_user")  # nobody is logged in
 @pytest.mark.parametrize("name", PROVOKED)
 def test_the_error_is_as_it_is_quoted(
-    name: str, tmp_path: Path, hub: HubServer, as_user: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, made: Path, tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    desk = make_desk(tmp_path, hub, as_user, monkeypatch)
+    folder = copied(made, tmp_path / "desk")
+    monkeypatch.chdir(folder)
     with pytest.raises(TransplantError) as caught:
-        PROVOKED[name](desk)
-    message = str(caught.value).replace(f"{tmp_path}/", "")
+        PROVOKED[name](Desk(folder, hub))
+    message = str(caught.value).replace(f"{folder}/", "").replace(f"{made}/", "")
     assert said(QUOTED[name], message), f"{name}\nquoted: {QUOTED[name]}\nraised: {message}"
 
 

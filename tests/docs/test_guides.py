@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from transformers import GPT2LMHeadModel
 
-from tests.docs.pages import DOCS, ROOT, Block, blocks_of, make_desk, run_block
+from tests.docs.pages import DOCS, ROOT, Block, blocks_of, make_desk, publish_desk, run_block
+from tests.helpers import copied
 from tests.hub_server import ALICE, HubServer
 
 # Pages whose blocks are run here, but for those that say why not.
@@ -36,12 +37,17 @@ ELSEWHERE = {
 pytestmark = pytest.mark.hub
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_desk(tmp_path_factory.mktemp("made"))
+
+
 @pytest.fixture
-def desk(hub: HubServer, as_user: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def desk(made: Path, hub: HubServer, as_user: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     as_user(ALICE)
-    make_desk(tmp_path, hub)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    publish_desk(made, hub)
+    monkeypatch.chdir(copied(made, tmp_path / "desk"))
+    return tmp_path / "desk"
 
 
 def test_no_page_is_forgotten() -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig, QuantoConfig, TorchAoConfig
 
 from tests.ecosystem import cases
 from tests.ecosystem.cases import Case, make_case
 from tests.ecosystem.steps import aligned, steps
-from tests.helpers import generated, layers_of, logits_of, randomised, refused
+from tests.helpers import copied, generated, layers_of, logits_of, pack_experts, randomised, refused
 from transplant_hf import AutoModelWithTransplant, CheckpointError, ConfigurationError, Donor, transplant
 
 SECTION = "Quantization (width 128)"
@@ -283,7 +281,8 @@ def test_mxfp4(wide: Case, tmp_path: Path) -> None:
         pytest.skip(
             "not applicable: the architecture has no MXFP4 checkpoints: https://huggingface.co/docs/transformers/quantization/mxfp4"
         )
-    packed = _as_mxfp4(wide.recipient, tmp_path / "mxfp4")
+    packed = copied(wide.recipient, tmp_path / "mxfp4")
+    pack_experts(packed)
     donor = Donor.from_model(AutoModelForCausalLM.from_pretrained(wide.source, dtype=torch.bfloat16), [1, 2])
     donor.save_pretrained(tmp_path / "donor", position=wide.position, recipient=str(packed))
     model = aligned(AutoModelWithTransplant.from_pretrained(packed, donors={str(tmp_path / "donor"): wide.position}))
@@ -295,24 +294,3 @@ def test_mxfp4(wide: Case, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "full")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
     assert torch.equal(logits_of(again, wide.ids), logits_of(model, wide.ids))
-
-
-def _as_mxfp4(recipient: Path, target: Path) -> Path:
-    """Write a GPT-OSS checkpoint with random experts in the published format: blocks of 32 four-bit values, scales."""
-    target.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    packed = {}
-    for name, tensor in load_file(recipient / "model.safetensors").items():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            experts, inner, outer = tensor.shape
-            shape = (experts, outer, inner // 32)
-            packed[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
-            packed[f"{name}_scales"] = torch.randint(118, 124, shape, dtype=torch.uint8, generator=generator)
-        else:
-            packed[name] = tensor.bfloat16()
-    save_file(packed, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((recipient / "config.json").read_text())
-    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
-    config |= {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": kept}}
-    (target / "config.json").write_text(json.dumps(config))
-    return target

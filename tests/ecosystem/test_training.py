@@ -7,29 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from tests.ecosystem.cases import Case
 from tests.ecosystem.steps import aligned, donor_parameters, only_donor, steps
 from tests.helpers import generated, layers_of, logits_of, some_ids
 from transplant_hf import AutoModelWithTransplant
+from transplant_hf.texts import Blocks
 
 SECTION = "Training"
 pytestmark = pytest.mark.slow
 
 
-class Rows(Dataset[dict[str, torch.Tensor]]):
-    """Twelve rows of random tokens."""
-
-    def __init__(self) -> None:
-        self.ids = some_ids(12, 10)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+ROWS = Blocks(some_ids(12, 10))
 
 
 def trained(model: Any, folder: Path, resume: Path | None = None, **arguments: Any) -> list[float]:
@@ -48,7 +38,7 @@ def trained(model: Any, folder: Path, resume: Path | None = None, **arguments: A
         "seed": 5,
     }
     settings = TrainingArguments(**{**known, **arguments})
-    run = Trainer(model=model, args=settings, train_dataset=Rows(), eval_dataset=Rows())
+    run = Trainer(model=model, args=settings, train_dataset=ROWS, eval_dataset=ROWS)
     run.train(resume_from_checkpoint=str(resume) if resume else None)
     model.eval()
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]

@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification, MixtralConfig
 
 from tests.helpers import (
     DONOR_LAYERS,
-    NUM_LAYERS,
     TOKENS,
     Graft,
     cast_weights,
-    copied,
     loaded,
     logits_of,
     make_family,
@@ -220,31 +218,6 @@ def test_a_recommended_position(tiny_llama: Path, tmp_path: Path) -> None:
     assert torch.equal(logits_of(plain(tmp_path / "other")), logits_of(loaded(tiny_llama, 3)))
 
 
-@pytest.mark.parametrize("masks", [False, True])
-def test_gpt2_without_a_prefix(tiny_gpt2: Path, tmp_path: Path, masks: bool) -> None:
-    """As OpenAI's own checkpoint is, causal masks included; the export has the names that Transformers writes."""
-    family = copied(tiny_gpt2, tmp_path / "family")
-    path = family / "recipient" / "model.safetensors"
-    weights = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
-    if masks:
-        weights |= {f"h.{n}.attn.bias": torch.ones(1, 1, 64, 64) for n in range(NUM_LAYERS)}
-    save_file(weights, path, metadata={"format": "pt"})
-    export(family / "donor", tmp_path / "full")
-    assert {name.split(".")[0] for name in weights_in(tmp_path / "full")} == {"transformer"}
-    assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(tiny_gpt2 / "donor")))
-
-
-@pytest.mark.parametrize("form", ["zip", "legacy"])
-def test_a_bin_recipient(tiny: Path, tmp_path: Path, form: str) -> None:
-    family = copied(tiny, tmp_path / "family")
-    weights = load_file(family / "recipient" / "model.safetensors")
-    target = family / "recipient" / "pytorch_model.bin"
-    torch.save(weights, target, _use_new_zipfile_serialization=form == "zip")
-    (family / "recipient" / "model.safetensors").unlink()
-    export(family / "donor", tmp_path / "full", verify=form == "zip")
-    assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(tiny / "donor")))
-
-
 def test_experts_that_are_separate_in_the_files(tmp_path: Path) -> None:
     def build(seed: int) -> Any:
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -279,12 +252,3 @@ def test_a_classification_head(tiny_gpt2: Path, tmp_path: Path) -> None:
     done = export(tmp_path / "recipient", tmp_path / "full", {str(tiny_gpt2 / "donor"): 2})
     assert done.model_class == "GPT2ForSequenceClassification" and done.verified
     assert torch.equal(load_file(tmp_path / "full" / "model.safetensors")["score.weight"], model.score.weight)
-
-
-def test_layers_beyond_the_recipients_depth_are_left_out(tiny_llama: Path, family: Path, tmp_path: Path) -> None:
-    path = family / "recipient" / "model.safetensors"
-    extra = {"model.layers.4.mlp.up_proj.weight": torch.ones(48, 32)}
-    save_file(load_file(path) | extra, path, metadata={"format": "pt"})
-    export(family / "donor", tmp_path / "full")
-    assert not any(".6." in name for name in weights_in(tmp_path / "full"))
-    assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(load(tiny_llama / "donor")))

@@ -50,20 +50,17 @@ def donor_of(model: Any, folder: Path, layers: list[int], name: str = "other") -
 # -- Positions ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("position", [5, 100])
-def test_position_past_the_end(family: Path, position: int) -> None:
-    with refused(ConfigurationError, f"position {position}", "'donor'", "0..4", "4 layers"):
-        loaded(family, position)
-
-
-def test_negative_position(family: Path) -> None:
-    with refused(ConfigurationError, "position", "-1", "0..L", "not counted from the end"):
-        loaded(family, -1)
-
-
-def test_replacement_past_the_end(family: Path) -> None:
-    with refused(ConfigurationError, "position 3 of donor 'donor'", "outside 0..2", "4 layers"):
-        loaded(family, 3, "replace")
+@pytest.mark.parametrize(
+    ("position", "mode", "facts"),
+    [
+        (5, "insert", ("position 5", "'donor'", "0..4", "4 layers")),
+        (-1, "insert", ("position", "-1", "0..L", "not counted from the end")),
+        (3, "replace", ("position 3 of donor 'donor'", "outside 0..2", "4 layers")),
+    ],
+)
+def test_a_position_outside(family: Path, position: int, mode: str, facts: tuple[str, ...]) -> None:
+    with refused(ConfigurationError, *facts):
+        loaded(family, position, mode)
 
 
 def test_overlapping_replacements(family: Path) -> None:
@@ -88,17 +85,6 @@ def test_layers_that_are_not_contiguous(family: Path) -> None:
     spec = {"donor": str(family / "donor"), "position": 0, "layers": [0, 2]}
     with refused(ConfigurationError, "consecutive", "[0, 2]"):
         load(family / "recipient", donors=[spec])
-
-
-@pytest.mark.parametrize("strength", [float("nan"), float("inf"), "full"])
-def test_strength_that_is_not_finite(family: Path, strength: Any) -> None:
-    with refused(ConfigurationError, "strength", "finite", repr(strength)):
-        loaded(family, strength=strength)
-    edit_json(
-        family / "donor" / "config.json", donors=[{"donor": ".", "position": 1, "name": "donor", "strength": strength}]
-    )
-    with refused(ConfigurationError, "strength", "finite", repr(strength)):
-        load(family / "donor")
 
 
 # -- What fits ---------------------------------------------------------------------------------------------------

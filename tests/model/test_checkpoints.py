@@ -27,17 +27,22 @@ from tests.helpers import (
     randomised,
     reference_logits,
 )
-from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec
+from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec, export
 
 load = AutoModelWithTransplant.from_pretrained
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def assert_loads_as_before(family: Path, original: Path) -> None:
+def assert_loads_and_exports_as_before(family: Path, original: Path, unexpected: int = 0) -> None:
+    """An export has the names that Transformers writes."""
     model, info = load(family / "donor", output_loading_info=True)
     assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert torch.equal(logits_of(model), logits_of(load(original / "donor")))
+    assert len(info["unexpected_keys"]) == unexpected
+    wanted = logits_of(load(original / "donor"))
+    assert torch.equal(logits_of(model), wanted)
+    export(family / "donor", family / "full", verify=False)
+    assert set(load_file(family / "full" / "model.safetensors")) <= set(model.state_dict())
+    assert torch.equal(logits_of(plain(family / "full")), wanted)
 
 
 def test_a_sharded_recipient(tiny: Path, tmp_path: Path) -> None:
@@ -46,15 +51,17 @@ def test_a_sharded_recipient(tiny: Path, tmp_path: Path) -> None:
     (family / "recipient" / "model.safetensors").unlink()
     model.save_pretrained(family / "recipient", max_shard_size="30KB")
     assert len(list((family / "recipient").glob("model-*.safetensors"))) > 2
-    assert_loads_as_before(family, tiny)
+    assert_loads_and_exports_as_before(family, tiny)
 
 
-def test_a_bin_recipient(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_a_bin_recipient(tiny: Path, tmp_path: Path, form: str) -> None:
     family = copied(tiny, tmp_path / "family")
     weights = load_file(family / "recipient" / "model.safetensors")
-    torch.save(weights, family / "recipient" / "pytorch_model.bin")
+    target = family / "recipient" / "pytorch_model.bin"
+    torch.save(weights, target, _use_new_zipfile_serialization=form == "zip")
     (family / "recipient" / "model.safetensors").unlink()
-    assert_loads_as_before(family, tiny)
+    assert_loads_and_exports_as_before(family, tiny)
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -66,7 +73,7 @@ def test_gpt2_without_a_prefix(tiny_gpt2: Path, tmp_path: Path, masks: bool) -> 
     if masks:
         weights |= {f"h.{n}.attn.bias": torch.ones(1, 1, 64, 64) for n in range(NUM_LAYERS)}
     save_file(weights, path, metadata={"format": "pt"})
-    assert_loads_as_before(family, tiny_gpt2)
+    assert_loads_and_exports_as_before(family, tiny_gpt2)
 
 
 def test_layers_beyond_the_recipients_depth_stay_unexpected(tiny_llama: Path, family: Path) -> None:
@@ -75,9 +82,7 @@ def test_layers_beyond_the_recipients_depth_stay_unexpected(tiny_llama: Path, fa
     weights = load_file(path)
     weights["model.layers.4.mlp.up_proj.weight"] = torch.ones_like(weights["model.layers.3.mlp.up_proj.weight"])
     save_file(weights, path, metadata={"format": "pt"})
-    model, info = load(family / "donor", output_loading_info=True)
-    assert len(info["unexpected_keys"]) == 1
-    assert torch.equal(logits_of(model), logits_of(load(tiny_llama / "donor")))
+    assert_loads_and_exports_as_before(family, tiny_llama, unexpected=1)
 
 
 @pytest.mark.parametrize("config_class", [MixtralConfig, Qwen3MoeConfig])

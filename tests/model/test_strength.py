@@ -182,9 +182,9 @@ def check_gradients_with_checkpointing(model: Any, reentrant: bool) -> None:
 
 
 @pytest.mark.skipif(HOOKS_RUN_AGAIN, reason="Transformers before 5.23 runs hooks again in the backward pass: refused")
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradients_with_checkpointing(tiny_llama: Path, reentrant: bool) -> None:
-    model = loaded(tiny_llama, 1)
+@pytest.mark.parametrize(("family", "reentrant"), [("llama", False), ("llama", True), ("gpt_oss", False)])
+def test_gradients_with_checkpointing(request: pytest.FixtureRequest, family: str, reentrant: bool) -> None:
+    model = loaded(request.getfixturevalue(f"tiny_{family}"), 1)
     model.set_strength("donor", 0.5)
     model.train()
     check_gradients_with_checkpointing(model, reentrant)

@@ -8,24 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from tests.helpers import NUM_LAYERS, generated, layers_of, loaded, logits_of, plain, refused, some_ids
 from transplant_hf import AutoModelWithTransplant, CheckpointError, ConfigurationError, Donor, transplant
+from transplant_hf.texts import Blocks
 
-
-class Texts(Dataset[dict[str, torch.Tensor]]):
-    """Eight random rows."""
-
-    def __init__(self) -> None:
-        self.rows = some_ids(8, 12)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+TEXTS = Blocks(some_ids(8, 12))
 
 
 def trainer(model: Any, folder: Path, **arguments: Any) -> Trainer:
@@ -41,7 +30,7 @@ def trainer(model: Any, folder: Path, **arguments: Any) -> Trainer:
         "logging_strategy": "no",
     }
     args = TrainingArguments(**{**defaults, **arguments})
-    return Trainer(model=model, args=args, train_dataset=Texts(), eval_dataset=Texts())
+    return Trainer(model=model, args=args, train_dataset=TEXTS, eval_dataset=TEXTS)
 
 
 def freeze_recipient(model: Any) -> None:
@@ -87,10 +76,10 @@ def test_trainer_goes_on_from_its_own_checkpoint(tiny_llama: Path, tmp_path: Pat
 
 def test_trainer_evaluates_with_donors_off(tiny_llama: Path, tmp_path: Path) -> None:
     model = loaded(tiny_llama, 1)
-    outside = trainer(model, tmp_path / "run").evaluate(Texts())["eval_loss"]
+    outside = trainer(model, tmp_path / "run").evaluate(TEXTS)["eval_loss"]
     with model.disable_transplants():
-        inside = trainer(model, tmp_path / "run").evaluate(Texts())["eval_loss"]
-    recipient = trainer(plain(tiny_llama / "recipient"), tmp_path / "run").evaluate(Texts())["eval_loss"]
+        inside = trainer(model, tmp_path / "run").evaluate(TEXTS)["eval_loss"]
+    recipient = trainer(plain(tiny_llama / "recipient"), tmp_path / "run").evaluate(TEXTS)["eval_loss"]
     assert inside == recipient != outside
 
 

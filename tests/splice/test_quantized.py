@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -17,6 +15,7 @@ from tests.helpers import (
     loaded,
     logits_of,
     make_family,
+    pack_experts,
     plain,
     some_ids,
     tiny_gpt2_model,
@@ -34,24 +33,7 @@ def mxfp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return tiny_gpt_oss_model(hidden_size=64, intermediate_size=64, **fields).bfloat16()
 
     folder = make_family(tmp_path_factory.mktemp("mxfp4"), build)
-    path = folder / "recipient" / "model.safetensors"
-    generator = torch.Generator().manual_seed(0)
-    packed = {}
-    for name, tensor in load_file(path).items():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            experts, width, out = tensor.shape
-            shape = (experts, out, width // 32)
-            packed[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
-            packed[f"{name}_scales"] = torch.randint(118, 124, shape, dtype=torch.uint8, generator=generator)
-        else:
-            packed[name] = tensor
-    save_file(packed, path, metadata={"format": "pt"})
-    config = json.loads((folder / "recipient" / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "mxfp4",
-        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
-    }
-    (folder / "recipient" / "config.json").write_text(json.dumps(config))
+    pack_experts(folder / "recipient")
     return folder
 
 
