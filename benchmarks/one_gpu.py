@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from transplant_hf import AutoModelWithTransplant
-from transplant_hf.partial import PREFIX_STATES, hidden_states, running_only, stack_of
+from transplant_hf.partial import PREFIX_STATES, PartialRun, hidden_states, stack_of
 
 __all__ = ["METHODS", "VARIANTS", "run"]
 
@@ -212,7 +212,7 @@ def _trainee(
         yield model, {}
         return
     states = hidden_states(model, tokens, [own[0]])[own[0]]
-    with running_only(model, range(own[0], len(model.layer_map))):
+    with PartialRun(model, range(own[0], len(model.layer_map))):
         yield model, {PREFIX_STATES: states}
 
 

@@ -32,7 +32,7 @@ from tests.helpers import (
 )
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, remove_transplants, transplant
 from transplant_hf.model.strength import HOOKS_RUN_AGAIN
-from transplant_hf.partial import hidden_states, running_only
+from transplant_hf.partial import PartialRun, hidden_states
 
 load = AutoModelWithTransplant.from_pretrained
 
@@ -129,12 +129,12 @@ def test_a_part_of_the_model(tiny: Path) -> None:
     model = loaded(tiny, 2)
     model.set_strength("donor", 0.5)
     before = hidden_states(model, some_ids(), [2])[2]
-    with torch.no_grad(), running_only(model, range(2, NUM_LAYERS + 2)) as part:
+    with torch.no_grad(), PartialRun(model, range(2, NUM_LAYERS + 2)) as part:
         logits = part(input_ids=some_ids(), prefix_states=before, use_cache=False).logits
     assert torch.equal(logits, logits_of(model))
     inside = hidden_states(model, some_ids(), [3])[3]
     with (
-        running_only(model, range(3, NUM_LAYERS + 2)) as part,
+        PartialRun(model, range(3, NUM_LAYERS + 2)) as part,
         refused(ConfigurationError, "layer 3", "inside a donor"),
     ):
         part(input_ids=some_ids(), prefix_states=inside, use_cache=False)

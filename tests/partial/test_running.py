@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, RwkvCo
 
 from tests.helpers import BUILDERS, NUM_LAYERS, refused, some_ids
 from transplant_hf import AutoModelWithTransplant, ConfigurationError
-from transplant_hf.partial import hidden_states, running_only
+from transplant_hf.partial import PartialRun, hidden_states
 
 
 @pytest.mark.parametrize("family", sorted(BUILDERS))
@@ -20,7 +20,7 @@ def test_part_of_a_model_gives_the_whole_models_logits(family: str, position: in
     ids = some_ids(2, 12)
     wanted = model(input_ids=ids).logits
     before = hidden_states(model, ids, [position])[position]
-    with running_only(model, range(position, NUM_LAYERS)) as part:
+    with PartialRun(model, range(position, NUM_LAYERS)) as part:
         found = part(input_ids=ids, prefix_states=before, use_cache=False).logits
     assert torch.equal(found, wanted)
 
@@ -28,7 +28,7 @@ def test_part_of_a_model_gives_the_whole_models_logits(family: str, position: in
 def test_no_layer_at_all() -> None:
     model, ids = BUILDERS["llama"](seed=1), some_ids(2, 12)
     after_all = hidden_states(model, ids, [NUM_LAYERS])[NUM_LAYERS]
-    with running_only(model, [], find_states=lambda given: after_all if torch.equal(given, ids) else None) as part:
+    with PartialRun(model, [], find_states=lambda given: after_all if torch.equal(given, ids) else None) as part:
         assert torch.equal(part(input_ids=ids, use_cache=False).logits, model.lm_head(model.model.norm(after_all)))
         with refused(ConfigurationError, "need prefix_states="):
             part(input_ids=some_ids(1, 3), use_cache=False)
@@ -58,7 +58,7 @@ def test_layers_are_left_as_they_were(family: str) -> None:
     model = BUILDERS[family](seed=1)
     ids = some_ids(2, 12)
     wanted = model(input_ids=ids).logits
-    with pytest.raises(ZeroDivisionError), running_only(model, [1]) as part:
+    with pytest.raises(ZeroDivisionError), PartialRun(model, [1]) as part:
         part(input_ids=ids, prefix_states=hidden_states(model, ids, [0])[0], use_cache=False)
         raise ZeroDivisionError
     assert torch.equal(model(input_ids=ids).logits, wanted)
@@ -71,7 +71,7 @@ def test_part_of_a_transplant(tiny: Path) -> None:
     wanted = model(input_ids=ids).logits
     first = model.layer_map.layers_of("donor")[0]
     states = hidden_states(model, ids, [first])[first]
-    with running_only(model, range(first, len(model.layer_map))) as part:
+    with PartialRun(model, range(first, len(model.layer_map))) as part:
         assert torch.equal(part(input_ids=ids, prefix_states=states, use_cache=False).logits, wanted)
         with part.without(model.layer_map.layers_of("donor")):
             bare = part(input_ids=ids, prefix_states=states, use_cache=False).logits
@@ -97,7 +97,7 @@ def test_layers_that_return_tuples() -> None:
     for made in (model, rwkv):
         wanted = made(input_ids=ids).logits
         states = hidden_states(made, ids, [2])[2]
-        with running_only(made, [2]) as part:
+        with PartialRun(made, [2]) as part:
             assert torch.allclose(part(input_ids=ids, prefix_states=states, use_cache=False).logits, wanted, atol=1e-6)
 
 
@@ -106,7 +106,7 @@ def test_gradients_reach_the_layers_that_run() -> None:
     model.gradient_checkpointing_enable()
     ids = some_ids(2, 12)
     states = hidden_states(model, ids, [3])[3]
-    with running_only(model, [3]) as part:
+    with PartialRun(model, [3]) as part:
         part(input_ids=ids, prefix_states=states, labels=ids, use_cache=False).loss.backward()
     assert model.model.layers[3].mlp.down_proj.weight.grad is not None
     assert model.model.layers[0].mlp.down_proj.weight.grad is None
@@ -115,14 +115,14 @@ def test_gradients_reach_the_layers_that_run() -> None:
 def test_what_is_refused() -> None:
     model = BUILDERS["llama"](seed=1)
     ids = some_ids(2, 12)
-    with refused(ConfigurationError, "layers [4] cannot run alone", "runs layers 0..3"), running_only(model, [4]):
+    with refused(ConfigurationError, "layers [4] cannot run alone", "runs layers 0..3"), PartialRun(model, [4]):
         pass
     with (
         refused(ConfigurationError, "need prefix_states=", "hidden_states(model, input_ids, [2])"),
-        running_only(model, [2, 3]) as part,
+        PartialRun(model, [2, 3]) as part,
     ):
         part(input_ids=ids, use_cache=False)
-    with refused(ConfigurationError, "has shape [2, 3, 32]", "[2, 12, 32]"), running_only(model, [2, 3]) as part:
+    with refused(ConfigurationError, "has shape [2, 3, 32]", "[2, 12, 32]"), PartialRun(model, [2, 3]) as part:
         part(input_ids=ids, prefix_states=torch.zeros(2, 3, 32), use_cache=False)
     with refused(ConfigurationError, "positions [5] are not all in 0..4"):
         hidden_states(model, ids, [5])

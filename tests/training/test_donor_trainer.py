@@ -11,7 +11,7 @@ import torch
 from tests.helpers import BUILDERS, NUM_LAYERS, copied, logits_of, refused
 from tests.training.helpers import losses, noise, recipient, trainer
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, DataError, Donor
-from transplant_hf.partial import running_only
+from transplant_hf.partial import PartialRun
 from transplant_hf.training.part_trainer import COMPARED_TOKENS
 
 
@@ -69,7 +69,7 @@ def test_standalone_is_the_papers_wrapper(tmp_path: Path) -> None:
     made = trainer(tmp_path, method="standalone", init="copy", position=1)
     own = made.model.layer_map.layers_of("law")
     ids = noise().tokens[:4].long()
-    with running_only(made.model, own, from_embeddings=True) as alone, torch.no_grad():
+    with PartialRun(made.model, own, from_embeddings=True) as alone, torch.no_grad():
         wanted = alone(input_ids=ids, labels=ids, use_cache=False).loss.item()
     body = made.model.model
     hidden = body.embed_tokens(ids)

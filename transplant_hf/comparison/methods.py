@@ -17,7 +17,7 @@ from ..architecture import find_stack
 from ..donor import Donor
 from ..layer_map import Position, spread_positions
 from ..model.in_memory import transplant
-from ..partial import running_only, stack_of
+from ..partial import PartialRun, stack_of
 from ..training import Part
 from ..training.arguments import width_scaled
 from ..training.donor_trainer import with_untrained_donor
@@ -156,7 +156,7 @@ def _standalone(setting: Setting) -> Prepared:
 
     @contextmanager
     def alone() -> Iterator[Any]:
-        with running_only(model, own, from_embeddings=True):
+        with PartialRun(model, own, from_embeddings=True):
             yield model
 
     return Prepared(

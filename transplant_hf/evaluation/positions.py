@@ -19,7 +19,7 @@ from ..errors import CompatibilityError, ConfigurationError
 from ..model.in_memory import remove_transplants, transplant
 from ..model.layers_in_files import layers_in_files
 from ..numeric import finite_number, whole_number
-from ..partial import PartialRun, hidden_states, running_only, stack_of
+from ..partial import PartialRun, hidden_states, stack_of
 from ..partial.states import recorded_states
 from .losses import Perplexity, batch_loss, check_vocabulary, input_device, max_rows
 from .measurement import Measurement
@@ -323,7 +323,7 @@ def _start_part(place: _Place, recipient: Any, batch: Batch, blocks: ExitStack) 
     first = place.layers[0]
     whole, states = _run(place.model, ids, {first})
     numbers = range(first, len(stack_of(place.model)))
-    part = blocks.enter_context(running_only(place.model, numbers))
+    part = blocks.enter_context(PartialRun(place.model, numbers))
     alone = part(input_ids=ids, prefix_states=states[first], use_cache=False).logits
     difference = float((whole - alone).abs().max())
     if difference > _TOLERANCE * float(whole.abs().max()):

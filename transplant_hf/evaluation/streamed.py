@@ -13,7 +13,7 @@ from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..model.layers_in_files import layers_in_files
 from ..model.load_weights import HeldBack
-from ..partial import running_only, stack_of
+from ..partial import PartialRun, stack_of
 from ..partial.state_files import MOST_IN_MEMORY
 from ..partial.streaming import StreamedStates, Text, reason_against_streaming, stream_prefix
 from ..splice import Blueprint
@@ -67,7 +67,7 @@ class Streams:
         if model not in self._states:
             self._states[model] = self._computed(model, held.count)
         rest = range(held.count, len(stack_of(model)))
-        with running_only(model, rest, find_states=self._states[model].find):
+        with PartialRun(model, rest, find_states=self._states[model].find):
             yield
 
     def _computed(self, model: Any, position: int) -> StreamedStates:

@@ -21,7 +21,7 @@ from ..errors import CompatibilityError, ConfigurationError
 from ..model.layers_in_files import layers_in_files
 from ..model.strength import is_entrance
 
-__all__ = ["PREFIX_STATES", "PartialRun", "hidden_argument", "replace_forward", "running_only", "stack_of"]
+__all__ = ["PREFIX_STATES", "PartialRun", "hidden_argument", "replace_forward", "stack_of"]
 
 # The keyword argument with the hidden state that enters the first running layer.
 PREFIX_STATES = "prefix_states"
@@ -30,14 +30,31 @@ _Form = Callable[[torch.Tensor], Any]  # from a hidden state to the output of a 
 
 
 class PartialRun:
-    """A model of which only some layers run; called like the model itself.
+    """A model of which only some layers run inside a `with` block; the others return the hidden state they get.
+
+    It is called like the model itself. Pass `use_cache=False`.
 
     Args:
-        model: The model.
+        model: Any decoder-only model, a transplant included, without wrappers.
         numbers: The layers that run, by their running numbers.
         outer: The object to call instead of the model, such as a PEFT model around it.
         from_embeddings: Whether calls may omit `prefix_states` although layers before the first one are left out.
         find_states: Returns `prefix_states` for `input_ids`, where a call does not have them.
+
+    Raises:
+        ConfigurationError: No such layers, or a hidden state of another shape.
+        CompatibilityError: A layer's output has no place for a hidden state.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from transplant_hf.partial import hidden_states
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8)).eval()
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> before_last = hidden_states(model, ids, [2])[2]
+        >>> with PartialRun(model, [2]) as part:
+        ...     logits = part(input_ids=ids, prefix_states=before_last, use_cache=False).logits
+        >>> torch.equal(logits, model(input_ids=ids).logits)
+        True
     """
 
     def __init__(
@@ -97,14 +114,12 @@ class PartialRun:
             self._undo.pop()()
         self._states = None
 
-    @contextmanager
-    def running(self) -> Iterator[PartialRun]:
-        """Leave the other layers out inside a `with` block."""
-        try:
-            self.start()
-            yield self
-        finally:
-            self.stop()
+    def __enter__(self) -> PartialRun:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
 
     @contextmanager
     def without(self, numbers: Collection[int]) -> Iterator[None]:
@@ -149,46 +164,6 @@ class PartialRun:
                 "([batch, tokens, hidden])."
             )
         return replace(states.to(hidden.device, hidden.dtype))
-
-
-@contextmanager
-def running_only(
-    model: Any,
-    numbers: Collection[int],
-    outer: Any = None,
-    from_embeddings: bool = False,
-    find_states: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
-) -> Iterator[PartialRun]:
-    """Run only some layers of a model inside a `with` block; the others return the hidden state they get.
-
-    Args:
-        model: Any decoder-only model, a transplant included, without wrappers.
-        numbers: The layers that run, by their running numbers.
-        outer: The object to call instead of the model, such as a PEFT model around it.
-        from_embeddings: As in `PartialRun`.
-        find_states: As in `PartialRun`.
-
-    Yields:
-        The model; calls take `prefix_states` `[batch, tokens, hidden]`, the hidden state that enters the first of the
-        layers. Pass `use_cache=False`.
-
-    Raises:
-        ConfigurationError: No such layers, or a hidden state of another shape.
-        CompatibilityError: A layer's output has no place for a hidden state.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from transplant_hf.partial import hidden_states
-        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8)).eval()
-        >>> ids = torch.tensor([[1, 2, 3]])
-        >>> before_last = hidden_states(model, ids, [2])[2]
-        >>> with running_only(model, [2]) as part:
-        ...     logits = part(input_ids=ids, prefix_states=before_last, use_cache=False).logits
-        >>> torch.equal(logits, model(input_ids=ids).logits)
-        True
-    """
-    with PartialRun(model, numbers, outer, from_embeddings, find_states).running() as part:
-        yield part
 
 
 def stack_of(model: Any) -> nn.ModuleList:

@@ -28,7 +28,7 @@ from ..model.layers_in_files import LayersInFiles, layers_in_files
 from ..model.strength import is_entrance
 from ..storage import locked
 from .cache import PrefixCache
-from .running import PREFIX_STATES, PartialRun, running_only, stack_of
+from .running import PREFIX_STATES, PartialRun, stack_of
 from .state_files import StateFiles, StatesInMemory
 from .states import block_ids, block_states, refuse_not_finite
 
@@ -108,7 +108,7 @@ def layers_in_memory(model: Any, numbers: Sequence[int]) -> Iterator[None]:
         return
     for number in set(numbers) & set(held.absent):
         held.load(number, model.device)
-    with running_only(model, numbers, from_embeddings=True):
+    with PartialRun(model, numbers, from_embeddings=True):
         yield
 
 
@@ -209,7 +209,7 @@ class _Run:
 
     def _pass_all(self, states: StateFiles | StatesInMemory, unit: range, bar: Any) -> None:
         self._part.choose(unit)
-        with self._part.running():
+        with self._part:
             for place, text in enumerate(self._texts):
                 for start in range(0, len(text.numbers), self._batch_size):
                     some = text.numbers[start : start + self._batch_size]
@@ -247,7 +247,7 @@ class _Run:
         """Compare layers that run alone with the same layers together with those before them; returns their output."""
         self._part.choose(unit)
         try:
-            with self._part.running():
+            with self._part:
                 alone = self._states_after(unit[-1] + 1, ids, entering)
         except TransplantError:
             raise
@@ -255,7 +255,7 @@ class _Run:
             raise self._needs_more(unit[0], f"{type(error).__name__}: {error}") from error
         if before is not None and self._is_new_pair(before[0], unit):
             self._part.choose([*before[0], *unit])
-            with self._part.running():
+            with self._part:
                 together = self._states_after(unit[-1] + 1, ids, before[1])
             self._compare(unit[0], alone, together)
         return alone
@@ -282,7 +282,7 @@ class _Run:
         ):
             given = {} if entering is None else {PREFIX_STATES: entering}
             self._part.choose(numbers)
-            with self._part.running(), self._autocast():
+            with self._part, self._autocast():
                 logits.append(self._model(input_ids=ids, use_cache=False, **given).logits.cpu())
         self._compare(position, *logits)
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from ..architecture import differentiable, eval_mode, is_quantized
 from ..errors import CompatibilityError, ConfigurationError, TrainingError
-from ..partial import PREFIX_STATES, PartialRun, running_only, stack_of
+from ..partial import PREFIX_STATES, PartialRun, stack_of
 from .checkpoints import OPTIMIZER_FILE, check_same_run, last_checkpoint, load_trained, save_trained, trained_parameters
 from .chunked_loss import ChunkedLoss, check_liger, divergence_of, reason_against, tokens_per_chunk
 from .data import REPLAYED, Rows, rows_per_step
@@ -186,7 +186,7 @@ class PartTrainer(Trainer):
             self.prefix.fill(part.position)
         numbers = part.numbers if caching or part.from_embeddings else range(max(part.numbers) + 1)
         try:
-            with running_only(self.inner, numbers, self._wrapper, part.from_embeddings) as running:
+            with PartialRun(self.inner, numbers, self._wrapper, part.from_embeddings) as running:
                 self._running = running
                 if caching and not self.prefix.streams:
                     self._check_exact()
@@ -276,7 +276,7 @@ class PartTrainer(Trainer):
         self.prefix.fill(part.position)
         with self._whole():
             rest = range(part.position, len(stack_of(self.inner)))
-            with running_only(self.inner, rest, self._wrapper, find_states=self.prefix.find):
+            with PartialRun(self.inner, rest, self._wrapper, find_states=self.prefix.find):
                 yield
 
     # -- A step ---------------------------------------------------------------------------------------------------
