@@ -23,6 +23,7 @@ from .donor.tensors import TensorStore, loaded_dtype
 from .errors import CheckpointError, ConfigurationError
 from .layer_map import Position, check_position
 from .model.in_memory import transplant
+from .numeric import is_finite
 from .sources import HubArguments, HubOptions, locate
 from .storage import files_in, publish
 
@@ -221,7 +222,7 @@ def _first_layer_output(donor: Donor) -> torch.Tensor:
     with torch.no_grad():
         model.base_model(inputs_embeds=hidden, use_cache=False)
     handle.remove()
-    if not torch.isfinite(outputs[0]).all():
+    if not is_finite(outputs[0]):
         raise CheckpointError(f"layer 0 of {donor} turns random hidden states into NaN or infinity.")
     return outputs[0]
 

@@ -113,10 +113,10 @@ def sign(
             "donor, sign the folder, and push it."
         )
     check_texts(text, general)
-    opened, max_rows = Donor.from_pretrained(folder), whole_number(max_rows, "max_rows")
-    if position is None and opened.position is None:
+    unsigned, max_rows = Donor.from_pretrained(folder), whole_number(max_rows, "max_rows")
+    if position is None and unsigned.position is None:
         raise ConfigurationError(f"donor {folder} recommends no position: pass position= (--position).")
-    own = opened.position if isinstance(opened.position, int) else min(opened.position or (0,))
+    own = unsigned.position if isinstance(unsigned.position, int) else min(unsigned.position or (0,))
     position = own if position is None else whole_number(position, "the position")
     loaded = model_to_measure(os.fspath(folder) if recipient is None else recipient, None, kwargs)
     rows = {
@@ -126,17 +126,17 @@ def sign(
     domain, other = (_describe(loaded.model, ids, position, batch_size, quiet) for ids in rows.values())
     probe_ids = torch.arange(PROBE_TOKENS, device=loaded.model.device)[None]
     (probe,) = _describe(loaded.model, probe_ids, position, 1, True)
-    (kept, left), (kept_other, left_other) = _split(domain), _split(other)
-    signature = Signature.of_rows(position, kept, kept_other, probe)
-    told = Discriminant([signature])
-    right = (told.scores(left) > 0, told.scores(left_other) <= 0)
+    (fitted, held_out), (general_fitted, general_held_out) = _split(domain), _split(other)
+    signature = Signature.of_rows(position, fitted, general_fitted, probe)
+    discriminant = Discriminant([signature])
+    right = (discriminant.scores(held_out) > 0, discriminant.scores(general_held_out) <= 0)
     content = signature.to_dict()
     with publish_file(folder / DONOR_CONFIG) as staged:
         dataclasses.replace(DonorRecord.read(folder), signature=content).write(staged.parent)
     return SignReport(
         str(folder),
         position,
-        (len(kept), len(kept_other)),
+        (len(fitted), len(general_fitted)),
         (float(right[0].float().mean()), float(right[1].float().mean())),
         sum(len(str(value)) for value in content.values()),
     )
@@ -166,9 +166,9 @@ def _describe(model: Any, ids: torch.Tensor, position: int, batch_size: int, qui
         eval_mode(model),
         progress_bar(len(ids), f"Hidden states at {position}", unit="row", quiet=quiet) as bar,
     ):
-        for some in ids.split(batch_size):
-            found.append(describe_rows(hidden_states(model, some.to(model.device), [position])[position]).cpu())
-            bar.update(len(some))
+        for batch in ids.split(batch_size):
+            found.append(describe_rows(hidden_states(model, batch.to(model.device), [position])[position]).cpu())
+            bar.update(len(batch))
     return torch.cat(found)
 
 

@@ -241,6 +241,6 @@ def _quantization(options: argparse.Namespace) -> Any:
 def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `from_pretrained`: those that are given, and the donors of `--donor`."""
     names = ("revision", "dtype", "device_map", "gguf_file", "trust_remote_code")
-    given = {name: getattr(options, name) for name in names}
-    given |= {"donors": donors_of(options), "quantization_config": _quantization(options)}
-    return {name: value for name, value in given.items() if value is not None}
+    arguments = {name: getattr(options, name) for name in names}
+    arguments |= {"donors": donors_of(options), "quantization_config": _quantization(options)}
+    return {name: value for name, value in arguments.items() if value is not None}

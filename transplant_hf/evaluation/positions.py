@@ -139,9 +139,10 @@ def _donors_in_memory(
     resident = getattr(model, "strengths", {})
     if named is None and resident and loaded.reference is not None:
         specs = model.transplant_config.donors
-        taken = [Donor.from_model(model, model.layer_map.layers_of(spec.name)) for spec in specs]
+        resident_donors = [Donor.from_model(model, model.layer_map.layers_of(spec.name)) for spec in specs]
         named = [
-            (spec.name, donor.replaced(position=spec.position), None) for spec, donor in zip(specs, taken, strict=True)
+            (spec.name, donor.replaced(position=spec.position), None)
+            for spec, donor in zip(specs, resident_donors, strict=True)
         ]
     elif resident:
         raise ConfigurationError(

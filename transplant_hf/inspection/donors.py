@@ -20,7 +20,7 @@ from .files import Files, HeaderTensors, summarize_weights
 from .findings import DonorInspection, PlacedDonor, TransplantInspection, Weights
 
 __all__ = [
-    "Asked",
+    "InspectArguments",
     "OpenedDonor",
     "has_recipient_inside",
     "inspect_donor",
@@ -31,7 +31,7 @@ __all__ = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class InspectArguments:
     """The arguments of `inspect`."""
 
     what: str
@@ -108,22 +108,22 @@ def _open_donor(files: Files, verify: bool) -> tuple[Donor, Weights, list[str]]:
     return donor, weights, problems
 
 
-def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> DonorInspection:
+def inspect_donor(files: Files, fields: Mapping[str, Any], arguments: InspectArguments) -> DonorInspection:
     """Inspect a donor."""
     config = TransplantConfig()
     if fields.get("model_type") == TransplantConfig.model_type:
         config = read_transplant_config(fields, files.source)
-    donor, weights, problems = _open_donor(files, asked.verify)
+    donor, weights, problems = _open_donor(files, arguments.verify)
     record = donor.record
     recipient, revision = record.source_id, record.source_revision
     if config.recipient:
         recipient, revision = config.recipient, config.recipient_revision
-    position = donor.position if asked.position is None else asked.position
+    position = donor.position if arguments.position is None else arguments.position
     report: CompatibilityReport | None = None
     layer_map = LayerMap()
     notes: list[str] = []
-    if asked.recipient is not None:
-        report = check(asked.recipient, donor, position, donor.mode, **asked.hub.as_kwargs())
+    if arguments.recipient is not None:
+        report = check(arguments.recipient, donor, position, donor.mode, **arguments.hub.as_kwargs())
         layer_map = report.layer_map
         problems += [] if report else [str(report)]
     elif position is not None and recipient is not None:
@@ -132,13 +132,13 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
         own = next((spec for spec in config.donors if spec.donor == "."), DonorSpec(".", position))
         spec = own.replaced(position=position, mode=donor.mode)
         layer_map, notes = _layer_map(
-            recipient, revision, base, named([(spec, donor)], asked.what), asked.hub, config.recipient_overrides
+            recipient, revision, base, named([(spec, donor)], arguments.what), arguments.hub, config.recipient_overrides
         )
     else:
         missing = [name for name, value in (("recipient", recipient), ("position", position)) if value is None]
         notes = [f"no {' and no '.join(missing)} is recorded, so there is no layer map."]
     return DonorInspection(
-        what=asked.what,
+        what=arguments.what,
         revision=files.source.revision,
         notes=tuple(notes),
         problems=tuple(problems),
@@ -160,39 +160,39 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], asked: Asked) -> Dono
     )
 
 
-def inspect_transplant(files: Files, fields: Mapping[str, Any], asked: Asked) -> TransplantInspection:
+def inspect_transplant(files: Files, fields: Mapping[str, Any], arguments: InspectArguments) -> TransplantInspection:
     """Inspect a transplant."""
     config = read_transplant_config(fields, files.source)
     if not config.recipient or not config.donors:
         missing = "donors" if config.recipient else "recipient"
         raise ConfigurationError(f"the transplant configuration of {files.source} names no {missing}.")
-    if asked.position is not None and len(config.donors) > 1:
+    if arguments.position is not None and len(config.donors) > 1:
         raise ConfigurationError(
             f"{files.source} has {len(config.donors)} donors, each at its own position. A position can be given where "
             "there is one donor."
         )
-    parts = open_donors(config, files.source, asked.what, asked.hub, asked.position, asked.verify)
+    parts = open_donors(config, files.source, arguments.what, arguments.hub, arguments.position, arguments.verify)
     problems = [f"donor {part.spec.name}: {problem}" for part in parts for problem in part.problems]
     reports: list[CompatibilityReport] = []
     recipient, revision = config.recipient, config.recipient_revision
     base: Source | None = files.source
     overrides: Mapping[str, Any] = config.recipient_overrides
-    if asked.recipient is not None:
+    if arguments.recipient is not None:
         for part in parts:
             place = part.spec.position, part.spec.mode
-            reports.append(check(asked.recipient, part.chosen, *place, **asked.hub.as_kwargs()))
+            reports.append(check(arguments.recipient, part.chosen, *place, **arguments.hub.as_kwargs()))
         problems += [str(report) for report in reports if not report]
-        recipient, revision, base, overrides = asked.recipient, None, None, {}
+        recipient, revision, base, overrides = arguments.recipient, None, None, {}
     layer_map = LayerMap()
     notes: list[str] = []
-    if asked.recipient is None or not problems:
+    if arguments.recipient is None or not problems:
         donors = [(part.spec, part.chosen) for part in parts]
-        layer_map, notes = _layer_map(recipient, revision, base, donors, asked.hub, overrides)
+        layer_map, notes = _layer_map(recipient, revision, base, donors, arguments.hub, overrides)
     found = tuple(part.described() for part in parts)
     # One donor may be at two positions.
     once = {(donor.donor, donor.revision, donor.subfolder): donor.weights for donor in found}
     return TransplantInspection(
-        what=asked.what,
+        what=arguments.what,
         revision=files.source.revision,
         notes=tuple(notes),
         problems=tuple(problems),

@@ -12,7 +12,7 @@ from ..errors import ConfigurationError
 from ..layer_map import Position
 from ..sources import HubArguments, HubOptions
 from ..storage import read_json
-from .donors import Asked, has_recipient_inside, inspect_donor, inspect_transplant, read_transplant_config
+from .donors import InspectArguments, has_recipient_inside, inspect_donor, inspect_transplant, read_transplant_config
 from .files import Files
 from .findings import Inspection
 from .models import inspect_model
@@ -80,28 +80,28 @@ def inspect(
             4  recipient 2
         5 layers run: 3 recipient, 2 tail
     """
-    asked = Asked(
+    arguments = InspectArguments(
         what=os.fspath(what),
         recipient=os.fspath(recipient) if recipient is not None else None,
         position=position,
         verify=verify,
         hub=HubOptions(**hub_kwargs),
     )
-    path = Path(asked.what).expanduser()
+    path = Path(arguments.what).expanduser()
     if path.is_file() or (path.suffix in _TORCH_SUFFIXES and not path.is_dir()):
-        return inspect_pt(path, asked)
-    files = Files.find(asked.what, asked.hub, revision=revision, subfolder=subfolder)
+        return inspect_pt(path, arguments)
+    files = Files.find(arguments.what, arguments.hub, revision=revision, subfolder=subfolder)
     config = files.source.folder / "config.json"
     fields = read_json(config, "config.json") if config.exists() else {}
     if (files.source.folder / DONOR_CONFIG).exists() and _is_donor(files, fields):
-        return inspect_donor(files, fields, asked)
+        return inspect_donor(files, fields, arguments)
     if not config.exists():
         raise ConfigurationError(
             f"{files.source} is neither a model, a donor nor a transplant: it has no config.json and no {DONOR_CONFIG}."
         )
     if fields.get("model_type") == TransplantConfig.model_type:
-        return inspect_transplant(files, fields, asked)
-    return inspect_model(files, fields, asked)
+        return inspect_transplant(files, fields, arguments)
+    return inspect_model(files, fields, arguments)
 
 
 def _is_donor(files: Files, fields: dict[str, object]) -> bool:

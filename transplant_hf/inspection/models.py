@@ -9,32 +9,32 @@ from ..architecture import Anatomy, LayerNames, open_recipient, text_config
 from ..compatibility import refuse_unsupported
 from ..donor.tensors import TensorInfo
 from ..errors import CompatibilityError, ConfigurationError
-from .donors import Asked
+from .donors import InspectArguments
 from .files import BIN_FILES, MODEL_FILES, Files, all_tensors, summarize_weights
 from .findings import ModelInspection, Weights
 
 __all__ = ["inspect_model"]
 
 
-def inspect_model(files: Files, fields: Mapping[str, Any], asked: Asked) -> ModelInspection:
+def inspect_model(files: Files, fields: Mapping[str, Any], arguments: InspectArguments) -> ModelInspection:
     """Inspect a model of a class of Transformers."""
     model_type = fields.get("model_type")
-    if asked.recipient is not None or asked.position is not None:
+    if arguments.recipient is not None or arguments.position is not None:
         raise ConfigurationError(
             f"{files.source} is a model of type {model_type!r}, not a donor: recipient and position apply to donors, "
             "transplants and .pt files."
         )
     if not isinstance(model_type, str):
         raise ConfigurationError(f"{files.source} is not a model: its config.json has model_type {model_type!r}.")
-    anatomy, reason = _anatomy(files, asked)
-    weights, problems, notes = _weights(files, anatomy, asked.verify)
+    anatomy, reason = _anatomy(files, arguments)
+    weights, problems, notes = _weights(files, anatomy, arguments.verify)
     architectures = fields.get("architectures")
     layers = hidden_size = None
     if anatomy is not None:
         layers, architectures = anatomy.num_layers, [anatomy.model_class.__name__]
         hidden_size = getattr(text_config(anatomy.config), "hidden_size", None)
     return ModelInspection(
-        what=asked.what,
+        what=arguments.what,
         revision=files.source.revision,
         notes=tuple(notes),
         problems=tuple(problems),
@@ -50,14 +50,14 @@ def inspect_model(files: Files, fields: Mapping[str, Any], asked: Asked) -> Mode
     )
 
 
-def _anatomy(files: Files, asked: Asked) -> tuple[Anatomy | None, str | None]:
+def _anatomy(files: Files, arguments: InspectArguments) -> tuple[Anatomy | None, str | None]:
     """Return the model's structure if its layers can be found, and why donors cannot be put between them, if so."""
     source = files.source
     base = source if source.subfolder else None
     place = (".", None) if source.subfolder else (source.reference, source.revision)
     anatomy: Anatomy | None = None
     try:
-        found = open_recipient(*place, asked.hub, relative_to=base).anatomy()
+        found = open_recipient(*place, arguments.hub, relative_to=base).anatomy()
         anatomy = found if found.num_layers else None
         refuse_unsupported(found)
     except (CompatibilityError, ConfigurationError) as error:

@@ -15,7 +15,7 @@ from ..layer_map import Placement, Splice
 from ..pt_files import PtFile
 from ..pt_files.layer_names import numbers_in
 from ..storage import read_json
-from .donors import Asked
+from .donors import InspectArguments
 from .findings import Numbering, PtInspection, PtTensorFinding
 
 __all__ = ["inspect_pt"]
@@ -23,7 +23,7 @@ __all__ = ["inspect_pt"]
 _MAX_PROBLEMS = 8
 
 
-def inspect_pt(path: Path, asked: Asked) -> PtInspection:
+def inspect_pt(path: Path, arguments: InspectArguments) -> PtInspection:
     """Inspect a `.pt` file."""
     file = PtFile(path)
     dtypes: Counter[str] = Counter()
@@ -32,8 +32,8 @@ def inspect_pt(path: Path, asked: Asked) -> PtInspection:
         dtypes[dtype_name(tensor.dtype)] += tensor.num_elements
     beside = path.parent / METADATA_FILE
     found = PtInspection(
-        what=asked.what,
-        notes=() if asked.recipient else ("name the source model to see which of its layers these are.",),
+        what=arguments.what,
+        notes=() if arguments.recipient else ("name the source model to see which of its layers these are.",),
         problems=tuple(_false_claims(file)),
         size=path.stat().st_size,
         tensors={name: PtTensorFinding(t.shape, dtype_name(t.dtype)) for name, t in file.tensors.items()},
@@ -44,17 +44,17 @@ def inspect_pt(path: Path, asked: Asked) -> PtInspection:
         values=dict(file.values),
         metadata=read_json(beside, "the donor's metadata") if beside.exists() else {},
     )
-    if asked.recipient is None:
+    if arguments.recipient is None:
         return found
     try:
-        return _with_source_model(asked.recipient, found, path, asked)
+        return _with_source_model(arguments.recipient, found, path, arguments)
     except (CheckpointError, CompatibilityError, ConfigurationError) as error:
         return dataclasses.replace(found, problems=(*found.problems, str(error)))
 
 
-def _with_source_model(recipient: str, found: PtInspection, path: Path, asked: Asked) -> PtInspection:
-    matched = match_pt_file(path, recipient, None, None, None, None, asked.hub)
-    position = matched.position if asked.position is None else asked.position
+def _with_source_model(recipient: str, found: PtInspection, path: Path, arguments: InspectArguments) -> PtInspection:
+    matched = match_pt_file(path, recipient, None, None, None, None, arguments.hub)
+    position = matched.position if arguments.position is None else arguments.position
     placement = Placement(matched.record.name or path.stem, position, matched.layout.layers)
     return dataclasses.replace(
         found,

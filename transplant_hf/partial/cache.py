@@ -90,17 +90,17 @@ def fill_cache(
     """
     began = time.perf_counter()
 
-    def states_of(some: Sequence[int]) -> torch.Tensor:
-        return block_states(model, block_ids(model, blocks, some), position, autocast or nullcontext)
+    def states_of(batch: Sequence[int]) -> torch.Tensor:
+        return block_states(model, block_ids(model, blocks, batch), position, autocast or nullcontext)
 
     def fill(write: Callable[[int, torch.Tensor], Any]) -> None:
         with progress_bar(len(numbers), f"Hidden states before layer {position}", unit="block", quiet=quiet) as bar:
             for start in range(0, len(numbers), batch_size):
-                some = numbers[start : start + batch_size]
-                states = states_of(some)
-                refuse_not_finite(states, f"before layer {position}", some)
+                batch = numbers[start : start + batch_size]
+                states = states_of(batch)
+                refuse_not_finite(states, f"before layer {position}", batch)
                 write(start, states)
-                bar.update(len(some))
+                bar.update(len(batch))
 
     with eval_mode(model):
         sample = states_of(numbers[:1])

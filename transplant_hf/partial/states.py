@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigurationError
+from ..numeric import is_finite
 from .running import PREFIX_STATES, hidden_argument, stack_of
 
 __all__ = ["block_ids", "block_states", "hidden_states", "recorded_states", "refuse_not_finite"]
@@ -92,7 +93,7 @@ def block_states(
 
 def refuse_not_finite(states: torch.Tensor, where: str, blocks: Sequence[int]) -> None:
     """Refuse hidden states of some blocks of text that contain NaN or infinity; `where` says which states."""
-    if not torch.isfinite(states).all():
+    if not is_finite(states):
         raise CheckpointError(
             f"the hidden state {where} is not finite for blocks {blocks[0]}..{blocks[-1]}: the recipient's weights "
             "contain NaN or infinity, or its dtype is too small. Try dtype=float32 (--dtype float32)."

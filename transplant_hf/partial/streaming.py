@@ -212,12 +212,12 @@ class _Run:
         with self._part:
             for place, text in enumerate(self._texts):
                 for start in range(0, len(text.numbers), self._batch_size):
-                    some = text.numbers[start : start + self._batch_size]
-                    entering = states.read(place, start, len(some)) if unit[0] > 0 else None
-                    found = self._states_after(unit[-1] + 1, self._ids(text, some), entering)
-                    refuse_not_finite(found, f"after layer {unit[-1]}", some)
+                    batch = text.numbers[start : start + self._batch_size]
+                    entering = states.read(place, start, len(batch)) if unit[0] > 0 else None
+                    found = self._states_after(unit[-1] + 1, self._ids(text, batch), entering)
+                    refuse_not_finite(found, f"after layer {unit[-1]}", batch)
                     states.write(place, start, found)
-                    bar.update(len(some))
+                    bar.update(len(batch))
 
     def _read(self, unit: range) -> Future[None]:
         def load() -> None:
@@ -280,10 +280,10 @@ class _Run:
             (range(position, len(self._stack)), before[2]),
             ([*before[0], *range(position, len(self._stack))], before[1]),
         ):
-            given = {} if entering is None else {PREFIX_STATES: entering}
+            prefix = {} if entering is None else {PREFIX_STATES: entering}
             self._part.choose(numbers)
             with self._part, self._autocast():
-                logits.append(self._model(input_ids=ids, use_cache=False, **given).logits.cpu())
+                logits.append(self._model(input_ids=ids, use_cache=False, **prefix).logits.cpu())
         self._compare(position, *logits)
 
     def _compare(self, number: int, alone: torch.Tensor, together: torch.Tensor) -> None:

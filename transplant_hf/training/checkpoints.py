@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import CheckpointError, ConfigurationError, TrainingError
+from ..numeric import is_finite
 from ..storage import read_json, write_json, writing
 from .sharded import fill
 
@@ -47,7 +48,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def save_trained(folder: Path, tensors: Mapping[str, torch.Tensor], run: Mapping[str, Any]) -> None:
     """Write the trained parameters and what identifies the run."""
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         raise TrainingError(
             f"{bad[0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} became NaN or infinite; no checkpoint was "

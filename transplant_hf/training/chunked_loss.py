@@ -92,8 +92,8 @@ class ChunkedLoss:
         counted = counted.reshape(-1).to(states.device)
         known = None if reference is None else reference.flatten(0, 1)
 
-        def terms(some: torch.Tensor, where: slice) -> Sequence[torch.Tensor]:
-            logits = self.logits(some)
+        def terms(chunk_states: torch.Tensor, where: slice) -> Sequence[torch.Tensor]:
+            logits = self.logits(chunk_states)
             entropy = F.cross_entropy(logits, targets[where], ignore_index=_IGNORED, reduction="sum")
             if known is None:
                 return [entropy]
@@ -202,13 +202,15 @@ class _SumsInChunks(torch.autograd.Function):
         gradients = [torch.empty_like(states) for _ in range(number if ctx.needs_input_grad[0] else 0)]
         for start in range(0, len(states), chunk):
             where = slice(start, start + chunk)
-            some = states[where].detach().requires_grad_(bool(gradients))
+            chunk_states = states[where].detach().requires_grad_(bool(gradients))
             with torch.set_grad_enabled(bool(gradients)):
-                values = terms(some, where)
+                values = terms(chunk_states, where)
             for index, value in enumerate(values):
                 sums[index] += value.detach().to(states.device)
                 if gradients:
-                    (gradients[index][where],) = torch.autograd.grad(value, some, retain_graph=index < number - 1)
+                    (gradients[index][where],) = torch.autograd.grad(
+                        value, chunk_states, retain_graph=index < number - 1
+                    )
         ctx.save_for_backward(*gradients)
         return tuple(sums)
 

@@ -60,10 +60,10 @@ def read_run(
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> RunData:
     """Load the model of a run, pack its texts into blocks, and cut held-out text as `evaluate` does."""
-    check_texts(domain, general, held_out)
-    loaded, tokenizer, commit = model_and_tokenizer(model, tokenizer, revision, model_kwargs)
     if domain is None:
         raise DataError("train_dataset is missing: name the text to learn.")
+    check_texts(domain, general, held_out)
+    loaded, tokenizer, commit = model_and_tokenizer(model, tokenizer, revision, model_kwargs)
     rows_read = args.max_steps * rows_per_step(args) if args.max_steps > 0 else None
 
     def packed(data: Any, what: str) -> Blocks:
