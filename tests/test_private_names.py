@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import (
     DynamicCache,
-    GPT2Config,
+    DynamicLayer,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -30,19 +30,16 @@ from transformers import (
     StaticCache,
     Trainer,
     TrainingArguments,
+    WeightConverter,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    WeightConverter,
     WeightRenaming,
     rename_source_key,
     revert_weight_conversion,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo, load_state_dict
 from transformers.utils.output_capturing import _active_collector, maybe_install_capturing_hooks
 
@@ -50,6 +47,7 @@ from tests.helpers import tiny_gpt_oss_model, tiny_llama_model
 from tests.release.names_used import names_used, private_names_of
 from tests.release.watched_names import NOT_THEIRS, SIGNED, WATCHED
 from transplant_hf import TransplantConfig
+from transplant_hf.architecture.follow import RUNTIME
 from transplant_hf.registration import TransplantForCausalLM
 
 PACKAGE = Path(__file__).resolve().parents[1] / "transplant_hf"
@@ -84,7 +82,6 @@ SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
         "local_files_only, repo_type, code_revision, **kwargs)",
         "architecture/recipient.py",
     ),
-    (convert_moe_packed_tensors, "(blocks, scales, dtype, rows_per_chunk)", "donor/pt_tensors.py"),
     (Trainer._load_from_checkpoint, "(self, resume_from_checkpoint, model)", "training/part_trainer.py"),
     (Trainer._load_best_model, "(self)", "training/part_trainer.py"),
     (Trainer._save_optimizer_and_scheduler, "(self, output_dir)", "training/part_trainer.py"),
@@ -103,15 +100,6 @@ def test_signature(function: Callable[..., Any], known: str, used_in: str) -> No
         f"Transformers {transformers.__version__} changed the private {function.__qualname__}: it takes {found}, "
         f"transplant_hf was written for {known}. Look at transplant_hf/{used_in}."
     )
-
-
-def test_scaled_rope() -> None:
-    """`exporting/gguf.py` divides the usual frequencies by these."""
-    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1)
-    more = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    config.rope_parameters = {"rope_type": "llama3", "rope_theta": 10000.0, **more}
-    frequencies, scale = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    assert frequencies.shape == (4,) and frequencies[-1] < 10000.0**-0.75 and scale == 1.0
 
 
 def test_parts_of_the_server() -> None:
@@ -273,26 +261,16 @@ def test_cache_layers_say_whether_they_hold_anything() -> None:
         assert all(layer.is_initialized for layer in cache.layers)
 
 
-def test_layers_can_be_told_from_other_lists() -> None:
-    """architecture/stack.py finds decoder layers by this class."""
-    model = tiny_llama_model(0)
-    assert all(isinstance(layer, GradientCheckpointingLayer) for layer in model.model.layers)
-
-
-def test_fields_of_configurations_that_are_read() -> None:
-    config = LlamaConfig()
-    assert hasattr(config, "sub_configs")
-    assert config.get_text_config(decoder=True) is config
-    config = GPT2Config(attn_implementation="eager", experts_implementation="eager")
-    read = {"_name_or_path", "_attn_implementation_internal", "_experts_implementation_internal"}
-    assert read <= set(vars(config)), "architecture/follow.py leaves these out of what makes layers differ."
+def test_what_every_configuration_keeps_to_itself() -> None:
+    """architecture/follow.py carries it over; what else is private belongs to the layers."""
+    config = LlamaConfig(
+        num_hidden_layers=2, per_layer_config={0: {"intermediate_size": 64}},
+        name_or_path="user/model", attn_implementation="eager", experts_implementation="eager",
+    )  # fmt: skip
+    run = {name: value for name, value in vars(config).items() if name in RUNTIME}
+    assert {"user/model", "eager"} <= {value for value in run.values() if isinstance(value, str)}
+    assert any(name.startswith("_") and name not in RUNTIME for name in vars(config)), "where are the fields by layer?"
     assert (config._attn_implementation, config._experts_implementation) == ("eager", "eager")
-
-
-def test_fields_by_layer() -> None:
-    """splice/surgery.py carries this private field over, unlike others."""
-    config = LlamaConfig(num_hidden_layers=2, per_layer_config={0: {"intermediate_size": 64}})
-    assert "_heterogeneity_spec" in vars(config)
 
 
 def test_models_have_the_attributes_that_are_read() -> None:

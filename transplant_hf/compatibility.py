@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from .architecture import Anatomy, LayerNames, text_config
 from .architecture.exceptions import REFUSALS
-from .architecture.follow import is_rule
+from .architecture.follow import copy_runtime, is_rule
 from .display import position_text
 from .donor import Donor
 from .donor.tensors import layer_of
@@ -122,8 +122,7 @@ def donor_anatomy(donor: Donor, recipient: Anatomy) -> Anatomy:
         config = type(recipient.config).from_dict(fields)
     except BUILD_ERRORS as error:
         raise CompatibilityError(f"donor {donor}: its source_config is not valid: {error}") from error
-    config._attn_implementation = recipient.config._attn_implementation
-    config.dtype = recipient.config.dtype
+    copy_runtime(recipient.config, config)
     take_recipient_fields(config, recipient.config)
     if _builds_the_same(config, recipient.config):
         return recipient

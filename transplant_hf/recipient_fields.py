@@ -25,11 +25,6 @@ OWN_FIELDS = {
     ),
     *("architectures", "tokenizer_class", "transformers_version", "model_type", "auto_map", "name_or_path"),
 }
-_SPELLINGS = {
-    "torch_dtype": "dtype",
-    "_attn_implementation": "attn_implementation",
-    "_experts_implementation": "experts_implementation",
-}
 _MISSING = object()
 
 
@@ -58,6 +53,11 @@ def is_settable(kind: type, name: str) -> bool:
     return not hasattr(PreTrainedConfig, name) and not callable(getattr(kind, name, None))
 
 
+def _field_of(name: str) -> str:
+    """The field that an attribute sets; implementations, as of attention, are attributes with an underscore."""
+    return "dtype" if name == "torch_dtype" else name.removeprefix("_") if name.endswith("implementation") else name
+
+
 def _as_field(name: str, value: Any) -> Any:
     if name == "id2label" and isinstance(value, Mapping):
         return {int(number): label for number, label in value.items()}
@@ -74,7 +74,7 @@ class RecipientFields:
 
     def _take_fields(self, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
         """Store the fields that were passed and are not at their default, and the overrides."""
-        defaults = {name: getattr(self, _SPELLINGS.get(name, name), _MISSING) for name in fields}
+        defaults = {name: getattr(self, _field_of(name), _MISSING) for name in fields}
         self.recipient_overrides = {}
         for name, value in {**fields, **overrides}.items():
             known = defaults.get(name, _MISSING) if name not in overrides else _MISSING
@@ -90,13 +90,13 @@ class RecipientFields:
                     ) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
-        key = _SPELLINGS.get(name, name)
+        key = _field_of(name)
         if "recipient_overrides" not in self.__dict__ or key in OWN_FIELDS or key.startswith("_"):
             return super().__setattr__(name, value)
         value = _as_field(key, value)
         if key != "num_labels":  # a way to set the two fields of labels
             self.recipient_overrides[key] = value
-        if key in _SPELLINGS.values() and key != "dtype":
+        if key.endswith("implementation"):
             super().__setattr__(f"_{key}", value)
         elif key != "rope_scaling" and (hasattr(type(self), key) or key == "vocab_size"):
             super().__setattr__(key, value)
@@ -104,9 +104,9 @@ class RecipientFields:
 
     def __delattr__(self, name: str) -> None:
         """Remove a field that was set, so that the recipient's own value counts again."""
-        key = _SPELLINGS.get(name, name)
+        key = _field_of(name)
         overridden = self.__dict__.get("recipient_overrides", {}).pop(key, _MISSING) is not _MISSING
-        names = {name, key, f"_{key}"} if key in _SPELLINGS.values() else {name}
+        names = {name, key, f"_{key}"} if key.endswith("implementation") else {name, key}
         stored = names & self.__dict__.keys()
         for each in stored:
             super().__delattr__(each)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.helpers import refused
 from transplant_hf import CheckpointError
-from transplant_hf.donor.tensors import DONOR_FILE, DONOR_INDEX, layer_of, open_donor_files
+from transplant_hf.donor.tensors import DONOR_FILE, DONOR_INDEX, layer_of, open_donor_files, unpack_mxfp4
 
 ONE, TWO = "donor-00001-of-00002.safetensors", "donor-00002-of-00002.safetensors"
 TENSORS = {"layers.0.a": torch.arange(6.0).reshape(2, 3), "layers.1.a": torch.ones(2, dtype=torch.bfloat16)}
@@ -153,3 +154,12 @@ def test_a_tensor_in_another_shard_than_the_index_says(sharded: Path) -> None:
     write_index(sharded, swapped)
     with refused(CheckpointError, str(sharded / DONOR_INDEX), "are in another shard"):
         open_donor_files(sharded)
+
+
+def test_mxfp4_is_unpacked_as_transformers_does() -> None:
+    """Every pair of numbers, with the smallest and the largest exponents."""
+    blocks = torch.arange(256, dtype=torch.uint8).reshape(2, 4, 2, 16)
+    scales = torch.tensor([0, 1, 100, 127, 128, 200, 253, 254] * 2, dtype=torch.uint8).reshape(2, 4, 2)
+    found = unpack_mxfp4(blocks, scales)
+    assert found.shape == (2, 64, 4) and found.dtype is torch.bfloat16
+    assert torch.equal(found, convert_moe_packed_tensors(blocks, scales))

@@ -22,10 +22,8 @@ class Watched(NamedTuple):
 
 
 SIGNED = "test_signature"
-_CONFIG = "test_fields_of_configurations_that_are_read"
 _MODEL = "test_models_have_the_attributes_that_are_read"
 _STATIC = "test_hooks_into_loading_are_static"
-_LAYERS = "test_layers_can_be_told_from_other_lists"
 WATCHED: dict[str, Watched] = {
     # Loading.
     "_load_pretrained_model": Watched("weights of recipient and donors in one pass", _STATIC),
@@ -35,30 +33,16 @@ WATCHED: dict[str, Watched] = {
     "_is_hf_initialized": Watched("what has its values is not initialized again", "test_loaded_tensors_are_marked"),
     "get_model_conversion_mapping": Watched("names in checkpoints, as from_pretrained renames them", SIGNED),
     "rename_source_key": Watched("the same", "test_rules_of_renaming"),
-    "WeightRenaming": Watched("the same", "test_rules_of_renaming"),
-    "WeightConverter": Watched("the same", "test_rules_of_renaming"),
     "revert_weight_conversion": Watched("names in checkpoints, of a model in memory", SIGNED),
     "_weight_conversions": Watched("reverted when a loaded model is saved", "test_a_loaded_model_keeps_its_rules"),
     "_keys_to_ignore_on_load_unexpected": Watched("tensors in files that no model has", _MODEL),
     "get_class_from_dynamic_module": Watched("recipients with code of their own, when asked for", SIGNED),
-    # Configurations and models.
-    "_name_or_path": Watched("where a model came from is no difference between layers", _CONFIG),
-    "_attn_implementation": Watched("compared models run attention alike", _CONFIG),
-    "_attn_implementation_internal": Watched("how attention runs is no difference between layers", _CONFIG),
-    "_experts_implementation": Watched("a field that a transplant may set", _CONFIG),
-    "_experts_implementation_internal": Watched("how experts run is no difference between layers", _CONFIG),
-    "_heterogeneity_spec": Watched("a private field that makes layers differ", "test_fields_by_layer"),
-    "GradientCheckpointingLayer": Watched("tells decoder layers from other lists", _LAYERS),
+    # Models.
     "maybe_install_capturing_hooks": Watched("hidden states of layers that come later are recorded", SIGNED),
     "_output_capturing_hooks_installed": Watched("the same", "test_the_capturing_hooks_leave_their_mark"),
     "_active_collector": Watched("donors run on all rows where a call records layers", "test_what_a_call_records"),
     "_adapter_model_path": Watched("an adapter that an Auto class was asked for", "test_adapters_that_are_found"),
     "_hf_peft_config_loaded": Watched("an adapter is not saved into a full model", _MODEL),
-    "_hidden_states_layers": Watched("the same", "test_what_a_call_records"),
-    "DynamicLayer": Watched("cache layers that hold the rows of a donor", "test_cache_layers_that_hold_rows"),
-    "DynamicSlidingWindowLayer": Watched("the same", "test_cache_layers_that_hold_rows"),
-    # Precision and devices.
-    "convert_moe_packed_tensors": Watched("MXFP4 experts, dequantised as loading does", SIGNED),
     # Serving.
     **{
         name: Watched("the server of `transformers serve`", "test_parts_of_the_server")
@@ -71,7 +55,6 @@ WATCHED: dict[str, Watched] = {
             "build_server",
         )
     },
-    "ROPE_INIT_FUNCTIONS": Watched("the factors of a scaled RoPE, which a GGUF file stores", "test_scaled_rope"),
     # Training.
     "_load_from_checkpoint": Watched("checkpoints have only what is trained", SIGNED),
     "_load_best_model": Watched("the same", SIGNED),

@@ -28,7 +28,8 @@ _COUNT = re.compile(r"^(num|n)_?(hidden_|decoder_)?(layers?|blocks?)$|^decoder_l
 _RULE = re.compile(
     r"dense|period|offset|step|interval|freq|pattern|every|_start|_end|first|last|skip|global_attn", re.I
 )
-_RUNTIME = ("_attn_implementation_internal", "_experts_implementation_internal", "dtype")
+# What the class of all configurations keeps to itself: how a model runs, and where it came from.
+RUNTIME = frozenset(name for name in vars(PreTrainedConfig()) if name.startswith("_"))
 
 
 def is_rule(name: str) -> bool:
@@ -170,7 +171,7 @@ class Follower:
             config = type(self.recipient).from_dict(full)
         except BUILD_ERRORS:
             return None
-        _copy_runtime(self.recipient, config)
+        copy_runtime(self.recipient, config)
         return config
 
 
@@ -182,16 +183,13 @@ def _rewritten(anatomy: Anatomy) -> Fields:
     return fields
 
 
-def _copy_runtime(old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+def copy_runtime(old: PreTrainedConfig, new: PreTrainedConfig) -> None:
     """Carry over what belongs to this run and is not part of `config.json`."""
-    for name in _RUNTIME:
-        if name in old.__dict__:
-            new.__dict__[name] = old.__dict__[name]
-    new.name_or_path = old.name_or_path
+    vars(new).update({name: value for name, value in vars(old).items() if name in RUNTIME or name == "dtype"})
     for key in old.sub_configs:
         old_part, new_part = getattr(old, key, None), getattr(new, key, None)
         if old_part is not None and new_part is not None:
-            _copy_runtime(old_part, new_part)
+            copy_runtime(old_part, new_part)
 
 
 def _is_by_number(value: Any, num_layers: int) -> bool:

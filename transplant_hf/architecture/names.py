@@ -10,9 +10,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, WeightConverter
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import rename_source_key
 
 from ..errors import CompatibilityError
 
@@ -35,8 +35,8 @@ class LayerNames:
     def __init__(self, model: PreTrainedModel, stack_path: str, transforms: Sequence[Any] | None = None) -> None:
         if transforms is None:
             transforms = get_model_conversion_mapping(model)
-        self._renamings = [rule for rule in transforms if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in transforms if isinstance(rule, WeightConverter)]
+        self._renamings: list[Any] = [rule for rule in transforms if not isinstance(rule, WeightConverter)]
         base = f"{model.base_model_prefix}."
         inner = stack_path.removeprefix(base)
         self._target = re.compile(rf"(?:{re.escape(base)})?{re.escape(inner)}\.(\d{{1,9}})\.(.+)")

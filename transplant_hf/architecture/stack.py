@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import CONFIG_MAPPING, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
 
 from ..errors import BUILD_ERRORS, CompatibilityError, ConfigurationError
 

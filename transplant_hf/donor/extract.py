@@ -50,7 +50,16 @@ def layers_of_model(
     # A transplant's layers come from several models, which its configuration does not tell.
     record_in_transplant = getattr(model, "_record_of_layers", None)
     known = record_in_transplant(numbers, name) if record_in_transplant is not None else None
-    record, place = known or (_record(model, numbers, name, revision), None)
+    record, place = known or (
+        DonorRecord.of_layers(
+            config_of_weights(model),
+            layer_indices=tuple(numbers),
+            source_id=model.config.name_or_path or None,
+            source_revision=revision,
+            name=name,
+        ),
+        None,
+    )
     zeroed: Mapping[int, Collection[str]] = {}
     if init == "identity":
         zeroed = projections_of_layers(model, path, numbers)
@@ -58,19 +67,6 @@ def layers_of_model(
         record = dataclasses.replace(record, metadata={"init": init})
         place = dataclasses.replace(place, mode="insert", strength=1.0) if place is not None else None
     return record, MemoryTensors(checkpoint_tensors(model, path, numbers, zeroed)), place
-
-
-def _record(model: PreTrainedModel, numbers: list[int], name: str | None, revision: str | None) -> DonorRecord:
-    config = config_of_weights(model).to_dict()
-    config.pop("_name_or_path", None)
-    return DonorRecord(
-        model_type=model.config.model_type,
-        source_config=config,
-        layer_indices=tuple(numbers),
-        source_id=model.config.name_or_path or None,
-        source_revision=revision,
-        name=name,
-    )
 
 
 def checkpoint_tensors(

@@ -20,7 +20,7 @@ from ..sources import HubOptions, Source
 from ..storage import read_json
 from .companions import locate_with_companions
 from .record import DonorRecord, plain_json
-from .tensors import TensorInfo, stored_dtype
+from .tensors import TensorInfo, stored_dtype, unpack_mxfp4
 
 METADATA_FILE = "donor_metadata.json"
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
@@ -63,7 +63,7 @@ class PtTensors:
 
 
 class _Unpacked:
-    """A tensor in MXFP4, which Transformers turns into bf16 when it is read."""
+    """A tensor in MXFP4, which becomes bf16 when it is read."""
 
     dtype = torch.bfloat16
 
@@ -76,11 +76,8 @@ class _Unpacked:
         return [experts, groups * half * 2, outputs]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        # Late: Transformers' quantization code is slow to import, and few donors need it.
-        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
         experts = index if isinstance(index, slice) else slice(None)
-        unpacked = convert_moe_packed_tensors(self._blocks[experts], self._scales[experts], dtype=self.dtype)
+        unpacked = unpack_mxfp4(self._blocks[experts], self._scales[experts])
         return unpacked.contiguous() if isinstance(index, slice) else unpacked[index].contiguous()
 
 

@@ -8,6 +8,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
+from ..architecture.follow import RUNTIME
 from ..config import FORMAT_VERSION, check_format_version
 from ..errors import CheckpointError, ConfigurationError, IntegrityError
 from ..numeric import ascending_layers, is_number, plain_number, shown
@@ -73,6 +76,17 @@ class DonorRecord:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: Mapping[str, FileStamp] = dataclasses.field(default_factory=dict)
     signature: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of_layers(cls, config: PreTrainedConfig, **known: Any) -> DonorRecord:
+        """Create the record of layers of a model.
+
+        Args:
+            config: The model's configuration.
+            **known: The other fields.
+        """
+        fields = {name: value for name, value in config.to_dict().items() if name not in RUNTIME}
+        return cls(config.model_type, fields, **known)
 
     @classmethod
     def read(cls, folder: Path) -> DonorRecord:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import ROPE_INIT_FUNCTIONS, AutoModelForCausalLM, PreTrainedConfig
 
 from ..architecture import LayerNames, Recipient, check_gguf_reader, open_recipient, text_config
 from ..compatibility import donor_anatomy

@@ -216,7 +216,7 @@ def _take_after(made: Any, model: PreTrainedModel) -> None:
             tensor.requires_grad_(False)
     made.train(model.training)
     forget_gguf(made, model)
-    made.config._name_or_path = made.name_or_path = model.config.name_or_path
+    made.config.name_or_path = made.name_or_path = model.config.name_or_path
     if model.can_generate():
         made.generation_config = copy.deepcopy(model.generation_config)
     conversions = getattr(model, "_weight_conversions", None)
@@ -243,7 +243,7 @@ def remove_transplants(model: Any) -> PreTrainedModel:
     if state is not None:
         state.check_removable(state.blueprint.splice.names)
         state.remove()
-        model.config._name_or_path = model.name_or_path = state.blueprint.config.recipient
+        model.config.name_or_path = model.name_or_path = state.blueprint.config.recipient
     if transplanted:
         model._transplant = None
         model.__class__ = recipient_class(type(model))

@@ -27,8 +27,6 @@ _ROWS = "_transplant_rows"
 # Arguments of layers with the batch in their first dimension, or 1 for all rows, and how many dimensions they have.
 _BATCH_FIRST = {"hidden_states": (3,), "attention_mask": (2, 4), "position_ids": (2,), "position_embeddings": (3,)}
 _SAME_FOR_ALL_ROWS = ("cache_position",)
-# What Transformers records of a call and that has a place for layers that do not run.
-_RECORDED_OUTSIDE = {"hidden_states", "_hidden_states_layers"}
 
 
 class OutputForm:
@@ -105,9 +103,9 @@ def _traced() -> bool:
 
 def _records(kwargs: Mapping[str, Any]) -> bool:
     """Whether the call records what happens inside layers, so that a row or layer that is left out would be missing."""
-    recorded = {*(_active_collector.get() or ())}
+    recorded = {name for name in _active_collector.get() or () if not name.startswith("_")}
     recorded |= {name.removeprefix("output_") for name, value in kwargs.items() if name.startswith("output_") and value}
-    return not recorded <= _RECORDED_OUTSIDE
+    return not recorded <= {"hidden_states"}  # these have a place for layers that do not run
 
 
 def _of_rows(layer: nn.Module, given: Mapping[str, Any], rows: Rows) -> dict[str, Any] | None:

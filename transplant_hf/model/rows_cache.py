@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, DynamicLayer
 
 from ..errors import ConfigurationError
 from .cache_guard import cache_kind
@@ -22,6 +22,7 @@ class _HeldRows:
     keys: Any
     values: Any
     is_initialized: bool
+    is_sliding: bool
 
     def narrow(self, held: torch.Tensor) -> None:
         """Hold no other rows than these."""
@@ -54,7 +55,9 @@ class _HeldRows:
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
-        """The number of tokens; the inherited method returns 0 if there are no rows."""
+        """The number of tokens; the inherited method counts those that left a window, and returns 0 without rows."""
+        if self.is_sliding:
+            return int(super().get_seq_length())  # type: ignore[misc]
         return int(self.keys.shape[-2]) if self._filled else 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -84,16 +87,11 @@ class _HeldRows:
         self.keys, self.values = self.keys.index_select(0, indices), self.values.index_select(0, indices)
 
 
-class _Rows(_HeldRows, DynamicLayer):
-    pass
-
-
-class _RowsInWindow(_HeldRows, DynamicSlidingWindowLayer):
-    def get_seq_length(self) -> int:
-        return DynamicSlidingWindowLayer.get_seq_length(self)  # also tokens that left the window
-
-
-_KINDS: dict[type, Any] = {DynamicLayer: _Rows, DynamicSlidingWindowLayer: _RowsInWindow}
+@functools.cache
+def _held_kind(kind: Any) -> Any:
+    """A subclass of a cache layer that holds some rows; `None` for one that holds more than keys and values."""
+    in_window = kind.is_sliding and kind.__bases__ == (DynamicLayer,)
+    return type(kind.__name__, (_HeldRows, kind), {}) if kind is DynamicLayer or in_window else None
 
 
 def hold_rows(cache: Cache, number: int, held: torch.Tensor) -> _HeldRows | None:
@@ -113,8 +111,8 @@ def hold_rows(cache: Cache, number: int, held: torch.Tensor) -> _HeldRows | None
     while len(cache.layers) <= number and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     layer: Any = cache.layers[number] if number < len(cache.layers) else None
-    if type(layer) in _KINDS and (not layer.is_initialized or layer.keys.shape[0] in (0, len(held))):
-        kind = _KINDS[type(layer)]
+    kind = _held_kind(type(layer)) if isinstance(layer, DynamicLayer) else None
+    if kind is not None and (not layer.is_initialized or layer.keys.shape[0] in (0, len(held))):
         made = kind.__new__(kind)
         vars(made).update(vars(layer), held=torch.ones_like(held))
         cache.layers[number] = layer = made

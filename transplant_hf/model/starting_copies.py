@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ..architecture import Anatomy, LayerNames, decoder_stack, dequantized_layer, find_stack, quantization_method
 from ..donor import Donor
 from ..donor.extract import checkpoint_tensors
 from ..donor.record import DonorRecord
-from ..donor.tensors import MemoryTensors
+from ..donor.tensors import MemoryTensors, unpack_mxfp4
 from ..errors import CheckpointError, HubError
 from ..sources import HubOptions, locate
 from ..splice import checkpoint_files, open_checkpoint
@@ -52,11 +50,8 @@ def full_precision_copies(
     config = without_quantization(state.blueprint.recipient.config if state is not None else model.config)
     plain = Anatomy(native, config, f"recipient {reference or native.__name__}")
     indices = [slot.index for slot in (model.layer_map[n] for n in numbers)] if state is not None else list(numbers)
-    fields = copy.deepcopy(config.to_dict())
-    fields.pop("_name_or_path", None)
-    record = DonorRecord(
-        model_type=config.model_type,
-        source_config=fields,
+    record = DonorRecord.of_layers(
+        config,
         layer_indices=tuple(indices),
         source_id=reference or None,
         source_revision=revision,
@@ -116,7 +111,7 @@ def _unpacked(tensors: Mapping[str, torch.Tensor], method: str | None) -> dict[s
     for name, tensor in tensors.items():
         plain = name.removesuffix("_blocks")
         if plain != name:
-            made[plain] = convert_moe_packed_tensors(tensor, tensors[f"{plain}_scales"])
+            made[plain] = unpack_mxfp4(tensor, tensors[f"{plain}_scales"])
         elif not name.endswith("_scales"):
             made[name] = tensor
     return made

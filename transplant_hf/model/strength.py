@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import GradientCheckpointingLayer
 
 from ..donor.extract import GATE
 from ..errors import ConfigurationError

@@ -226,11 +226,8 @@ class Blueprint:
                 "of one source."
             )
         anatomy, known = (part.anatomy, part.donor.record) if part else (self.recipient, None)
-        fields = anatomy.config.to_dict()
-        fields.pop("_name_or_path", None)
-        record = DonorRecord(
-            model_type=anatomy.config.model_type,
-            source_config=fields,
+        record = DonorRecord.of_layers(
+            anatomy.config,
             layer_indices=indices,
             source_id=(known and known.source_id) or self.config.recipient or None,
             source_revision=known.source_revision if known else self.config.recipient_revision,

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..architecture import Anatomy, LayerOrigin, SplicedConfig, decoder_stack, text_config
 from ..architecture.build import build_on_meta, inner_models
 from ..architecture.fingerprint import is_layer_number, module_attributes, plain
+from ..architecture.follow import RUNTIME
 from ..errors import BUILD_ERRORS
 from ..layer_map import RECIPIENT, Stage
 from .blueprint import Blueprint
@@ -61,7 +62,7 @@ def use_config(model: PreTrainedModel, recipient: Anatomy, spliced: SplicedConfi
     """Make a model that was built from the recipient's configuration run with another."""
     mine, new = text_config(model.config), text_config(spliced.config)
     mine.__class__ = new.__class__
-    mine.__dict__.update({k: copy.deepcopy(v) for k, v in new.__dict__.items() if not _own(k)})
+    mine.__dict__.update({k: copy.deepcopy(v) for k, v in new.__dict__.items() if k not in RUNTIME})
     try:
         candidate = build_on_meta(recipient.model_class, spliced.config)
     except BUILD_ERRORS:
@@ -73,11 +74,6 @@ def use_config(model: PreTrainedModel, recipient: Anatomy, spliced: SplicedConfi
         for name, value in vars(after[path]).items():
             if name in old and old[name] != plain(value):
                 setattr(own[path], name, copy.deepcopy(value))
-
-
-def _own(name: str) -> bool:
-    # The attention implementation and the model's name belong to the live configuration.
-    return name.startswith("_") and name != "_heterogeneity_spec"
 
 
 def outer_modules(model: nn.Module, stack_path: str) -> dict[str, nn.Module]:
