@@ -9,8 +9,6 @@ from transformers import AutoConfig
 from .config import TransplantConfig
 from .heads import Head, auto_classes
 
-__all__ = ["LOADERS", "register"]
-
 
 class _Loader:
     """The class that an Auto class finds for a `TransplantConfig`; it loads the recipient's own class with donors."""

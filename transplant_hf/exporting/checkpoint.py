@@ -35,8 +35,6 @@ from .result import Export, breaks_pattern, layer_types
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["export", "refuse_adapters", "refuse_beyond_native"]
-
 _DTYPES = ("bfloat16", "float16", "float32")
 _MAX_TOKENS = 32  # of the input on which logits are compared
 # Logits may differ by this many times the dtype's epsilon, relative to the largest: sums in another order.

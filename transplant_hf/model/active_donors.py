@@ -33,8 +33,6 @@ from .strength import StrengthHooks
 from .structure import Attributes, Structure, structure_of
 from .using import CallChoices
 
-__all__ = ["TransplantState", "attach_state", "state_of"]
-
 logger = logging.get_logger(__name__)
 
 Names = frozenset[str]

@@ -16,8 +16,6 @@ from ..layer_map import RECIPIENT
 from ..splice.quantized import SKIP_FIELDS
 from ..splice.surgery import outer_modules
 
-__all__ = ["AsLoaded", "quantization_of_recipient"]
-
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:

@@ -17,8 +17,6 @@ from .choice import Choice
 from .routing import mask_of_prompt, read_probe
 from .using import CallChoices
 
-__all__ = ["CacheGuard", "Setting", "cache_kind"]
-
 _GUARDED_METHODS = ("update", "get_mask_sizes", "update_conv_state", "update_recurrent_state")
 _MARK, _KIND = "_transplant_mark", "_transplant_kind"
 

@@ -20,8 +20,6 @@ from torch import nn
 
 from ..errors import ConfigurationError
 
-__all__ = ["BLOCK_END", "Calls", "arguments_by_name", "counted", "deep_copy"]
-
 BLOCK_END = "the end of disable_transplants()"
 LONGEST_WAIT = 60.0
 _POLL_SECONDS = 0.2

@@ -16,8 +16,6 @@ from ..donor.save import donor_folders
 from ..donor.saved_files import foreign_names
 from ..heads import BASE, CAUSAL_LM, head_of
 
-__all__ = ["write_full_card"]
-
 
 def write_full_card(
     model: Any,

@@ -18,8 +18,6 @@ from ..layer_map import Position
 from ..sources import HubOptions, locate
 from ..splice import report_fit
 
-__all__ = ["check", "check_compatibility"]
-
 
 def check(
     recipient: Any, donor: Any, position: Position | None = None, mode: str | None = None, **hub_kwargs: Any

@@ -14,8 +14,6 @@ from ..errors import ConfigurationError
 from ..numeric import finite_number
 from ..splice import Blueprint
 
-__all__ = ["Choice", "Rows", "choice_of", "parse_choice", "refuse_rows"]
-
 
 class Rows(NamedTuple):
     """The rows of a batch that use a donor.

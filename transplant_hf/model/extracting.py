@@ -22,8 +22,6 @@ from .load_any_model import load_model
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Extraction", "extract"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:

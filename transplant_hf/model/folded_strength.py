@@ -19,8 +19,6 @@ from ..architecture.replay import Call, record_calls
 from ..errors import CheckpointError, CompatibilityError
 from ..splice import Blueprint
 
-__all__ = ["folded_strengths"]
-
 _TOLERANCE = 1e-5  # of what the layer adds, in float32
 _SEED = 0
 

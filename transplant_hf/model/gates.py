@@ -14,8 +14,6 @@ from ..donor.extract import GATE
 from ..errors import ConfigurationError
 from .active_donors import TransplantState, state_of
 
-__all__ = ["attach_gate", "detach_gate", "gates_aside"]
-
 
 def attach_gate(model: Any, name: str) -> nn.Parameter:
     """Make a donor's strength a parameter, which `named_parameters()` lists with the donor's first layer.

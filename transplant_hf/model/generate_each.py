@@ -17,8 +17,6 @@ from ..layer_map import RECIPIENT
 from .active_donors import state_of
 from .calls import arguments_by_name
 
-__all__ = ["generate_each"]
-
 # Arguments of layers that the rows of one prompt can share, with 1 in their first dimension.
 _SHARED = {"attention_mask": 4, "position_ids": 2, "position_embeddings": 3}
 

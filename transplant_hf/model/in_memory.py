@@ -27,8 +27,6 @@ from .surface import TransplantMixin, transplant_class
 if TYPE_CHECKING:
     from .surface import TransplantedModel
 
-__all__ = ["remove_transplants", "transplant"]
-
 
 def transplant(
     model: PreTrainedModel, donor: Donor | str, position: Position | None = None, mode: str | None = None, *,

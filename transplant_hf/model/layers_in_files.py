@@ -19,8 +19,6 @@ from ..errors import CheckpointError, ConfigurationError
 from ..numeric import is_finite
 from ..splice import MergedWeights, Provenance
 
-__all__ = ["LayersInFiles", "layers_in_files", "refuse_layers_in_files"]
-
 _Load = Callable[[dict[str, Any], list[str], torch.device], Any]
 _Stamp = tuple[int, int, int]
 _PAGE = 4096  # bytes, or a fraction of a page

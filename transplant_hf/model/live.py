@@ -26,8 +26,6 @@ from .active_donors import TransplantState, state_of
 from .load_weights import from_pretrained
 from .structure import Attributes, structure_of
 
-__all__ = ["add_donor", "move_donor", "open_donor", "own_tensors", "remove_donor", "swap_donor"]
-
 
 def add_donor(
     model: Any,

@@ -27,8 +27,6 @@ from .surface import transplant_class
 if TYPE_CHECKING:
     from .surface import TransplantedModel
 
-__all__ = ["FOR_MODEL", "AutoModelWithTransplant", "config_to_model", "load_transplant"]
-
 # Arguments of the model class. A configuration that gets them only stores them.
 FOR_MODEL = ("dtype", "torch_dtype", "quantization_config")
 _HUB_NAMES = ("token", "cache_dir", "local_files_only", "force_download")

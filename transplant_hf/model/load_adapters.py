@@ -19,16 +19,6 @@ from ..storage import read_json
 if TYPE_CHECKING:
     from .load_request import LoadRequest
 
-__all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_FILES",
-    "Adapter",
-    "base_of_adapter",
-    "find_adapter",
-    "load_adapter_beside",
-    "refuse_replaced",
-]
-
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 _MERGE = "merge it into the weights (PEFT's merge_and_unload, then save_pretrained)"

@@ -23,8 +23,6 @@ from .load import FOR_MODEL, load_transplant
 from .load_weights import HeldBack, from_pretrained
 from .surface import transplant_class
 
-__all__ = ["check_device_map", "load_model", "load_tokenizer", "pinned_commit"]
-
 # How Transformers spreads a model over what there is.
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 _ALWAYS = ("cpu", "meta")

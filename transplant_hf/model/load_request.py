@@ -19,8 +19,6 @@ from ..storage import read_json
 from .live import own_tensors
 from .load_adapters import ADAPTER_CONFIG, ADAPTER_FILES, base_of_adapter
 
-__all__ = ["LoadRequest", "TransplantParts", "find_parts", "read_request", "recipient_of"]
-
 
 @dataclasses.dataclass(frozen=True)
 class LoadRequest:

@@ -32,8 +32,6 @@ from ..splice import (
 )
 from .layers_in_files import LayersInFiles
 
-__all__ = ["FileChecks", "HeldBack", "WeightLoader", "building", "current_loader", "from_pretrained", "use_loader"]
-
 HeldBack = Callable[[Blueprint], int]
 
 _current: ContextVar[WeightLoader | None] = ContextVar("transplant_hf_loader", default=None)

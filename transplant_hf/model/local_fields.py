@@ -14,8 +14,6 @@ from ..donor.companions import at_hand
 from ..errors import BUILD_ERRORS, TransplantError
 from ..sources import Source, points_to_folder
 
-__all__ = ["field_at_hand"]
-
 _PLAIN = (bool, int, float, str, type(None))
 # What Transformers asks every configuration for, to find parts or code in it: a transplant's has none.
 _OF_PARTS = {"quantization_config", "auto_map", "text_config", "text_encoder", "decoder", "generator"}

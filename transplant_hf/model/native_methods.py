@@ -13,8 +13,6 @@ from .active_donors import attach_state
 from .load_adapters import refuse_replaced
 from .load_weights import building, current_loader
 
-__all__ = ["NativeMethods", "recipient_class"]
-
 _IDLE = "_transplant_idle"
 
 

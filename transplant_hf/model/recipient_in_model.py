@@ -16,8 +16,6 @@ from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..splice import Blueprint
 
-__all__ = ["changed", "config_changes", "differences", "live_recipient_config", "recipient_state"]
-
 # How a model is run, and what Transformers records: not part of what a model computes.
 _RUNTIME = re.compile(
     r"dtype|torch_dtype|architectures|transformers_version|tokenizer_class|use_cache|output_\w+|\w*return_dict\w*|"

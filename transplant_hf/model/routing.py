@@ -22,8 +22,6 @@ from ..layer_map import RECIPIENT
 from ..splice import Blueprint
 from .choice import Choice, choice_of, refuse_rows
 
-__all__ = ["AUTO", "Route", "Router", "mask_of_prompt", "read_probe", "routed_choice"]
-
 AUTO = "auto"
 # How far the hidden states of the probe may be from those that a signature was made with, in parts of their length.
 # Quantization to 4 bits changes them by a tenth; another recipient or position by more than their length.

@@ -21,8 +21,6 @@ from .choice import Rows
 from .rows_cache import hold_rows
 from .using import CallChoices
 
-__all__ = ["DonorRows", "OutputForm", "is_another_stream", "run_by_row", "run_on_all_rows"]
-
 _ROWS = "_transplant_rows"
 # Arguments of layers with the batch in their first dimension, or 1 for all rows, and how many dimensions they have.
 _BATCH_FIRST = {"hidden_states": (3,), "attention_mask": (2, 4), "position_ids": (2,), "position_embeddings": (3,)}

@@ -11,8 +11,6 @@ from transformers import Cache, DynamicCache, DynamicLayer
 from ..errors import ConfigurationError
 from .cache_guard import cache_kind
 
-__all__ = ["hold_rows"]
-
 
 class _HeldRows:
     """What a cache layer of some rows does in its own way; it counts tokens also if it holds no row."""

@@ -28,8 +28,6 @@ from .save_arguments import PUSH_ARGS, by_name, checked_state, refuse_arguments
 from .save_checkpoint import TrainerCheckpoint
 from .save_parts import copy_model_companions, write_thin, write_with_recipient
 
-__all__ = ["push_transplant", "save_transplant"]
-
 logger = logging.get_logger(__name__)
 
 

@@ -11,8 +11,6 @@ import torch
 
 from ..errors import ConfigurationError
 
-__all__ = ["PUSH_ARGS", "by_name", "checked_state", "refuse_arguments"]
-
 PUSH_ARGS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
 
 _HONORED = ("is_main_process", "max_shard_size", "save_original_format", "save_peft_format", "state_dict", "token")

@@ -18,8 +18,6 @@ from safetensors.torch import save_file
 
 from ..storage import write_json
 
-__all__ = ["TrainerCheckpoint"]
-
 _TRAINERS_FOLDER = re.compile(r"checkpoint-\d+")
 _WEIGHTS = "model-00001-of-00001.safetensors"
 _INDEX = "model.safetensors.index.json"

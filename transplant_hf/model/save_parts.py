@@ -31,8 +31,6 @@ from .as_loaded import quantization_of_recipient
 from .recipient_in_model import live_recipient_config, recipient_state
 from .save_thin_checks import check_unchanged, kept_overrides
 
-__all__ = ["copy_model_companions", "write_thin", "write_with_recipient"]
-
 logger = logging.get_logger(__name__)
 
 

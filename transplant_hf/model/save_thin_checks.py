@@ -20,8 +20,6 @@ from ..splice import Blueprint, draw_blueprint
 from .layers_in_files import layers_in_files
 from .recipient_in_model import changed, config_changes, differences
 
-__all__ = ["check_unchanged", "kept_overrides"]
-
 
 def check_unchanged(model: PreTrainedModel, state: Any, current: dict[str, torch.Tensor]) -> None:
     """Compare the recipient's weights with those of the pinned recipient, which is read again.

@@ -22,8 +22,6 @@ from .live import without_quantization
 from .native_methods import recipient_class
 from .surface import TransplantMixin
 
-__all__ = ["FROM_CHECKPOINT", "FROM_DEQUANTIZED", "STARTED_FROM", "full_precision_copies"]
-
 STARTED_FROM = "started_from"  # in a donor's metadata
 FROM_CHECKPOINT, FROM_DEQUANTIZED = "the full-precision checkpoint", "dequantized weights"
 

@@ -27,8 +27,6 @@ from ..splice import Blueprint
 from .rows import DonorRows, OutputForm, is_another_stream, run_by_row, run_on_all_rows
 from .using import NOT_COMPILED, CallChoices
 
-__all__ = ["HOOKS_RUN_AGAIN", "StrengthHooks", "is_entrance"]
-
 _ROLE = "_transplant_role"
 # Before 5.23, Transformers checkpoints a layer together with its hooks: they run again in the backward pass, and find
 # the hidden state of the latest forward pass instead of their own.

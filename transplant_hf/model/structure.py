@@ -22,8 +22,6 @@ from ..layer_map import RECIPIENT, Stage
 from ..splice import Blueprint, insert_layers, renumber, use_config
 from ..splice.surgery import outer_modules
 
-__all__ = ["Attributes", "Structure", "structure_of"]
-
 # By module path, then by attribute name.
 Attributes = Mapping[str, Mapping[str, Any]]
 

@@ -26,8 +26,6 @@ from .using import DisableBlock, UsingBlock
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
 
-__all__ = ["TransplantMixin", "transplant_class"]
-
 _COUNTED = ("generate", "state_dict", "load_state_dict", "_apply", "requires_grad_")
 
 

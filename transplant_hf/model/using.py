@@ -21,8 +21,6 @@ import torch
 from ..errors import ConfigurationError
 from .choice import Choice
 
-__all__ = ["NOT_COMPILED", "CallChoices", "DisableBlock", "UsingBlock"]
-
 NOT_COMPILED = (
     'donors that choose themselves, by using("auto") or strength="auto", look at hidden states within a call, which a '
     "compiled call cannot. Call the model that is not compiled, or name the donors: using(rows=[...])."

@@ -22,8 +22,6 @@ from ..model.load_weights import FileChecks
 from ..sources import HubOptions
 from ..splice import Blueprint, checkpoint_files, merge_weights, open_checkpoint
 
-__all__ = ["NativeTransplant", "open_native", "refuse_other_windows"]
-
 
 @dataclasses.dataclass(frozen=True)
 class NativeTransplant:

@@ -31,8 +31,6 @@ from ..errors import ConfigurationError, TransplantError
 from ..model.in_memory import transplant
 from ..model.routing import AUTO
 
-__all__ = ["build_app"]
-
 Choice = dict[str, float] | str  # what `using` takes: strengths by donor, or AUTO
 _STRENGTH = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
 # Fields that Transformers ignores, and the value that asks for nothing else than what is done.

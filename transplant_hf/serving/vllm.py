@@ -19,8 +19,6 @@ from ..errors import ConfigurationError
 from ..sources import HubOptions
 from .native import NativeTransplant, open_native, refuse_other_windows
 
-__all__ = ["FORMAT", "parsed_config", "planned", "register"]
-
 FORMAT = "transplant"  # of --config-format and --load-format
 _FIELD = "transplant"  # of the native configuration: the transplant that it was made from
 _USAGE = f"--config-format {FORMAT} --load-format {FORMAT}"
