@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -19,10 +19,12 @@ __all__ = [
     "position_numbers",
     "position_text",
     "progress_bar",
+    "some_of",
 ]
 
 _MAX_LISTED = 6  # a longer run of consecutive numbers is shown as a range
 _MAX_LISTED_NUMBERS = 12
+_MAX_NAMES = 3
 _PROGRESS_DELAY = 1.0  # seconds: work that is shorter shows no bar
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)", re.IGNORECASE)
 
@@ -59,6 +61,17 @@ def numbers_text(numbers: Sequence[int]) -> str:
 def dtype_name(dtype: Any) -> str:
     """Return the name of a dtype of torch, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def some_of(names: Collection[str]) -> str:
+    """Return the first few names in alphabetical order, and how many others there are.
+
+    Example:
+        >>> some_of(["d", "c", "b", "a"])
+        'a, b, c and 1 more'
+    """
+    listed = ", ".join(sorted(names)[:_MAX_NAMES])
+    return listed if len(names) <= _MAX_NAMES else f"{listed} and {len(names) - _MAX_NAMES} more"
 
 
 def position_text(position: int | Sequence[int]) -> str:

@@ -91,7 +91,7 @@ class Source:
         return self.revision is not None
 
     def __str__(self) -> str:
-        return _at(self.reference, self.revision)
+        return at_revision(self.reference, self.revision)
 
 
 def locate(
@@ -245,13 +245,13 @@ def reading(what: str, reference: str, revision: str | None = None) -> Iterator[
                 with hub_errors(reference, revision):
                     raise cause from error
             cause = cause.__cause__ or cause.__context__
-        raise CheckpointError(f"cannot read {what} of {_at(reference, revision)}: {error}") from error
+        raise CheckpointError(f"cannot read {what} of {at_revision(reference, revision)}: {error}") from error
 
 
 @contextmanager
 def _cache_errors(reference: str, revision: str | None, hub: HubOptions) -> Iterator[None]:
     """Turn the errors of writing into the local cache into errors of this package."""
-    where = _at(reference, revision)
+    where = at_revision(reference, revision)
     try:
         with writing(hub.cache_dir or constants.HF_HUB_CACHE, f"Only complete files of {where} were kept."):
             yield
@@ -276,7 +276,7 @@ def hub_errors(reference: str, revision: str | None = None, or_folder: bool = Fa
 
 
 def _hub_message(reference: str, revision: str | None, error: Exception) -> str:
-    where = _at(reference, revision)
+    where = at_revision(reference, revision)
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         if isinstance(error.__cause__, HfHubHTTPError):
             return f"{_hub_message(reference, revision, error.__cause__)} It is not in the local cache either."
@@ -304,5 +304,6 @@ def _hub_message(reference: str, revision: str | None, error: Exception) -> str:
     return f"the Hub returned an error ({status}) for {where}.{advice} {error}"
 
 
-def _at(reference: str, revision: str | None) -> str:
+def at_revision(reference: str, revision: str | None) -> str:
+    """Return a name with its revision, if it has one."""
     return f"{reference}@{revision}" if revision else reference

@@ -26,6 +26,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from .display import some_of
 from .errors import CheckpointError, ConfigurationError
 
 if sys.platform != "win32":
@@ -353,9 +354,6 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-_MAX_NAMES = 3
-
-
 def check_output_folder(
     folder: str | os.PathLike[str],
     overwrite: bool,
@@ -388,12 +386,6 @@ def check_output_file(path: str | os.PathLike[str], overwrite: bool) -> None:
     if file.exists() and not overwrite:
         raise ConfigurationError(f"{path} exists. Choose another name, or pass overwrite=True (--overwrite).")
     _check_writable(file)
-
-
-def some_of(names: Collection[str]) -> str:
-    """Return the first few names for a message."""
-    listed = ", ".join(sorted(names)[:_MAX_NAMES])
-    return listed if len(names) <= _MAX_NAMES else f"{listed} and {len(names) - _MAX_NAMES} more"
 
 
 def _check_writable(path: Path) -> None:

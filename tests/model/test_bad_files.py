@@ -154,13 +154,13 @@ def test_values_that_are_not_finite(whole: Path, value: float, class_: Any) -> N
         tensors["layers.1.attn.c_proj.weight"][2, 3] = value
 
     edit_weights(whole / "donor", change)
-    with refused(CheckpointError, "'donor: layers.1.attn.c_proj.weight'", "NaN or infinity"):
+    with refused(CheckpointError, "donor: layers.1.attn.c_proj.weight", "NaN or infinity"):
         class_.from_pretrained(whole / "donor")
 
 
 def test_values_that_are_not_finite_are_counted(whole: Path) -> None:
     edit_weights(whole / "donor", lambda tensors: [tensor.fill_(torch.nan) for tensor in tensors.values()])
-    with refused(CheckpointError, "'donor: layers.", "and 23 more", "NaN or infinity"):
+    with refused(CheckpointError, "donor: layers.", "and 21 more", "NaN or infinity"):
         load(whole / "donor")
 
 

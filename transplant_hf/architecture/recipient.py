@@ -13,7 +13,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from ..config import TransplantConfig
 from ..errors import BUILD_ERRORS, CompatibilityError, ConfigurationError, TransplantError
 from ..heads import auto_classes_for, model_mapping
-from ..sources import HubOptions, Source, for_transformers, locate, points_to_folder, reading
+from ..sources import HubOptions, Source, at_revision, for_transformers, locate, points_to_folder, reading
 from ..storage import read_json
 from .anatomy import Anatomy
 from .overrides import apply_overrides
@@ -66,11 +66,11 @@ class Recipient:
     hub: HubOptions
 
     def __str__(self) -> str:
-        return f"{self.reference}@{self.revision}" if self.revision else self.reference
+        return at_revision(self.reference, self.revision)
 
-    def anatomy(self, auto_class: Any = AutoModelForCausalLM) -> Anatomy:
-        """Return the structure of the model that an Auto class would build."""
-        return Anatomy(*self.model_class(auto_class), f"recipient {self.reference}")
+    def anatomy(self) -> Anatomy:
+        """Return the structure of the causal language model."""
+        return Anatomy(*self.model_class(AutoModelForCausalLM), f"recipient {self.reference}")
 
     def model_class(self, auto_class: Any) -> tuple[Any, PreTrainedConfig]:
         """Return the class that an Auto class would use, and the configuration it would pass to it."""
@@ -113,7 +113,7 @@ def open_recipient(
         commit = source.revision
     else:  # inside a repository too: its files are then those of one commit
         reference = str(source.folder.resolve())
-    name = f"{reference}@{commit}" if commit else reference
+    name = at_revision(reference, commit)
     path = source.folder / "config.json"
     fields = read_json(path, "the recipient's config.json") if path.exists() else {}
     if not path.exists() and gguf_file is None:

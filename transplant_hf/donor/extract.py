@@ -22,7 +22,7 @@ from ..architecture import (
     projections_of_layers,
     unwrapped,
 )
-from ..architecture.names import is_adapted
+from ..architecture.names import is_adapted, unpacked_conversions
 from ..config import DonorSpec
 from ..errors import CheckpointError, ConfigurationError
 from ..numeric import ascending_layers
@@ -122,12 +122,7 @@ class _WithoutPacking:
         self._model = model
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._model, name)
-        if name != "_weight_conversions" or found is None:
-            return found
-        return [
-            rule for rule in found if not any(hasattr(op, "hf_quantizer") for op in getattr(rule, "operations", ()))
-        ]
+        return unpacked_conversions(self._model) if name == "_weight_conversions" else getattr(self._model, name)
 
 
 def _reparametrized(layer: nn.Module) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from transformers import ROPE_INIT_FUNCTIONS, AutoModelForCausalLM, PreTrainedCo
 
 from ..architecture import LayerNames, Recipient, check_gguf_reader, open_recipient, text_config
 from ..compatibility import donor_anatomy
+from ..display import some_of
 from ..donor.record import FileStamp
 from ..donor.tensors import layer_of
 from ..errors import CheckpointError, CompatibilityError, ConfigurationError
@@ -23,7 +24,7 @@ from ..model.load_request import TransplantParts, find_parts, read_request
 from ..numeric import is_finite
 from ..sources import HubOptions
 from ..splice import Blueprint, DonorPart
-from ..storage import check_output_file, publish_file, sha256_of, some_of
+from ..storage import check_output_file, publish_file, sha256_of
 from .gguf_file import GgufFile, GgufTensor, check_written, in_block, write_gguf
 from .gguf_layers import ARCHITECTURES, READS_KINDS, RECOGNIZED_COUNTS, UNDERSTOOD
 from .result import Export, breaks_pattern, layer_types

@@ -16,7 +16,7 @@ from ..donor.saved_files import check_artifact_folder
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, Position, check_position, extracted_position, paper_layers
 from ..numeric import whole_number
-from ..sources import HubArguments, HubOptions
+from ..sources import HubArguments, HubOptions, at_revision
 from .load_any_model import load_model
 
 if TYPE_CHECKING:
@@ -57,14 +57,14 @@ class Extraction:
 
     def __str__(self) -> str:
         size = sum(stamp["size"] for stamp in self.files.values())
+        recipient = at_revision(self.recipient, self.recipient_revision)
         start = "copied" if self.init == "copy" else "started as the identity: they add nothing until they are trained"
-        pinned = f"@{self.recipient_revision}" if self.recipient_revision else ""
         return "\n".join(
             [
                 f"{self.source} -> {self.commit or self.folder}",
                 f"  {len(self.layer_indices)} layers ({self.model_type}): {', '.join(map(str, self.layer_indices))}, "
                 f"{start}",
-                f"  for {self.recipient}{pinned}, recommended {position_text(self.position)}; "
+                f"  for {recipient}, recommended {position_text(self.position)}; "
                 f"{len(self.files)} weight file{'s' if len(self.files) > 1 else ''}, {size:,} bytes",
             ]
         )

@@ -129,7 +129,7 @@ def _transplant_into(
 
 def _hold_none(model: Any) -> None:
     """Make a loaded recipient, where it stands, a model that holds donors, none of them yet."""
-    native: Any = recipient_class(type(model)) if isinstance(model, TransplantMixin) else type(model)
+    native = recipient_class(type(model))
     name = model.config.name_or_path
     forget_gguf(model)
     recipient = Anatomy(native, copy.deepcopy(model.config), f"recipient {name or native.__name__}")
@@ -189,8 +189,7 @@ def _taken_apart(model: Any) -> tuple[list[tuple[DonorSpec, Donor]], Any, Any, A
     state = getattr(model, "_transplant", None)
     if state is None:
         known = TransplantConfig(recipient=model.config.name_or_path or "")
-        native = recipient_class(type(model)) if isinstance(model, TransplantMixin) else type(model)
-        return [], native, config_of_weights(model), model.state_dict(), known
+        return [], recipient_class(type(model)), config_of_weights(model), model.state_dict(), known
     blueprint = state.blueprint
     if len(recipient_layers := [s for s in state.layers if s.slot.source == RECIPIENT]) != blueprint.splice.num_layers:
         raise ConfigurationError(
@@ -237,12 +236,11 @@ def remove_transplants(model: Any) -> PreTrainedModel:
         ConfigurationError: A donor replaced layers that were not kept.
     """
     state = getattr(model, "_transplant", None)
-    transplanted = isinstance(model, TransplantMixin)
     if state is not None:
         state.check_removable(state.blueprint.splice.names)
         state.remove()
         model.config.name_or_path = model.name_or_path = state.blueprint.config.recipient
-    if transplanted:
+    if isinstance(model, TransplantMixin):
         model._transplant = None
         model.__class__ = recipient_class(type(model))
     return model

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 
 from ..architecture import forget_gguf
 from ..architecture.build import build_random
+from ..architecture.names import unpacked_conversions
 from ..config import TransplantConfig, gguf_file_of
 from ..errors import ConfigurationError
 from ..sources import HubOptions, for_transformers, reading
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 # Arguments of the model class. A configuration that gets them only stores them.
 FOR_MODEL = ("dtype", "torch_dtype", "quantization_config")
-_HUB_NAMES = ("token", "cache_dir", "local_files_only", "force_download")
 
 
 class AutoModelWithTransplant:
@@ -193,7 +193,7 @@ def load_transplant(
     gguf_file = gguf_file_of(request.config)
     trust = kwargs.pop("trust_remote_code", None)
     # Not for the recipient: `code_revision` and private names of Transformers are about the asked repo.
-    left_out = (*_HUB_NAMES, "code_revision")
+    left_out = (*hub.as_kwargs(), "code_revision")
     kwargs = {
         name: value
         for name, value in kwargs.items()
@@ -234,7 +234,9 @@ def load_transplant(
     asked = request.asked if request.names_transplant else parts.config.recipient
     model.config.name_or_path = model.name_or_path = asked
     forget_gguf(model)
-    _forget_dequantizing(model)
+    if getattr(model, "hf_quantizer", None) is None and hasattr(model, "_weight_conversions"):
+        # Transformers 5.23 packs weights again that were dequantized at load, under names that load as random weights.
+        model._weight_conversions = unpacked_conversions(model)
     model._transplant.as_loaded = AsLoaded(model)
     if adapter is not None:
         load_adapter_beside(model, adapter, parts.config.recipient)
@@ -252,27 +254,12 @@ def _checked_config(config: Any) -> TransplantConfig | None:
     return config
 
 
-def _forget_dequantizing(model: Any) -> None:
-    """Save weights that were dequantized at load under their plain names.
-
-    Transformers 5.23 reverts the dequantizing conversion when it saves, which writes full-precision experts of GPT-OSS
-    under the names of packed ones; such a checkpoint loads with random experts. 5.24 forgets all conversions.
-    """
-    rules = getattr(model, "_weight_conversions", None)
-    if rules is not None and getattr(model, "hf_quantizer", None) is None:
-        model._weight_conversions = [
-            rule
-            for rule in rules
-            if not any(hasattr(operation, "hf_quantizer") for operation in getattr(rule, "operations", ()))
-        ]
-
-
 def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) -> TransplantedModel:
     """Build a transplant with random weights; see `AutoModelWithTransplant.from_config`."""
     if not isinstance(config, TransplantConfig):
         raise ConfigurationError(f"config must be a TransplantConfig, got {type(config).__name__}.")
     hub, trust = HubOptions.from_kwargs(kwargs), kwargs.pop("trust_remote_code", None)
-    kwargs = {name: value for name, value in kwargs.items() if name not in _HUB_NAMES}
+    kwargs = {name: value for name, value in kwargs.items() if name not in hub.as_kwargs()}
     parts = find_parts(read_request(config.name_or_path or os.curdir, config=config, hub=hub), hub, trust)
     parts = dataclasses.replace(parts, config=parts.config.replaced(name_or_path=config.name_or_path))
     blueprint = parts.blueprint(auto_class)

@@ -14,6 +14,7 @@ from ..architecture import check_gguf_reader, forget_gguf, open_recipient
 from ..architecture.recipient import Recipient
 from ..compatibility import refuse_unsupported
 from ..config import TransplantConfig
+from ..display import some_of
 from ..donor.companions import has_tokenizer, locate_with_companions
 from ..errors import CompatibilityError, ConfigurationError
 from ..sources import HubOptions, commit_of, for_transformers, locate, points_to_folder, reading, revision_for
@@ -144,11 +145,7 @@ def _refuse_without_model(name: str, revision: str | None) -> None:
     if not folder.is_dir():
         raise ConfigurationError(f"{name!r} is neither a folder (looked for {folder}) nor a Hub id.")
     held = sorted(path.name for path in folder.iterdir())
-    what = (
-        f"it holds {', '.join(held[:3])}{f' and {len(held) - 3} more' if len(held) > 3 else ''}"
-        if held
-        else "it is empty"
-    )
+    what = f"it holds {some_of(held)}" if held else "it is empty"
     hint = (
         ", or name its GGUF file with gguf_file= (--gguf-file)" if any(file.endswith(".gguf") for file in held) else ""
     )

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import LayerNames, build_failure
+from ..display import some_of
 from ..donor import Donor
 from ..errors import BUILD_ERRORS, CheckpointError, TransplantError
 from ..splice import (
@@ -247,16 +248,13 @@ class WeightLoader:
         for number, name in self._donor_layers():
             start = f"{self.blueprint.recipient.stack_path}.{number}."
             for verb, keys in (("lacks", info.missing_keys), ("has unexpected tensors", info.unexpected_keys)):
-                wrong = sorted(key.removeprefix(start) for key in keys if key.startswith(start))
+                wrong = [key.removeprefix(start) for key in keys if key.startswith(start)]
                 if wrong:
-                    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-                    raise CheckpointError(f"donor {name} {verb} {', '.join(wrong[:5])}{more}.")
+                    raise CheckpointError(f"donor {name} {verb} {some_of(wrong)}.")
         if self._from_memory and info.missing_keys:
-            missing = sorted(info.missing_keys)
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(
-                f"{self.blueprint.recipient.what} has no {missing[0]}{more} in memory, but its class has: modules of "
-                "it were replaced, for instance by a parametrization. Undo that before the transplant."
+                f"{self.blueprint.recipient.what} has no {some_of(info.missing_keys)} in memory, but its class has: "
+                "modules of it were replaced, for instance by a parametrization. Undo that before the transplant."
             )
         self._checks.result()
 

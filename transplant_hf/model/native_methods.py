@@ -131,7 +131,7 @@ class NativeMethods:
 
 
 def recipient_class(model_class: Any) -> Any:
-    """Return the recipient's own class of a transplanted model's class."""
+    """Return the recipient's own class of a transplanted model's class; another class is its own."""
     # FSDP2 puts a class of its own before the model's; the native class comes after ours.
     bases = model_class.__mro__
-    return bases[bases.index(NativeMethods) + 1]
+    return bases[bases.index(NativeMethods) + 1] if NativeMethods in bases else model_class

@@ -13,9 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..architecture import Anatomy, apply_overrides, is_quantized, was_gguf
 from ..architecture.names import is_adapted
 from ..config import gguf_file_of
+from ..display import some_of
 from ..errors import CompatibilityError, ConfigurationError
 from ..layer_map import RECIPIENT
-from ..sources import HubOptions, for_transformers, hub_errors, locate
+from ..sources import HubOptions, at_revision, for_transformers, hub_errors, locate
 from ..splice import Blueprint, draw_blueprint
 from .layers_in_files import layers_in_files
 from .recipient_in_model import changed, config_changes, differences
@@ -46,23 +47,17 @@ def check_unchanged(model: PreTrainedModel, state: Any, current: dict[str, torch
         return
     recipient, config = _pinned_recipient(model, state), state.blueprint.config
     pinned = recipient.state_dict()
-    where = f"{config.recipient}@{config.recipient_revision}" if config.recipient_revision else config.recipient
+    where = at_revision(config.recipient, config.recipient_revision)
     missing = [name for name in _expected(model, recipient, state.blueprint, current) if name not in current]
     if missing:
-        rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigurationError(
             f"a thin save would not keep what the model computes: it lacks recipient weights that {where} has, "
-            f"{missing[0]}{rest}, and a reload would bring them back. Put the modules that hold them back."
+            f"{some_of(missing)}, and a reload would bring them back. Put the modules that hold them back."
         )
-    changed = [
-        name
-        for name, tensor in current.items()
-        if name not in pinned or not _equal(tensor, pinned[name])
-    ]  # fmt: skip
+    changed = [name for name, tensor in current.items() if name not in pinned or not _equal(tensor, pinned[name])]
     if changed:
-        rest = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise ConfigurationError(
-            f"a thin save would lose changed recipient weights: {changed[0]}{rest} differ from {where}. Save in full "
+            f"a thin save would lose changed recipient weights: {some_of(changed)} differ from {where}. Save in full "
             "(save_pretrained(folder)), or train donor layers only."
         )
 

@@ -20,7 +20,6 @@ from ..splice.quantized import QUANTISED
 from ..storage import read_json
 from .live import without_quantization
 from .native_methods import recipient_class
-from .surface import TransplantMixin
 
 STARTED_FROM = "started_from"  # in a donor's metadata
 FROM_CHECKPOINT, FROM_DEQUANTIZED = "the full-precision checkpoint", "dequantized weights"
@@ -44,7 +43,7 @@ def full_precision_copies(
     known = state.blueprint.config if state is not None else None
     reference = known.recipient if known is not None else model.config.name_or_path
     revision = known.recipient_revision if known is not None else revision
-    native = recipient_class(type(model)) if isinstance(model, TransplantMixin) else type(model)
+    native = recipient_class(type(model))
     config = without_quantization(state.blueprint.recipient.config if state is not None else model.config)
     plain = Anatomy(native, config, f"recipient {reference or native.__name__}")
     indices = [slot.index for slot in (model.layer_map[n] for n in numbers)] if state is not None else list(numbers)

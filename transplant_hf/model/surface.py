@@ -14,6 +14,7 @@ from ..display import position_text
 from ..donor import Donor
 from ..donor.record import DonorRecord
 from ..layer_map import RECIPIENT, LayerMap, Position
+from ..sources import at_revision
 from .active_donors import state_of
 from .calls import counted, deep_copy
 from .generate_each import generate_each
@@ -51,8 +52,8 @@ class TransplantMixin(NativeMethods):
     def _legend(self) -> list[tuple[str, str]]:
         """One line for the recipient and one for each donor: name and description."""
         config = self._transplant.blueprint.config
-        revision = f"@{config.recipient_revision}" if config.recipient_revision else ""
-        lines = [(RECIPIENT, f"{config.recipient}{revision}")] if config.recipient else []
+        known = config.recipient and at_revision(config.recipient, config.recipient_revision)
+        lines = [(RECIPIENT, known)] if known else []
         for spec in config.donors:
             place = "replaces layers from" if spec.mode == "replace" else "inserted at"
             on = "off" if spec.name in self._transplant.disabled else "on"

@@ -9,6 +9,7 @@ from typing import Any
 from ..display import align_table, bytes_text, numbers_text, position_text
 from ..errors import ConfigurationError
 from ..layer_map import LayerMap, Position
+from ..sources import at_revision
 
 __all__ = ["CacheKind", "Cost", "Hardware", "Plan", "PlannedDonor", "Share", "TrainingCost"]
 
@@ -312,7 +313,7 @@ class Plan:
         return (f"training needs {bytes_text(min(peaks))} and has {bytes_text(memory)}",)
 
     def __str__(self) -> str:
-        name = f"{self.recipient}@{self.revision}" if self.revision else self.recipient
+        name = at_revision(self.recipient, self.revision)
         limit = f" of {bytes_text(self.hardware.memory)}" if self.hardware.memory is not None else ""
         devices = f"{self.hardware.devices} device{'' if self.hardware.devices == 1 else 's'}{limit}"
         lines = [

@@ -13,6 +13,7 @@ from safetensors.torch import load as load_safetensors_bytes
 from transformers.modeling_utils import load_state_dict
 
 from ..architecture import LayerNames
+from ..display import some_of
 from ..donor.tensors import layer_of, open_safetensors, read_shard_index
 from ..errors import CheckpointError
 from ..layer_map import RECIPIENT
@@ -50,11 +51,8 @@ class MergedWeights:
 
     def refuse_not_finite(self) -> None:
         """Refuse donors with NaN or infinity among the values that were read."""
-        bad = self.not_finite
-        if bad:
-            raise CheckpointError(
-                f"donor tensor {bad[0]!r}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} holds NaN or infinity."
-            )
+        if self.not_finite:
+            raise CheckpointError(f"donor weights hold NaN or infinity: {some_of(self.not_finite)}.")
 
     def restore_offload_names(self, index: dict[str, dict[str, Any]] | None) -> None:
         """Point entries of a disk offload index to the names that tensors have in their files."""
