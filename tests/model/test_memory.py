@@ -145,6 +145,13 @@ def test_onto_a_loaded_one(tiny: Path, mode: str) -> None:
     assert torch.equal(generated(more, use_cache=True), generated(more, use_cache=False))
 
 
+def test_beside_a_donor_whose_replaced_layers_are_gone(tiny: Path) -> None:
+    more = transplant(loaded(tiny, 1, "replace"), str(tiny / "donor"), 0, name="other")
+    recipient, source = plain(tiny / "recipient"), plain(tiny / "source")
+    grafts = [Graft(source, DONOR_LAYERS, 1, replace=True), Graft(source, DONOR_LAYERS, 0)]
+    torch.testing.assert_close(logits_of(more), reference_logits(recipient, grafts))
+
+
 def test_saved_thin(tiny: Path, tmp_path: Path) -> None:
     model = transplant(plain(tiny / "recipient"), str(tiny / "donor"), 1)
     model.save_pretrained(tmp_path / "thin", thin=True)
@@ -204,8 +211,6 @@ def test_what_cannot_be_shared(tiny_gpt2: Path) -> None:
     model = loaded(tiny_gpt2)
     with model.disable_transplants(), refused(ConfigurationError, "switched off"):
         transplant(model, donor, 1, name="other")
-    with refused(ConfigurationError, "2 recipient layers were replaced and not kept", "keep_replaced=True"):
-        transplant(loaded(tiny_gpt2, 1, "replace"), donor, 0, name="other")
     with refused(ConfigurationError, "two donors are named 'donor'"):
         transplant(loaded(tiny_gpt2), donor, 1)
 

@@ -38,9 +38,9 @@ def config_of_weights(model: Any) -> PreTrainedConfig:
     return config
 
 
-def forget_gguf(model: Any, source: Any = None) -> None:
+def forget_gguf(model: Any) -> None:
     """Make a model whose weights were unpacked a model in full precision, which can be saved."""
-    if was_gguf(model if source is None else source):
+    if was_gguf(model):
         setattr(model, _MARK, True)
     if _is_unpacked(model):
         model.hf_quantizer.remove_quantization_config(model)

@@ -8,20 +8,18 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architecture import Anatomy, config_of_weights, decoder_stack, forget_gguf, is_quantized
+from ..architecture import Anatomy, decoder_stack, forget_gguf, is_quantized
 from ..architecture.follow import stale_lists
 from ..architecture.names import is_adapted
 from ..compatibility import refuse_unsupported
-from ..config import DonorSpec, TransplantConfig, check_composition
+from ..config import TransplantConfig, check_composition
 from ..donor import Donor
 from ..errors import ConfigurationError, TransplantError
-from ..layer_map import RECIPIENT, Position
-from ..splice import Blueprint, draw_blueprint
+from ..layer_map import Position
+from ..splice import Blueprint
 from .active_donors import attach_state
-from .live import add_donor, open_donor, own_tensors
-from .load_weights import from_pretrained
+from .live import add_donor
 from .native_methods import recipient_class
-from .recipient_in_model import live_recipient_config, recipient_state
 from .surface import TransplantMixin, transplant_class
 
 if TYPE_CHECKING:
@@ -34,9 +32,9 @@ def transplant(
 ) -> TransplantedModel:  # fmt: skip
     """Return a model that runs a loaded recipient's layers with a donor's between them.
 
-    The recipient's weights are shared, not copied: training either trains both. The model passed in stays as it is,
-    unless `in_place`. A model that already holds donors gets one more; positions are in the untouched recipient's
-    numbering.
+    The recipient's weights are shared, not copied: training either trains both. Everything else is copied, hooks and
+    parametrizations too, and the model passed in stays as it is, unless `in_place`. A model that already holds donors
+    gets one more; positions are in the untouched recipient's numbering.
 
     Args:
         model: A loaded decoder-only model.
@@ -67,35 +65,19 @@ def transplant(
         >>> model.lm_head.weight.data_ptr() == recipient.lm_head.weight.data_ptr()
         True
     """
-    if in_place:
-        return _transplant_into(model, donor, position, mode, name, strength, composition)
-    _check_shareable(model)
-    spec, opened = open_donor(donor, position=position, mode=mode, name=name, strength=strength)
-    opened = own_tensors(opened)
-    held, recipient_class, recipient_config, weights, known = _taken_apart(model)
-    donors = [*held, (spec, opened)]
-    config = TransplantConfig(
-        recipient=known.recipient,
-        recipient_revision=known.recipient_revision,
-        donors=[part for part, _ in donors],
-        composition=composition or known.composition,
-        recipient_overrides=known.recipient_overrides,
-    )
-    replaces = any(part.mode == "replace" for part, _ in donors)
-    blueprint = draw_blueprint(recipient_class, recipient_config, donors, config, keep_replaced=replaces)
-    if not held:
-        _refuse_edited(model, blueprint.recipient)
-    made: Any = from_pretrained(
-        transplant_class(recipient_class),
-        blueprint,
-        None,
-        from_memory=True,
-        state_dict=weights,
-        dtype=model.dtype,
-        device_map={"": model.device} if model.device.type != "cpu" else None,
-    )
-    _take_after(made, model)
-    return made
+    if not in_place:
+        _check_shareable(model)
+        model = _sharing_copy(model)
+    return _transplant_into(model, donor, position, mode, name, strength, composition)
+
+
+def _sharing_copy(model: Any) -> Any:
+    """Copy a model without its weights, which the copy has as parameters of its own."""
+    state, shared = getattr(model, "_transplant", None), dict[int, Any]()
+    for module in (model, *(state.idle_layers() if state is not None else ())):
+        shared |= {id(one): nn.Parameter(one.detach(), one.requires_grad) for one in module.parameters()}
+        shared |= {id(one): one.detach() for one in module.buffers()}
+    return copy.deepcopy(model, shared)
 
 
 def _transplant_into(
@@ -111,6 +93,8 @@ def _transplant_into(
         raise ConfigurationError(
             f"donors go into a PreTrainedModel, not into a {type(model).__name__}: unwrap it first."
         )
+    if composition is not None:
+        check_composition(composition, "this model")
     made: Any = model  # its class changes below
     was = (type(made), getattr(made, "_transplant", None))
     if was[1] is None:
@@ -123,7 +107,7 @@ def _transplant_into(
         made.__class__, made._transplant = was
         raise
     if composition is not None:
-        made._transplant.set_strengths({}, check_composition(composition, "this model"))
+        made._transplant.set_strengths({}, composition)
     return made
 
 
@@ -184,45 +168,6 @@ def _check_shareable(model: Any) -> None:
         )
 
 
-def _taken_apart(model: Any) -> tuple[list[tuple[DonorSpec, Donor]], Any, Any, Any, TransplantConfig]:
-    """Return what a model holds: donors; the recipient's class, configuration and weights; its own configuration."""
-    state = getattr(model, "_transplant", None)
-    if state is None:
-        known = TransplantConfig(recipient=model.config.name_or_path or "")
-        return [], recipient_class(type(model)), config_of_weights(model), model.state_dict(), known
-    blueprint = state.blueprint
-    if len(recipient_layers := [s for s in state.layers if s.slot.source == RECIPIENT]) != blueprint.splice.num_layers:
-        raise ConfigurationError(
-            f"{blueprint.splice.num_layers - len(recipient_layers)} recipient layers were replaced and not kept; load "
-            "the model with keep_replaced=True to add donors to it."
-        )
-    held = [
-        (part.spec, Donor.from_model(model, model.layer_map.layers_of(part.name), name=part.name))
-        for part in blueprint.parts
-    ]
-    specs = [(DonorSpec.from_dict({**spec.to_dict(), "layers": None}), donor) for spec, donor in held]
-    config = live_recipient_config(model, blueprint)
-    return specs, blueprint.recipient.model_class, config, recipient_state(model), blueprint.config
-
-
-def _take_after(made: Any, model: PreTrainedModel) -> None:
-    """Carry over what is not a weight: freezing, mode, generation settings, where it came from."""
-    frozen = {tensor.data_ptr() for tensor in model.parameters() if not tensor.requires_grad}
-    for tensor in made.parameters():
-        if tensor.data_ptr() in frozen:
-            tensor.requires_grad_(False)
-    made.train(model.training)
-    forget_gguf(made, model)
-    made.config.name_or_path = made.name_or_path = model.config.name_or_path
-    if model.can_generate():
-        made.generation_config = copy.deepcopy(model.generation_config)
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is not None:
-        made._weight_conversions = conversions
-    else:
-        del made._weight_conversions
-
-
 def remove_transplants(model: Any) -> PreTrainedModel:
     """Take every donor out of a model: the same object becomes the recipient again.
 
@@ -236,11 +181,12 @@ def remove_transplants(model: Any) -> PreTrainedModel:
         ConfigurationError: A donor replaced layers that were not kept.
     """
     state = getattr(model, "_transplant", None)
+    transplanted = isinstance(model, TransplantMixin)
     if state is not None:
         state.check_removable(state.blueprint.splice.names)
         state.remove()
         model.config.name_or_path = model.name_or_path = state.blueprint.config.recipient
-    if isinstance(model, TransplantMixin):
+    if transplanted:
         model._transplant = None
         model.__class__ = recipient_class(type(model))
     return model

@@ -244,18 +244,13 @@ class WeightLoader:
             self._merged.refuse_not_finite()
 
     def check_after_finish(self, info: Any) -> None:
-        """Refuse a donor with missing or unexpected tensors, or with changed files, and modules that were replaced."""
+        """Refuse a donor with missing or unexpected tensors, or with changed files."""
         for number, name in self._donor_layers():
             start = f"{self.blueprint.recipient.stack_path}.{number}."
             for verb, keys in (("lacks", info.missing_keys), ("has unexpected tensors", info.unexpected_keys)):
                 wrong = [key.removeprefix(start) for key in keys if key.startswith(start)]
                 if wrong:
                     raise CheckpointError(f"donor {name} {verb} {some_of(wrong)}.")
-        if self._from_memory and info.missing_keys:
-            raise CheckpointError(
-                f"{self.blueprint.recipient.what} has no {some_of(info.missing_keys)} in memory, but its class has: "
-                "modules of it were replaced, for instance by a parametrization. Undo that before the transplant."
-            )
         self._checks.result()
 
     def finish(self, model: Any) -> None:

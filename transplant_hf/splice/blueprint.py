@@ -129,6 +129,17 @@ class Blueprint:
         scaled = (f"strength of {', '.join(self.scaled)} is not 1",) if self.scaled else ()
         return (*scaled, *(f"{', '.join(names)} run side by side" for names in self.side_by_side_groups))
 
+    def check_strengths(self) -> None:
+        """Refuse strengths and a composition that these donors cannot run with."""
+        spread = [part.name for part in self.parts if isinstance(part.spec.position, tuple)]
+        if spread and self.config.composition == SIDE_BY_SIDE:
+            raise ConfigurationError(
+                f"donor {spread[0]!r} is spread over several positions, and cannot run side by side with others. Use "
+                f'composition="{STACKED}".'
+            )
+        if self.beyond_native:
+            self.refuse_scaling()
+
     def refuse_scaling(self) -> None:
         """Refuse to scale donors in a model whose layers pass on more than one hidden state."""
         model_type = text_config(self.recipient.config).model_type
@@ -148,8 +159,7 @@ class Blueprint:
         ]
         config = self.config.replaced(donors=specs, composition=composition or self.config.composition)
         blueprint = self._with(config=config)
-        if blueprint.beyond_native:
-            self.refuse_scaling()
+        blueprint.check_strengths()
         return blueprint
 
     def with_metadata(self, metadata: Mapping[str, Mapping[str, Any]]) -> Blueprint:
@@ -263,14 +273,7 @@ def _blueprint_of(
                 f"donor {placement.name!r} would replace layers {shared} of {recipient.what}, which share weights with "
                 'its other layers. Use mode="insert", or another position.'
             )
-    spread = [part.name for part in parts if isinstance(part.spec.position, tuple)]
-    if spread and config.composition == SIDE_BY_SIDE:
-        raise ConfigurationError(
-            f"donor {spread[0]!r} is spread over several positions, and cannot run side by side with others. Use "
-            f'composition="{STACKED}".'
-        )
-    if blueprint.beyond_native:
-        blueprint.refuse_scaling()
+    blueprint.check_strengths()
     return blueprint
 
 
