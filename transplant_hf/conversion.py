@@ -17,7 +17,7 @@ from .architecture.build import build_on_meta, initialize
 from .display import bytes_text, numbers_text, position_text, progress_bar
 from .donor import Donor
 from .donor.from_pt import METADATA_FILE, match_pt_file
-from .donor.save import output_folder, push_donor, write_donor_repo
+from .donor.save import output_folder, push_saved, write_donor_repo
 from .donor.saved_files import check_artifact_folder, replaced_in
 from .donor.tensors import TensorStore, loaded_dtype
 from .errors import CheckpointError, ConfigurationError
@@ -156,7 +156,7 @@ def convert(
             files = files_in(staging)
         if push_to is not None:
             message, where = f"Upload donor {donor.name or folder.name}", {"private": private, "revision": revision}
-            commit = str(push_donor(folder, push_to, files, message, token=hub.get("token"), **where).commit_url)
+            commit = str(push_saved(folder, push_to, files, message, token=hub.get("token"), **where).commit_url)
     return Conversion(
         source=str(path),
         folder=None if output is None else str(output),

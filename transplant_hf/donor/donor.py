@@ -22,7 +22,7 @@ from .extract import layers_of_model
 from .from_pt import PtTensors, match_pt_file
 from .place import recommendation, recommended_in
 from .record import DONOR_CONFIG, DonorRecord
-from .save import output_folder, push_donor, save_donor
+from .save import output_folder, push_saved, save_donor
 from .tensors import FileTensors, TensorInfo, TensorStore, layer_of, open_donor_files
 
 if TYPE_CHECKING:
@@ -388,7 +388,7 @@ class Donor:
         hub: dict[str, Any] = {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
         with output_folder(None, repo_id) as folder:
             files = save_donor(self, folder, position=position, repo_id=repo_id, **options)
-            return push_donor(folder, repo_id, files, commit_message, **hub)
+            return push_saved(folder, repo_id, files, commit_message, **hub)
 
     def __str__(self) -> str:
         file = self.store.path if isinstance(self.store, PtTensors) else None

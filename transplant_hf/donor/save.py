@@ -247,9 +247,9 @@ def output_folder(output: str | os.PathLike[str] | None, push_to: str | None) ->
         yield Path(scratch) / (push_to or "donor").rpartition("/")[2]
 
 
-def push_donor(folder: Path, repo_id: str, files: Collection[str], message: str, **kwargs: Any) -> CommitInfo:
-    """Upload a donor repo as one commit."""
+def push_saved(folder: Path, repo_id: str, files: Collection[str] | None, message: str, **kwargs: Any) -> CommitInfo:
+    """Upload what was saved in a folder as one commit; by default all files."""
     kept = functools.partial(kept_in_repository, folder)
     return push_folder(
-        folder, repo_id, commit_message=message, replaced=replaced_among, kept=kept, only=set(files), **kwargs
+        folder, repo_id, commit_message=message, replaced=replaced_among, kept=kept, only=files, **kwargs
     )

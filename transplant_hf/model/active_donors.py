@@ -24,6 +24,7 @@ from ..architecture import decoder_stack
 from ..errors import ConfigurationError
 from ..layer_map import Slot, Stage
 from ..numeric import finite_number
+from ..sources import HubOptions
 from ..splice import Blueprint, renumber, use_config
 from .cache_guard import CacheGuard, Setting
 from .calls import BLOCK_END, Calls
@@ -52,8 +53,7 @@ class TransplantState:
         # Weak, because the model owns this object: its memory is released with the last reference to it.
         self._weak_model = weakref.ref(model)
         self.blueprint, self.layers = blueprint, layers
-        # How the model was loaded.
-        self.local_only, self.cache_dir = False, None
+        self.hub = HubOptions()  # how the recipient was reached
         # The recipient's weights as they were loaded by name; `None` where it was in memory before.
         self.as_loaded: Any = None
         # The donors that each open block switches off. Blocks may end in another order than they began.

@@ -46,7 +46,7 @@ def write_full_card(
         running,
         [record for _, record in donors],
         model.layer_map,
-        recipient_files=at_hand(config.recipient, config.recipient_revision, state.cache_dir)
+        recipient_files=at_hand(config.recipient, config.recipient_revision, state.hub.cache_dir)
         if config.recipient
         else None,
         license=license,

@@ -11,7 +11,7 @@ from ..architecture import decoder_stack, find_stack
 from ..display import position_text
 from ..donor import Donor
 from ..donor.companions import locate_with_companions
-from ..donor.save import output_folder, push_donor, save_donor
+from ..donor.save import output_folder, push_saved, save_donor
 from ..donor.saved_files import check_artifact_folder
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT, Position, check_position, extracted_position, paper_layers
@@ -177,7 +177,7 @@ def extract(
         commit = None
         if push_to is not None:
             message = f"Upload donor {donor.name or target.name}"
-            commit = str(push_donor(target, push_to, files, message, token=hub.token, private=private).commit_url)
+            commit = str(push_saved(target, push_to, files, message, token=hub.token, private=private).commit_url)
     return Extraction(
         source=str(source),
         folder=None if output is None else str(output),

@@ -229,7 +229,7 @@ def load_transplant(
             **kwargs,
         )
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    model._transplant.local_only, model._transplant.cache_dir = hub.local_files_only, hub.cache_dir
+    model._transplant.hub = HubOptions(cache_dir=hub.cache_dir, local_files_only=hub.local_files_only)
     # What an adapter that is trained on this model refers to.
     asked = request.asked if request.names_transplant else parts.config.recipient
     model.config.name_or_path = model.name_or_path = asked

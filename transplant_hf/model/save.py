@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import tempfile
@@ -13,11 +12,9 @@ from typing import Any
 from transformers.utils import logging
 
 from ..architecture import is_quantized
-from ..donor.companions import kept_in_repository
-from ..donor.save import refuse_recipients_place
-from ..donor.saved_files import refuse_foreign_model, replaced_among, replaced_in
+from ..donor.save import push_saved, refuse_recipients_place
+from ..donor.saved_files import refuse_foreign_model, replaced_in
 from ..errors import ConfigurationError
-from ..hub import push_folder
 from ..splice import Blueprint
 from ..storage import publish
 from .card import write_full_card
@@ -120,7 +117,7 @@ def _write_model(
         refuse_foreign_model(target)
     with publish(target, (lambda folder: ()) if variant else replaced_in) as staging:
         if thin:
-            write_thin(model, state, staging, target, kwargs, repo_id, license)
+            write_thin(model, staging, target, kwargs, repo_id, license)
             return None
         if native_format or folded is not None:
             if folded is not None:
@@ -153,8 +150,7 @@ def push_transplant(model: Any, native: Callable[..., Any], repo_id: str, thin: 
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / repo_id.rpartition("/")[2]
         save_transplant(model, native, target, (), thin, saved, repo_id)
-        kept = functools.partial(kept_in_repository, target)
-        return push_folder(target, repo_id, commit_message=message, replaced=replaced_among, kept=kept, **pushed)
+        return push_saved(target, repo_id, None, message, **pushed)
 
 
 def _refuse_donors_place(blueprint: Blueprint, target: Path) -> None:

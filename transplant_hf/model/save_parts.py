@@ -25,7 +25,6 @@ from ..donor.save import donor_folders, vocabulary_of, write_donor, written_refe
 from ..donor.saved_files import RECIPIENT_FOLDER, foreign_names
 from ..donor.tensors import MemoryTensors
 from ..errors import ConfigurationError
-from ..sources import HubOptions
 from ..splice import Blueprint
 from .as_loaded import quantization_of_recipient
 from .recipient_in_model import live_recipient_config, recipient_state
@@ -35,8 +34,7 @@ logger = logging.get_logger(__name__)
 
 
 def write_thin(
-    model: PreTrainedModel,
-    state: Any,
+    model: Any,
     staging: Path,
     target: Path,
     kwargs: Mapping[str, Any],
@@ -44,18 +42,18 @@ def write_thin(
     license: str | None,
 ) -> None:
     """Write the donors and a pinned reference to the recipient."""
+    state = model._transplant
     blueprint, config = state.blueprint, state.blueprint.config
     if not config.recipient:
         raise ConfigurationError(
             "a thin save refers to its recipient, but this model's recipient was not loaded by name. Save it in full, "
             "or load it with AutoModelWithTransplant.from_pretrained(recipient, donors=...)."
         )
-    check_unchanged(model, state, recipient_state(model, kwargs.get("state_dict")))
-    hub = HubOptions(cache_dir=state.cache_dir, local_files_only=state.local_only)
+    check_unchanged(model, recipient_state(model, kwargs.get("state_dict")))
     about_recipient = {
         "recipient": written_reference(config.recipient, target, config.recipient_revision),
         "recipient_revision": config.recipient_revision,
-        "recipient_overrides": kept_overrides(model, blueprint, hub),
+        "recipient_overrides": kept_overrides(model),
         "recipient_quantization": quantization_of_recipient(model),
     }
     saved, records = _write_donors(model, blueprint, foreign_names(target), staging, target, kwargs, about_recipient)
@@ -65,7 +63,7 @@ def write_thin(
         saved,
         records,
         blueprint.layer_map(),
-        recipient_files=at_hand(config.recipient, config.recipient_revision, state.cache_dir),
+        recipient_files=at_hand(config.recipient, config.recipient_revision, state.hub.cache_dir),
         license=license,
         with_tokenizer=has_tokenizer(staging),
     )
@@ -157,7 +155,7 @@ def copy_model_companions(state: Any, staging: Path, target: Path) -> None:
     """Copy tokenizer, processor and generation files of the transplant or its recipient, as far as they are here."""
     config = state.blueprint.config
     sources = [(config.name_or_path, None), (config.recipient, config.recipient_revision)]
-    copy_companions(sources, staging, target, state.cache_dir)
+    copy_companions(sources, staging, target, state.hub.cache_dir)
 
 
 def _empty_recipient(model: PreTrainedModel, blueprint: Blueprint) -> PreTrainedModel:

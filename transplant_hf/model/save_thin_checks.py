@@ -22,11 +22,12 @@ from .layers_in_files import layers_in_files
 from .recipient_in_model import changed, config_changes, differences
 
 
-def check_unchanged(model: PreTrainedModel, state: Any, current: dict[str, torch.Tensor]) -> None:
+def check_unchanged(model: Any, current: dict[str, torch.Tensor]) -> None:
     """Compare the recipient's weights with those of the pinned recipient, which is read again.
 
     Where they are quantized or offloaded, it is enough that they were loaded by name and not changed since.
     """
+    state = model._transplant
     adapters = [name for name in current if is_adapted(name)]
     if adapters:
         raise ConfigurationError(
@@ -45,7 +46,7 @@ def check_unchanged(model: PreTrainedModel, state: Any, current: dict[str, torch
             )
         state.as_loaded.refuse_changed(model)
         return
-    recipient, config = _pinned_recipient(model, state), state.blueprint.config
+    recipient, config = _pinned_recipient(model), state.blueprint.config
     pinned = recipient.state_dict()
     where = at_revision(config.recipient, config.recipient_revision)
     missing = [name for name in _expected(model, recipient, state.blueprint, current) if name not in current]
@@ -86,9 +87,10 @@ def _equal(tensor: torch.Tensor, pinned: torch.Tensor) -> bool:
     return torch.equal(tensor.detach().to("cpu", wider), pinned.to(wider))
 
 
-def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
+def _pinned_recipient(model: Any) -> PreTrainedModel:
     from .surface import transplant_class  # imports this module; a class that loads for this thread only
 
+    state = model._transplant
     recipient, config = state.blueprint.recipient, state.blueprint.config
     gguf_file = gguf_file_of(config)
     if was_gguf(model) and gguf_file is None:
@@ -97,16 +99,14 @@ def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
             "is not known: the recipient was in memory before its donors. Load it with "
             "AutoModelWithTransplant.from_pretrained(recipient, gguf_file=..., donors=...), or save in full."
         )
-    hub = HubOptions(cache_dir=state.cache_dir, local_files_only=state.local_only)
     with hub_errors(config.recipient, config.recipient_revision):
         loaded: Any = transplant_class(recipient.model_class).from_pretrained(
-            for_transformers(config.recipient, config.recipient_revision, hub, weights=True, file=gguf_file),
+            for_transformers(config.recipient, config.recipient_revision, state.hub, weights=True, file=gguf_file),
             revision=config.recipient_revision or "main",
             config=copy.deepcopy(recipient.config),
             dtype=model.dtype,
-            cache_dir=state.cache_dir,
-            local_files_only=state.local_only,
             output_loading_info=True,
+            **state.hub.as_kwargs(),
             **({} if gguf_file is None else {"gguf_file": gguf_file}),
         )
     pinned, info = loaded
@@ -116,12 +116,13 @@ def _pinned_recipient(model: PreTrainedModel, state: Any) -> PreTrainedModel:
     return pinned
 
 
-def kept_overrides(model: Any, blueprint: Blueprint, hub: HubOptions) -> dict[str, Any]:
+def kept_overrides(model: Any) -> dict[str, Any]:
     """Return the fields in which the recipient's configuration in a model differs from the pinned recipient's."""
+    blueprint = model._transplant.blueprint
     live = config_changes(model, blueprint)
     if live:
         _refuse_other_shapes(blueprint, changed(blueprint.recipient.config, live), live)
-    pinned, path = _pinned_config(blueprint, hub)
+    pinned, path = _pinned_config(blueprint, model._transplant.hub)
     overrides = _merged(differences(pinned, blueprint.recipient.config), live)
     apply_overrides(copy.deepcopy(pinned), overrides)  # what a reload would refuse
     for name in reversed(path):

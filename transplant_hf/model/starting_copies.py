@@ -54,7 +54,7 @@ def full_precision_copies(
         source_revision=revision,
         name=name,
     )
-    hub = HubOptions(cache_dir=getattr(state, "cache_dir", None), local_files_only=True)
+    hub = HubOptions(cache_dir=None if state is None else state.hub.cache_dir, local_files_only=True)
     tensors = _from_checkpoint(reference, revision, hub, plain, indices) if reference else None
     where = FROM_DEQUANTIZED if tensors is None else FROM_CHECKPOINT
     if tensors is None:
