@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -39,22 +39,16 @@ def fingerprint(layer: nn.Module) -> Fingerprint:
     for path, module in layer.named_modules():
         dot = f"{path}." if path else ""
         found[f"{path or 'layer'} (class)"] = type(module).__qualname__
-        found.update({f"{dot}{name}": value for name, value in module_attributes(module)})
+        found.update({f"{dot}{name}": plain(value) for name, value in structural_attributes(module).items()})
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             found[f"{dot}{name} (shape)"] = None if tensor is None else list(tensor.shape)
     return found
 
 
-def module_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield a module's own plain attributes, made comparable."""
-    for name, value in vars(module).items():
-        if is_structure(name) and not isinstance(value, PreTrainedConfig | nn.Module):
-            yield name, plain(value)
-
-
-def is_structure(name: str) -> bool:
-    """Whether a module's attribute belongs to its structure, not to torch or to the state of a running model."""
-    return name not in _NOT_STRUCTURE
+def structural_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return a module's own attributes without those of torch and the state of a running model; compare by `plain`."""
+    attributes = {name: value for name, value in vars(module).items() if name not in _NOT_STRUCTURE}
+    return {name: value for name, value in attributes.items() if not isinstance(value, PreTrainedConfig | nn.Module)}
 
 
 def plain(value: Any) -> Any:

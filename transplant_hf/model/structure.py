@@ -17,10 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import decoder_stack
 from ..architecture.build import build_on_meta
-from ..architecture.fingerprint import is_structure, plain
+from ..architecture.fingerprint import structural_attributes
 from ..layer_map import RECIPIENT, Stage
 from ..splice import Blueprint, insert_layers, renumber, use_config
-from ..splice.surgery import outer_modules
+from ..splice.surgery import outer_modules, set_differing
 
 # By module path, then by attribute name.
 Attributes = Mapping[str, Mapping[str, Any]]
@@ -45,7 +45,7 @@ class Structure:
         live = outer_modules(model, stack_path)
         for path, attributes in self.outer.items():
             if path in live:
-                _set_differing(live[path], old.outer.get(path, {}), attributes)
+                set_differing(live[path], old.outer.get(path, {}), attributes)
         for path, config in self.configs.items():
             if path in live and path in old.configs:
                 _update_config(vars(live[path])["config"], old.configs[path], config)
@@ -55,7 +55,7 @@ class Structure:
         modules = dict(layer.named_modules())
         for path, attributes in self.layers[stage].items():
             if path in modules:
-                _set_differing(modules[path], old.get(path, {}), attributes)
+                set_differing(modules[path], old.get(path, {}), attributes)
 
 
 def structure_of(blueprint: Blueprint, disabled: Collection[str] | None = ()) -> Structure:
@@ -66,8 +66,8 @@ def structure_of(blueprint: Blueprint, disabled: Collection[str] | None = ()) ->
     outer = outer_modules(model, path)
     layers = zip(stages, decoder_stack(model, path), strict=True)
     return Structure(
-        {name: _attributes(module) for name, module in outer.items()},
-        {stage: {name: _attributes(part) for name, part in layer.named_modules()} for stage, layer in layers},
+        {name: structural_attributes(module) for name, module in outer.items()},
+        {stage: {name: structural_attributes(part) for name, part in layer.named_modules()} for stage, layer in layers},
         {
             name: config
             for name, module in outer.items()
@@ -88,20 +88,6 @@ def _model_on_meta(blueprint: Blueprint, disabled: Collection[str] | None, stage
         renumber(decoder_stack(model, recipient.stack_path), blueprint.origins(stages))
         use_config(model, recipient, spliced)
     return model
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if is_structure(name) and not isinstance(value, PreTrainedConfig | nn.Module)
-    }
-
-
-def _set_differing(module: nn.Module, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    for name, value in new.items():
-        if name in old and plain(old[name]) != plain(value):
-            setattr(module, name, copy.deepcopy(value))
 
 
 def _update_config(live: PreTrainedConfig, old: PreTrainedConfig, new: PreTrainedConfig) -> None:

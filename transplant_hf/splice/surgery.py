@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import Anatomy, LayerOrigin, SplicedConfig, decoder_stack, text_config
 from ..architecture.build import build_on_meta, inner_models
-from ..architecture.fingerprint import is_layer_number, module_attributes, plain
+from ..architecture.fingerprint import is_layer_number, plain, structural_attributes
 from ..architecture.follow import RUNTIME
 from ..errors import BUILD_ERRORS
 from ..layer_map import RECIPIENT, Stage
@@ -70,10 +71,14 @@ def use_config(model: PreTrainedModel, recipient: Anatomy, spliced: SplicedConfi
     before, after = outer_modules(recipient.model, recipient.stack_path), outer_modules(candidate, recipient.stack_path)
     own = outer_modules(model, recipient.stack_path)
     for path in before.keys() & after.keys() & own.keys():
-        old = dict(module_attributes(before[path]))
-        for name, value in vars(after[path]).items():
-            if name in old and old[name] != plain(value):
-                setattr(own[path], name, copy.deepcopy(value))
+        set_differing(own[path], structural_attributes(before[path]), structural_attributes(after[path]))
+
+
+def set_differing(module: nn.Module, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Set the attributes of a module that differ between two structures."""
+    for name, value in new.items():
+        if name in old and plain(old[name]) != plain(value):
+            setattr(module, name, copy.deepcopy(value))
 
 
 def outer_modules(model: nn.Module, stack_path: str) -> dict[str, nn.Module]:
