@@ -182,7 +182,7 @@ def load_transplant(
     request = read_request(
         asked,
         donors=donors,
-        config=_checked_config(config),
+        config=None if config is None else _checked_config(config),
         revision=revision,
         subfolder=subfolder or None,
         hub=hub,
@@ -245,8 +245,8 @@ def load_transplant(
     return loaded
 
 
-def _checked_config(config: Any) -> TransplantConfig | None:
-    if config is not None and not isinstance(config, TransplantConfig):
+def _checked_config(config: Any) -> TransplantConfig:
+    if not isinstance(config, TransplantConfig):
         raise ConfigurationError(
             f"config must be a TransplantConfig, got {type(config).__name__}; to change the recipient's own "
             "configuration pass its fields as keyword arguments."
@@ -256,15 +256,14 @@ def _checked_config(config: Any) -> TransplantConfig | None:
 
 def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) -> TransplantedModel:
     """Build a transplant with random weights; see `AutoModelWithTransplant.from_config`."""
-    if not isinstance(config, TransplantConfig):
-        raise ConfigurationError(f"config must be a TransplantConfig, got {type(config).__name__}.")
+    config = _checked_config(config)
     hub, trust = HubOptions.from_kwargs(kwargs), kwargs.pop("trust_remote_code", None)
     kwargs = {name: value for name, value in kwargs.items() if name not in hub.as_kwargs()}
     parts = find_parts(read_request(config.name_or_path or os.curdir, config=config, hub=hub), hub, trust)
     parts = dataclasses.replace(parts, config=parts.config.replaced(name_or_path=config.name_or_path))
     blueprint = parts.blueprint(auto_class)
     recipient, spliced = blueprint.recipient, blueprint.built_config
-    with FileChecks(donor for _, donor in parts.donors) as checks, use_loader(WeightLoader(blueprint, checks)):
+    with use_loader(WeightLoader(blueprint, FileChecks(()))):  # no file of a donor is read
         built_from = spliced.config if spliced.native else recipient.config
         model: Any = build_random(transplant_class(recipient.model_class), built_from, **kwargs)
     attach_state(model, blueprint)
