@@ -137,6 +137,29 @@ def test_several_sequences_of_a_row(tiny: Path, several: dict[str, int]) -> None
         assert torch.equal(found[number], generated(one, **several).split(each)[number])
 
 
+@pytest.mark.parametrize("choice", [["a", None], ["a", "a"], {"b": [0.5, 0.0]}, {"b": [0.5, 0.5]}])
+def test_as_many_entries_as_rows(tiny_llama: Path, choice: Any) -> None:
+    """Also where the number of entries divides that of the rows, and where all entries are equal."""
+    model = two_donors(tiny_llama)
+    arguments = {"rows": choice} if isinstance(choice, list) else {"donors": choice}
+    with model.using(**arguments):
+        logits_of(model, some_ids(batch=2))
+        for batch in (1, 3, 4):
+            facts = ("2 entries", f"{batch} rows", "one entry for each row", "for each text")
+            with refused(ConfigurationError, *facts):
+                logits_of(model, some_ids(batch=batch))
+            for several in ({}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}):
+                with refused(ConfigurationError, *facts):
+                    generated(model, some_ids(batch=batch), **several)
+        with refused(ConfigurationError, "2 entries", "4 rows"):
+            model.generate(inputs_embeds=torch.ones(4, 3, model.config.hidden_size), max_new_tokens=2)
+        with refused(ConfigurationError, "2 entries", "1 rows"):
+            model.generate(bos_token_id=1, max_new_tokens=2)
+        assert generated(model, num_beams=2).shape[0] == 2
+        with refused(ConfigurationError, "2 entries", "4 rows"):  # after generate() a plain call again
+            logits_of(model, some_ids(batch=4))
+
+
 def test_a_row_whose_donor_overflows_does_not_spoil_others(tiny_llama: Path) -> None:
     model = loaded(tiny_llama, 1)
     with torch.no_grad():
@@ -608,7 +631,7 @@ def test_refused_rows(tiny_llama: Path) -> None:
     for rows in ("a", [], 3):
         with refused(ConfigurationError, "an entry for each row", repr(rows)), model.using(rows=rows):
             pass
-    with model.using(rows=["a", "b", None]), refused(ConfigurationError, "3 rows", "[2, 12, 32]"):
+    with model.using(rows=["a", "b", None]), refused(ConfigurationError, "3 entries", "2 rows"):
         logits_of(model)
     with refused(ConfigurationError, "say which donors"), model.using("a", rows=["a"]):
         pass

@@ -36,6 +36,7 @@ class Choice:
     Args:
         strengths: By inserted donor: a number for all rows, or `[rows]` in float32.
         key: Equal for choices that are equal.
+        entries: How many rows the choice names, one by one; `None` if it holds for batches of any size.
         replacing: The donors that replaced layers when the block began; a call cannot leave them out.
         router: What chooses the donors within the call, for `using("auto")`; `strengths` are NaN until then.
         mask: For the router, which tokens are no padding, `[rows, tokens]`.
@@ -44,6 +45,7 @@ class Choice:
 
     strengths: Mapping[str, float | torch.Tensor]
     key: Hashable
+    entries: int | None = None
     replacing: frozenset[str] = frozenset()
     router: Any = None
     mask: torch.Tensor | None = None
@@ -63,6 +65,14 @@ class Choice:
             return None
         held = (strengths != 0).repeat_interleave(batch // len(strengths))
         return None if held.all() else Rows(held, held.nonzero()[:, 0].to(device), not held.any())
+
+    def check_rows(self, batch: int, generating: bool = False) -> None:
+        """Refuse a batch with another number of rows than the choice names; `generate` may repeat each row."""
+        if self.entries is not None and batch != self.entries and not (generating and batch % self.entries == 0):
+            raise ConfigurationError(
+                f"using(...) has {self.entries} entries, and this call has {batch} rows. Give one entry for each row "
+                "of the batch, or in generate() for each text: its beams and returned sequences follow it."
+            )
 
     @property
     def chosen(self) -> set[str]:
@@ -86,7 +96,7 @@ def parse_choice(blueprint: Blueprint, donors: Any, rows: Sequence[Any] | None) 
         by_row = [_strengths_by_name(blueprint, () if row is None else row) for row in rows]
         strengths = {name: [row[name] for row in by_row] for name in by_row[0]}
     numbers = {name: _numbers(name, value) for name, value in strengths.items()}
-    lengths = {name: len(value) for name, value in numbers.items() if isinstance(value, tuple)}
+    lengths = {name: len(value) for name, value in strengths.items() if _is_by_row(value)}
     if len(set(lengths.values())) > 1:
         raise ConfigurationError(f"each donor needs a strength for every row of the same batch, got {lengths} of them.")
     for name, value in numbers.items():
@@ -97,17 +107,18 @@ def parse_choice(blueprint: Blueprint, donors: Any, rows: Sequence[Any] | None) 
             )
     if lengths:
         refuse_rows(blueprint)
-    return choice_of({name: value for name, value in numbers.items() if blueprint.part(name).spec.mode == "insert"})
+    inserted = {name: value for name, value in numbers.items() if blueprint.part(name).spec.mode == "insert"}
+    return choice_of(inserted, entries=next(iter(lengths.values()), None))
 
 
-def choice_of(strengths: Mapping[str, Any], kind: str = "named") -> Choice:
+def choice_of(strengths: Mapping[str, Any], kind: str = "named", entries: int | None = None) -> Choice:
     """Return the choice of strengths by donor, each a number or a list with one for each row."""
     numbers = {name: _numbers(name, value) for name, value in strengths.items()}
     tensors = {
         name: torch.tensor(value, dtype=torch.float32) if isinstance(value, tuple) else value
         for name, value in numbers.items()
     }
-    return Choice(tensors, (kind, *sorted(numbers.items())))
+    return Choice(tensors, (kind, *sorted(numbers.items())), entries)
 
 
 def _strengths_by_name(blueprint: Blueprint, donors: Any) -> dict[str, Any]:
@@ -124,9 +135,13 @@ def _strengths_by_name(blueprint: Blueprint, donors: Any) -> dict[str, Any]:
     return {name: named.get(name, 0.0) for name in own}
 
 
+def _is_by_row(value: Any) -> bool:
+    return isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1
+
+
 def _numbers(name: str, value: Any) -> float | tuple[float, ...]:
     """Check the strength of one donor: a number, or a tuple with one for each row."""
-    values = tuple(value) if isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1 else (value,)
+    values = tuple(value) if _is_by_row(value) else (value,)
     what = f"the strength of donor {name!r}, or each of a list with one for each row,"
     if not values:
         raise ConfigurationError(f"{what} must be a finite number, got {value!r}.")

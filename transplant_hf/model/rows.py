@@ -75,8 +75,8 @@ class DonorRows:
         """Run a layer on the rows that use the donor."""
         if _traced() or layer.training or _records(kwargs):
             return native(layer, *args, **kwargs)
-        choice = self.choices.of_layer()
         hidden = args[0] if args else kwargs["hidden_states"]
+        choice = self.choices.of_layer(hidden)
         rows = choice.rows(self.name, hidden) if choice is not None else None
         if rows is None or not self.form.known:
             output = native(layer, *args, **kwargs)

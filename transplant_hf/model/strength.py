@@ -110,7 +110,7 @@ class _DonorHooks:
         arrived = args[0] if args else kwargs["hidden_states"]
         local = self._states.local
         local.arrived, local.gate = arrived, module._parameters.get(GATE)
-        choice = self.choices.of_layer()
+        choice = self.choices.of_layer(arrived)
         if choice is not None and choice.router is not None:
             choice = choice.router.choose(choice, arrived)
             self.choices.change_call(choice)
@@ -142,7 +142,7 @@ class _DonorHooks:
         left = output[0] if in_tuple else output
         local = self._states.local
         if getattr(local, "arrived", None) is None:
-            if self.choices.of_layer() is None and self.group is None and role.strength == 1:
+            if self.choices.of_layer(left) is None and self.group is None and role.strength == 1:
                 return None  # active only for calls that choose donors, which this one does not
             raise ConfigurationError(
                 "the last layer of a donor whose strength is not 1, or which runs side by side with others, ran "

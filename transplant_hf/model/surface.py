@@ -22,7 +22,7 @@ from .live import add_donor, move_donor, remove_donor, swap_donor
 from .native_methods import NativeMethods, recipient_class
 from .routing import Route
 from .save import push_transplant, save_transplant
-from .using import DisableBlock, UsingBlock
+from .using import DisableBlock, UsingBlock, generating
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -164,7 +164,7 @@ class TransplantMixin(NativeMethods):
                 each row uses the donor whose domain its prompt looks like, or none; see `routes`. Donors need a
                 signature, which `transplant_hf.sign` makes.
             rows: One entry for each row of the batch, instead of `donors`: what `donors` takes, or `None` for no
-                donor. `generate` may return several sequences for a row.
+                donor. For `generate`, one for each text: its beams and returned sequences follow it.
             threshold: For "auto", the score from which on a row uses a donor: the logarithm of the odds of the donor's
                 domain against general text.
 
@@ -358,6 +358,8 @@ def transplant_class(native: Any) -> Any:
         return native
     names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
     methods = {name: getattr(TransplantMixin, name, None) or getattr(native, name, None) for name in _COUNTED}
+    if methods["generate"]:
+        methods["generate"] = generating(methods["generate"])
     names |= {name: counted(method) for name, method in methods.items() if method}
     return type(native.__name__, (TransplantMixin, native), {**names, "__deepcopy__": deep_copy})
 

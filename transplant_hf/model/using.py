@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ class _Thread:
     calling = False
     choice: Choice | None = None
     outside: Choice | None = None
+    generating = False  # whether `generate` runs, in which a batch has several rows for each text
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
@@ -125,8 +127,20 @@ class CallChoices(threading.local):
         self.thread.forget_interrupted(sys._getframe())
         return self.thread.choice if self.thread.calling else self._find()
 
-    def of_layer(self) -> Choice | None:
-        """The choice for a layer that runs now, compiled or not."""
+    @contextlib.contextmanager
+    def generation(self, texts: int) -> Iterator[None]:
+        """Run `generate` on a number of texts, each of which may become several rows."""
+        choice, thread = self.current(), self.thread
+        if choice is not None:
+            choice.check_rows(texts)
+        before, thread.generating = thread.generating, True
+        try:
+            yield
+        finally:
+            thread.generating = before
+
+    def of_layer(self, hidden: torch.Tensor) -> Choice | None:
+        """The choice for a layer that runs now, compiled or not, on a hidden state `[batch, ...]`."""
         if not torch.compiler.is_compiling():
             self.thread.forget_interrupted(sys._getframe())
         choice = self.thread.choice if self.thread.calling else self.thread.outside
@@ -138,6 +152,8 @@ class CallChoices(threading.local):
             )
         if choice is not None and choice.router is not None and not self.thread.calling:
             raise ConfigurationError(NOT_COMPILED)
+        if choice is not None:
+            choice.check_rows(hidden.shape[0], self.thread.generating)
         return choice
 
     def _find(self) -> Choice | None:
@@ -245,6 +261,23 @@ def _generator_of(frame: FrameType | None) -> tuple[FrameType | None, bool]:
                 break  # a notebook runs its cells in coroutines, one after another
         frame = back
     return None, False
+
+
+def generating(generate: Any) -> Any:
+    """Let the `generate` of a model class check that a choice by row has an entry for each text."""
+
+    @functools.wraps(generate)
+    def generate_for_texts(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._transplant is None:
+            return generate(self, *args, **kwargs)
+        # Where `generate` looks for them, before it repeats them.
+        names = ("inputs", self.main_input_name, "inputs_embeds")
+        found = (*args[:1], *(kwargs.get(name) for name in names), *kwargs.values())
+        texts = next((value.shape[0] for value in found if isinstance(value, torch.Tensor)), 1)
+        with self._transplant.choices.generation(texts):
+            return generate(self, *args, **kwargs)
+
+    return generate_for_texts
 
 
 def _in_contextlib(frame: FrameType) -> bool:
