@@ -59,6 +59,26 @@ def test_replacing(tiny: Path) -> None:
         assert row.perplexity.nll == pytest.approx(wanted, rel=1e-5)
 
 
+def test_a_donor_that_recommends_another_mode_or_strength_is_named(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it is measured at the place that it recommends, and neither is given."""
+    recipient, folder = tiny_llama / "recipient", tmp_path / "law"
+    for mode, strength, fact in (("replace", 1.0, "mode replace"), ("insert", 0.5, "strength 0.5")):
+        kept = {"recipient": str(recipient)}
+        Donor.from_pretrained(tiny_llama / "donor").save_pretrained(folder, 1, mode=mode, strength=strength, **kept)
+        sweep(recipient, folder, STREAM, [1, 2], block_length=16)
+        sweep(folder, None, STREAM, [1], block_length=16)
+        for record in caplog.records:
+            assert f"recommends {fact} at position 1, and is measured with" in record.getMessage()
+            assert "(--mode, --strengths)" in record.getMessage()
+        assert len(caplog.records) == 2
+        caplog.clear()
+        sweep(recipient, folder, STREAM, [2], block_length=16)
+        sweep(recipient, folder, STREAM, [1], [strength], mode=mode, block_length=16)
+        assert not caplog.records
+
+
 def test_sliding_windows_and_blocks(tiny_llama: Path) -> None:
     recipient, donor = plain(tiny_llama / "recipient"), donor_of(tiny_llama)
     model = transplant(recipient, donor, 3)

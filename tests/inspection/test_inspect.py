@@ -22,7 +22,7 @@ from tests.helpers import (
     two_donors,
 )
 from tests.inspection.helpers import count_of, same_as_json, size_of
-from transplant_hf import AutoModelWithTransplant, CheckpointError, ConfigurationError, Donor
+from transplant_hf import AutoModelWithTransplant, CheckpointError, ConfigurationError, Donor, check
 from transplant_hf.cli import main
 from transplant_hf.inspection import DonorInspection, ModelInspection, TransplantInspection, inspect
 
@@ -126,6 +126,19 @@ def test_a_donor_without_a_position(family: Path) -> None:
     placed = of_donor(family / "donor", recipient=family / "recipient", position=2)
     assert placed.layer_map[2] == ("donor", 1)
     assert "placed_at: 2" in str(placed)
+
+
+def test_a_position_means_the_same_as_for_check(family: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A position of one's own means that the donor is inserted there; without one, what it recommends."""
+    donor, recipient = family / "donor", family / "recipient"
+    Donor.from_pretrained(donor).save_pretrained(donor, 1, mode="replace", recipient=str(recipient))
+    for position, mode in ((None, "replace"), (2, "insert"), (1, "insert")):
+        maps = [of_donor(donor, position=position, recipient=other).layer_map for other in (None, recipient)]
+        assert maps == [check(recipient, donor, position).layer_map] * 2
+        assert maps[0] == check(recipient, donor, position or 1, mode).layer_map
+        named = [record for record in caplog.records if "recommends mode replace" in record.getMessage()]
+        assert len(named) == (0 if position is None else 3)
+        caplog.clear()
 
 
 def test_a_donor_against_a_recipient(family: Path, tiny_gpt2: Path) -> None:

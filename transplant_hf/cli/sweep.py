@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .command import command, show
-from .options import DONOR, add_choice, add_measuring, add_number, measuring_arguments, text_source
+from .options import DONOR, add_measuring, add_number, measuring_arguments, text_source
 from .values import donor_spec, whole
 
 
@@ -29,7 +29,8 @@ def add(commands: Any) -> None:
         help="Hub ids or folders; with @POSITION, measured only there (default: the donors of MODEL)",
     )
     add_number(parser, "--positions", "positions to measure (default: all)", None, whole(0), "P", nargs="+")
-    add_choice(parser, "--mode", ("insert", "replace"), "add the donor's layers, or replace as many")
+    how = "add the donor's layers, or replace as many (default: insert)"
+    parser.add_argument("--mode", choices=("insert", "replace"), help=how)
     add_measuring(parser, strengths="strengths to measure (default: 1)", plot="plot perplexity against position")
 
 
@@ -47,7 +48,7 @@ def _run(options: argparse.Namespace) -> int:
         donors or None,
         text_source(options.text, options),
         options.positions,
-        options.strengths or [1.0],
+        options.strengths,
         mode=options.mode,
         **measuring_arguments(options),
     )

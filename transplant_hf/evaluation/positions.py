@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..architecture import eval_mode, is_quantized
 from ..display import position_numbers, progress_bar
 from ..donor import Donor
+from ..donor.place import recommendation
 from ..donor.tensors import MemoryTensors
 from ..errors import CompatibilityError, ConfigurationError
 from ..model.in_memory import remove_transplants, transplant
@@ -29,6 +31,8 @@ from .windows import Batch, Windows
 
 __all__ = ["sweep"]
 
+logger = logging.get_logger(__name__)
+
 _MAX_STATES = 1 << 28  # numbers in the hidden states at all positions: one GiB in float32
 _PROBE_TOKENS = 8
 _TOLERANCE = 1e-3
@@ -39,9 +43,9 @@ def sweep(
     donors: Any,
     text: Any,
     positions: Sequence[int] | None = None,
-    strengths: Sequence[float] = (1.0,),
+    strengths: Sequence[float] | None = None,
     *,
-    mode: str = "insert",
+    mode: str | None = None,
     **options: Any,
 ) -> SweepReport:
     """Measure the perplexity of donors, one at a time, at all positions.
@@ -55,8 +59,9 @@ def sweep(
             donor at that position only; `None` for the donors of the transplant or donor repo that `recipient` names.
         text: `Blocks`, a stream of tokens, a `TextSource`, a file, a folder or the Hub id of a dataset.
         positions: By default all, 0..L.
-        strengths: The strengths to measure at each position.
-        mode: "insert", or "replace" to run the donor instead of the same number of recipient layers.
+        strengths: The strengths to measure at each position; by default 1.
+        mode: "insert" (the default), or "replace" to run the donor instead of the same number of recipient layers. A
+            warning says so if a donor recommends another mode or strength at a position, and none is given.
         **options: The other arguments of `evaluate`, except `recipient`.
 
     Returns:
@@ -75,6 +80,8 @@ def sweep(
         [0, 1, 2, 3]
     """
     positions = [whole_number(position, "each position") for position in positions] if positions is not None else None
+    defaults = [name for name, value in (("mode", mode), ("strength", strengths)) if value is None]
+    mode, strengths = mode or "insert", (1.0,) if strengths is None else strengths
     strengths = tuple(dict.fromkeys(finite_number(strength, "each strength") for strength in strengths))
     if not strengths or (positions is not None and not positions):
         raise ConfigurationError("a sweep needs at least one strength and one position.")
@@ -83,6 +90,9 @@ def sweep(
     measurement = Measurement(recipient, {None: text}, positions=_all_positions(named, positions), **options)
     (windows,) = measurement.windows
     model, found = measurement.model, _donors_in_memory(measurement.loaded, named, positions)
+    for name, (donor, only) in found.items():
+        at = _positions_of(donor, only, positions, mode, len(stack_of(model)))
+        _warn_of_recommendation(name, donor, at, defaults)
     if is_quantized(model) or layers_in_files(model) is not None:
         reference, rows = _measure_in_place(measurement, found, positions, mode, strengths)
     else:
@@ -141,7 +151,7 @@ def _donors_in_memory(
         specs = model.transplant_config.donors
         resident_donors = [Donor.from_model(model, model.layer_map.layers_of(spec.name)) for spec in specs]
         named = [
-            (spec.name, donor.replaced(position=spec.position), None)
+            (spec.name, donor.replaced(**recommendation(spec)), None)
             for spec, donor in zip(specs, resident_donors, strict=True)
         ]
     elif resident:
@@ -159,7 +169,9 @@ def _donors_in_memory(
         if isinstance(donor.position, tuple) and position is None and positions is None:
             raise _spread(name, donor.position, " To measure all of its layers at one place, name positions.")
         if name in found:
-            raise ConfigurationError(f"two donors are named {name!r}. Name them: donors={{'name': donor}}.")
+            raise ConfigurationError(
+                f"two donors are named {name!r}. Name them, donors={{'name': donor}}, or rename a folder."
+            )
         # Read once, and checked against the recorded sha256.
         record = dataclasses.replace(donor.record, files={}, name=name)
         in_memory = donor.replaced(record=record, store=MemoryTensors(donor.tensors()), source=None)
@@ -233,6 +245,18 @@ def _positions_of(
     """Return the positions at which a donor is measured."""
     last = num_layers - (donor.num_layers if mode == "replace" else 0)
     return [only] if only is not None else list(dict.fromkeys(range(last + 1) if positions is None else positions))
+
+
+def _warn_of_recommendation(name: str, donor: Donor, positions: Sequence[int], defaults: Collection[str]) -> None:
+    """Say that a donor recommends another mode or strength at a position than the defaults that are measured."""
+    settings = {"mode": (donor.mode, "insert"), "strength": (f"{donor.strength:g}", "1")}
+    others = {name: values for name, values in settings.items() if name in defaults and values[0] != values[1]}
+    if others and donor.position in positions:
+        there, here = (", ".join(f"{name} {values[at]}" for name, values in others.items()) for at in (0, 1))
+        logger.warning(
+            f"donor {name!r} recommends {there} at position {donor.position}, and is measured with {here} there, as at "
+            "every position. To measure what it recommends, set mode and strengths (--mode, --strengths)."
+        )
 
 
 def _share_weights(first: _Place, other: _Place) -> None:

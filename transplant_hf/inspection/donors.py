@@ -123,14 +123,14 @@ def inspect_donor(files: Files, fields: Mapping[str, Any], arguments: InspectArg
     layer_map = LayerMap()
     notes: list[str] = []
     if arguments.recipient is not None:
-        report = check(arguments.recipient, donor, position, donor.mode, **arguments.hub.as_kwargs())
+        report = check(arguments.recipient, donor, arguments.position, **arguments.hub.as_kwargs())
         layer_map = report.layer_map
         problems += [] if report else [str(report)]
     elif position is not None and recipient is not None:
         # A reference in `config.json` is relative to it. One in the record is not, but a repository's means the Hub.
         base = files.source if config.recipient or files.source.from_hub else None
-        own = next((spec for spec in config.donors if spec.donor == "."), DonorSpec(".", position))
-        spec = own.replaced(position=position, mode=donor.mode)
+        own = next((spec for spec in config.donors if spec.donor == "."), DonorSpec("."))
+        spec = placed(own.replaced(position=arguments.position, mode=None, strength=None), donor)
         layer_map, notes = _layer_map(
             recipient, revision, base, named([(spec, donor)], arguments.what), arguments.hub, config.recipient_overrides
         )
