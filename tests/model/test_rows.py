@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -283,6 +284,39 @@ def test_layers_and_their_copies(tiny_llama: Path) -> None:
     first = model.model.layers[A]
     assert type(remove_transplants(model)) is LlamaForCausalLM
     assert type(first) is LlamaDecoderLayer
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_class_that_others_made_of_a_layer_stays(tiny_llama: Path, again: bool) -> None:
+    """That of a parametrization, which torch makes when donors run by row already."""
+    model, recipient = warm(two_donors(tiny_llama)), plain(tiny_llama / "recipient")
+    layer = model.model.layers[A]
+    layer.scale = torch.nn.Parameter(torch.ones(3))
+    register_parametrization(layer, "scale", Doubled())
+    if again:
+        model.move_donor("a", 1)
+    for rows in (["a", None], ["b", "a"]):
+        with model.using(rows=rows):
+            assert logits_of(model).isfinite().all()
+    model.remove_donor("a")
+    assert torch.equal(layer.scale, 2 * torch.ones(3)) and isinstance(layer, LlamaDecoderLayer)
+    inputs = {"hidden_states": torch.ones(1, 1, 32), "position_embeddings": (torch.ones(1, 1, 8),) * 2}
+    assert layer(**inputs).isfinite().all()
+    assert torch.equal(logits_of(remove_transplants(model)), logits_of(recipient))
+
+
+def test_a_class_that_others_made_of_a_model_stays(tiny_llama: Path) -> None:
+    model = two_donors(tiny_llama)
+    model.scale = torch.nn.Parameter(torch.ones(3))
+    register_parametrization(model, "scale", Doubled())
+    assert remove_transplants(model) is model
+    assert torch.equal(model.scale, 2 * torch.ones(3)) and isinstance(model, LlamaForCausalLM)
+    assert torch.equal(logits_of(model), logits_of(plain(tiny_llama / "recipient")))
 
 
 def test_replicas(tiny_llama: Path) -> None:

@@ -181,12 +181,15 @@ def remove_transplants(model: Any) -> PreTrainedModel:
         ConfigurationError: A donor replaced layers that were not kept.
     """
     state = getattr(model, "_transplant", None)
-    transplanted = isinstance(model, TransplantMixin)
     if state is not None:
         state.check_removable(state.blueprint.splice.names)
         state.remove()
         model.config.name_or_path = model.name_or_path = state.blueprint.config.recipient
-    if transplanted:
-        model._transplant = None
-        model.__class__ = recipient_class(type(model))
+    if isinstance(model, TransplantMixin):
+        made: Any = model
+        made._transplant = None
+        native = recipient_class(type(model))
+        # A class that others made of the model's stays, as that of FSDP2: without donors it is the recipient's, too.
+        if type(model) is transplant_class(native):
+            made.__class__ = native
     return model

@@ -22,6 +22,7 @@ from .rows_cache import hold_rows
 from .using import CallChoices
 
 _ROWS = "_transplant_rows"
+_NATIVE = "_transplant_native"  # of a class that runs by row: the class that it was made of
 # Arguments of layers with the batch in their first dimension, or 1 for all rows, and how many dimensions they have.
 _BATCH_FIRST = {"hidden_states": (3,), "attention_mask": (2, 4), "position_ids": (2,), "position_embeddings": (3,)}
 _SAME_FOR_ALL_ROWS = ("cache_position",)
@@ -158,17 +159,17 @@ def _numbers_of(layer: nn.Module) -> Iterator[Any]:
 
 def run_by_row(layer: Any, rows: DonorRows) -> None:
     """Let a layer of a donor run only on the rows that use it."""
-    if not hasattr(layer, _ROWS):
-        kind: Any = type(layer)
+    kind: Any = type(layer)
+    if not hasattr(kind, _NATIVE):
         layer.__class__ = _by_row(kind)
     setattr(layer, _ROWS, rows)
 
 
 def run_on_all_rows(layer: Any) -> None:
-    """Undo `run_by_row`."""
+    """Undo `run_by_row`. A class that others made of the layer's stays, as a parametrization's, and runs all rows."""
     if hasattr(layer, _ROWS):
         delattr(layer, _ROWS)
-        layer.__class__ = type(layer).__bases__[0]
+        layer.__class__ = vars(type(layer)).get(_NATIVE, type(layer))
 
 
 @functools.cache
@@ -178,12 +179,13 @@ def _by_row(kind: Any) -> Any:
 
     @functools.wraps(native)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self, _ROWS).forward(self, native, args, kwargs)
+        rows: DonorRows | None = getattr(self, _ROWS, None)
+        return rows.forward(self, native, args, kwargs) if rows else native(self, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         return _new, (kind,), *kind.__reduce_ex__(self, protocol)[2:]
 
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, _NATIVE: kind}
     return type(kind.__name__, (kind,), {**names, "forward": forward, "__reduce_ex__": reduce})
 
 
