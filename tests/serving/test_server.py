@@ -239,7 +239,7 @@ def test_donors_are_added_and_removed(family: Path, tokenizer: Any) -> None:
         client.delete("/donors/late", cast_to=object)
         with pytest.raises(openai.NotFoundError):
             completed(client, "late")
-        with pytest.raises(openai.BadRequestError, match="no donor"):
+        with pytest.raises(openai.NotFoundError, match="no donor 'late' here"):
             client.delete("/donors/late", cast_to=object)
         for name in ("base", "auto"):
             with pytest.raises(openai.BadRequestError, match="cannot be called"):
@@ -261,6 +261,38 @@ def test_a_donor_that_is_in_use_is_removed_after_that(family: Path, tokenizer: A
         removed.result()
         with pytest.raises(openai.NotFoundError):
             completed(client, "law")
+
+
+def test_a_request_that_waits_for_a_donor_that_is_removed(family: Path, tokenizer: Any) -> None:
+    """It is not found, as one that comes later, and nothing of the donor is left."""
+    model = AutoModelWithTransplant.from_pretrained(family / "law")
+    before, inside, go_on = set(threading.enumerate()), threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        inside.set()
+        go_on.wait()
+
+    with Running(server.build_app(model, tokenizer, "base", TOKEN)) as address, ThreadPoolExecutor(4) as others:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key=TOKEN, max_retries=0)
+        completed(client, "base")
+        hook = model.register_forward_hook(hold)
+        running = others.submit(completed, client, "law")
+        inside.wait()
+        waiting = others.submit(completed, client, "law")
+        with pytest.raises(TimeoutError):
+            waiting.result(1)
+        removed = others.submit(client.delete, "/donors/law", cast_to=object)
+        with pytest.raises(TimeoutError):
+            removed.result(1)
+        hook.remove()
+        go_on.set()
+        assert running.result() and removed.result()
+        with pytest.raises(openai.NotFoundError, match="no model 'law'"):
+            waiting.result()
+        end = time.monotonic() + 60
+        while len(generating := [one for one in set(threading.enumerate()) - before if "(_run)" in one.name]) > 1:
+            assert time.monotonic() < end, generating
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize("token", ["", "another", "ä"])

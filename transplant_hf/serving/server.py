@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
@@ -21,7 +23,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import GenerationState
+from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from ..architecture import max_context_length
 from ..config import DonorSpec
@@ -72,7 +74,7 @@ def build_app(model: Any, tokenizer: Any, name: str, token: str | None = None) -
         return JSONResponse({"error": {"message": message, "code": status}}, status_code=status)
 
     if token is not None:
-        _add_changes(app, models, token)
+        _add_changes(app, models, state, token)
     return app
 
 
@@ -152,9 +154,8 @@ class DonorModels(ModelManager):
     ) -> tuple[Any, Any]:
         """Return the model as a request sees it, and the tokenizer."""
         name = model_id_and_revision if gguf_file is None else f"{model_id_and_revision}:{gguf_file}"
-        choice = self.choice(name)
-        with self.model.using(choice):  # refuses what these donors cannot do
-            return ChosenDonors(self.model, choice), self.tokenizer
+        with self.model.using(self.choice(name)):  # refuses what these donors cannot do
+            return ChosenDonors(self, name), self.tokenizer
 
     async def load_model_streaming(
         self, model_id_and_revision: str, gguf_file: str | None = None
@@ -176,10 +177,10 @@ class DonorModels(ModelManager):
 
 
 class ChosenDonors:
-    """A model that generates with some of its donors. Everything else is the model's own."""
+    """A model that generates with the donors that a request names. Everything else is the model's own."""
 
-    def __init__(self, model: Any, donors: Choice) -> None:
-        self._model, self._donors = model, donors
+    def __init__(self, models: DonorModels, name: str) -> None:
+        self._models, self._model, self._name = models, models.model, name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -192,8 +193,12 @@ class ChosenDonors:
             if length >= limit:
                 raise ConfigurationError(f"the prompt has {length:,} tokens, and the model reads at most {limit:,}.")
             settings.max_new_tokens = min(settings.max_new_tokens, limit - length)
-        with self._model.using(self._donors):
-            return self._model.generate(*args, **kwargs)
+        try:
+            with self._model.using(self._models.choice(self._name)):
+                return self._model.generate(*args, **kwargs)
+        except ConfigurationError:
+            self._models.choice(self._name)  # not found where a donor was removed while the request waited
+            raise
 
 
 class Threads(GenerationState):
@@ -202,11 +207,23 @@ class Threads(GenerationState):
     def __init__(self, models: DonorModels) -> None:
         super().__init__()
         self._models = models
+        self._threads: dict[str, GenerateManager] = {}
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
         """Return what generates for a model. Requests may name any number of them, so not each has a thread."""
         alone = model_id == self._models.name or any(model_id == spec.name for spec in self._models.donors)
-        return super().get_manager(model_id if alone else "", use_cb)
+        name = model_id if alone else ""
+        if name not in self._threads:
+            self._threads[name] = GenerateManager()
+        return self._threads[name]
+
+    def end(self, donor: str) -> None:
+        """End the thread of a donor that was removed, after the requests that wait there.
+
+        Call it in the event loop, where the handlers get a thread and give it work in one step.
+        """
+        if (thread := self._threads.pop(donor, None)) is not None:
+            thread.submit(sys.exit)
 
 
 class Checked:
@@ -258,7 +275,7 @@ class AddedDonor(BaseModel):
     strength: float | None = None
 
 
-def _add_changes(app: FastAPI, models: DonorModels, token: str) -> None:
+def _add_changes(app: FastAPI, models: DonorModels, state: Threads, token: str) -> None:
     """Add the requests that change the donors of the model; they wait until others have ended."""
     bearer = HTTPBearer()
 
@@ -275,6 +292,9 @@ def _add_changes(app: FastAPI, models: DonorModels, token: str) -> None:
         return JSONResponse({"object": "list", "data": models.get_gen_models()})
 
     @app.delete("/v1/donors/{name}", dependencies=[Depends(check)])
-    def remove(name: str) -> JSONResponse:
-        models.model.remove_donor(name)
+    async def remove(name: str) -> JSONResponse:
+        if name not in [spec.name for spec in models.donors]:
+            raise HTTPException(404, f"there is no donor {name!r} here; /v1/models lists them.")
+        await run_in_threadpool(models.model.remove_donor, name)
+        state.end(name)
         return JSONResponse({"object": "list", "data": models.get_gen_models()})
