@@ -149,7 +149,8 @@ class DonorSpec:
         if self.mode == "replace" and self.strength != 1.0:
             raise ConfigurationError(
                 f"donor {self.donor!r} replaces recipient layers and has strength {self.strength}: a strength "
-                'blends a donor with the hidden state it got, which needs mode="insert". Use that, or strength=1.'
+                'blends a donor with the hidden state it got, which needs mode="insert" (--mode insert). Use that, or '
+                "strength 1."
             )
 
     @classmethod
@@ -290,16 +291,19 @@ def _reference(donor: Any) -> str:
     return os.fspath(donor)
 
 
+_RENAME = "Give it another name, DonorSpec(donor, position, name=...), or rename its folder."
+
+
 def _check_unique_names(specs: list[DonorSpec]) -> None:
     seen: dict[str, DonorSpec] = {}
     for spec in specs:
         name = str(spec.name)
         if name == "recipient":
-            raise ConfigurationError(f"donor {spec.donor!r} cannot be named 'recipient'; choose another name=.")
+            raise ConfigurationError(f"donor {spec.donor!r} cannot be named 'recipient'. {_RENAME}")
         if name in seen:
             raise ConfigurationError(
                 f"two donors are named {name!r}: {seen[name].donor!r} at position {seen[name].position} and "
-                f"{spec.donor!r} at position {spec.position}. Give one of them another name=."
+                f"{spec.donor!r} at position {spec.position}. {_RENAME}"
             )
         seen[name] = spec
 

@@ -93,8 +93,8 @@ def generate(
         raise ConfigurationError("the prompt is empty: there is nothing to continue.")
     if limit is not None and length + max_new_tokens > limit:
         raise ConfigurationError(
-            f"the prompt has {length} tokens; with max_new_tokens={max_new_tokens} that is more than the {limit} "
-            "tokens the model can read. Use a shorter prompt or fewer new tokens."
+            f"the prompt has {length} tokens; with max_new_tokens={max_new_tokens} (--max-new-tokens) that is more "
+            f"than the {limit} tokens the model can read. Use a shorter prompt or fewer new tokens."
         )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .cards import CARD_FILE, written_by_us
 from .errors import ConfigurationError, HubError
-from .sources import hub_errors
+from .sources import LOG_IN, hub_errors
 from .storage import files_in, sha256_of
 
 logger = logging.get_logger(__name__)
@@ -30,9 +30,7 @@ def check_can_push(repo_id: str, token: str | bool | None = None) -> None:
         try:
             HfApi(token=token).whoami()
         except LocalTokenNotFoundError as error:
-            raise HubError(
-                f"nothing can be pushed to {repo_id}: nobody is logged in. Log in with `hf auth login`, or pass token=."
-            ) from error
+            raise HubError(f"nothing can be pushed to {repo_id}: nobody is logged in: {LOG_IN}.") from error
 
 
 def push_folder(
@@ -62,8 +60,8 @@ def push_folder(
         found = api.model_info(repo_id, revision=revision, files_metadata=True)
         if private and not found.private:
             raise HubError(
-                f"{repo_id} exists and is public: private=True cannot hide what is pushed to it. Make it private in "
-                "its settings, or push to another name. Nothing was uploaded."
+                f"{repo_id} exists and is public: private=True (--private) cannot hide what is pushed to it. "
+                "Make it private in its settings, or push to another name. Nothing was uploaded."
             )
         present = _files_of(found)
         if CARD_FILE in present and _keeps_its_card(api, repo_id, found):

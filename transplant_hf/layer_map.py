@@ -238,7 +238,7 @@ def check_position(
     if found + replaced > num_layers:
         raise ConfigurationError(
             f"{what} is outside 0..{num_layers - replaced}: {known} has {num_layers} layers, of which {replaced} are "
-            "replaced from the position on. Use a smaller position, or mode='insert'."
+            "replaced from the position on. Use a smaller position, or mode='insert' (--mode insert)."
         )
     return found
 

@@ -167,7 +167,8 @@ def _refuse_outside(folder: Path, referred: Path | None, what: str) -> None:
     if referred is not None and not referred.resolve().is_relative_to(folder.resolve()):
         raise ConfigurationError(
             f"{folder / _CONFIG} names {what}, a folder on this machine that nobody else has. Push that first, then "
-            "save this again with its Hub id (save_pretrained(..., recipient='user/model'), or load it from there)."
+            "save this again with its Hub id: save_pretrained(..., recipient='user/model'), or the command that wrote "
+            "it."
         )
 
 

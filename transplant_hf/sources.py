@@ -26,6 +26,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from .errors import CheckpointError, ConfigurationError, HubError
 from .storage import writing
 
+LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
 # What the client's HTTP library raises without a response: no connection, or a broken one. Which library it is depends
 # on the client's version.
 _HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
@@ -287,9 +288,9 @@ def _hub_message(reference: str, revision: str | None, error: Exception) -> str:
             "mode, local_files_only or no connection. Load it once with a connection." + (f" {error}" if partly else "")
         )
     if isinstance(error, GatedRepoError):
-        return f"{where} is gated. Ask for access on its page, then log in with `hf auth login` or pass token=."
+        return f"{where} is gated. Ask for access on its page, then {LOG_IN}."
     if isinstance(error, RepositoryNotFoundError):
-        return f"{where} was not found, or is private. Check the name; for a private one log in or pass token=."
+        return f"{where} was not found, or is private. Check the name; for a private one {LOG_IN}."
     if isinstance(error, RevisionNotFoundError):
         return f"{reference} has no revision {revision!r}."
     if not isinstance(error, HfHubHTTPError):
@@ -298,7 +299,7 @@ def _hub_message(reference: str, revision: str | None, error: Exception) -> str:
     if status == HTTPStatus.TOO_MANY_REQUESTS:
         advice = f" Try again in {error.response.headers.get('Retry-After') or 'some'} seconds."
     elif status == HTTPStatus.UNAUTHORIZED:
-        advice = " The token is not valid or has expired: log in with `hf auth login`, or pass another token=."
+        advice = f" The token is not valid or has expired: {LOG_IN}."
     elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         advice = " Try again later."
     return f"the Hub returned an error ({status}) for {where}.{advice} {error}"

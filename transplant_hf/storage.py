@@ -42,7 +42,10 @@ _CHANGE_FOLDER = "Choose another folder, or change who may write here"
 _DISK_ERRORS = {
     errno.ENOSPC: ("the disk is full", "Free some space, or choose another folder"),
     errno.EDQUOT: ("the disk quota is used up", "Free some space, or choose another folder"),
-    errno.EFBIG: ("a file is larger than this disk or process may write", "Save smaller files with max_shard_size="),
+    errno.EFBIG: (
+        "a file is larger than this disk or process may write",
+        "Save smaller files with max_shard_size= (--max-shard-size)",
+    ),
     errno.EROFS: ("the disk is read-only", _CHANGE_FOLDER),
     errno.EACCES: ("permission is denied", _CHANGE_FOLDER),
 }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,3 +209,39 @@ def test_options_of_one_name_mean_the_same_in_every_command() -> None:
     assert not different
     seeds = {parser.get_default("seed") for parser in commands().values()} - {None}
     assert seeds == {42}
+
+
+# -- Messages --------------------------------------------------------------------------------------------------------
+
+# Their messages are for calls that no command makes.
+ONLY_IN_PYTHON = {
+    **dict.fromkeys(["architecture/overrides.py", "evaluation/windows.py", "model/active_donors.py", "model/load.py"]),
+    **dict.fromkeys(["model/save_arguments.py", "model/using.py", "training/arguments.py", "training/part_trainer.py"]),
+}
+
+
+def test_a_message_that_names_an_argument_names_the_option() -> None:
+    """As in `dtype=float32 (--dtype float32)`: errors of a call are those of the command, too."""
+    options = [option for parser in commands().values() for option in parser._actions if option.option_strings]
+    names = {option.dest for option in options} | {option.option_strings[-1].lstrip("-") for option in options}
+    root, named = Path(transplant_hf.__file__).parent, 0
+    for path in sorted(root.rglob("*.py")):
+        for text in messages(ast.parse(path.read_text(encoding="utf-8"))):
+            shown = re.sub(r"\w+\([^)]*\)", "", text)  # what is written as a call is Python to every reader
+            found = set(re.findall(r"(?<![\w.])([a-z_]+)=(?!=)", shown)) & (names - {"donors"})
+            if found and path.relative_to(root).as_posix() not in ONLY_IN_PYTHON:
+                named += 1
+                assert "--" in text or "DONOR@POSITION" in text, f"{path}: {found} in {text!r}"
+    assert named > 20
+
+
+def messages(tree: ast.AST) -> Iterator[str]:
+    """The texts of errors and warnings, each whole."""
+    parts: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr | ast.JoinedStr):  # a docstring, or the parts of a text
+            parts.update(ast.iter_child_nodes(node))
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in parts:
+            yield "" if "\n" in node.value else node.value  # several lines are a file that is written

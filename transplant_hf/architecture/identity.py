@@ -80,7 +80,9 @@ def _kind(layer: nn.Module, number: int) -> Fingerprint:
 
 
 def _no_identity(what: str, reason: str) -> CompatibilityError:
-    return CompatibilityError(f'{what} cannot start as the identity: {reason}. Start it as a copy, init="copy".')
+    return CompatibilityError(
+        f'{what} cannot start as the identity: {reason}. Start it as a copy: init="copy" (--init copy).'
+    )
 
 
 def _found(layer: nn.Module, call: Call, what: str) -> tuple[str, ...]:

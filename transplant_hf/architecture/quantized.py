@@ -84,7 +84,8 @@ def _dequantized(module: Any, tensor: Any, what: str, method: str) -> torch.Tens
 def _not_dequantized(what: str, method: str, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{what} is quantized with {method} and cannot be dequantized ({reason}). Use a recipient in full precision, "
-        "quantized while it is loaded (quantization_config=), or one of bitsandbytes, torchao or optimum-quanto."
+        "quantized while it is loaded (quantization_config=, --load-in-4bit), or one of bitsandbytes, torchao or "
+        "optimum-quanto."
     )
 
 

@@ -80,7 +80,7 @@ class Recipient:
                 raise ConfigurationError(
                     f"recipient {self} needs code of its own for {auto_class.__name__} ({own_code}): Transformers has "
                     f"no class for its {type(self.config).__name__}. Read that code, then load the recipient with "
-                    "trust_remote_code=True."
+                    "trust_remote_code=True (--trust-remote-code)."
                 )
             with reading("the model class", self.reference, self.revision):
                 return native_class(auto_class, self.config, self.reference)
@@ -158,8 +158,7 @@ def open_recipient(
 
 def _gguf_hint(source: Source) -> str:
     found = sorted(path.name for path in source.folder.glob("*.gguf")) if source.folder.is_dir() else []
-    how = f"pass gguf_file={found[0]!r} to AutoModelWithTransplant.from_pretrained" if found else ""
-    return f" To read its GGUF file, {how}." if found else ""
+    return f" To read its GGUF file, pass gguf_file={found[0]!r} (--gguf-file)." if found else ""
 
 
 def _refuse_shadowed_code(source: Source, fields: Mapping[str, Any]) -> None:

@@ -74,7 +74,7 @@ def _run(model: PreTrainedModel, seed: int) -> None:
     except BUILD_ERRORS as error:  # what its own code raises for tokens only
         raise CompatibilityError(
             f"{type(model).__name__} cannot run on tokens only, which shows what its layers add to the hidden state: "
-            f'{type(error).__name__}: {error}. Start the donor as a copy instead, init="copy".'
+            f'{type(error).__name__}: {error}. Start the donor as a copy: init="copy" (--init copy).'
         ) from error
 
 

@@ -121,7 +121,9 @@ def compare(
 
     setting = Setting(load, load().eval().requires_grad_(False), layers, rank, seed)
     if layers >= setting.count:
-        raise ConfigurationError(f"layers={layers}, but {recipient} has {setting.count} layers; choose fewer.")
+        raise ConfigurationError(
+            f"layers={layers} (--count), but {recipient} has {setting.count} layers; choose fewer."
+        )
     setup = {
         "recipient": str(recipient),
         "revision": revision,
@@ -198,7 +200,7 @@ def _check(
     if equal_time and _REFERENCE not in names:
         raise ConfigurationError(
             f"equal time is that of full fine-tuning: add {_REFERENCE!r} to the methods, or compare at equal steps "
-            "only, with equal_time=False."
+            "only, with equal_time=False (--no-equal-time)."
         )
     chosen = [METHODS[name] for name in names]
     missing = [method for method in chosen if method.needs and importlib.util.find_spec(method.needs) is None]

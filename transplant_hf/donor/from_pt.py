@@ -163,8 +163,8 @@ def _recorded_position(recorded: Mapping[str, Any], num_layers: int, file: Path)
         return check_position(best, num_layers)
     except ConfigurationError as error:
         raise ConfigurationError(
-            f"{file}: its metadata records a position that cannot be used: {error} Pass metadata= without it, and pass "
-            "the position when saving."
+            f"{file}: its metadata records a position that cannot be used: {error} Pass metadata= (--metadata) without "
+            "it, and the position when saving (--position)."
         ) from error
 
 

@@ -82,7 +82,7 @@ def _warn_of_recommendation(spec: DonorSpec, donor: Donor) -> None:
         here, there = (", ".join(f"{name} {vars(one)[name]}" for name in others) for one in (spec, donor))
         logger.warning(
             f"donor {spec.name!r} recommends {there}, and runs with {here}: a position alone means this. Leave out the "
-            f"position to get what it recommends, or pass {' and '.join(f'{name}=' for name in others)}."
+            f"position to get what it recommends, or pass {' and '.join(f'{name}=' for name in others)} in a DonorSpec."
         )
 
 

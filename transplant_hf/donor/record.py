@@ -19,6 +19,7 @@ from .tensors import safe_name
 
 DONOR_CONFIG = "donor_config.json"
 
+_AGAIN = "Download it again (force_download=True, or remove it from the cache)"
 _MAX_BITS = 4096  # of an integer in metadata; Python does not print one of more than 4,300 digits
 
 
@@ -34,10 +35,7 @@ class FileStamp:
         size = path.stat().st_size if path.exists() else None
         if size != self.size:
             problem = "is missing" if size is None else f"has {size} bytes"
-            raise IntegrityError(
-                f"{_describe(path, where)} {problem}, {DONOR_CONFIG} records {self.size}. Download it again "
-                "(force_download=True)."
-            )
+            raise IntegrityError(f"{_describe(path, where)} {problem}, {DONOR_CONFIG} records {self.size}. {_AGAIN}.")
 
     def check_bytes(self, path: Path, where: str = "") -> None:
         """Compare the sha256."""
@@ -46,7 +44,7 @@ class FileStamp:
         if sha256 != self.sha256:
             raise IntegrityError(
                 f"{_describe(path, where)} has sha256 {sha256}, {DONOR_CONFIG} records {self.sha256}: its bytes were "
-                "changed. Download it again (force_download=True), or ask its author."
+                f"changed. {_AGAIN}, or ask its author."
             )
 
 

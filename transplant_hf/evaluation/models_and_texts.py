@@ -90,7 +90,7 @@ def find_tokenizer(loaded: LoadedModel) -> Any:
         if tokenizer is not None:
             return tokenizer
     searched = ", ".join(reference for reference, _ in places) or "a model without a name"
-    raise ConfigurationError(f"there is no tokenizer in {searched}: pass tokenizer=.")
+    raise ConfigurationError(f"there is no tokenizer in {searched}: save its files there, or pass tokenizer=.")
 
 
 def read_windows(

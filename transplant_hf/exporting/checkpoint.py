@@ -109,11 +109,14 @@ def export(
     file = source if gguf is None and Path(source).expanduser().is_file() else gguf
     if file is not None:
         if (max_shard_size, license) != ("5GB", None):
-            raise ConfigurationError("a GGUF file is one file without a card: leave out max_shard_size and license.")
+            raise ConfigurationError(
+                "a GGUF file is one file without a card: leave out max_shard_size (--max-shard-size) and license "
+                "(--license)."
+            )
         if (gguf is None) == (donors is None):
             raise ConfigurationError(
-                "for a GGUF file, name a donor or a transplant and the recipient's file as gguf=, or the recipient's "
-                "file as the source and its donors as donors=."
+                "for a GGUF file, name a donor or a transplant and the recipient's file as gguf= (--gguf), or the "
+                "recipient's file as the source and its donors as donors= (--donor)."
             )
         return export_gguf(
             file, output, source if donors is None else None, donors, overwrite=overwrite, dtype=dtype, verify=verify,
@@ -224,7 +227,7 @@ def refuse_beyond_native(blueprint: Blueprint) -> None:
         raise ConfigurationError(
             f"donors {', '.join(blueprint.side_by_side_groups[0])} run side by side at one position, and a plain "
             f"checkpoint runs one layer after another. Either {_LOAD}, which writes the transplant format; or export "
-            'them stacked (composition="stacked"), which is another model.'
+            'them stacked (composition="stacked", --composition stacked), which is another model.'
         )
     state = blueprint.state(())
     if not state.native:
@@ -304,7 +307,7 @@ def _compare_logits(model: Any, folder: Path) -> float:
     if not expected.isfinite().all():
         raise CheckpointError(
             f"the transplant's logits are not finite in {model.dtype}, so there is nothing to compare with. Export in "
-            "another dtype (dtype=), or check its donors. Nothing was kept."
+            "another dtype (dtype=, --dtype), or check its donors. Nothing was kept."
         )
     # The class as Transformers has it, loaded without its changes to the whole process.
     with reading("the weights", str(folder)):

@@ -107,7 +107,10 @@ def _plan(
         recipient = _open_recipient(file, Path(folder), hub)
         if source is None:
             if revision is not None:
-                raise ConfigurationError("a GGUF file has no revisions; those of donors go into DonorSpec(revision=).")
+                raise ConfigurationError(
+                    "a GGUF file has no revision: leave out revision= (--revision). Those of donors go into "
+                    "DonorSpec(revision=...)."
+                )
             request = read_request(folder, donors=donors, gguf_file=file.path.name, composition=composition, hub=hub)
         else:
             request = read_request(source, composition=composition, revision=revision, hub=hub)
@@ -241,7 +244,8 @@ def _refuse_transplant(file: GgufFile, blueprint: Blueprint) -> None:
     if blueprint.side_by_side_groups:
         raise ConfigurationError(
             f"donors {', '.join(blueprint.side_by_side_groups[0])} run side by side at one position, and a GGUF file "
-            'runs one layer after another. Export them stacked (composition="stacked"), which is another model.'
+            'runs one layer after another. Export them stacked (composition="stacked", --composition stacked), which '
+            "is another model."
         )
     state, architecture = blueprint.state(()), file.architecture
     if not state.native:
@@ -257,8 +261,8 @@ def _refuse_transplant(file: GgufFile, blueprint: Blueprint) -> None:
     if recognized in counts and counts[0] != counts[1]:
         raise ConfigurationError(
             f"llama.cpp recognizes a model of {architecture} by its {recognized} layers, and scales its attention "
-            f"differently. The recipient has {counts[0]} layers and the transplant {counts[1]}. Use mode='replace', or "
-            "another number of layers."
+            f"differently. The recipient has {counts[0]} layers and the transplant {counts[1]}. Use mode='replace' "
+            "(--mode replace), or another number of layers."
         )
 
 

@@ -101,7 +101,7 @@ def read_request(
         if not donors:
             raise ConfigurationError(
                 f"{source} is a model of type {fields.get('model_type')!r}, not a transplant: say which donors go "
-                "into it, donors={'user/donor': position}."
+                "into it, donors={'user/donor': position} (--donor DONOR@POSITION)."
             )
         specs, open_donors = _specs(donors)
         own = TransplantConfig(recipient=asked, recipient_revision=source.revision, donors=specs)

@@ -92,7 +92,7 @@ def reason_against_streaming(model: Any, loading: Mapping[str, Any]) -> str | No
         return "a GGUF file is read as a whole"
     place = loading.get("device_map")
     if isinstance(place, Mapping) or place in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return f"device_map={place!r} spreads the model. Name one device"
+        return f"device_map={place!r} (--device-map) spreads the model. Name one device"
     return None
 
 

@@ -55,7 +55,9 @@ def check_training(args: DonorTrainingArguments) -> None:
     """Refuse arguments whose memory is not known."""
     optimizer = _name(args.optim)
     if optimizer not in _STATES:
-        raise ConfigurationError(f"the memory of optim={optimizer!r} is not known; one of {', '.join(_STATES)} is.")
+        raise ConfigurationError(
+            f"the memory of optim={optimizer!r} (--optim) is not known; one of {', '.join(_STATES)} is."
+        )
     refused = {
         "method": args.method != "in_place",
         "distillation": bool(args.distillation),

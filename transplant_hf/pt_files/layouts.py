@@ -116,13 +116,15 @@ def _source_numbers(
     if from_zero and not whole_model:
         if wanted is not None and len(wanted) == len(numbers):
             return dict(zip(numbers, wanted, strict=True))
+        example = [str(number) for number in range(4, 4 + len(numbers))]
         raise ConfigurationError(
             f"{file} numbers its {len(numbers)} layers from 0 and no metadata says which of the source model's "
-            f"{num_layers} they are; pass layers=, such as layers=[{', '.join(map(str, range(4, 4 + len(numbers))))}]."
+            f"{num_layers} they are; pass layers=[{', '.join(example)}] (--layers {' '.join(example)}), or others."
         )
     if whole_model and wanted is None and num_layers > 1:
         raise ConfigurationError(
-            f"{file} holds all {num_layers} layers of the model; say which make the donor, such as layers=[4, 5, 6]."
+            f"{file} holds all {num_layers} layers of the model; say which make the donor, such as layers=[4, 5, 6] "
+            "(--layers 4 5 6)."
         )
     return {number: number for number in numbers}
 

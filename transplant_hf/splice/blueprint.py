@@ -135,7 +135,7 @@ class Blueprint:
         if spread and self.config.composition == SIDE_BY_SIDE:
             raise ConfigurationError(
                 f"donor {spread[0]!r} is spread over several positions, and cannot run side by side with others. Use "
-                f'composition="{STACKED}".'
+                f'composition="{STACKED}" (--composition {STACKED}).'
             )
         if self.beyond_native:
             self.refuse_scaling()
@@ -271,7 +271,7 @@ def _blueprint_of(
         if shared:
             raise CompatibilityError(
                 f"donor {placement.name!r} would replace layers {shared} of {recipient.what}, which share weights with "
-                'its other layers. Use mode="insert", or another position.'
+                'its other layers. Use mode="insert" (--mode insert), or another position.'
             )
     blueprint.check_strengths()
     return blueprint

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, HubError
-from ..sources import hub_errors
+from ..sources import LOG_IN, hub_errors
 
 __all__ = ["TextSource", "as_source", "check_texts", "documents", "row_documents"]
 
@@ -322,7 +322,7 @@ def _hub_documents(source: TextSource, token: str | bool | None) -> Iterator[str
     except FileNotFoundError as error:
         raise HubError(
             f"{where} is neither a local file or folder nor a dataset on the Hub that can be read: it is missing, "
-            f"private or gated. Check the name, or log in with `hf auth login` or pass token=. {error}"
+            f"private or gated. Check the name, or {LOG_IN}. {error}"
         ) from error
     except (ValueError, TypeError, OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"cannot read split {source.split!r} of {where}: {error}") from error

@@ -119,8 +119,8 @@ def _donor_names(model: Any) -> list[str]:
     config = getattr(model, "transplant_config", None)
     if config is None:
         raise ConfigurationError(
-            f"{type(model).__name__} has no donors: recovery is for a recipient with donors in it. Load it with "
-            "AutoModelWithTransplant.from_pretrained(recipient, donors=...)."
+            f"{type(model).__name__} has no donors: recovery is for a recipient with donors in it. Name a transplant "
+            "or a donor, or load one with AutoModelWithTransplant.from_pretrained(recipient, donors=...)."
         )
     return [str(spec.name) for spec in config.donors]
 

@@ -63,9 +63,12 @@ def held_back_layers(
 
 def _reason_against(model: Any, args: Any, model_kwargs: Mapping[str, Any]) -> str | None:
     if args.method == "standalone":
-        return 'method="standalone" runs the donor between the embeddings and the head, without the layers before it'
+        return (
+            'method="standalone" (--method) runs the donor between the embeddings and the head, without the layers '
+            "before it"
+        )
     if args.cache_prefix == "off":
-        return 'cache_prefix="off" runs the layers before the donor in every step'
+        return 'cache_prefix="off" (--cache-prefix) runs the layers before the donor in every step'
     return reason_against_streaming(model, model_kwargs)
 
 
