@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .architecture import Anatomy, LayerOrigin, decoder_stack, native_class, splice_config
 from .architecture.build import build_on_meta, initialize
+from .cards import check_license
 from .display import bytes_text, numbers_text, position_text, progress_bar
 from .donor import Donor
 from .donor.from_pt import METADATA_FILE, match_pt_file
@@ -102,6 +103,7 @@ def convert(
     name: str | None = None,
     recipient_revision: str | None = None,
     max_shard_size: int | str = "5GB",
+    license: str | None = None,
     verify: bool = False,
     push_to: str | None = None,
     private: bool | None = None,
@@ -124,6 +126,7 @@ def convert(
         name: The donor's name; by default that of the folder or repository it is written to.
         recipient_revision: The recipient's revision.
         max_shard_size: Largest weight file.
+        license: The license that the card names; by default the one in the metadata, or the recipient's.
         verify: Also run one layer on random hidden states with the weights of both files.
         push_to: A repository to upload to, as one commit.
         private: As in huggingface_hub.
@@ -138,6 +141,8 @@ def convert(
         ConfigurationError: Unknown layer indices, a position outside 0..L, or an output that is not empty.
         HubError: The recipient or the repository is out of reach.
     """
+    if license is not None:
+        check_license(license)
     if output is not None:
         check_artifact_folder(output, overwrite)
     matched = match_pt_file(path, recipient, metadata, layers, name, recipient_revision, HubOptions(**hub))
@@ -148,7 +153,7 @@ def convert(
     commit = None
     with output_folder(output, push_to) as folder:
         with publish(folder, replaced_in) as staging:
-            write_donor_repo(donor, staging, folder, max_shard_size=max_shard_size, repo_id=push_to)
+            write_donor_repo(donor, staging, folder, max_shard_size=max_shard_size, repo_id=push_to, license=license)
             written = Donor.from_pretrained(staging)
             _compare_tensors(matched.store, written.store, str(path), str(staging))
             if verify:

@@ -17,7 +17,15 @@ from huggingface_hub import ModelCard
 
 from tests.helpers import refused
 from transplant_hf import ConfigurationError, DonorSpec, TransplantConfig
-from transplant_hf.cards import DONOR_TEMPLATE, FULL_TEMPLATE, check_license, render, render_card, written_by_us
+from transplant_hf.cards import (
+    DONOR_TEMPLATE,
+    FULL_TEMPLATE,
+    TRAINED_HERE,
+    check_license,
+    render,
+    render_card,
+    written_by_us,
+)
 from transplant_hf.cards.licenses import license_in
 from transplant_hf.donor import DonorRecord
 from transplant_hf.donor.record import FileStamp
@@ -62,6 +70,16 @@ def with_metadata(**metadata: Any) -> tuple[DonorSpec, DonorRecord]:
 
 def assert_facts(card: ModelCard, *facts: str) -> None:
     assert not [fact for fact in facts if fact not in card.text]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_a_training_recorded_is_not_a_claim_of_the_author(template: str) -> None:
+    trained = card_of(template, with_metadata(made_by=TRAINED_HERE, steps=7)).text
+    assert "## Training" in trained and "report" not in trained and "`steps`: `7`" in trained
+    recovered = card_of(template, with_metadata(method="own", recovered={"steps": 7})).text
+    training, author = recovered.index("## Training"), recovered.index("claims")
+    assert training < recovered.index("`recovered`") < author < recovered.index("`method`")
+    assert "## Training" not in card_of(template).text
 
 
 # -- What a card says ------------------------------------------------------------------------------------------------

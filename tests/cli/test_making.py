@@ -18,7 +18,7 @@ _TRAINED = ("--steps", "4", "--batch-size", "2", "--block-length", "16", "--coun
 
 
 def test_train_on_a_folder(family: Path, text: Path, run: Run) -> None:
-    words = ("train", family / "recipient", text, family / "new", "--held-out", text, *_TRAINED)
+    words = ("train", family / "recipient", text, family / "new", "--held-out", text, "--license", "mit", *_TRAINED)
     status, out, _ = run(*words, "--general", text, "--mode", "replace")
     found = json.loads(out)
     assert status == 0 and found["steps"] == 4
@@ -29,6 +29,8 @@ def test_train_on_a_folder(family: Path, text: Path, run: Run) -> None:
     assert not (family / "new.training").exists()
     status, out, _ = run(*words[:-1], "--overwrite", "--position", 1, "--cache-prefix", "disk")
     assert status == 0 and "perplexity with donor" in out and "strength            new 0.75" in out
+    card = (family / "new" / "README.md").read_text()
+    assert "license: mit" in card and "## Training" in card and "claims" not in card
 
 
 def test_train_on_a_thin_repo_adds_a_donor(family: Path, text: Path, run: Run) -> None:
@@ -125,6 +127,7 @@ def test_what_is_refused_is_one_sentence(
             ("train", family / "recipient", text, "--push-to-hub", "alice/x", *_TRAINED[:-1]),
             "name a recipient on the Hub",
         ),
+        (("train", family / "recipient", text, tmp_path / "out", "--license", "see file"), "such as 'mit'"),
         (("recover", family / "recipient", text, tmp_path / "out", "--block-length", 16), "has no donors"),
     ):
         status, _, err = run(*words)

@@ -19,6 +19,7 @@ from tests.cli.conftest import Run
 from transplant_hf import DonorSpec
 from transplant_hf.cli import _parser
 from transplant_hf.cli.values import donor_spec, layer_range
+from transplant_hf.comparison import METHODS
 from transplant_hf.errors import ConfigurationError
 
 
@@ -133,6 +134,18 @@ def test_options_reach_the_arguments_of_training(called: Any) -> None:
     found = called("train", "m", "t.txt", "out", *words)
     assert (found.loss_chunk, found.max_steps, found.per_device_train_batch_size) == (0, 3, 2)
     assert found.stream_prefix is False and not hasattr(found, "strength")
+
+
+def test_the_license_of_a_donor(called: Any) -> None:
+    for words in (["train", "m", "t.txt"], ["extract", "m"], ["convert", "l.pt", "--recipient", "m"]):
+        assert called(*words, "out", "--license", "mit").license == "mit"
+
+
+def test_the_methods_of_compare(called: Any, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("compare", "m", "t.txt", "--general", "t.txt", "--methods")
+    assert called(*words, *METHODS).methods == list(METHODS)
+    assert run(*words, "prompt")[0] == 2
+    assert ", ".join(METHODS) in " ".join(commands()["compare"].format_help().split())
 
 
 # -- Old spellings -----------------------------------------------------------------------------------------------------

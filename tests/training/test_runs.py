@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from transplant_hf.cli import main
 from transplant_hf.evaluation import evaluate
 from transplant_hf.evaluation.losses import perplexity_of_windows
 from transplant_hf.model.load_any_model import load_model
-from transplant_hf.training import PartTrainer, recover_transplant, train_donor
+from transplant_hf.training import PartTrainer, TrainingReport, recover_transplant, train_donor
 
 SHORT: dict[str, Any] = {
     "max_steps": 4,
@@ -37,6 +39,15 @@ def family(tiny_llama: Path, tmp_path: Path) -> Path:
 def train(family: Path, **fields: Any) -> Any:
     known = {**SHORT, "donor_layers": 1, "donor_name": "new", **fields}
     return train_donor(family / "recipient", str(family / "text.txt"), family / "new", **known)
+
+
+def test_every_line_of_the_summary_has_a_value() -> None:
+    report = TrainingReport("out", "", 4, 2.0, 1.0, 0.0, 10, 1e-2, {"new": 1.0}, {})
+    for texts in (["law"], ["law", "general"]):
+        held_out = {text: {"recipient": 20.0, "with donor": 10.0} for text in texts}
+        lines = str(dataclasses.replace(report, held_out=held_out)).splitlines()[2:]
+        assert len(lines) == 6 + 2 * len(texts) and all(re.search(r"  +\S| [0-9.]+$", line) for line in lines), lines
+    assert "perplexity with donor on general 10.00" in lines
 
 
 # -- First -----------------------------------------------------------------------------------------------------------

@@ -26,13 +26,15 @@ from .licenses import check_license, choose_license
 if TYPE_CHECKING:
     from ..donor.record import DonorRecord
 
-__all__ = ["DONOR_TEMPLATE", "FULL_TEMPLATE", "render_card", "template_path"]
+__all__ = ["DONOR_TEMPLATE", "FULL_TEMPLATE", "TRAINED_HERE", "render_card", "template_path"]
 
 DONOR_TEMPLATE, FULL_TEMPLATE = "donor.md", "full_export.md"
 # An installed package carries the templates inside; a source checkout has them at its top.
 PLACES = (Path(__file__).parent / "templates", Path(__file__).parents[2] / "model_cards")
 _MAX_ENTRIES = 40
+_RECOVERED = "recovered"  # the metadata entry of a recovery
 _MEASURED = "held_out_perplexity"  # the metadata entry of a training: {text: {state of the model: perplexity}}
+TRAINED_HERE = "transplant_hf DonorTrainer"  # the metadata entry "made_by" of what `train` records
 _TAG = re.compile(r"[\w.-]{1,64}")
 
 
@@ -124,7 +126,9 @@ def _header(
 
 def _donor_facts(spec: DonorSpec, record: DonorRecord, native: bool) -> dict[str, Any]:
     count, metadata = len(record.layer_indices), record.metadata
-    entries = [(code_span(key), code_span(value)) for key, value in metadata.items() if key != _MEASURED]
+    made_here = metadata.get("made_by") == TRAINED_HERE
+    trained = [key for key in metadata if key != _MEASURED and (made_here or key == _RECOVERED)]
+    entries = [key for key in metadata if key != _MEASURED and key not in trained]
     folder = f"{spec.subfolder}/" if spec.subfolder else ""
     return {
         "name": code_span(spec.name),
@@ -138,7 +142,8 @@ def _donor_facts(spec: DonorSpec, record: DonorRecord, native: bool) -> dict[str
         "reference": code_span(spec.donor) if spec.revision else None,
         "revision": code_span(spec.revision) if spec.revision else None,
         "untrained": metadata.get("init") == "identity" and not metadata.get("steps"),
-        "entries": entries[:_MAX_ENTRIES],
+        "trained": _quoted(metadata, trained),
+        "entries": _quoted(metadata, entries),
         "hidden": max(0, len(entries) - _MAX_ENTRIES),
         "measured": _measured(metadata)[:_MAX_ENTRIES],
         "files": [
@@ -149,9 +154,13 @@ def _donor_facts(spec: DonorSpec, record: DonorRecord, native: bool) -> dict[str
     }
 
 
+def _quoted(metadata: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[str, str]]:
+    return [(code_span(key), code_span(metadata[key])) for key in keys[:_MAX_ENTRIES]]
+
+
 def _measured(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The perplexities on held-out texts that a training or a recovery recorded, each text with its numbers."""
-    records = (metadata, metadata.get("recovered"))
+    records = (metadata, metadata.get(_RECOVERED))
     found = [record.get(_MEASURED) for record in records if isinstance(record, Mapping)]
     return [
         (code_span(text), ", ".join(f"{escape_markdown(state)} {_number(value)}" for state, value in states.items()))

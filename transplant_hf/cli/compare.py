@@ -21,6 +21,9 @@ from .options import (
 )
 from .values import number, share, whole
 
+# Those of `comparison.METHODS`, which imports torch.
+_METHODS = ("donor", "donor-end", "donor-spread", "standalone", "lora", "lora-matched", "lora-last", "last", "full")
+
 
 def add(commands: Any) -> None:
     """Add the command."""
@@ -38,7 +41,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--other", metavar="TEXT", action="append", default=[], help=other)
     add_text(parser)
     add_donors(parser)
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods (default: all)")
+    only = f"only these methods (default: all): {', '.join(_METHODS)}"
+    parser.add_argument("--methods", nargs="+", choices=_METHODS, metavar="NAME", help=only)
     rates = "learning rates to try (default: those of each method)"
     add_number(parser, "--learning-rates", rates, None, number(above=0), "LR", nargs="+")
     add_number(parser, "--steps", "optimizer steps", 200)

@@ -104,6 +104,8 @@ def add_output(parser: Parser) -> None:
         "--push-to-hub", metavar="REPO", dest="push_to", help="also upload the result to this repository, in one commit"
     )
     add_private(parser)
+    license = "license for the card, such as apache-2.0 (default: the one that is recorded, or the recipient's)"
+    parser.add_argument("--license", help=license)
 
 
 def add_private(parser: Parser) -> None:

@@ -162,6 +162,7 @@ def _run(options: argparse.Namespace, run: Any, arguments_class: Any) -> int:
         resume=options.resume,
         overwrite=options.overwrite,
         keep_checkpoints=options.keep_checkpoints,
+        license=options.license,
         **arguments_for(arguments_class, options),
     )
     if PartialState().is_main_process:

@@ -122,7 +122,7 @@ def compare(
     setting = Setting(load, load().eval().requires_grad_(False), layers, rank, seed)
     if layers >= setting.count:
         raise ConfigurationError(
-            f"layers={layers} (--count), but {recipient} has {setting.count} layers; choose fewer."
+            f"layers={layers}, but {recipient} has {setting.count} layers; choose fewer (--count)."
         )
     setup = {
         "recipient": str(recipient),

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..architecture import decoder_stack, find_stack
+from ..cards import check_license
 from ..display import position_text
 from ..donor import Donor
 from ..donor.companions import locate_with_companions
@@ -83,6 +84,7 @@ def extract(
     revision: str | None = None,
     dtype: Any = "auto",
     max_shard_size: int | str = "5GB",
+    license: str | None = None,
     push_to: str | None = None,
     private: bool | None = None,
     trust_remote_code: bool | None = None,
@@ -104,6 +106,7 @@ def extract(
         revision: The model's branch, tag or commit; the commit is recorded.
         dtype: As in `from_pretrained`; by default that of the checkpoint.
         max_shard_size: Largest weight file.
+        license: The license that the card names; by default the one in the metadata, or the recipient's.
         push_to: A repository to upload to, as one commit.
         private: As in huggingface_hub.
         trust_remote_code: As in `from_pretrained`.
@@ -130,6 +133,8 @@ def extract(
     """
     if output is None and push_to is None:
         raise ConfigurationError("extract needs an output: name a folder (output), or push_to.")
+    if license is not None:
+        check_license(license)
     if output is not None:
         check_artifact_folder(output, overwrite)
     hub = HubOptions(**hub_kwargs)
@@ -172,6 +177,7 @@ def extract(
             recipient_revision=recipient.revision,
             max_shard_size=max_shard_size,
             repo_id=push_to,
+            license=license,
         )
         written = Donor.from_pretrained(target)
         commit = None

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from .. import __version__
+from ..cards import TRAINED_HERE
 from .data import rows_per_step
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def training_record(trainer: DonorTrainer) -> dict[str, Any]:
     """Return the metadata of a trainer's donor; before the run, of the run as planned."""
     args, state = trainer.args, trainer.state
     record: dict[str, Any] = {
-        "made_by": "transplant_hf DonorTrainer",
+        "made_by": TRAINED_HERE,
         "position": trainer.position,
         "strength": trainer.recommended_strength,
         **{name: getattr(args, name) for name in _ARGUMENTS},

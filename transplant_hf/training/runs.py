@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..cards import check_license
 from ..donor.saved_files import check_artifact_folder
 from ..errors import ConfigurationError
 from ..evaluation.losses import perplexity_of_windows
@@ -83,8 +84,8 @@ class TrainingReport:
         ]
         lines += [f"started from        {self.started_from}"] if self.started_from else []
         for text, numbers in self.held_out.items():
-            lines += [f"perplexity on {text}"] if len(self.held_out) > 1 else []
-            lines += [f"{f'perplexity {name}':<19} {value:.2f}" for name, value in numbers.items()]
+            on = f" on {text}" if len(self.held_out) > 1 else ""
+            lines += [f"{f'perplexity {name}{on}':<19} {value:.2f}" for name, value in numbers.items()]
         return "\n".join(lines)
 
 
@@ -99,6 +100,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     keep_checkpoints: bool = False,
+    license: str | None = None,
     revision: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     push_kwargs: Mapping[str, Any] | None = None,
@@ -118,6 +120,7 @@ def train(
         overwrite: Replace what transplant_hf wrote to the output before. Without it, an output that is not empty, or
             checkpoints of an earlier run that `resume` does not continue, are refused before any work is done.
         keep_checkpoints: Keep them beside the output after the run, to continue later with `resume`.
+        license: The license that the card names; by default the recipient's.
         revision: The recipient's revision.
         model_kwargs: Further arguments for loading it.
         push_kwargs: Further arguments for the upload.
@@ -130,6 +133,7 @@ def train(
     Raises:
         TransplantError: The reason; checkpoints of the training so far are kept.
     """
+    named = {} if license is None else check_license(license)
     if issubclass(trainer_class, DonorTrainer) and arguments.get("donor_name") is None:
         last = Path(output).absolute().name if output is not None else str(push_to or "").rpartition("/")[2]
         arguments["donor_name"] = last if last not in ("", RECIPIENT) else None
@@ -152,9 +156,9 @@ def train(
             trainer.note_measured(_for_record(perplexities))
         finally:  # a measurement that fails loses no training
             if output is not None:
-                trainer.save(output)
+                trainer.save(output, **named)
             if push_to is not None:
-                trainer.push(push_to, **(push_kwargs or {}))
+                trainer.push(push_to, **{**named, **(push_kwargs or {})})
         if not keep_checkpoints:
             remove_checkpoints(folder)
     return TrainingReport(
