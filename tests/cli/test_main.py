@@ -39,7 +39,17 @@ def run(*words: str | Path) -> tuple[str, str]:
 
 @pytest.mark.parametrize(
     ("words", "status"),
-    [(["--version"], 0), (["--help"], 0), (["check", "--help"], 0), ([], 2), (["check", "a"], 2), (["chekc"], 2)],
+    [
+        (["--version"], 0),
+        (["--help"], 0),
+        (["check", "--help"], 0),
+        ([], 2),
+        (["check", "a"], 2),
+        (["chekc"], 2),
+        (["train", "a", "b"], 2),
+        (["extract", "a"], 2),
+        (["evaluate", "a", "--text", "b", "--plot", "c.png"], 2),
+    ],
 )
 def test_what_needs_no_model_imports_neither_transformers_nor_torch(
     words: list[str], status: int, tmp_path: Path

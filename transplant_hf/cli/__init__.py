@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
+    if options.check is not None:
+        options.check(options)
     try:
         # Read when torch is loaded. Otherwise its threads spin while they wait for each other, which makes
         # training many times slower when other programs use the cores.

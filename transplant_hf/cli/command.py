@@ -20,9 +20,14 @@ class Result(Protocol):
 
 
 def command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, *examples: str
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    *examples: str,
+    check: Callable[[argparse.Namespace], None] | None = None,
 ) -> argparse.ArgumentParser:
-    """Add a command."""
+    """Add a command; `check` finds wrong usage, before torch is imported for `run`."""
     lines = "\n".join(f"  transplant-hf {example}" for example in examples)
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -32,7 +37,7 @@ def command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.set_defaults(run=run, usage_error=parser.error, printed=False)
+    parser.set_defaults(run=run, check=check, usage_error=parser.error, printed=False)
     return parser
 
 

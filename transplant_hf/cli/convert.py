@@ -19,6 +19,7 @@ def add(commands: Any) -> None:
         _run,
         "convert a .pt file of decoder layers into a donor, without running code from the file",
         "convert gpt2/donor_layers.pt gpt2-law --recipient openai-community/gpt2 --layers 4-6 --position 1",
+        check=check_output,
     )
     parser.add_argument("path", metavar="FILE", type=Path, help="the .pt file")
     add_output(parser)
@@ -40,6 +41,5 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from .. import convert
 
-    check_output(options)
     show(convert(**arguments_for(convert, options), revision=options.to_revision), options)
     return 0

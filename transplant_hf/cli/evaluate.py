@@ -18,6 +18,7 @@ def add(commands: Any) -> None:
         "measure the perplexity of a model on texts, with its donors and without",
         "evaluate user/gpt2-law --text law=cases.jsonl --text general=wikitext.txt --stride 512",
         "evaluate openai-community/gpt2 --donor user/gpt2-law@10 --text cases.jsonl",
+        check=_check,
     )
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a donor, a transplant or a model")
     add_donors(parser)
@@ -30,11 +31,14 @@ def add(commands: Any) -> None:
     )
 
 
-def _run(options: argparse.Namespace) -> int:
+def _check(options: argparse.Namespace) -> None:
     if options.plot is not None and options.strengths is None:
         options.usage_error("--plot goes with --strengths")
     if options.recipient is not None and options.strengths is not None:
         options.usage_error("--recipient does not go with --strengths: strength 0 is the recipient")
+
+
+def _run(options: argparse.Namespace) -> int:
     from .. import evaluate
     from ..evaluation import strength_curve
     from ..plots import check_strengths_picture, plot_strengths

@@ -18,6 +18,7 @@ def add(commands: Any) -> None:
         _run,
         "copy layers out of a model and write them as a donor",
         "extract openai-community/gpt2 gpt2-new --layers 4-6 --init identity",
+        check=check_output,
     )
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a model, a transplant or a donor")
     add_output(parser)
@@ -42,6 +43,5 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from .. import extract
 
-    check_output(options)
     show(extract(**arguments_for(extract, options)), options)
     return 0

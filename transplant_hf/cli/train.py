@@ -33,6 +33,7 @@ def add(commands: Any) -> None:
         _train,
         "train a donor on a text, inside a frozen recipient",
         "train openai-community/gpt2 law.txt gpt2-law --general wikitext.txt --steps 1000",
+        check=_check,
     )
     train.add_argument("model", metavar="RECIPIENT", help="Hub id or folder of a model or of a transplant")
     _add_shared(train)
@@ -68,6 +69,7 @@ def add(commands: Any) -> None:
         _recover,
         "train some parts of a transplant together for a few steps",
         "recover user/gpt2-law law.txt gpt2-law-recovered --parts donor neighbors --steps 50",
+        check=_check,
     )
     recover.add_argument("model", metavar="TRANSPLANT", help="Hub id or folder of a transplant or donor")
     _add_shared(recover, learning_rate=1e-3)
@@ -125,6 +127,14 @@ def _add_shared(parser: argparse.ArgumentParser, learning_rate: float | None = N
     add_quantization(parser)
 
 
+def _check(options: argparse.Namespace) -> None:
+    check_output(options)
+    if options.replay_share is not None and options.general is None:
+        options.usage_error("--replay-share goes with --general")
+    if options.held_out_blocks is not None and options.held_out is None:
+        options.usage_error("--held-out-blocks goes with --held-out")
+
+
 def _train(options: argparse.Namespace) -> int:
     from .. import train
     from ..training import DonorTrainingArguments
@@ -141,11 +151,6 @@ def _recover(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, run: Any, arguments_class: Any) -> int:
     from accelerate import PartialState
 
-    check_output(options)
-    if options.replay_share is not None and options.general is None:
-        options.usage_error("--replay-share goes with --general")
-    if options.held_out_blocks is not None and options.held_out is None:
-        options.usage_error("--held-out-blocks goes with --held-out")
     loading = loading_arguments(options)
     report = run(
         options.model,
