@@ -291,19 +291,16 @@ def _reference(donor: Any) -> str:
     return os.fspath(donor)
 
 
-_RENAME = "Give it another name, DonorSpec(donor, position, name=...), or rename its folder."
-
-
 def _check_unique_names(specs: list[DonorSpec]) -> None:
-    seen: dict[str, DonorSpec] = {}
+    seen, rename = dict[str, DonorSpec](), "Give it another name, DonorSpec(..., name=...), or rename its folder."
     for spec in specs:
         name = str(spec.name)
         if name == "recipient":
-            raise ConfigurationError(f"donor {spec.donor!r} cannot be named 'recipient'. {_RENAME}")
+            raise ConfigurationError(f"donor {spec.donor!r} cannot be named 'recipient'. {rename}")
         if name in seen:
             raise ConfigurationError(
                 f"two donors are named {name!r}: {seen[name].donor!r} at position {seen[name].position} and "
-                f"{spec.donor!r} at position {spec.position}. {_RENAME}"
+                f"{spec.donor!r} at position {spec.position}. {rename}"
             )
         seen[name] = spec
 

@@ -271,12 +271,12 @@ def test_layers_and_their_copies(tiny_llama: Path) -> None:
     model = warm(two_donors(tiny_llama))
     with model.using("a"):
         wanted = logits_of(model)
-        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - our own bytes
-            with again.using("a"), batches(again) as seen:
-                assert torch.equal(logits_of(again), wanted)
-            assert not seen.keys() & {*B}
-            with torch.no_grad():
-                again.model.layers[A].mlp.up_proj.weight.zero_()
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - our own bytes
+        with again.using("a"), batches(again) as seen:
+            assert torch.equal(logits_of(again), wanted)
+        assert not seen.keys() & {*B}
+        with torch.no_grad():
+            again.model.layers[A].mlp.up_proj.weight.zero_()
     with model.using("a"):
         assert torch.equal(logits_of(model), wanted)
     assert {type(layer).__name__ for layer in model.model.layers} == {"LlamaDecoderLayer"}

@@ -493,9 +493,14 @@ def test_compiled_where_other_code_may_interleave(tiny_llama: Path, answers: dic
 
 
 def test_copied_and_pickled(tiny_llama: Path) -> None:
+    """Outside: a block applies to one model, and a copy that is made inside would run with all donors there."""
     model = two_donors(tiny_llama)
     with model.using("a"):
-        again = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]  # noqa: S301 - our own bytes
+        for copied in (copy.deepcopy, pickle.dumps):
+            with refused(ConfigurationError, "copied inside using(...)", "outside"):
+                copied(model)
+        assert torch.equal(logits_of(model), logits_of(alone(tiny_llama, "a")))
+    again = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]  # noqa: S301 - our own bytes
     for one in again:
         assert torch.equal(logits_of(one), logits_of(two_donors(tiny_llama)))
         with one.using("b"):

@@ -367,6 +367,10 @@ class TransplantState:
     def __getstate__(self) -> dict[str, Any]:
         if self.disabled:
             raise ConfigurationError("a model cannot be copied inside disable_transplants(); copy it outside.")
+        if self.choices.current() is not None:
+            raise ConfigurationError(
+                "a model cannot be copied inside using(...), which would not apply to the copy; copy it outside."
+            )
         self.calls.check_copy()
         # A block that another thread is waiting to begin does not belong to the copy.
         return {**vars(self), "_weak_model": self._model, "_blocks": {}}
