@@ -244,17 +244,30 @@ def check_position(
 
 
 # Where a donor goes that recommends no position. These differ because what is known of the layers differs: training was
-# measured at every position, extracted layers have a place in their own model, and the author of the paper has a rule.
+# measured, extracted layers have a place in their own model, and the author of the paper has a rule.
+
+# Spread layers were ahead in models of 18 and 30 layers, and behind in one of 9 (docs/results.md).
+_DEEP = 12
 
 
-def trained_position(num_layers: int, count: int, mode: str = "insert") -> int:
-    """Return the best measured position of a donor to train: before the last layer; to replace, the last layers."""
-    return max(num_layers - (count if mode == "replace" else 1), 0)
+def trained_position(num_layers: int, count: int, mode: str = "insert", *, late: bool = False) -> Position:
+    """Return the best measured position of a donor to train.
+
+    To replace layers, the last ones. To insert, positions that are spread through a deep recipient; with `late`, and in
+    other recipients, before the last layer, so that a training step runs as few layers as possible.
+    """
+    if mode == "replace":
+        return max(num_layers - count, 0)
+    if late or num_layers < max(_DEEP, 2 * count) or count == 1:
+        return max(num_layers - 1, 0)
+    return spread_positions(num_layers, count)
 
 
-def trained_placement(num_layers: int, count: int, mode: str = "insert", position: Position | None = None) -> Placement:
+def trained_placement(
+    num_layers: int, count: int, mode: str = "insert", position: Position | None = None, *, late: bool = False
+) -> Placement:
     """Return where a donor to train goes, by default at the best measured position; refuse what the recipient lacks."""
-    position = trained_position(num_layers, count, mode) if position is None else position
+    position = trained_position(num_layers, count, mode, late=late) if position is None else position
     placement = Placement("the donor", position, tuple(range(count)), mode == "replace")
     Splice(num_layers, [placement])  # checks the position
     return placement

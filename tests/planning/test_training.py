@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import BUILDERS, NUM_LAYERS, plain, refused
+from tests.helpers import BUILDERS, NUM_LAYERS, plain, refused, tiny_llama_model
 from transplant_hf import ConfigurationError, DonorTrainer, DonorTrainingArguments
 from transplant_hf.planning import TrainingCost, plan
 from transplant_hf.planning.live_bytes import LiveBytes, OrdinaryText
@@ -71,6 +71,13 @@ def test_a_spread_donor(tiny_llama: Path, tmp_path: Path) -> None:
     found = planned(tiny_llama, tmp_path, donor_layers=2, position=(1, 3))
     layer = bytes_of(plain(tiny_llama / "recipient").model.layers[0])
     assert (found.before, found.donor, found.after) == (layer, 2 * layer, (NUM_LAYERS - 1) * layer)
+
+
+def test_the_default_positions_are_those_of_train(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "recipient").mkdir(parents=True)
+    tiny_llama_model(0, num_hidden_layers=12).save_pretrained(tmp_path / "deep" / "recipient")
+    before = [planned(tmp_path / "deep", tmp_path, donor_layers=3, **more) for more in ({}, {"stream_prefix": True})]
+    assert [11 * found.before // before[1].before for found in before] == [4, 11]
 
 
 def test_a_donor_that_replaces_layers(tiny_llama: Path, tmp_path: Path) -> None:

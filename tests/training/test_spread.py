@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import logits_of, plain, refused
+from tests.helpers import logits_of, plain, refused, tiny_llama_model, write_tokenizer
 from transplant_hf import ConfigurationError
 from transplant_hf.texts import Blocks
 from transplant_hf.training import DonorTrainer, DonorTrainingArguments
@@ -48,3 +48,24 @@ def test_parts_that_would_start_from_one_layer_are_refused(tiny_llama: Path, blo
         DonorTrainer(plain(tiny_llama / "recipient"), args, blocks)
     with refused(ConfigurationError, "3 layers", "2 parts"):
         DonorTrainer(plain(tiny_llama / "recipient"), arguments(tmp_path, position=[2, 3], donor_layers=3), blocks)
+
+
+def test_a_deep_recipient_has_spread_donors_by_default(blocks: Blocks, tmp_path: Path) -> None:
+    """A donor that is trained alone, or before which layers stay in their files, goes before the last layer."""
+    deep = tiny_llama_model(0, num_hidden_layers=12)
+    deep.save_pretrained(tmp_path / "deep")
+    write_tokenizer(tmp_path / "deep")
+    assert DonorTrainer(deep, arguments(tmp_path / "run"), blocks).position == (4, 8, 11)
+    assert DonorTrainer(deep, arguments(tmp_path / "run", donor_layers=1), blocks).position == 11
+    assert DonorTrainer(deep, arguments(tmp_path / "run", method="standalone"), blocks).position == 11
+    streamed = arguments(tmp_path / "run", stream_prefix=True)
+    assert DonorTrainer(str(tmp_path / "deep"), streamed, blocks).position == 11
+
+
+def test_a_recipient_that_does_not_fit_has_the_donor_before_its_last_layer(
+    blocks: Blocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_llama_model(0, num_hidden_layers=12).save_pretrained(tmp_path / "deep")
+    write_tokenizer(tmp_path / "deep")
+    monkeypatch.setattr("transplant_hf.training.streaming.free_memory", lambda device: 1000)
+    assert DonorTrainer(str(tmp_path / "deep"), arguments(tmp_path / "run"), blocks).position == 11

@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
         _run,
         "estimate the memory that a transplant needs, without downloading weights",
         "plan openai/gpt-oss-20b --count 3 --devices 2 --memory 24GiB --context 32768",
-        "plan meta-llama/Llama-3.1-8B --train --count 1 --context 512 --blocks 2000 --memory 12GiB",
+        "plan meta-llama/Llama-3.1-8B --train --stream-prefix --count 1 --context 512 --blocks 2000 --memory 12GiB",
     )
     parser.add_argument("what", metavar="MODEL", help="Hub id or folder of a recipient, a donor or a transplant")
     add_donors(parser)
@@ -47,6 +47,11 @@ def add(commands: Any) -> None:
         "--optim", metavar="NAME", default="adamw_torch", help="optimizer of --train (default: adamw_torch)"
     )
     add_choice(parser, "--mode", ("insert", "replace"), "whether that donor is inserted or replaces layers")
+    parser.add_argument(
+        "--stream-prefix",
+        action="store_true",
+        help="put that donor where `train --stream-prefix` does (default: spread)",
+    )
     add_number(parser, "--blocks", "blocks of text of --train, for the size of their hidden states")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="run layers again in the backward pass")
     parser.add_argument("--dequantize", action="store_true", help="estimate a quantized recipient as dequantized")
@@ -67,6 +72,7 @@ def _run(options: argparse.Namespace) -> int:
             block_length=chosen.pop("context", None),
             position=chosen.pop("position", None),
             mode=options.mode,
+            stream_prefix=options.stream_prefix,
             optim=options.optim,
             # Transformers warns of its old name, False too.
             gradient_checkpointing=options.gradient_checkpointing or None,

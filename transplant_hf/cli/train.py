@@ -42,7 +42,8 @@ def add(commands: Any) -> None:
     add_choice(train, "--mode", ("insert", "replace"), "add layers, or train layers in the place of existing ones")
     init = "initialize the donor so that it changes nothing, or as a copy of recipient layers"
     add_choice(train, "--init", ("identity", "copy"), init)
-    position = "number of recipient layers before the donor (default: L-1 to insert, L-K to replace)"
+    position = "number of recipient layers before the donor (default: spread evenly through a recipient of at least 12 "
+    position += "layers; L-1 in others and with streamed layers; L-K to replace)"
     place = train.add_mutually_exclusive_group()
     add_number(place, "--position", position, None, whole(0), "P")
     spread = "spread the donor through the recipient: the position of each part, such as 10 20 29"

@@ -109,7 +109,7 @@ def plan(
     sizes = {"memory": memory, "cpu_memory": cpu_memory}
     hardware = Hardware(devices, **{name: parse_size(size, name) for name, size in sizes.items() if size is not None})
     hub = HubOptions(**hub_kwargs)
-    mode = "insert"
+    mode, late = "insert", False
     if train is not None:
         given = {"donors": donors, "count": count, "position": position, "context": context}
         names = [name for name, value in given.items() if value is not None]
@@ -117,10 +117,11 @@ def plan(
             raise ConfigurationError(f"{', '.join(names) or 'batch_size'} is set in the arguments of train.")
         check_training(train)
         count, position, mode = train.donor_layers, train.position, train.mode
+        late = bool(train.stream_prefix)
         batch_size, context = train.per_device_train_batch_size, train.block_length
         if blocks is None and train.max_steps > 0:
             blocks = train.max_steps * batch_size * train.gradient_accumulation_steps
-    models = find_models(os.fspath(what), donors, count, position, dtype, revision, hub, mode)
+    models = find_models(os.fspath(what), donors, count, position, dtype, revision, hub, mode, late)
     recipient, blueprint = models.recipient, models.blueprint
     longest = max_context_length(recipient.config)
     notes: tuple[str, ...] = ()

@@ -48,8 +48,9 @@ def find_models(
     revision: str | None,
     hub: HubOptions,
     mode: str = "insert",
+    late: bool = False,
 ) -> PlannedModels:
-    """Find what is planned; the arguments are those of `plan`."""
+    """Find what is planned; the arguments are those of `plan`, and `late` is that of `trained_position`."""
     if donors and count:
         raise ConfigurationError("pass either donors, or the count of layers that do not exist yet.")
     if position is not None and not count:
@@ -74,7 +75,7 @@ def find_models(
     recipient = dataclasses.replace(anatomy, config=_with_dtype(anatomy.config, dtype, found.source, hub))
     parts = [(opened.spec, opened.donor) for opened in open_donors(config, base, what, hub)]
     if count:
-        parts = [_new_layers(recipient, count, position, mode)]
+        parts = [_new_layers(recipient, count, position, mode, late)]
     if not parts:
         return PlannedModels(found.source, recipient, None)
     config.donors = donor_specs([spec for spec, _ in parts])
@@ -82,9 +83,11 @@ def find_models(
     return PlannedModels(found.source, blueprint.recipient, blueprint)
 
 
-def _new_layers(recipient: Anatomy, count: int, position: Position | None, mode: str) -> tuple[DonorSpec, Donor]:
+def _new_layers(
+    recipient: Anatomy, count: int, position: Position | None, mode: str, late: bool
+) -> tuple[DonorSpec, Donor]:
     """Return a donor as `train` would start it from the recipient, in full precision."""
-    placement = trained_placement(recipient.num_layers, count, mode, position)
+    placement = trained_placement(recipient.num_layers, count, mode, position, late=late)
     chosen = starting_layers(placement, recipient.num_layers)
     tensors = {
         f"layers.{number}.{name}": tensor

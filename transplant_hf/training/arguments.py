@@ -89,8 +89,10 @@ class DonorTrainingArguments(PartTrainingArguments):
         method: "in_place" trains the donor inside the frozen recipient; "standalone" is the paper's wrapper: the donor
             alone between the frozen embeddings and the frozen head.
         mode: "insert" adds layers; "replace" trains the layers at the position, and adds no cost at run time.
-        position: How many recipient layers run before the donor, 0..L; by default L - 1, or L - k to replace. Several,
-            such as `(10, 20, 29)`, spread the donor through the recipient, in parts of one size.
+        position: How many recipient layers run before the donor, 0..L. Several, such as `(10, 20, 29)`, spread the
+            donor through the recipient, in parts of one size. By default spread evenly, with one layer in each place,
+            if the recipient has at least 12 layers; L - 1 in others, for "standalone", and where the layers before the
+            donor are streamed; L - k to replace.
         donor_layers: k; by default 3, or one layer for each of several positions.
         start_layers: The recipient layers it starts from; by default the k before the position, or the replaced ones.
         init: "identity" starts with output projections of zero, so that the recipient's output is unchanged; "copy"

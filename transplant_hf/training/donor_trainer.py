@@ -41,8 +41,9 @@ _RUN = ("method", "mode", "donor_layers", "start_layers", "init", "distillation"
 class DonorTrainer(TransplantTrainer):
     """Trains a donor, with everything that `Trainer` of Transformers can do.
 
-    By default the donor is inserted before the recipient's last layer, starts as the identity, and alone is trained.
-    The hidden states before it are computed once for each block of text; a step runs only the donor and what follows.
+    By default the donor's layers are spread through a recipient of at least 12 layers, and inserted before the last
+    layer of others. They start as the identity, and they alone are trained. The hidden states before the first of them
+    are computed once for each block of text; a step runs only this layer and what follows.
 
     Args:
         model: The recipient: a loaded model (a transplant gets one more donor), a Hub id or a folder. A loaded model
@@ -84,7 +85,7 @@ class DonorTrainer(TransplantTrainer):
         self.held_out_perplexity: Mapping[str, Mapping[str, float | None]] = {}
         state = getattr(recipient, "_transplant", None)
         layers = state.blueprint.splice.num_layers if state is not None else len(stack_of(recipient))
-        self.position = _position(layers, args)
+        self.position = _position(layers, args, layers_in_files(recipient) is not None)
         self.recommended_strength = (
             args.strength if args.strength is not None else default_strength(args.mode, data.general is not None)
         )
@@ -120,7 +121,7 @@ class DonorTrainer(TransplantTrainer):
 
     def streaming(self, model: Any, args: Any, model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
         """Let the layers before the donor stay in their files, where `stream_prefix` says so or memory is short."""
-        held_back = held_back_layers(model, args, model_kwargs or {}, lambda layers: _position(layers, args))
+        held_back = held_back_layers(model, args, model_kwargs or {}, lambda layers: _position(layers, args, True))
         return {} if held_back is None else {"held_back": held_back}
 
     @property
@@ -207,8 +208,9 @@ class DonorTrainer(TransplantTrainer):
         return {"position": self.position, "mode": self.args.mode, "strength": self.recommended_strength}
 
 
-def _position(layers: int, args: DonorTrainingArguments) -> Position:
-    placement = trained_placement(layers, args.donor_layers, args.mode, args.position)
+def _position(layers: int, args: DonorTrainingArguments, streamed: bool) -> Position:
+    late = streamed or args.method == "standalone"
+    placement = trained_placement(layers, args.donor_layers, args.mode, args.position, late=late)
     if args.start_layers is None:
         starting_layers(placement, layers)  # checks that there are enough
     return placement.position
