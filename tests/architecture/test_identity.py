@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from tests.helpers import BUILDERS, layers_of, logits_of, refused, tiny_gpt2_model, tiny_llama_model
 from transplant_hf import CheckpointError, CompatibilityError, Donor, transplant
-from transplant_hf.architecture import decoder_stack, find_stack, projections_of_layers, replay
+from transplant_hf.architecture import decoder_stack, find_stack, output_weights, replay
 
 NAMES = {
     "gpt2": ("attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),
@@ -26,14 +27,14 @@ WIDTH = 8
 
 
 def output_projections(model: Any, path: str, number: int) -> tuple[str, ...]:
-    return projections_of_layers(model, path, [number])[number]
+    return tuple(output_weights(model, path, [number])[number])
 
 
 def zero_output_projections(model: Any, path: str, numbers: list[int]) -> None:
     with torch.no_grad():
-        for number, names in projections_of_layers(model, path, numbers).items():
-            for name in names:
-                decoder_stack(model, path)[number].get_parameter(name).zero_()
+        for number, weights in output_weights(model, path, numbers).items():
+            for name, value in weights.items():
+                decoder_stack(model, path)[number].get_parameter(name).fill_(value)
 
 
 def found(model: Any, number: int = 1) -> tuple[str, ...]:
@@ -67,7 +68,8 @@ def test_one_search_for_layers_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> Non
     called = replay.Replay.called
     monkeypatch.setattr(replay.Replay, "called", lambda self: searched.append(self) or called(self))
     model = tiny_llama_model(seed=1)
-    assert projections_of_layers(model, "model.layers", [0, 1, 2, 3]) == dict.fromkeys(range(4), NAMES["llama"])
+    wanted = dict.fromkeys(NAMES["llama"], 0.0)
+    assert output_weights(model, "model.layers", [0, 1, 2, 3]) == dict.fromkeys(range(4), wanted)
     assert len(searched) == 1
 
 
@@ -158,7 +160,7 @@ class NormedAfter(Layer):
 
 
 class NormedPlainly(Layer):
-    """The norm of what is added gives nothing for nothing, and can be left alone."""
+    """The norm of what is added gives nothing for nothing, and its full size to almost nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,6 +168,17 @@ class NormedPlainly(Layer):
 
     def added(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.norm(self.out(hidden))
+
+
+class NormedFromOne(NormedPlainly):
+    """The same, with a weight that counts from one; the outputs of two projections go through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.norm = nn.Linear(WIDTH, WIDTH, bias=False), Gemma3RMSNorm(WIDTH)
+
+    def added(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.out(hidden) + self.other(hidden))
 
 
 class Backwards(Layer):
@@ -199,7 +212,8 @@ class Mix(nn.Module):
         (InPlace, ("out.weight", "out.bias")),
         (Chain, ("steps.1.proj.weight",)),
         (NormedAfter, ("norm.weight", "norm.bias")),
-        (NormedPlainly, ("out.weight",)),
+        (NormedPlainly, ("norm.weight",)),
+        (NormedFromOne, ("norm.weight",)),
         (Backwards, ("mix.out", "mix.shift")),
     ],
 )
@@ -273,7 +287,8 @@ def test_a_donor_of_some_strength_in_a_transplant() -> None:
     recipient = tiny_llama_model(seed=1)
     donor = Donor.from_model(tiny_llama_model(seed=2), [1, 2], name="law")
     model = transplant(recipient, donor, 1, strength=0.5)
-    assert projections_of_layers(model, "model.layers", [0, 1, 2, 3]) == dict.fromkeys(range(4), NAMES["llama"])
+    wanted = dict.fromkeys(NAMES["llama"], 0.0)
+    assert output_weights(model, "model.layers", [0, 1, 2, 3]) == dict.fromkeys(range(4), wanted)
 
 
 # -- What is refused -------------------------------------------------------------------------------------------------
@@ -358,7 +373,7 @@ class Moody(Layer):
 
 def test_an_identity_of_some_tokens_only() -> None:
     torch.manual_seed(0)
-    with refused(CompatibilityError, "layers.0, Moody", "out.weight, out.bias at zero", "other tokens", 'init="copy"'):
+    with refused(CompatibilityError, "layers.0, Moody", "without out.weight, out.bias", "other tokens", 'init="copy"'):
         output_projections(Model(Moody), "layers", 0)
 
 

@@ -14,7 +14,7 @@ from tests.architectures.matrix import CHECKED_TYPES, NOT_AT, OTHER_LAYERS, REFU
 from tests.architectures.reference import layers_of
 from tests.architectures.tiny_models import tiny_config, tiny_inputs, tiny_model
 from transplant_hf import AutoModelWithTransplant, CompatibilityError, Donor
-from transplant_hf.architecture import find_stack, projections_of_layers
+from transplant_hf.architecture import find_stack, output_weights
 
 CHOSEN = ["gpt2", "gpt_oss", "gemma3_text", "gpt_neox", "mixtral", "deepseek_v3", "mamba", "opt", "dbrx"]
 
@@ -77,14 +77,19 @@ def _check_type(model_type: str, folder: Path) -> None:
 
 
 def _check_it_can_learn(model: Any, ids: torch.Tensor) -> None:
-    """No projection that is zero keeps another from learning."""
+    """No output weight keeps another from learning, and a small step makes a small difference."""
     numbers = model.layer_map.layers_of("new")
-    names = projections_of_layers(model, find_stack(model), numbers)
-    model(ids, use_cache=False).logits.pow(2).mean().backward()
+    names = output_weights(model, find_stack(model), numbers)
+    before = model(ids, use_cache=False).logits
+    before.pow(2).mean().backward()
     for number in numbers:
         for name in names[number]:
-            gradient = layers_of(model)[number].get_parameter(name).grad
-            assert gradient is not None and bool(gradient.any()), f"layer {number}: {name} would stay zero"
+            weight = layers_of(model)[number].get_parameter(name)
+            assert weight.grad is not None and bool(weight.grad.any()), f"layer {number}: {name} would stay as it is"
+            weight.data += 1e-5 * weight.grad.sign()
+    with torch.no_grad():
+        change = (model(ids, use_cache=False).logits - before).abs().max() / before.abs().max()
+    assert change < 1e-2, f"a step of 1e-5 changes logits by {change:.2g}"
 
 
 @pytest.mark.parametrize("model_type", CHOSEN)

@@ -25,7 +25,7 @@ from transplant_hf import (
     train,
     transplant,
 )
-from transplant_hf.architecture import projections_of_layers, quantization_method
+from transplant_hf.architecture import output_weights, quantization_method
 from transplant_hf.architecture.quantized import dequantized_layer
 from transplant_hf.errors import CheckpointError
 from transplant_hf.evaluation import perplexity
@@ -208,7 +208,7 @@ def test_what_cannot_be_dequantized_is_named() -> None:
 def test_projections_of_quantized_layers_are_refused(tmp_path: Path) -> None:
     model = load_model(write_recipient(tmp_path), quantization_config=METHODS["torchao-int8"]())
     with refused(CheckpointError, "model.layers.1.self_attn.q_proj.weight", "quantized"):
-        projections_of_layers(model, "model.layers", [1])
+        output_weights(model, "model.layers", [1])
 
 
 def test_train_and_recover(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from .anatomy import Anatomy, LayerOrigin
 from .context import choose_block_length, eval_mode, max_context_length
 from .gguf import check_gguf_reader, config_of_weights, forget_gguf, is_quantized, quantization_method, was_gguf
-from .identity import projections_of_layers
+from .identity import output_weights
 from .names import LayerNames, LayerTensorName
 from .native import SplicedConfig, build_failure, first_candidate, layer_differences, splice_config
 from .overrides import apply_overrides
@@ -36,7 +36,7 @@ __all__ = [
     "max_context_length",
     "native_class",
     "open_recipient",
-    "projections_of_layers",
+    "output_weights",
     "quantization_fields",
     "quantization_method",
     "splice_config",

@@ -1,8 +1,12 @@
-"""Find the output projections of a decoder layer: with these weights at zero, the layer is the identity.
+"""Find the output weights of a decoder layer, and the values with which the layer is the identity.
 
 They are found by experiment, not by name. The weights of modules are set to zero, the module called last first, until
 the layer returns its input unchanged. Then each module gets its weights back, the earliest first, if the layer stays
 the identity. The others are the output projections: `o_proj` and `down_proj`, both `c_proj`, fused experts.
+
+In some layers a norm follows an output projection (Gemma 3, OLMo 2, GLM-4). It gives a projection of almost zero its
+full size, so that one step away from zero the layer would add as much as a trained one. There the weight of the norm
+takes the place of the projection: 0, or -1 in a norm that multiplies by 1 + weight.
 """
 
 from __future__ import annotations
@@ -34,15 +38,17 @@ class _Part:
     calls: tuple[str, ...]  # the paths of those that ran
     names: tuple[str, ...]  # their own parameters that must be zero
     matrix: bool  # whether one of these is a matrix; a norm has none
+    value: float = 0.0  # with which the output is zero
 
 
-def projections_of_layers(
-    model: PreTrainedModel, stack_path: str, numbers: Sequence[int]
-) -> dict[int, tuple[str, ...]]:
-    """Return the output projections of several layers; layers of one kind are searched once."""
+def output_weights(model: PreTrainedModel, stack_path: str, numbers: Sequence[int]) -> dict[int, dict[str, float]]:
+    """Return the output weights of several layers, each with its value in a layer that is the identity.
+
+    Layers of one kind are searched once.
+    """
     stack = decoder_stack(model, stack_path)
     _refuse_unreadable(model, stack_path, numbers)
-    names: dict[int, tuple[str, ...]] = {}
+    weights: dict[int, dict[str, float]] = {}
     kinds = {number: _kind(stack[number], number) for number in numbers}
     with eval_mode(model):
         calls, others = (record_calls(model, stack, numbers, seed) for seed in (_SEARCH_SEED, _CHECK_SEED))
@@ -50,11 +56,11 @@ def projections_of_layers(
             what = f"layer {number} of {type(model).__name__} ({stack_path}.{number}, {type(stack[number]).__name__})"
             if number not in calls or number not in others:
                 raise _no_identity(what, "it did not run on plain tokens")
-            known = next((other for other in names if kinds[other] == kinds[number]), None)
-            names[number] = names[known] if known is not None else _found(stack[number], calls[number], what)
-            if not Replay(stack[number], others[number]).is_identity(names[number], as_it_is=True):
-                raise _no_identity(what, f"with {', '.join(names[number])} at zero it still acts on other tokens")
-    return names
+            known = next((other for other in weights if kinds[other] == kinds[number]), None)
+            weights[number] = weights[known] if known is not None else _found(stack[number], calls[number], what)
+            if not Replay(stack[number], others[number]).is_identity(weights[number], as_it_is=True):
+                raise _no_identity(what, f"without {', '.join(weights[number])} it still acts on other tokens")
+    return weights
 
 
 def _refuse_unreadable(model: PreTrainedModel, stack_path: str, numbers: Sequence[int]) -> None:
@@ -62,7 +68,7 @@ def _refuse_unreadable(model: PreTrainedModel, stack_path: str, numbers: Sequenc
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise CheckpointError(
-                f"{name} is offloaded or was never loaded; the model must run for its output projections to be found. "
+                f"{name} is offloaded or was never loaded; the model must run for its output weights to be found. "
                 "Load it without offload first."
             )
     for number in numbers:
@@ -85,14 +91,14 @@ def _no_identity(what: str, reason: str) -> CompatibilityError:
     )
 
 
-def _found(layer: nn.Module, call: Call, what: str) -> tuple[str, ...]:
+def _found(layer: nn.Module, call: Call, what: str) -> dict[str, float]:
     replay = Replay(layer, call)
     parts = _parts(replay)
     for allowed in ([part for part in parts if part.matrix], parts):
         for count in range(1, len(allowed) + 1):
-            if replay.is_identity(_names(layer, allowed[:count])):
-                return _needed(replay, allowed[:count])
-    if len(replay.changed(_names(layer, parts))) < len(call.streams):
+            if replay.is_identity(_weights(layer, allowed[:count])):
+                return _output_weights(replay, parts, allowed[:count])
+    if len(replay.changed(_weights(layer, parts))) < len(call.streams):
         raise _no_identity(
             what, f"it passes {len(call.streams)} values to the next layer, and returns only some of them unchanged"
         )
@@ -132,24 +138,44 @@ def _zeroed_for_silence(replay: Replay, path: str, names: Sequence[str]) -> tupl
     return tuple(needed)
 
 
-def _needed(replay: Replay, parts: Sequence[_Part]) -> tuple[str, ...]:
+def _output_weights(replay: Replay, parts: Sequence[_Part], silent: Sequence[_Part]) -> dict[str, float]:
+    """Return the weights of the parts without which the layer is not the identity, and norms where these follow."""
+    kept = _needed(replay, silent)
+    for part in kept.copy():
+        others = [other for other in kept if other is not part]
+        if replay.is_identity(_weights(replay.layer, others)):  # the norm of another part made it superfluous
+            kept = others
+        elif not replay.adds_in_proportion(_weights(replay.layer, [part]), _weights(replay.layer, others)):
+            kept = [*others, _norm_after(replay, parts[: parts.index(part)], others) or part]
+    weights = _weights(replay.layer, kept)
+    # Numbered modules need not be experts: of two in sequence, zeros in the first would stop gradients of the second.
+    for path in (path for part in kept if len(part.calls) > 1 for path in reversed(part.calls)):
+        without = {name: value for name, value in weights.items() if name.rpartition(".")[0] != path}
+        if replay.is_identity(without):
+            weights = without
+    return weights
+
+
+def _needed(replay: Replay, parts: Sequence[_Part]) -> list[_Part]:
     """Drop modules whose weights need not be zero, the earliest called first."""
     kept = list(parts)
     for part in reversed(parts):
         fewer = [other for other in kept if other is not part]
-        if replay.is_identity(_names(replay.layer, fewer)):
+        if replay.is_identity(_weights(replay.layer, fewer)):
             kept = fewer
-    names = _names(replay.layer, kept)
-    # Numbered modules need not be experts: of two in sequence, zeros in the first would stop gradients of the second.
-    for path in (path for part in kept if len(part.calls) > 1 for path in reversed(part.calls)):
-        without = tuple(name for name in names if name.rpartition(".")[0] != path)
-        if replay.is_identity(without):
-            names = without
-    return names
+    return kept
 
 
-def _names(layer: nn.Module, parts: Iterable[_Part]) -> tuple[str, ...]:
-    """The parameters of some parts, in the layer's order; experts that no token chose are included."""
-    own = {(part.path, name) for part in parts for name in part.names}
+def _norm_after(replay: Replay, later: Sequence[_Part], others: Sequence[_Part]) -> _Part | None:
+    """Return the last norm whose weights, at zero or -1, make the layer the identity together with other parts."""
+    norms = [part for part in later if part.calls and not part.matrix]
+    candidates = (dataclasses.replace(norm, value=value) for norm in norms for value in (0.0, -1.0))
+    return next((norm for norm in candidates if replay.is_identity(_weights(replay.layer, [*others, norm]))), None)
+
+
+def _weights(layer: nn.Module, parts: Iterable[_Part]) -> dict[str, float]:
+    """The parameters of some parts and their values, in the layer's order; experts that no token chose are included."""
+    own = {(part.path, name): part.value for part in parts for name in part.names}
     split = [(name, *name.rpartition(".")[::2]) for name, _ in layer.named_parameters()]
-    return tuple(name for name, path, last in split if (_NUMBER.sub("#", path), last) in own)
+    found = {name: own.get((_NUMBER.sub("#", path), last)) for name, path, last in split}
+    return {name: value for name, value in found.items() if value is not None}

@@ -22,6 +22,7 @@ from .context import max_context_length
 from .stack import text_config
 
 _BATCH, _TOKENS = 3, 8
+_SMALL = 2.0**-10
 
 Path = tuple[int | str, ...]
 Stream = tuple[Path, Path]
@@ -122,30 +123,45 @@ class Replay:
 
     @functools.cached_property
     def nonzero_weights(self) -> Weights:
-        """Small values for parameters that are all zero, such as new biases and projections of an identity."""
+        """Small values for parameters that are all 0 or -1, such as new biases and output weights of an identity."""
         generator = torch.Generator().manual_seed(0)
         return {
             name: (0.02 * torch.randn(parameter.shape, generator=generator)).to(parameter)
             for name, parameter in self.layer.named_parameters()
-            if not parameter.any()
+            if not parameter.any() or bool((parameter == -1).all())
         }
 
-    def is_identity(self, zeroed: Collection[str], *, as_it_is: bool = False) -> bool:
-        """Whether the layer returns its input unchanged if some of its parameters are zero."""
-        return not self.changed(zeroed, as_it_is=as_it_is)
+    def is_identity(self, values: Mapping[str, float], *, as_it_is: bool = False) -> bool:
+        """Whether the layer returns its input unchanged if some of its parameters have constant values."""
+        return not self.changed(values, as_it_is=as_it_is)
 
-    def changed(self, zeroed: Collection[str], *, as_it_is: bool = False) -> list[Path]:
+    def adds_in_proportion(self, scaled: Collection[str], values: Mapping[str, float]) -> bool:
+        """Whether the layer adds about as much less as some of its parameters are smaller; others are constant."""
+        full = {name: self.layer.get_parameter(name).detach() for name in scaled}
+        full |= {name: tensor for name, tensor in self.nonzero_weights.items() if name in full}
+        small = {name: tensor * _SMALL for name, tensor in full.items()}
+        with torch.no_grad():
+            added, less = (self._added(values, {**self.nonzero_weights, **own}) for own in (full, small))
+        return less <= 10 * _SMALL * added
+
+    def _added(self, values: Mapping[str, float], others: Weights) -> float:
+        output = dict(_tensors(self._run(values, others)))
+        given = dict(_tensors((self.call.args, self.call.kwargs)))
+        changes = (output[to].float() - given[start].float() for start, to in self.call.streams)
+        return sum(float(change.norm()) for change in changes)
+
+    def changed(self, values: Mapping[str, float], *, as_it_is: bool = False) -> list[Path]:
         """Return the places in the output that differ from their arguments; see `is_identity`."""
-        output = dict(_tensors(self._run(zeroed, {} if as_it_is else self.nonzero_weights)))
+        output = dict(_tensors(self._run(values, {} if as_it_is else self.nonzero_weights)))
         given = dict(_tensors((self.call.args, self.call.kwargs)))
         return [to for start, to in self.call.streams if not _same(given.get(start), output.get(to))]
 
     def uses(self, streams: Sequence[Stream]) -> list[Stream]:
         """Return the streams that this layer uses: its output changes with them."""
-        usual = dict(_tensors(self._run((), {})))
+        usual = dict(_tensors(self._run({}, {})))
         found = []
         for start, to in streams:
-            changed = dict(_tensors(self._run((), {}, flip=start)))
+            changed = dict(_tensors(self._run({}, {}, flip=start)))
             if not all(_same(tensor, changed.get(place)) for place, tensor in usual.items()):
                 found.append((start, to))
         return found
@@ -163,7 +179,7 @@ class Replay:
                 if path and own_parameters(module):
                     hook = module.register_forward_pre_hook(lambda _, args, path=path: note(path))
                     hooks.callback(hook.remove)
-            self._run((), self.nonzero_weights)
+            self._run({}, self.nonzero_weights)
         return list(order)
 
     def is_silent(self, path: str, zeroed: Sequence[str]) -> bool:
@@ -174,11 +190,12 @@ class Replay:
             given.extend(bool(tensor.any()) for _, tensor in _tensors(output))
 
         with self.layer.get_submodule(path).register_forward_hook(lambda _, args, output: note(output)):
-            self._run([f"{path}.{name}" for name in zeroed], self.nonzero_weights)
+            self._run({f"{path}.{name}": 0.0 for name in zeroed}, self.nonzero_weights)
         return bool(given) and not any(given)
 
-    def _run(self, zeroed: Collection[str], others: Weights, flip: Path | None = None) -> Any:
-        weights = {f"layer.{name}": tensor for name, tensor in {**others, **zeros(self.layer, zeroed)}.items()}
+    def _run(self, values: Mapping[str, float], others: Weights, flip: Path | None = None) -> Any:
+        constants = {name: torch.full_like(self.layer.get_parameter(name), value) for name, value in values.items()}
+        weights = {f"layer.{name}": tensor for name, tensor in {**others, **constants}.items()}
         return functional_call(_Bare(self.layer), weights, *_copied((self.call.args, self.call.kwargs), flip))
 
 
@@ -196,11 +213,6 @@ class _Bare(nn.Module):
 def own_parameters(module: nn.Module) -> list[str]:
     """Names of a module's own parameters, in the order in which they were registered."""
     return [name for name, _ in module.named_parameters(recurse=False)]
-
-
-def zeros(module: nn.Module, names: Collection[str]) -> Weights:
-    """Zeros in the shapes of some parameters."""
-    return {name: torch.zeros_like(module.get_parameter(name)) for name in names}
 
 
 def _same(given: torch.Tensor | None, found: torch.Tensor | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..architecture import (
     find_stack,
     is_packed,
     is_quantized,
-    projections_of_layers,
+    output_weights,
     unwrapped,
 )
 from ..architecture.names import is_adapted, unpacked_conversions
@@ -60,20 +60,20 @@ def layers_of_model(
         ),
         None,
     )
-    zeroed: Mapping[int, Collection[str]] = {}
+    constants: Mapping[int, Mapping[str, float]] = {}
     if init == "identity":
-        zeroed = projections_of_layers(model, path, numbers)
+        constants = output_weights(model, path, numbers)
         # Metadata of the trained layers, such as their perplexity, does not hold for these.
         record = dataclasses.replace(record, metadata={"init": init})
         place = dataclasses.replace(place, mode="insert", strength=1.0) if place is not None else None
-    return record, MemoryTensors(checkpoint_tensors(model, path, numbers, zeroed)), place
+    return record, MemoryTensors(checkpoint_tensors(model, path, numbers, constants)), place
 
 
 def checkpoint_tensors(
     model: PreTrainedModel,
     path: str,
     numbers: Sequence[int],
-    zeroed: Mapping[int, Collection[str]] | None = None,
+    constants: Mapping[int, Mapping[str, float]] | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of some layers under a donor's names."""
@@ -102,8 +102,8 @@ def checkpoint_tensors(
                 raise CheckpointError(
                     f"{path}.{number}.{key} is quantized ({tensor.dtype}); a donor needs full precision."
                 )
-            zero = key in (zeroed or {}).get(number, ())
-            state[f"{path}.{number}.{key}"] = torch.zeros_like(tensor) if zero else tensor.detach()
+            value = (constants or {}).get(number, {}).get(key)
+            state[f"{path}.{number}.{key}"] = tensor.detach() if value is None else torch.full_like(tensor, value)
     names = LayerNames(model, path)
     tensors = {}
     written: Any = _WithoutPacking(model) if is_quantized(model) else model

@@ -1,6 +1,6 @@
 """The strength of a donor as weights, for a plain checkpoint.
 
-If a donor's layer adds all its parts to the same hidden state, scaled output projections scale what the layer adds.
+If a donor's layer adds all its parts to the same hidden state, scaled output weights scale what the layer adds.
 This holds where attention and MLP run in parallel on the same input (GPT-NeoX, Falcon, Cohere, Phi), and not where one
 reads what the other added. Both are run on a few tokens and compared.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architecture import decoder_stack, eval_mode, projections_of_layers
+from ..architecture import decoder_stack, eval_mode, output_weights
 from ..architecture.replay import Call, record_calls
 from ..errors import CheckpointError, CompatibilityError
 from ..splice import Blueprint
@@ -36,21 +36,26 @@ def folded_strengths(
     stack, layer_map = decoder_stack(model, path), blueprint.layer_map()
     numbers = {name: layer_map.layers_of(name)[0] for name in scaled}
     try:
-        projections = projections_of_layers(model, path, list(numbers.values()))
+        weights = output_weights(model, path, list(numbers.values()))
         with eval_mode(model):
             calls = record_calls(model, stack, list(numbers.values()), _SEED)
-    except (CompatibilityError, CheckpointError):  # the output projections of a layer are unknown
+    except (CompatibilityError, CheckpointError):  # the output weights of a layer are unknown
         return None
     folded: dict[str, torch.Tensor] = {}
     for name, number in numbers.items():
         strength = scaled[name].spec.strength
         layer = stack[number]
-        own = {key: layer.get_parameter(key).detach() * strength for key in projections[number]}
+        own = {
+            key: torch.lerp(torch.full_like(weight, value), weight, strength)
+            for key, value in weights[number].items()
+            for weight in [layer.get_parameter(key).detach()]
+        }
         if not _computes_the_same(layer, own, strength, calls[number]):
             return None
         for key, tensor in own.items():
             place = f"{path}.{number}.{key}"
-            folded[place] = tensor if state is None else state[place] * strength
+            value = weights[number][key]
+            folded[place] = tensor if state is None else value + (state[place] - value) * strength
     return folded
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..architecture import find_stack, is_quantized, projections_of_layers, quantization_fields, was_gguf
+from ..architecture import find_stack, is_quantized, output_weights, quantization_fields, was_gguf
 from ..donor import Donor
 from ..errors import ConfigurationError
 from ..evaluation.reports import label_of
@@ -256,16 +256,16 @@ def with_untrained_donor(
     own = model.layer_map.layers_of(name)
     if quantized and init == "identity":
         with layers_in_memory(model, own):
-            _zero_output_projections(model, own)
+            _make_identity(model, own)
     model.requires_grad_(False)
     for number in own:
         stack_of(model)[number].requires_grad_(True)
     return model
 
 
-def _zero_output_projections(model: Any, numbers: Sequence[int]) -> None:
+def _make_identity(model: Any, numbers: Sequence[int]) -> None:
     """Make layers in full precision the identity, in place."""
     with torch.no_grad():
-        for number, names in projections_of_layers(model, find_stack(model), numbers).items():
-            for name in names:
-                stack_of(model)[number].get_parameter(name).zero_()
+        for number, weights in output_weights(model, find_stack(model), numbers).items():
+            for name, value in weights.items():
+                stack_of(model)[number].get_parameter(name).fill_(value)
