@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import BUILDERS, NUM_LAYERS, copied, logits_of, refused
+from tests.architectures.tiny_models import tiny_model
+from tests.helpers import BUILDERS, NUM_LAYERS, copied, logits_of, randomised, refused
 from tests.training.helpers import losses, noise, recipient, trainer
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, DataError, Donor
 from transplant_hf.partial import PartialRun
@@ -202,3 +203,23 @@ def test_the_part_is_compared_with_the_whole_model_on_a_few_tokens(tmp_path: Pat
     made.train()
     assert lengths.count(COMPARED_TOKENS) == 2  # by the part, and by the whole model
     assert 100 not in lengths
+
+
+def test_norms_that_start_silent_have_a_learning_rate_of_their_own(tmp_path: Path) -> None:
+    """A norm after the projections of Gemma 3 starts at -1; its weights go as far as those in the recipient."""
+    model = randomised(tiny_model("gemma3_text", 4, seed=1), 1)
+    for layer in model.model.layers:
+        layer.post_feedforward_layernorm.weight.data.fill_(99.0)  # multiplies by 100
+    made = trainer(tmp_path, model, train_dataset=noise(), learning_rate=1e-3, donor_layers=1, max_steps=3)
+    rates = {name: factor for (_, name), factor in made.part.rates.items()}
+    assert set(rates) == {"post_attention_layernorm.weight", "post_feedforward_layernorm.weight"}
+    width = model.config.hidden_size
+    assert rates["post_feedforward_layernorm.weight"] == pytest.approx(0.2 * width**0.5 * 100)
+    made.create_optimizer()
+    groups = [(group["lr"], len(group["params"])) for group in made.optimizer.param_groups if group["params"]]
+    assert (pytest.approx(1e-3 * rates["post_feedforward_layernorm.weight"]), 1) in groups
+    trained = sum(parameter.requires_grad for parameter in made.model.parameters())
+    assert len(groups) >= 3 and sum(count for _, count in groups) == trained
+    made.train()
+    donor = made.donor.tensors()
+    assert (donor["layers.0.post_feedforward_layernorm.weight"] != -1).any()

@@ -122,8 +122,7 @@ def on_grid(rate: float, steps: int = 0) -> float:
 
 def in_place(setting: Setting, position: Position, mode: str = "insert") -> Prepared:
     """Prepare a donor that is trained inside the frozen recipient."""
-    model = with_untrained_donor(setting.shared, position, setting.layers, mode=mode, name=_DONOR)
-    own = model.layer_map.layers_of(_DONOR)
+    model, part = with_untrained_donor(setting.shared, position, setting.layers, mode=mode, name=_DONOR)
 
     @contextmanager
     def at_strength(strength: float) -> Iterator[Any]:
@@ -135,7 +134,7 @@ def in_place(setting: Setting, position: Position, mode: str = "insert") -> Prep
         model,
         {"": lambda: nullcontext(model)},
         lambda folder: donor_of(model).save_pretrained(folder, position=position, recipient="recipient"),
-        part=Part(range(own[0], len(model.layer_map)), donor=own),
+        part=part,
         removable=True,
         at_strength=at_strength if mode == "insert" else None,
     )
@@ -148,15 +147,14 @@ def donor_of(model: Any) -> Donor:
 
 def _standalone(setting: Setting) -> Prepared:
     position = setting.count - 1
-    model = with_untrained_donor(setting.shared, position, setting.layers, init="copy", name=_DONOR)
-    own = model.layer_map.layers_of(_DONOR)
+    model, part = with_untrained_donor(setting.shared, position, setting.layers, init="copy", name=_DONOR, alone=True)
 
     def first() -> AbstractContextManager[Any]:
         return nullcontext(transplant(setting.shared, donor_of(model), position=1, name=_DONOR).eval())
 
     @contextmanager
     def alone() -> Iterator[Any]:
-        with PartialRun(model, own, from_embeddings=True):
+        with PartialRun(model, part.donor, from_embeddings=True):
             yield model
 
     return Prepared(
@@ -167,7 +165,7 @@ def _standalone(setting: Setting) -> Prepared:
             "alone, not inserted": alone,
         },
         lambda folder: donor_of(model).save_pretrained(folder, position=1, recipient="recipient"),
-        part=Part(own, from_embeddings=True, donor=own),
+        part=part,
         removable=True,
     )
 

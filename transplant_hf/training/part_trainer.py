@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,13 @@ class Part:
         from_embeddings: Whether the first of them gets the output of the embeddings, although layers before it are
             left out; otherwise it gets the hidden state that those compute.
         donor: Running numbers of the layers that the untouched recipient does not have, for distillation.
+        rates: Parameters of these layers with a learning rate of their own, as `{(number, name): factor}`.
     """
 
     numbers: Sequence[int]
     from_embeddings: bool = False
     donor: Sequence[int] = ()
+    rates: Mapping[tuple[int, str], float] = field(default_factory=dict)
 
     @property
     def position(self) -> int:
@@ -359,6 +361,18 @@ class PartTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(Path(resume_from_checkpoint), self.model if model is None else model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Give some parameters of the part learning rates of their own, unless the caller made the optimizer."""
+        rates = self.part.rates if self.part is not None and self.optimizer is None else {}
+        optimizer = super().create_optimizer(*args, **kwargs)
+        for (number, name), factor in rates.items():
+            parameter = stack_of(self.inner)[number].get_parameter(name)
+            [group] = [one for one in optimizer.param_groups if any(other is parameter for other in one["params"])]
+            group["params"] = [other for other in group["params"] if other is not parameter]
+            alone = {**group, "params": [parameter], "lr": group["lr"] * factor}
+            optimizer.add_param_group(alone)
+        return optimizer
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
