@@ -124,6 +124,17 @@ def test_several_signatures_make_one_discriminant() -> None:
     assert (told == torch.arange(3)[:, None]).float().mean() > 0.8
 
 
+def test_fewer_rows_than_directions_have_the_same_covariance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(80, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
+    wide = Signature.of_rows(1, few[:40], few[40:], torch.zeros(96))
+    # Rows that occur twice have the same mean and, but for its degrees of freedom, the same covariance.
+    twice = Signature.of_rows(1, few[:40].repeat(2, 1), few[40:].repeat(2, 1), torch.zeros(96))
+    scale = 78 / 158 * 2
+    assert twice.rest == pytest.approx(wide.rest * scale, rel=1e-6)
+    torch.testing.assert_close(twice.factor.T @ twice.factor, wide.factor.T @ wide.factor * scale, rtol=1e-4, atol=1e-3)
+
+
 def test_rows_are_described_by_their_first_tokens() -> None:
     states = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
     alike = states / states.pow(2).mean(-1, keepdim=True).sqrt()

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import CheckpointError, ConfigurationError, DataError
 
-__all__ = ["FEWEST_TOKENS", "PROBE_TOKENS", "TOKENS", "Discriminant", "Signature", "describe_rows"]
+__all__ = ["FEWEST_ROWS", "FEWEST_TOKENS", "PROBE_TOKENS", "TOKENS", "Discriminant", "Signature", "describe_rows"]
 
 VERSION = 1
 # How many tokens of a row are looked at, and how many there must be.
@@ -24,7 +24,7 @@ TOKENS, FEWEST_TOKENS = 32, 8
 # Tokens 0, 1, 2, ... whose hidden states tell whether a model is the one that a signature was made with.
 PROBE_TOKENS = 8
 _RANK = 16
-_FEWEST_ROWS = 2 * _RANK
+FEWEST_ROWS = 2 * _RANK
 _SHRINKAGE = 0.1
 _LEAST_VARIANCE = 1e-6  # of text that repeats itself; the values of hidden states are near 1 here
 _VECTORS = ("domain", "general", "factor", "probe")
@@ -86,18 +86,19 @@ class Signature:
             DataError: Too few rows, or values that are not finite.
         """
         for name, rows in (("the text", domain), ("the general text", general)):
-            if len(rows) < _FEWEST_ROWS or not rows.isfinite().all():
+            if len(rows) < FEWEST_ROWS or not rows.isfinite().all():
                 raise DataError(
-                    f"a signature needs at least {_FEWEST_ROWS} rows of {TOKENS} tokens of {name}, whose hidden states "
+                    f"a signature needs at least {FEWEST_ROWS} rows of {TOKENS} tokens of {name}, whose hidden states "
                     f"are finite; got {len(rows)}."
                 )
         domain, general = domain.double(), general.double()
         centered = torch.cat([domain - domain.mean(0), general - general.mean(0)])
-        values, vectors = torch.linalg.eigh(centered.T @ centered / (len(centered) - 2))
-        values = (1 - _SHRINKAGE) * values + _SHRINKAGE * values.mean()
-        rank = min(_RANK, len(values) - 1)
-        rest = max(float(values[:-rank].mean()), _LEAST_VARIANCE)
-        factor = (vectors[:, -rank:] * (values[-rank:] - rest).clamp(min=0).sqrt()).T
+        hidden, rank = centered.shape[1], min(_RANK, centered.shape[1] - 1)
+        values, vectors = _largest(centered, rank)
+        total = float(centered.pow(2).sum()) / (len(centered) - 2)
+        values = (1 - _SHRINKAGE) * values + _SHRINKAGE * total / hidden
+        rest = max((total - float(values.sum())) / (hidden - rank), _LEAST_VARIANCE)
+        factor = (vectors * (values - rest).clamp(min=0).sqrt()).T
         means = (domain.mean(0).float(), general.mean(0).float())
         return cls(position, *means, factor.float(), rest, probe.float())
 
@@ -130,6 +131,17 @@ class Signature:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the signature of {what} is malformed: {error!r}. Sign the donor again.") from error
         return cls(position, vectors["domain"][0], vectors["general"][0], vectors["factor"], rest, vectors["probe"][0])
+
+
+def _largest(centered: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest eigenvalues and eigenvectors of a covariance, from rows without their means."""
+    degrees = len(centered) - 2
+    if len(centered) >= centered.shape[1]:
+        values, vectors = torch.linalg.eigh(centered.T @ centered / degrees)
+        return values[-rank:], vectors[:, -rank:]
+    values, left = torch.linalg.eigh(centered @ centered.T / degrees)  # fewer rows than directions, in a wide model
+    lengths = (values[-rank:].clamp(min=1e-12) * degrees).sqrt()
+    return values[-rank:], centered.T @ left[:, -rank:] / lengths
 
 
 def _encode(vectors: torch.Tensor) -> str:

@@ -206,6 +206,12 @@ class Rows(Dataset[dict[str, Any]]):
         return sorted(set(self._numbers))
 
     @property
+    def used_by_text(self) -> tuple[list[int], list[int]]:
+        """Those of the domain, and those of general text."""
+        used, first = self.used, len(self.domain)
+        return [number for number in used if number < first], [number for number in used if number >= first]
+
+    @property
     def fingerprints(self) -> list[str]:
         """The fingerprints of the texts."""
         return [blocks.fingerprint for blocks in (self.domain, self.replay) if blocks is not None]

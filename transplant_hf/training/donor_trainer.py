@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..architecture import find_stack, is_quantized, output_weights, quantization_fields, was_gguf
 from ..donor import Donor
+from ..donor.signature import Signature
 from ..errors import ConfigurationError
 from ..evaluation.reports import label_of
 from ..layer_map import RECIPIENT, Placement, Position, starting_layers, trained_placement
@@ -86,6 +87,9 @@ class DonorTrainer(TransplantTrainer):
         recipient = data.model
         self.donor_name = args.donor_name or (data.domain.name if data.domain.name not in ("", RECIPIENT) else "donor")
         self.held_out_perplexity: Mapping[str, Mapping[str, float | None]] = {}
+        # What the domain looks like where the donor begins, and of how many rows of each text that was made.
+        self.signature: Signature | None = None
+        self.signed_rows: tuple[int, int] | None = None
         state = getattr(recipient, "_transplant", None)
         layers = state.blueprint.splice.num_layers if state is not None else len(stack_of(recipient))
         self.position = _position(layers, args, layers_in_files(recipient) is not None)
@@ -125,12 +129,21 @@ class DonorTrainer(TransplantTrainer):
         held_back = held_back_layers(model, args, model_kwargs or {}, lambda layers: _position(layers, args, True))
         return {} if held_back is None else {"held_back": held_back}
 
+    @contextmanager
+    def _partial_run(self, part: Part) -> Iterator[None]:
+        with super()._partial_run(part):
+            first = self.transplant.layer_map[: part.position]
+            made = self.prefix.signature(part.position) if {source for source, _ in first} == {RECIPIENT} else None
+            self.signature, self.signed_rows = made or (None, None)
+            yield
+
     @property
     def donor(self) -> Donor:
         """The donor as it is now, with the record of its training in its metadata."""
         model = self.transplant
         donor = Donor.from_model(model, model.layer_map.layers_of(self.donor_name), name=self.donor_name)
-        record = dataclasses.replace(donor.record, metadata=training_record(self))
+        signature = donor.record.signature if self.signature is None else self.signature.to_dict()
+        record = dataclasses.replace(donor.record, metadata=training_record(self), signature=signature)
         return donor.replaced(record=record, **self._recommended)
 
     def states_before(self) -> Iterator[tuple[str, AbstractContextManager[Any]]]:

@@ -13,17 +13,22 @@ from typing import Any
 import torch
 from accelerate.utils import get_int_from_env
 
+from ..architecture import eval_mode
 from ..display import parse_size
+from ..donor.signature import FEWEST_ROWS, PROBE_TOKENS, TOKENS, Signature, describe_rows
 from ..evaluation.streamed import texts_of
 from ..evaluation.windows import Windows
 from ..model.layers_in_files import layers_in_files
 from ..partial import PrefixCache, fill_cache
 from ..partial.state_files import MOST_IN_MEMORY
+from ..partial.states import block_ids, block_states
 from ..partial.streaming import StreamedStates, Text, stream_prefix
+from ..texts import Blocks
 
 __all__ = ["CACHE_FOLDER", "CachePlan", "PrefixStates", "held_out_texts"]
 
 CACHE_FOLDER = "prefix-cache"
+_MOST_ROWS = 512  # of each text in a signature
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class PrefixStates:
         self.streams = layers_in_files(trainer.inner) is not None
         self._trainer = trainer
         self._streamed: StreamedStates | None = None
+        # The hidden states of tokens 0, 1, ..., which tell a signature's model from others, [1, tokens, hidden].
+        self._probe: torch.Tensor | None = None
 
     @property
     def folder(self) -> Path:
@@ -84,6 +91,9 @@ class PrefixStates:
             with args.main_process_first(desc="hidden states before the part"):
                 self._stream(position, identity, how)
             return
+        if self._can_sign:
+            with eval_mode(model):
+                self._probe = block_states(model, block_ids(model, _probe(), [0]), position, how["autocast"])
         width = model.config.get_text_config(decoder=True).hidden_size
         size = len(numbers) * rows.domain.block_length * width * model.dtype.itemsize
         on_disk = plan.kind == "disk" or (plan.kind == "auto" and size > MOST_IN_MEMORY) or args.world_size > 1
@@ -112,12 +122,34 @@ class PrefixStates:
         if self._streamed is None:
             held_out = list(held_out_texts(self._trainer).values())
             texts = [Text(rows.blocks, rows.used), *texts_of(held_out)]
+            texts += [Text(_probe(), [0])] * self._can_sign
             about = {"run": identity, "held_out": [text.fingerprint for text in held_out]}
             # On disk also where they are small: a run that is stopped goes on from there.
             folder = None if self.plan.kind == "memory" else self.folder
             self._streamed = stream_prefix(self._trainer.inner, texts, position, folder=folder, identity=about, **how)
             self.seconds = self._streamed.seconds
         rows.prefix = self._streamed.caches[0]
+        self._probe = self._streamed.caches[-1].rows if self._can_sign else None
+
+    @property
+    def _can_sign(self) -> bool:
+        """Whether the run reads enough rows of the domain and of general text for a signature, and long ones."""
+        rows = self._trainer.rows
+        return rows.domain.block_length >= TOKENS and min(map(len, rows.used_by_text)) >= FEWEST_ROWS
+
+    def signature(self, position: int) -> tuple[Signature, tuple[int, int]] | None:
+        """Make a donor's signature of the hidden states that are there; returns it with its rows of each text."""
+        rows = self._trainer.rows
+        if self._probe is None or rows.prefix is None:
+            return None
+        learned, general = (self._described(numbers) for numbers in rows.used_by_text)
+        made = Signature.of_rows(position, learned, general, describe_rows(self._probe)[0])
+        return made, (len(learned), len(general))
+
+    def _described(self, numbers: Sequence[int]) -> torch.Tensor:
+        some = numbers[:: -(-len(numbers) // _MOST_ROWS)]
+        prefix = self._trainer.rows.prefix
+        return describe_rows(torch.stack([prefix[number][:TOKENS] for number in some]))
 
     def find(self, input_ids: Any) -> Any:
         """Return the hidden states of held-out blocks `[batch, tokens]`; `None` where the whole model can run."""
@@ -129,6 +161,10 @@ class PrefixStates:
         if not self.plan.kept and (completed or not self.streams) and self._trainer.is_world_process_zero():
             # Files that are mapped can be read until they are no longer used.
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _probe() -> Blocks:
+    return Blocks(torch.arange(PROBE_TOKENS)[None], "probe")
 
 
 class _Joined:

@@ -47,6 +47,8 @@ class TrainingReport:
         held_out: `{text: {"recipient": ..., "before": ..., "after": ...}}`, perplexities on held-out texts; "after"
             at the saved strengths.
         started_from: Where the first weights of a donor for a quantized recipient are from.
+        signed: How many rows of the text and of general text the donor's signature was made of, for `using("auto")`;
+            `None` if it got none.
     """
 
     output: str
@@ -60,6 +62,7 @@ class TrainingReport:
     strength: Mapping[str, float]
     held_out: Mapping[str, Mapping[str, float]]
     started_from: str | None = None
+    signed: tuple[int, int] | None = None
 
     @property
     def perplexity(self) -> Mapping[str, float]:
@@ -83,6 +86,10 @@ class TrainingReport:
             f"strength            {strengths}",
         ]
         lines += [f"started from        {self.started_from}"] if self.started_from else []
+        if self.signed is not None:
+            lines.append(
+                f"signed              from {self.signed[0]} rows of the text and {self.signed[1]} of general text"
+            )
         for text, numbers in self.held_out.items():
             on = f" on {text}" if len(self.held_out) > 1 else ""
             lines += [f"{f'perplexity {name}{on}':<19} {value:.2f}" for name, value in numbers.items()]
@@ -173,6 +180,7 @@ def train(
         strength=dict(trainer.transplant.strengths),
         held_out=perplexities,
         started_from=getattr(trainer, "started_from", None),
+        signed=getattr(trainer, "signed_rows", None),
     )
 
 
