@@ -1,7 +1,8 @@
 """Donors that choose themselves, and the cost of donors that each run on their own rows.
 
-Quality: a donor is trained for each domain, at one position, and signed. Rows of held-out text go through the model
-with `using("auto")`, and the tokens after the first 32 are measured beside the recipient and each donor chosen by hand.
+Quality: a donor is trained for each domain, at one position. Rows of held-out text go through the model with
+`using("auto")`, and the tokens after the first 32 are measured beside other rules: the nearest signature, the signature
+with the threshold 0, the lowest loss on the first 32 tokens, and each donor chosen by hand.
 Speed: copies of one donor, of which each row of a batch uses another one, in processor seconds of one thread.
 
     python benchmarks/routing.py --recipient FOLDER --domain shakespeare=shakespeare.txt --domain python=python.txt \
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,11 +26,13 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec, sign, train
+from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec, train
+from transplant_hf.donor.signature import Discriminant, Signature, describe_rows
 from transplant_hf.model.load_any_model import load_model
+from transplant_hf.partial import hidden_states
 from transplant_hf.texts import Blocks, pack
 
-_SEEN, _LENGTH = 32, 128  # tokens that the router looks at, and in a row
+_SEEN = 32  # tokens that the router looks at
 _LENGTHS = (8, 16, 32, 64)
 
 
@@ -42,18 +44,26 @@ def main() -> None:
     parser.add_argument("--general", required=True, help="general text to sign with and to replay")
     parser.add_argument("--general-test", required=True, help="general text to measure on")
     parser.add_argument("--unseen", action="append", default=[], metavar="NAME=TEXT", help="text of no donor")
+    parser.add_argument("--folder", type=Path, help="keep donors here; those that are there are not trained again")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=128, help="held-out rows of each text (default: 128)")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a row (default: 128)")
+    parser.add_argument("--blocks", type=int, help="rows to read of each text (default: all)")
+    parser.add_argument(
+        "--rows", type=int, default=128, help="held-out rows of each text (default: 128); 0: speed alone"
+    )
     parser.add_argument("--copies", type=int, default=8, help="donors in the measurement of speed (default: 8)")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=5, help="rounds of the measurement of speed; 0 for none")
     options = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     print(report.header(report.facts(1)), end="\n\n")
     with tempfile.TemporaryDirectory() as scratch:
-        print(*quality(options, Path(scratch)), sep="\n\n", end="\n\n", flush=True)
-        print(speed(options, Path(scratch)))
+        folder = options.folder or Path(scratch)
+        if options.rows:
+            print(*quality(options, folder), sep="\n\n", end="\n\n", flush=True)
+        if options.runs:
+            print(speed(options, folder))
 
 
 # -- Quality -------------------------------------------------------------------------------------------------------
@@ -64,24 +74,27 @@ def quality(options: argparse.Namespace, folder: Path) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(options.recipient)
 
     def packed(text: Any) -> Blocks:
-        return pack(text, tokenizer, _LENGTH, quiet=True)
+        return pack(text, tokenizer, options.length, options.blocks, quiet=True)
 
     general, held = packed(options.general), {}
     specs = []
     position = load_model(options.recipient).config.get_text_config(decoder=True).num_hidden_layers - 1
     for name, text in (one.split("=", 1) for one in options.domain):
         learned, held[name] = packed(text).split(9, 1)
-        arguments = {"max_steps": options.steps, "per_device_train_batch_size": 8, "disable_tqdm": True}
-        train(options.recipient, learned, folder / name, general=general, position=position, **arguments)
-        signed = sign(folder / name, learned.tokens.flatten(), general.tokens.flatten(), quiet=True)
-        print(signed, file=sys.stderr, flush=True)
+        if not (folder / name).is_dir():
+            arguments = {"max_steps": options.steps, "per_device_train_batch_size": 8, "disable_tqdm": True}
+            train(options.recipient, learned, folder / name, general=general, position=position, **arguments)
         specs.append(DonorSpec(str(folder / name), position, name=name))
     model = AutoModelWithTransplant.from_pretrained(options.recipient, donors=specs).eval()
     held[None] = packed(options.general_test)
-    texts = {name: _spread(blocks, options.rows) for name, blocks in held.items()}
-    unseen = dict(one.split("=", 1) for one in options.unseen)
-    unseen = {name: _spread(packed(text), options.rows) for name, text in unseen.items()}
-    return [_perplexities(model, texts), _accuracy(model, texts), _unseen(model, unseen)]
+    unseen = {name: packed(text) for name, text in (one.split("=", 1) for one in options.unseen)}
+    found = {name: _Measured(model, _spread(blocks, options.rows)) for name, blocks in (held | unseen).items()}
+    of_domains = {name: found[name] for name in held}
+    return [
+        _perplexities(model, of_domains),
+        _accuracy(model, of_domains),
+        _open_set({name: found[name] for name in unseen}),
+    ]
 
 
 def _spread(blocks: Blocks, count: int) -> torch.Tensor:
@@ -89,28 +102,61 @@ def _spread(blocks: Blocks, count: int) -> torch.Tensor:
     return blocks.tokens[numbers].long()
 
 
-def _perplexities(model: Any, texts: dict[str | None, torch.Tensor]) -> str:
-    names = [name for name in texts if name is not None]
-    ways: dict[str, Any] = {"recipient": (), **{f"donor {name}": name for name in names}, "stacked": names}
-    rows = []
-    for name, ids in texts.items():
-        found = {way: _perplexity(model, ids, model.using(choice)) for way, choice in ways.items()}
-        by_hand = found["recipient"] if name is None else found[f"donor {name}"]
-        routed = _perplexity(model, ids, model.using("auto"))
-        cells = [f"{value:.2f}" for value in (*found.values(), routed)]
-        rows.append([name or "general", *cells, f"{routed / by_hand:.4f}"])
-    return report.table(["text", *ways, "routed", "routed / by hand"], rows)
+class _Measured:
+    """What every way to choose a donor costs rows of text.
+
+    Args:
+        model: The model with all donors.
+        ids: `[rows, tokens]`.
+    """
+
+    def __init__(self, model: Any, ids: torch.Tensor) -> None:
+        self.ids, self.names = ids, (*model.strengths, None)
+        ways = [() if name is None else name for name in self.names]
+        self.losses = torch.stack([_losses(model, ids, model.using(way)) for way in ways], 1)  # [rows, ways, tokens]
+        routes = [route.donor for route in _routes(model, ids, _SEEN)]
+        self.routed = torch.tensor([self.names.index(name) for name in routes])
+        signatures = [Donor.from_pretrained(spec.donor).record.signature for spec in model.transplant_config.donors]
+        read = [Signature.from_dict(one or {}, "a donor") for one in signatures]
+        with torch.no_grad(), model.disable_transplants():
+            states = [hidden_states(model, some, [read[0].position])[read[0].position] for some in ids.split(16)]
+        # By the signatures alone, as logarithms of odds against general text.
+        self.odds = Discriminant(read).scores(describe_rows(torch.cat(states)))
+
+    @property
+    def choices(self) -> dict[str, torch.Tensor]:
+        """The number of the chosen way for each row, by rule."""
+        none = torch.zeros(len(self.ids), 1)
+        return {
+            "nearest": self.odds.argmax(1),
+            "signature": torch.cat([self.odds, none], 1).argmax(1),
+            "loss": self.losses[:, :, : _SEEN - 1].mean(2).argmin(1),
+            "routed": self.routed,
+        }
+
+    def perplexity(self, chosen: torch.Tensor) -> float:
+        """Of the tokens after those that the router looks at."""
+        return float(self.losses[torch.arange(len(chosen)), chosen, _SEEN - 1 :].mean().exp())
+
+    def always(self, name: str | None) -> float:
+        """The perplexity with one donor, or none, for all rows."""
+        return self.perplexity(torch.full((len(self.ids),), self.names.index(name)))
+
+    @property
+    def best(self) -> float:
+        """The perplexity if each row knew what comes."""
+        return self.perplexity(self.losses[:, :, _SEEN - 1 :].mean(2).argmin(1))
 
 
 @torch.no_grad()
-def _perplexity(model: Any, ids: torch.Tensor, block: AbstractContextManager[None]) -> float:
-    """Of the tokens after those that the router looks at."""
-    losses = []
+def _losses(model: Any, ids: torch.Tensor, block: AbstractContextManager[None]) -> torch.Tensor:
+    """The loss of each token but the first, `[rows, tokens - 1]`."""
     with block:
+        found = []
         for some in ids.split(16):
-            logits = model(some, use_cache=False).logits[:, _SEEN - 1 : -1]
-            losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), some[:, _SEEN:].flatten()))
-    return float(torch.stack(losses).mean().exp())
+            logits = model(some, use_cache=False).logits[:, :-1].float()
+            found.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), some[:, 1:], reduction="none"))
+    return torch.cat(found)
 
 
 def _routes(model: Any, ids: torch.Tensor, length: int) -> list[Any]:
@@ -122,22 +168,38 @@ def _routes(model: Any, ids: torch.Tensor, length: int) -> list[Any]:
     return found
 
 
-def _accuracy(model: Any, texts: dict[str | None, torch.Tensor]) -> str:
+def _perplexities(model: Any, texts: dict[str | None, _Measured]) -> str:
     rows = []
-    for name, ids in texts.items():
-        right = [sum(route.donor == name for route in _routes(model, ids, length)) / len(ids) for length in _LENGTHS]
+    for name, found in texts.items():
+        stacked = _losses(model, found.ids, model.using(list(model.strengths)))[:, _SEEN - 1 :].mean().exp()
+        ways = [f"{found.always(way):.2f}" for way in (None, *found.names[:-1])]
+        rules = [f"{found.perplexity(chosen) / found.always(name):.4f}" for chosen in found.choices.values()]
+        rows.append([name or "general", *ways, f"{float(stacked):.2f}", *rules[1:]])
+    names = [f"donor {name}" for name in found.names[:-1]]
+    rules = ["signature / by hand", "loss / by hand", "routed / by hand"]
+    return report.table(["text", "recipient", *names, "stacked", *rules], rows)
+
+
+def _accuracy(model: Any, texts: dict[str | None, _Measured]) -> str:
+    rows = []
+    lengths = [length for length in _LENGTHS if length <= next(iter(texts.values())).ids.shape[1]]
+    for name, found in texts.items():
+        routes = [_routes(model, found.ids, length) for length in lengths]
+        right = [sum(route.donor == name for route in some) / len(some) for some in routes]
         rows.append([name or "general", *(f"{share:.1%}" for share in right)])
-    return report.table(["rows that go where they belong, after", *(f"{n} tokens" for n in _LENGTHS)], rows)
+    return report.table(["rows that go where they belong, after", *(f"{n} tokens" for n in lengths)], rows)
 
 
-def _unseen(model: Any, texts: dict[str, torch.Tensor]) -> str:
+def _open_set(texts: dict[str, _Measured]) -> str:
     rows = []
-    for name, ids in texts.items():
-        routes = Counter(route.donor or "recipient" for route in _routes(model, ids, _SEEN))
-        ways = (_perplexity(model, ids, model.using(choice)) for choice in ((), "auto"))
-        where = ", ".join(f"{donor} {count / len(ids):.0%}" for donor, count in routes.most_common())
-        rows.append([name, where, *(f"{value:.1f}" for value in ways)])
-    return report.table(["text of no donor", "goes to", "recipient", "routed"], rows)
+    for name, found in texts.items():
+        routes = Counter(found.names[number] or "recipient" for number in found.routed.tolist())
+        where = ", ".join(f"{donor} {count / len(found.ids):.0%}" for donor, count in routes.most_common())
+        rules = [f"{found.perplexity(chosen):.1f}" for chosen in found.choices.values()]
+        rows.append([name, f"{found.always(None):.1f}", *rules, f"{found.best:.1f}", where])
+    return report.table(
+        ["text of no donor", "recipient", "nearest", "signature", "loss", "routed", "best", "routed to"], rows
+    )
 
 
 # -- Speed ---------------------------------------------------------------------------------------------------------
@@ -152,7 +214,7 @@ def speed(options: argparse.Namespace, folder: Path) -> str:
     many = AutoModelWithTransplant.from_pretrained(options.recipient, donors=specs).eval()
     one = AutoModelWithTransplant.from_pretrained(options.recipient, donors=specs[:1]).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.recipient)
-    ids = _spread(pack(text, tokenizer, _LENGTH, quiet=True), options.copies)
+    ids = _spread(pack(text, tokenizer, options.length, options.blocks, quiet=True), options.copies)
     ways: dict[str, Callable[[], tuple[Any, AbstractContextManager[None]]]] = {
         "one donor loaded, for all rows": lambda: (one, nullcontext()),
         "one donor loaded, chosen by itself": lambda: (one, one.using("auto", threshold=-1e9)),

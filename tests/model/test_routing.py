@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
 
-from tests.helpers import edit_json, generated, logits_of, make_family, plain, refused, tiny_llama_model
-from transplant_hf import AutoModelWithTransplant, CheckpointError, ConfigurationError, DonorSpec, sign
+from tests.helpers import BUILDERS, edit_json, generated, logits_of, make_family, plain, refused, tiny_llama_model
+from transplant_hf import AutoModelWithTransplant, CheckpointError, ConfigurationError, Donor, DonorSpec, sign
+from transplant_hf.donor.signature import Discriminant, Signature, describe_rows
+from transplant_hf.partial import hidden_states
 
 # The tokens of each kind of text.
 KINDS = {"low": range(8, 14), "high": range(60, 66), "general": range(120, 126)}
@@ -29,10 +31,14 @@ def text_of(kind: str, rows: int, length: int, seed: int = 0) -> torch.Tensor:
 def signed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipient and two signed donors, `low` and `high`, for position 1."""
     folder = make_family(tmp_path_factory.mktemp("signed"), tiny_llama_model)
+    source = tiny_llama_model(seed=2)
+    with torch.no_grad():  # donors that change little, so that signatures decide
+        for layer in source.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.05)
+            layer.mlp.down_proj.weight.mul_(0.05)
     for number, name in enumerate(("low", "high")):
-        donor = AutoModelWithTransplant.from_pretrained(folder / "donor")
-        donor.save_pretrained(folder / name, thin=True)
-        edit_json(folder / name / "donor_config.json", name=name)
+        donor = Donor.from_model(source, [1, 2], name=name)
+        donor.save_pretrained(folder / name, position=1, recipient=str(folder / "recipient"))
         text, general = (text_of(kind, 1, 32 * 200, seed).flatten() for kind, seed in ((name, number), ("general", 7)))
         report = sign(folder / name, text, general, quiet=True)
         assert report.position == 1 and report.rows == (160, 160) and min(report.right) > 0.95
@@ -77,6 +83,77 @@ def test_rows_go_to_their_donors(signed: Path) -> None:
 def routed(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     with model.using("auto"):
         return generated(model, ids, **kwargs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", sorted(BUILDERS))
+def test_what_a_score_is(kind: str, tmp_path: Path) -> None:
+    """The part of a signature, at most 8, and how much less the donor loses on the first 32 tokens; computed apart."""
+    folder = make_family(tmp_path, BUILDERS[kind])
+    sign(folder / "donor", *(text_of(text, 1, 32 * 60).flatten() for text in ("low", "general")), quiet=True)
+    model: Any = AutoModelWithTransplant.from_pretrained(folder / "donor").eval()
+    ids, mask = torch.full((3, 40), 3), torch.zeros(3, 40, dtype=torch.long)
+    lengths = [40, 36, 20]
+    for row, (text, length) in enumerate(zip(("low", "general", "high"), lengths, strict=True)):
+        ids[row, 40 - length :], mask[row, 40 - length :] = text_of(text, 1, length, seed=row)[0], 1
+    with model.using("auto"):
+        generated(model, ids, attention_mask=mask)
+        routes = model.routes
+    signature = Signature.from_dict(Donor.from_pretrained(folder / "donor").record.signature or {}, "it")
+    for row, length in enumerate(lengths):
+        seen = ids[row : row + 1, 40 - length :][:, :32]
+        losses = []
+        for donors in ((), "donor"):
+            with model.using(donors):
+                losses.append(torch.nn.functional.cross_entropy(logits_of(model, seen)[0, :-1], seen[0, 1:]))
+        with model.disable_transplants():
+            states = hidden_states(model, seen, [signature.position])[signature.position]
+        odds = float(Discriminant([signature]).scores(describe_rows(states)))
+        gain = float((losses[0] - losses[1]) * (seen.shape[1] - 1))
+        assert routes[row].score == pytest.approx(min(0.2 * odds, 8) + gain, rel=1e-3, abs=1e-2)
+        assert abs(gain) > 0.05
+
+
+@torch.no_grad()
+def test_embeddings_are_routed_by_their_signature(signed: Path) -> None:
+    """Their tokens are not known, and a decoder has no head: what each donor would lose cannot be measured."""
+    model, (ids, wanted) = both(signed), mixed()
+    with model.using("auto"):
+        logits_of(model, ids)
+        scores = [route.score for route in model.routes]
+        model(inputs_embeds=model.get_input_embeddings()(ids), use_cache=False)
+        assert names(model) == wanted
+        assert all(abs(route.score - score) > 1e-3 for route, score in zip(model.routes, scores, strict=True))
+        by_signature = [route.score for route in model.routes]
+    decoder = AutoModel.from_pretrained(signed / "low").eval()
+    with decoder.using("auto"):
+        decoder(ids, use_cache=False)
+    assert decoder.routes[2].score == pytest.approx(by_signature[2], rel=1e-3)
+
+
+@torch.no_grad()
+def test_measuring_a_prompt_changes_nothing(signed: Path) -> None:
+    """What the call records of layers is its own, and modules keep their hooks and layers."""
+    model, (ids, wanted) = both(signed), mixed()
+    with model.using(rows=wanted):
+        logits_of(model, ids)  # from the second call on, layers are left out
+        named = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    calls: list[int] = []
+    model.register_forward_hook(lambda *call: calls.append(1))
+
+    def held() -> Any:
+        return [*model.model.layers], {name: [*vars(part)] for name, part in model.named_modules()}
+
+    before = held()
+    with model.using("auto"):
+        for _ in range(2):
+            found = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+            assert len(found) == len(named) and names(model) == wanted
+            for one, other in zip(found, named, strict=True):
+                torch.testing.assert_close(one, other)
+        assert model.train()(ids, use_cache=False).logits.shape[:2] == ids.shape
+    model.eval()
+    assert calls == [1, 1, 1] and held() == before
 
 
 @torch.no_grad()
@@ -169,8 +246,11 @@ def test_at_load(signed: Path, tmp_path: Path) -> None:
         assert torch.equal(logits_of(model, ids), logits_of(plain(signed / "recipient"), ids))
         with refused(ConfigurationError, "all of them are switched off"), model.using("auto"):
             pass
+    logits_of(model, ids)
     again = copy.deepcopy(model)
     torch.testing.assert_close(logits_of(again, ids), found)
+    scores = [[route.score for route in one.routes] for one in (again, model)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     model.remove_donor("high")
     logits_of(model, ids)
     assert names(model)[2] == "low" and "high" not in names(model)

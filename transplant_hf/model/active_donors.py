@@ -67,6 +67,7 @@ class TransplantState:
         self._unrecorded: set[nn.Module] | None = None
         decoder = model.get_submodule(blueprint.recipient.stack_path.rpartition(".")[0])
         self._guard = CacheGuard.of(decoder) or CacheGuard(decoder)
+        self._guard.model = self._weak_model
         # Whether calls may choose donors: the hooks of all inserted donors are then active.
         self._choices_by_call = False
         # Whether donors choose themselves in calls outside `using`.
@@ -377,7 +378,7 @@ class TransplantState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._weak_model = weakref.ref(state["_weak_model"])
+        self._guard.model = self._weak_model = weakref.ref(state["_weak_model"])
 
 
 def state_of(model: Any) -> TransplantState:

@@ -14,6 +14,7 @@ from transformers import Cache
 from ..errors import ConfigurationError
 from .calls import Calls, arguments_by_name
 from .choice import Choice
+from .prompt_gain import Prompt
 from .routing import mask_of_prompt, read_probe
 from .using import CallChoices
 
@@ -69,6 +70,8 @@ class CacheGuard:
     def __init__(self, decoder: nn.Module) -> None:
         self.calls = Calls()
         self.choices = CallChoices()
+        # The model around the decoder, which sets it.
+        self.model: Callable[[], Any] = _no_model
         self.setting = Setting()
         # Watch caches also while the model runs as it was loaded.
         self._always = False
@@ -83,6 +86,9 @@ class CacheGuard:
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "model": _no_model}  # a copy belongs to another model
 
     @staticmethod
     def of(decoder: nn.Module) -> CacheGuard | None:
@@ -171,7 +177,8 @@ class CacheGuard:
                 return
             if mark is not None and not _is_filled(cache):
                 setattr(cache, _MARK, None)  # it was emptied for other text
-        self.choices.change_call(dataclasses.replace(choice, mask=mask_of_prompt(given)))
+        prompt = Prompt(mask_of_prompt(given), given.get("input_ids"), self.model())
+        self.choices.change_call(dataclasses.replace(choice, prompt=prompt))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -209,6 +216,10 @@ class CacheGuard:
                 "donors were switched or changed within this call, by a hook: some of its layers ran before the change "
                 "and some after it. Switch back before the hook returns, or switch between calls."
             )
+
+
+def _no_model() -> None:
+    return None
 
 
 def _off(disabled: frozenset[str]) -> str:

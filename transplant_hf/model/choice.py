@@ -39,7 +39,7 @@ class Choice:
         entries: How many rows the choice names, one by one; `None` if it holds for batches of any size.
         replacing: The donors that replaced layers when the block began; a call cannot leave them out.
         router: What chooses the donors within the call, for `using("auto")`; `strengths` are NaN until then.
-        mask: For the router, which tokens are no padding, `[rows, tokens]`.
+        prompt: For the router, what the call is made with.
         routes: Where the router sent each row.
     """
 
@@ -48,7 +48,7 @@ class Choice:
     entries: int | None = None
     replacing: frozenset[str] = frozenset()
     router: Any = None
-    mask: torch.Tensor | None = None
+    prompt: Any = None
     routes: tuple[Any, ...] | None = None
     _rows: dict[Hashable, Rows | None] = dataclasses.field(default_factory=dict, init=False)
 

@@ -1,14 +1,15 @@
 """`using("auto")`: each row of a batch uses the donor whose domain its prompt looks like.
 
 The hidden state that enters the first donor is that of the recipient alone: the recipient's layers before it run once.
-It decides the choice of the call, and a cache that is filled keeps the choice for the calls that follow.
+The domain that it looks like, and how well each donor predicts the first tokens from it, decide the choice of the call.
+A cache that is filled keeps the choice for the calls that follow.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -21,11 +22,18 @@ from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..splice import Blueprint
 from .choice import Choice, choice_of, refuse_rows
+from .output_form import OutputForm
+from .prompt_gain import gains
+from .using import CallChoices
 
 AUTO = "auto"
 # How far the hidden states of the probe may be from those that a signature was made with, in parts of their length.
 # Quantization to 4 bits changes them by a tenth; another recipient or position by more than their length.
 _TOLERANCE = 0.25
+# The logarithm of odds by the signatures takes hidden states for a Gaussian, and is too sure. It is added to that of
+# the prompt's tokens with a weight, and favors a donor over the recipient by no more than a few nats: signatures know
+# only the text that they were made of. Chosen on held-out rows (docs/compose.md).
+_WEIGHT, _MOST_IN_FAVOR = 0.2, 8.0
 # Caches of their own kind, in which nothing can be kept.
 _OTHER_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
@@ -35,8 +43,8 @@ class Route(NamedTuple):
 
     Args:
         donor: The donor's name; `None` for the untouched recipient.
-        score: How much more the donor's domain explains the prompt than general text does, as a logarithm of odds; the
-            highest of all donors. NaN for a prompt that is too short.
+        score: How much more likely the prompt is with the donor than without it, as a logarithm; the highest of all
+            donors. NaN for a prompt that is too short.
     """
 
     donor: str | None
@@ -54,7 +62,7 @@ class Router:
         signatures: By donor name.
         strengths: The strength of each donor where it is used.
         threshold: The score from which on a row uses a donor.
-        place: The attribute of the decoder that holds the layers, and the number of the first donor's first layer.
+        place: The names of the modules from the model to the layers, and the number of the first donor's first layer.
     """
 
     def __init__(
@@ -62,14 +70,14 @@ class Router:
         signatures: Mapping[str, Signature],
         strengths: Mapping[str, float],
         threshold: float,
-        place: tuple[str, int],
+        place: tuple[tuple[str, ...], int],
     ) -> None:
         self.signatures, self.strengths, self.threshold, self.place = signatures, strengths, threshold, place
         self._discriminant = Discriminant(list(signatures.values()))
 
-    def choose(self, choice: Choice, hidden: torch.Tensor) -> Choice:
+    def choose(self, choice: Choice, hidden: torch.Tensor, choices: CallChoices, form: OutputForm) -> Choice:
         """Return the choice of a call, given what enters the first donor, `[rows, tokens, hidden]`."""
-        mask = choice.mask
+        mask = choice.prompt.mask
         if mask is not None and mask.shape[1] != hidden.shape[1]:
             raise ConfigurationError(
                 f'using("auto") reads the prompt in the first call with a cache, but the attention mask has '
@@ -83,7 +91,10 @@ class Router:
                 f"the hidden states that enter the first donor are not finite in rows {spoiled}, so that no donor can "
                 "be chosen for them: the recipient's weights contain NaN or infinity, or its dtype is too small."
             )
-        best, number = self._discriminant.scores(rows).max(1)
+        scores = _WEIGHT * self._discriminant.scores(rows)
+        scores = scores - (scores.amax(1, keepdim=True) - _MOST_IN_FAVOR).clamp(min=0)
+        gained = gains(choice.prompt, hidden, self.strengths, self.place, choices, form)
+        best, number = (scores if gained is None else scores + gained.to(scores)).max(1)
         names = list(self.signatures)
         routes = tuple(
             Route(names[n] if score > self.threshold else None, score)
@@ -105,7 +116,7 @@ class Router:
                 )
 
 
-def read_probe(decoder: Any, place: tuple[str, int], device: torch.device) -> torch.Tensor:
+def read_probe(decoder: Any, place: tuple[Sequence[str], int], device: torch.device) -> torch.Tensor:
     """Describe tokens 0, 1, ... where they enter the first donor, `[hidden]`; the layers before it run."""
     me, found = threading.get_ident(), []
 
@@ -114,7 +125,7 @@ def read_probe(decoder: Any, place: tuple[str, int], device: torch.device) -> to
             found.append((args[0] if args else kwargs["hidden_states"]).detach())
             raise _ProbeRead
 
-    hook = getattr(decoder, place[0])[place[1]].register_forward_pre_hook(read, with_kwargs=True, prepend=True)
+    hook = getattr(decoder, place[0][-1])[place[1]].register_forward_pre_hook(read, with_kwargs=True, prepend=True)
     try:
         with torch.no_grad(), suppress(_ProbeRead):
             decoder(input_ids=torch.arange(PROBE_TOKENS, device=device)[None], use_cache=False)
@@ -156,7 +167,7 @@ def routed_choice(blueprint: Blueprint, disabled: Collection[str], threshold: fl
                 f"{blueprint.part(name).spec.donor} --text TEXT --general TEXT --position {number}."
             )
     strengths = {part.name: part.spec.strength for part in parts}
-    router = Router(signatures, strengths, threshold, (blueprint.recipient.stack_path.rpartition(".")[2], number))
+    router = Router(signatures, strengths, threshold, (tuple(blueprint.recipient.stack_path.split(".")), number))
     return Choice(dict.fromkeys(strengths, torch.nan), AUTO, router=router)
 
 

@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from .calls import arguments_by_name
 from .choice import Rows
+from .output_form import OutputForm
 from .rows_cache import hold_rows
 from .using import CallChoices
 
@@ -26,38 +27,6 @@ _NATIVE = "_transplant_native"  # of a class that runs by row: the class that it
 # Arguments of layers with the batch in their first dimension, or 1 for all rows, and how many dimensions they have.
 _BATCH_FIRST = {"hidden_states": (3,), "attention_mask": (2, 4), "position_ids": (2,), "position_embeddings": (3,)}
 _SAME_FOR_ALL_ROWS = ("cache_position",)
-
-
-class OutputForm:
-    """How the layers of a model return their hidden state; known after one of them has run."""
-
-    def __init__(self) -> None:
-        self._wrap: Callable[[torch.Tensor], Any] | None = None
-
-    def learn(self, output: Any) -> None:
-        """Learn it from an output; nothing where layers return more than a hidden state."""
-        if isinstance(output, torch.Tensor):
-            self._wrap = _alone
-        elif type(output) in (tuple, list) and output and all(one is None for one in output[1:]):
-            self._wrap = functools.partial(_first, type(output), len(output) - 1)
-
-    @property
-    def known(self) -> bool:
-        """Whether a layer has run."""
-        return self._wrap is not None
-
-    def wrap(self, hidden: torch.Tensor) -> Any:
-        """Return a hidden state as a layer does."""
-        assert self._wrap is not None
-        return self._wrap(hidden)
-
-
-def _alone(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden
-
-
-def _first(kind: Any, others: int, hidden: torch.Tensor) -> Any:
-    return kind([hidden, *[None] * others])
 
 
 class DonorRows:

@@ -24,7 +24,8 @@ from ..donor.extract import GATE
 from ..errors import ConfigurationError
 from ..layer_map import Stage
 from ..splice import Blueprint
-from .rows import DonorRows, OutputForm, is_another_stream, run_by_row, run_on_all_rows
+from .output_form import OutputForm
+from .rows import DonorRows, is_another_stream, run_by_row, run_on_all_rows
 from .using import NOT_COMPILED, CallChoices
 
 _ROLE = "_transplant_role"
@@ -80,11 +81,12 @@ class _DonorHooks:
         name: The donor's name.
         layers: Its layers, or those of the part, in order.
         choices: The donors that calls choose.
+        form: How the layers of the model return their hidden state.
     """
 
-    def __init__(self, name: str, layers: Sequence[nn.Module], choices: CallChoices) -> None:
+    def __init__(self, name: str, layers: Sequence[nn.Module], choices: CallChoices, form: OutputForm) -> None:
         # Without the layers, which hold the hooks: a model is freed when its last reference is dropped.
-        self.name, self.choices = name, choices
+        self.name, self.choices, self.form = name, choices, form
         # The state that enters a group of donors side by side; `None` outside a group.
         self.group: _PerThread | None = None
         self._states = _PerThread()
@@ -108,12 +110,12 @@ class _DonorHooks:
         if not role.active:
             return None
         arrived = args[0] if args else kwargs["hidden_states"]
-        local = self._states.local
-        local.arrived, local.gate = arrived, module._parameters.get(GATE)
         choice = self.choices.of_layer(arrived)
         if choice is not None and choice.router is not None:
-            choice = choice.router.choose(choice, arrived)
+            choice = choice.router.choose(choice, arrived, self.choices, self.form)  # runs these hooks, too
             self.choices.change_call(choice)
+        local = self._states.local
+        local.arrived, local.gate = arrived, module._parameters.get(GATE)
         if choice is None and role.routed:
             raise ConfigurationError(NOT_COMPILED)
         if choice is not None and module.training and getattr(module, "gradient_checkpointing", False):
@@ -222,11 +224,11 @@ class StrengthHooks:
         }
         # The layers of each part of a donor, and its hooks.
         self._hooks: dict[str, list[tuple[list[nn.Module], _DonorHooks]]] = {}
+        form = OutputForm()
         for placement in blueprint.splice.placements:
             parts = [[self._layers[placement.name][number] for number in numbers] for _, numbers in placement.parts]
-            self._hooks[placement.name] = [(part, _DonorHooks(placement.name, part, choices)) for part in parts]
+            self._hooks[placement.name] = [(part, _DonorHooks(placement.name, part, choices, form)) for part in parts]
         self._groups: dict[tuple[str, ...], _PerThread] = {}
-        form = OutputForm()
         self._rows = {name: DonorRows(name, choices, form) for name in self._layers}
 
     def set(self, blueprint: Blueprint, disabled: Collection[str], by_call: bool, routed: bool) -> None:

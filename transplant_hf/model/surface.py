@@ -161,12 +161,12 @@ class TransplantMixin(NativeMethods):
         Args:
             donors: One donor name or several, each at its own strength; or `{name: strength}`, where a strength is a
                 number or a list with one number for each row. Other donors are left out; `()` leaves out all. "auto":
-                each row uses the donor whose domain its prompt looks like, or none; see `routes`. Donors need a
-                signature, which `transplant_hf.sign` makes.
+                each row uses the donor that fits its prompt, or none; see `routes`. Donors need a signature, which
+                training with general text and `transplant_hf.sign` make.
             rows: One entry for each row of the batch, instead of `donors`: what `donors` takes, or `None` for no
                 donor. For `generate`, one for each text: its beams and returned sequences follow it.
-            threshold: For "auto", the score from which on a row uses a donor: the logarithm of the odds of the donor's
-                domain against general text.
+            threshold: For "auto", the score from which on a row uses a donor: how much more likely the beginning of
+                its prompt is with the donor, as a logarithm.
 
         Raises:
             ConfigurationError: No such donor, a donor that is switched off, or one that replaces layers and was not
