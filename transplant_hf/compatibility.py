@@ -80,7 +80,7 @@ class CompatibilityReport:
         return "\n".join([f"{head.format('fits')}, {kind}.", *(f"  - {line}" for line in self.notes)])
 
     def raise_for_mismatches(self) -> None:
-        """Raise when it does not fit.
+        """Raise an error if the donor does not fit.
 
         Raises:
             CompatibilityError: With every mismatch.

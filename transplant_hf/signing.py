@@ -80,7 +80,7 @@ def sign(
     Args:
         donor: The donor's folder.
         text: Text of the donor's domain: a file, a folder, a dataset on the Hub, a `TextSource` or strings.
-        general: General text, which the untouched recipient is for.
+        general: General text, for which the untouched recipient is used.
         position: How many recipient layers run before the first donor; by default the donor's own position.
         recipient: A loaded model, a Hub id or a folder; by default the donor's recipient.
         tokenizer: By default the recipient's.

@@ -19,7 +19,7 @@ from transplant_hf.architecture import find_stack, output_weights
 CHOSEN = ["gpt2", "gpt_oss", "gemma3_text", "gpt_neox", "mixtral", "deepseek_v3", "mamba", "opt", "dbrx"]
 
 AFTER_ADDING = "changes the hidden state, like layers that normalize or scale it after the addition"
-# Normalised after the residual is added, as in the first transformers: no output of theirs leaves the state alone.
+# Normalized after the residual is added, as in the first transformers: no output of theirs leaves the state alone.
 POST_NORM = (
     "bart", "bert", "bert-generation", "big_bird", "blenderbot-small", "camembert", "data2vec-text", "electra", "ernie",
     "git", "marian", "mvp", "openai-gpt", "plbart", "prophetnet", "rembert", "roberta", "roc_bert", "roformer", "trocr",
@@ -32,7 +32,7 @@ CANNOT = {name: AFTER_ADDING for name in POST_NORM} | {
     "gemma4_text:plain": AFTER_ADDING,  # multiplies the sum by a number of its own
     "gemma4_unified": AFTER_ADDING,  # the same
     "gemma4_unified_text": AFTER_ADDING,  # the same
-    "minimax": AFTER_ADDING,  # its residual is the normalised state
+    "minimax": AFTER_ADDING,  # its residual is the normalized state
     "zaya": AFTER_ADDING,  # weighs the residual
 }
 # Cross-attention layers, of which a text model runs none without images.

@@ -30,7 +30,7 @@ from tests.architectures.tiny_overrides import (
     CACHE_DIFFERS,
     CANNOT_BUILD,
     EXPERTS,
-    KEEP_AS_INITIALISED,
+    KEEP_AS_INITIALIZED,
     NOISY_BUFFERS,
     NOT_CAUSAL,
     NOT_DECODER_ONLY,
@@ -135,7 +135,7 @@ def randomise(model: nn.Module, seed: int = 0, std: float = 0.1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if not parameter.requires_grad or any(part in name for part in KEEP_AS_INITIALISED):
+            if not parameter.requires_grad or any(part in name for part in KEEP_AS_INITIALIZED):
                 continue
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             constant = bool((parameter == parameter.flatten()[0]).all()) if parameter.numel() else True

@@ -159,7 +159,7 @@ SPECIAL_TOKENS: dict[str, int] = {
 ALWAYS_SET_TOKENS: tuple[str, ...] = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 # Parameters whose values have a range of their own: decays, time steps, learned thresholds.
-KEEP_AS_INITIALISED: tuple[str, ...] = (
+KEEP_AS_INITIALIZED: tuple[str, ...] = (
     "A_log",
     "dt_bias",
     "dt_proj.bias",

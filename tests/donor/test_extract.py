@@ -136,7 +136,7 @@ def test_offloaded_layers_are_refused() -> None:
         Donor.from_model(model, [1, 2])
 
 
-def test_quantised_layers_are_refused() -> None:
+def test_quantized_layers_are_refused() -> None:
     model = tiny_gpt2_model(0)
     weight = model.transformer.h[1].mlp.c_fc.weight
     model.transformer.h[1].mlp.c_fc.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)

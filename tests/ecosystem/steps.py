@@ -15,7 +15,7 @@ __all__ = ["aligned", "donor_parameters", "only_donor", "steps"]
 
 
 def aligned(model: Any) -> Any:
-    """Move weights out of the mapped files, those that are quantised apart.
+    """Move weights out of the mapped files, those that are quantized apart.
 
     Where a tensor begins in its file differs between a donor's file and a whole checkpoint, and some kernels give
     other last bits for it.

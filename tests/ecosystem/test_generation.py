@@ -120,9 +120,9 @@ def test_sliding_cache(case: Case, kind: str) -> None:
     assert torch.equal(found.sequences, generated(case.independent(), case.ids, new=12, use_cache=False))
 
 
-@pytest.mark.ecosystem(section=SECTION, feature="quantised cache (quanto and hqq, 4 bits)")
+@pytest.mark.ecosystem(section=SECTION, feature="quantized cache (quanto and hqq, 4 bits)")
 @pytest.mark.parametrize(("backend", "package"), [("quanto", "optimum.quanto"), ("hqq", "hqq")])
-def test_quantised_cache(case: Case, backend: str, package: str) -> None:
+def test_quantized_cache(case: Case, backend: str, package: str) -> None:
     pytest.importorskip(package)
 
     def run(model: Any) -> tuple[torch.Tensor, torch.Tensor]:

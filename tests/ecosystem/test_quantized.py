@@ -1,4 +1,4 @@
-"""Rows of quantisation: a transplant computes what the reference computes that was quantised in the same way."""
+"""Rows of quantization: a transplant computes what the reference computes that was quantized in the same way."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAGES = "https://huggingface.co/docs/transformers/quantization"
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """One way to quantise.
+    """One way to quantize.
 
     Args:
         package: What it needs.
@@ -39,7 +39,7 @@ class Quantizer:
     linear_only: bool = True
 
     def load(self, loader: Callable[..., Any]) -> Any:
-        """Load a model and quantise it."""
+        """Load a model and quantize it."""
         pytest.importorskip(self.package)
         return loader(quantization_config=self.make())
 
@@ -100,17 +100,17 @@ def assert_as_the_reference(wide: Case, quantizer: Quantizer) -> None:
     with model.disable_transplants():
         untouched = quantizer.load(wide.recipient_model)
         assert torch.equal(logits_of(model, wide.ids), logits_of(untouched, wide.ids))
-    quantised = not torch.equal(logits_of(native, wide.ids), logits_of(wide.independent(), wide.ids))
+    quantized = not torch.equal(logits_of(native, wide.ids), logits_of(wide.independent(), wide.ids))
     if quantizer.linear_only and wide.architecture == "gpt2":
-        assert not quantised
+        assert not quantized
         package = quantizer.package
         page = f"{PAGES}/{package.removeprefix('optimum.').partition('.')[0]}"
-        pytest.skip(f"not applicable: {package} quantises nn.Linear only, and GPT-2 has Conv1D: {page}")
-    assert quantised
+        pytest.skip(f"not applicable: {package} quantizes nn.Linear only, and GPT-2 has Conv1D: {page}")
+    assert quantized
 
 
 def assert_comes_back(wide: Case, quantizer: Quantizer, folder: Path) -> None:
-    """Save what was quantised while loading, and load it with Transformers alone."""
+    """Save what was quantized while loading, and load it with Transformers alone."""
     model = quantizer.load(wide.load)
     model.save_pretrained(folder)  # before it ran: bitsandbytes packs weights anew for the CPU when they are first used
     after = logits_of(model, wide.ids)
@@ -120,7 +120,7 @@ def assert_comes_back(wide: Case, quantizer: Quantizer, folder: Path) -> None:
 
 
 def by_hand(wide: Case, untouched: Any, **kwargs: Any) -> Any:
-    """Put the layers of a quantised recipient into the ordinary model of six layers, around the donor's two."""
+    """Put the layers of a quantized recipient into the ordinary model of six layers, around the donor's two."""
     model = wide.independent(**kwargs)
     around = [place for place in range(len(layers_of(model))) if place not in (wide.position, wide.position + 1)]
     for place, layer in zip(around, layers_of(untouched), strict=True):
@@ -129,7 +129,7 @@ def by_hand(wide: Case, untouched: Any, **kwargs: Any) -> Any:
 
 
 def assert_donor_in_full_precision(wide: Case, quantizer: Quantizer, folder: Path) -> None:
-    """Put a donor into a recipient that was saved quantised."""
+    """Put a donor into a recipient that was saved quantized."""
     quantizer.load(wide.recipient_model).save_pretrained(folder)
     model = aligned(AutoModelWithTransplant.from_pretrained(folder, donors={str(wide.donor): wide.position}))
     source = AutoModelForCausalLM.from_pretrained(wide.source)
@@ -187,7 +187,7 @@ def test_hqq(wide: Case) -> None:
     if wide.architecture == "gpt2":
         assert torch.equal(logits_of(wide.load(**config), wide.ids), logits_of(wide.independent(), wide.ids))
         pytest.skip(
-            "not applicable: hqq quantises nn.Linear only, and GPT-2 has Conv1D: https://huggingface.co/docs/transformers/quantization/hqq"
+            "not applicable: hqq quantizes nn.Linear only, and GPT-2 has Conv1D: https://huggingface.co/docs/transformers/quantization/hqq"
         )
     for loader in (wide.independent, wide.load):
         with pytest.raises(NotImplementedError, match="HQQ is not available yet"):
@@ -197,44 +197,44 @@ def test_hqq(wide: Case) -> None:
     )
 
 
-@pytest.mark.ecosystem(section=SECTION, feature="saved quantised and loaded again: torchao int8 and int4")
+@pytest.mark.ecosystem(section=SECTION, feature="saved quantized and loaded again: torchao int8 and int4")
 @pytest.mark.parametrize("quantizer", [AO8, AO4], ids=["int8", "int4"])
 def test_torchao_saved(wide: Case, quantizer: Quantizer, tmp_path: Path) -> None:
     assert_comes_back(wide, quantizer, tmp_path)
     if wide.architecture == "gpt2":
         pytest.skip(
-            "not applicable: torchao quantises nn.Linear only, and GPT-2 has Conv1D: https://huggingface.co/docs/transformers/quantization/torchao"
+            "not applicable: torchao quantizes nn.Linear only, and GPT-2 has Conv1D: https://huggingface.co/docs/transformers/quantization/torchao"
         )
 
 
-@pytest.mark.ecosystem(section=SECTION, feature="saved quantised and loaded again: bitsandbytes 8 and 4 bit")
+@pytest.mark.ecosystem(section=SECTION, feature="saved quantized and loaded again: bitsandbytes 8 and 4 bit")
 @pytest.mark.parametrize("quantizer", [BNB8, BNB4], ids=["8bit", "4bit"])
 def test_bitsandbytes_saved(wide: Case, quantizer: Quantizer, tmp_path: Path) -> None:
     assert_comes_back(wide, quantizer, tmp_path)
 
 
-@pytest.mark.ecosystem(section=SECTION, feature="saved quantised and loaded again: optimum-quanto")
+@pytest.mark.ecosystem(section=SECTION, feature="saved quantized and loaded again: optimum-quanto")
 def test_quanto_saved(wide: Case, tmp_path: Path) -> None:
     for loader in (wide.independent, wide.load):
         with pytest.raises(ValueError, match="not serializable"):
             QUANTO8.load(loader).save_pretrained(tmp_path)
     pytest.xfail(
-        "Transformers cannot save models that are quantised by quanto: https://huggingface.co/docs/transformers/quantization/quanto"
+        "Transformers cannot save models that are quantized by quanto: https://huggingface.co/docs/transformers/quantization/quanto"
     )
 
 
-@pytest.mark.ecosystem(section=SECTION, feature="a recipient saved quantised, its donor in full precision: torchao")
+@pytest.mark.ecosystem(section=SECTION, feature="a recipient saved quantized, its donor in full precision: torchao")
 @pytest.mark.parametrize("quantizer", [AO8, AO4], ids=["int8", "int4"])
 def test_torchao_recipient(wide: Case, quantizer: Quantizer, tmp_path: Path) -> None:
     assert_donor_in_full_precision(wide, quantizer, tmp_path)
     if wide.architecture == "gpt2":
         pytest.skip(
-            "not applicable: torchao quantises nn.Linear only, and GPT-2 has Conv1D: https://huggingface.co/docs/transformers/quantization/torchao"
+            "not applicable: torchao quantizes nn.Linear only, and GPT-2 has Conv1D: https://huggingface.co/docs/transformers/quantization/torchao"
         )
 
 
 @pytest.mark.ecosystem(
-    section=SECTION, feature="a recipient saved quantised, its donor in full precision: bitsandbytes"
+    section=SECTION, feature="a recipient saved quantized, its donor in full precision: bitsandbytes"
 )
 @pytest.mark.parametrize("quantizer", [BNB8, BNB4], ids=["8bit", "4bit"])
 def test_bitsandbytes_recipient(wide: Case, quantizer: Quantizer, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_qlora(wide: Case) -> None:
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.ecosystem(section=SECTION, feature="a thin save of a quantised model")
+@pytest.mark.ecosystem(section=SECTION, feature="a thin save of a quantized model")
 @pytest.mark.parametrize("quantizer", [AO8, BNB8, BNB4, QUANTO8], ids=["torchao", "8bit", "4bit", "quanto"])
 def test_thin_save(wide: Case, quantizer: Quantizer, tmp_path: Path) -> None:
     model = quantizer.load(wide.load)
@@ -265,7 +265,7 @@ def test_thin_save(wide: Case, quantizer: Quantizer, tmp_path: Path) -> None:
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), wide.ids), wanted)
 
 
-@pytest.mark.ecosystem(section=SECTION, feature="a donor or an in-memory transplant of a quantised model")
+@pytest.mark.ecosystem(section=SECTION, feature="a donor or an in-memory transplant of a quantized model")
 def test_what_needs_full_precision(wide: Case) -> None:
     model = BNB8.load(wide.load)
     with refused(CheckpointError, "is quantized", "full precision"):
@@ -275,7 +275,7 @@ def test_what_needs_full_precision(wide: Case) -> None:
     pytest.xfail("refused: donors hold full precision; load without quantization for these; see [loading](load.md)")
 
 
-@pytest.mark.ecosystem(section=SECTION, feature="MXFP4 experts, the donor dequantised")
+@pytest.mark.ecosystem(section=SECTION, feature="MXFP4 experts, the donor dequantized")
 def test_mxfp4(wide: Case, tmp_path: Path) -> None:
     if wide.architecture != "gpt_oss":
         pytest.skip(

@@ -289,7 +289,7 @@ def test_offloaded_recipient(tiny: Path, tmp_path: Path) -> None:
         assert torch.equal(logits_of(model), logits_of(recipient))
 
 
-def test_quantised_recipient(tiny_llama: Path) -> None:
+def test_quantized_recipient(tiny_llama: Path) -> None:
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
     model = plain(tiny_llama / "recipient", quantization_config=config)
@@ -297,9 +297,9 @@ def test_quantised_recipient(tiny_llama: Path) -> None:
     transplant(model, str(tiny_llama / "donor"), 1, in_place=True)
     donor = [type(layers_of(model)[n].mlp.up_proj.weight).__name__ for n in range(6)]
     assert [name == "Parameter" for name in donor] == [False, True, True, False, False, False]
-    quantised = plain(tiny_llama / "recipient", quantization_config=config)
+    quantized = plain(tiny_llama / "recipient", quantization_config=config)
     grafts = [Graft(plain(tiny_llama / "source"), [1, 2], 1)]
-    torch.testing.assert_close(logits_of(model), reference_logits(quantised, grafts))
+    torch.testing.assert_close(logits_of(model), reference_logits(quantized, grafts))
     with model.disable_transplants():
         assert torch.equal(logits_of(model), untouched)
 

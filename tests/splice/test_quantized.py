@@ -1,4 +1,4 @@
-"""Full-precision donors in quantised recipients."""
+"""Full-precision donors in quantized recipients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def mxfp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_mxfp4_recipient_with_a_dequantised_donor(mxfp4: Path) -> None:
+def test_mxfp4_recipient_with_a_dequantized_donor(mxfp4: Path) -> None:
     model, untouched, source = loaded(mxfp4), plain(mxfp4 / "recipient"), plain(mxfp4 / "source")
     layers = model.model.layers
     assert model.config.layer_types == [
@@ -55,8 +55,8 @@ def test_mxfp4_recipient_with_a_dequantised_donor(mxfp4: Path) -> None:
         assert torch.equal(logits_of(model), logits_of(untouched))
 
 
-def test_dequantised_models_are_saved_under_plain_names(mxfp4: Path, tmp_path: Path) -> None:
-    """Transformers itself writes dequantised experts under the names of packed ones."""
+def test_dequantized_models_are_saved_under_plain_names(mxfp4: Path, tmp_path: Path) -> None:
+    """Transformers itself writes dequantized experts under the names of packed ones."""
     model = loaded(mxfp4)
     for name, thin in (("full", False), ("thin", True)):
         model.save_pretrained(tmp_path / name, thin=thin)
@@ -80,7 +80,7 @@ def _int8() -> object:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def test_quantising_while_loading_covers_the_donor(torchao_family: Path, tmp_path: Path) -> None:
+def test_quantizing_while_loading_covers_the_donor(torchao_family: Path, tmp_path: Path) -> None:
     loaded(torchao_family).save_pretrained(tmp_path / "whole")
     whole = plain(tmp_path / "whole", quantization_config=_int8())
     spliced = loaded(torchao_family, quantization_config=_int8())

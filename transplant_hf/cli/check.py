@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "donor",
         metavar=DONOR,
-        help="Hub id or folder of a donor, and how many recipient layers run before it (default: as it recommends)",
+        help="Hub id or folder of a donor, and how many recipient layers run before it (default: its recommendation)",
     )
     old_spelling(parser, "--position", "DONOR@POSITION", "position", type=int)
     add_trust(parser)

@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     parser.add_argument("recipient", metavar="RECIPIENT", help="Hub id or folder")
     parser.add_argument("text", metavar="TEXT", help=f"text to train on: {TEXT_HELP}; the last fifth is held out")
     parser.add_argument("--general", metavar="TEXT", required=True, help="general text; the last fifth is held out")
-    other = "text that is not trained on, to measure forgetting on; may be given several times"
+    other = "text that is not trained on, to measure forgetting on. May be repeated"
     parser.add_argument("--other", metavar="TEXT", action="append", default=[], help=other)
     add_text(parser)
     add_donors(parser)

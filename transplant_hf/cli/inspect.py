@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "what",
         metavar="WHAT[@POSITION]",
-        help="Hub id, folder or .pt file; the position is for --recipient (default: as recommended or placed)",
+        help="Hub id, folder or .pt file; the position is for --recipient (default: the recommended one)",
     )
     parser.add_argument("--recipient", help="also say whether it fits this model: Hub id or folder")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")

@@ -71,8 +71,8 @@ def add_donors(parser: Parser) -> None:
         "--donor",
         action="append",
         metavar=DONOR,
-        help="insert this donor (Hub id or folder) after POSITION recipient layers; without @POSITION, where the donor "
-        "recommends. May be repeated",
+        help="insert this donor (Hub id or folder) after POSITION recipient layers (default: the position that the "
+        "donor recommends). May be repeated",
     )
 
 

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     position = "its position (default: where `train` puts it)"
     place = parser.add_mutually_exclusive_group()
     add_number(place, "--position", position, None, whole(0), "P")
-    spread = "plan --train for a donor that is spread through the recipient"
+    spread = "positions of its parts, if it is spread through the recipient (with --train)"
     place.add_argument("--positions", nargs="+", type=whole(0), dest="position", metavar="P", help=spread)
     add_number(parser, "--devices", "number of GPUs", 1)
     parser.add_argument("--memory", metavar="SIZE", help="memory of each, such as 80GiB (default: no limit)")
@@ -53,7 +53,9 @@ def add(commands: Any) -> None:
         help="put that donor where `train --stream-prefix` does (default: spread)",
     )
     add_number(parser, "--blocks", "blocks of text of --train, for the size of their hidden states")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="run layers again in the backward pass")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="plan the training with gradient checkpointing"
+    )
     parser.add_argument("--dequantize", action="store_true", help="estimate a quantized recipient as dequantized")
     parser.add_argument("--revision", help="branch, tag or commit of the model")
 

@@ -37,8 +37,8 @@ def add(commands: Any) -> None:
         "--name",
         help="what requests call the model without donors (default: the recipient's name, or that of its folder)",
     )
-    parser.add_argument("--host", default="localhost", help="address to listen at (default: localhost)")
-    add_number(parser, "--port", "port to listen at", 8000, whole(0, 65535))
+    parser.add_argument("--host", default="localhost", help="address to listen on (default: localhost)")
+    add_number(parser, "--port", "port to listen on", 8000, whole(0, 65535))
     add_loading(parser)
     add_quantization(parser)
 

@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="leave the layers before the donor in their files and read each of them once, so that they take no memory "
-        "(default: where the recipient does not fit into free memory)",
+        "(default: if the recipient does not fit into free memory)",
     )
     add_number(train, "--distillation", "weight of the KL divergence from the recipient", 0.0, number(), "W")
     strength = "strength to recommend (default: 1; 0.75 without general text)"
@@ -109,7 +109,7 @@ def _add_shared(parser: argparse.ArgumentParser, learning_rate: float | None = N
     add_number(parser, "--learning-rate", rate, learning_rate, number(above=0), "LR")
     add_seed(parser)
     parser.add_argument("--bf16", action="store_true", help="train with bfloat16 autocast")
-    chunk = "tokens whose logits are in memory at one time, 0 for the model's own loss (default: those of 128 MiB)"
+    chunk = "tokens in a chunk of the loss, 0 for the model's own loss (default: as many as have 128 MiB of logits)"
     add_number(parser, "--loss-chunk", chunk, None, whole(0))
     cache = "where to keep hidden states from before the trained layers"
     add_choice(parser, "--cache-prefix", ("auto", "memory", "disk", "off"), cache)
@@ -119,7 +119,7 @@ def _add_shared(parser: argparse.ArgumentParser, learning_rate: float | None = N
     parser.add_argument(
         "--prefix-cache-dir",
         metavar="DIR",
-        help="folder for that cache, where later runs find it (default: beside the output, removed in the end)",
+        help="folder for that cache, which later runs use again (default: beside the output, removed at the end)",
     )
     add_number(parser, "--save-steps", "steps between checkpoints", 200)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, also for more steps")

@@ -40,11 +40,11 @@ def transplant(
         model: A loaded decoder-only model.
         donor: The donor, or its Hub id or folder.
         position: How many recipient layers run before it, 0..L; by default what it recommends.
-        mode: "insert" or "replace"; by default what it recommends together with its position, at a position of your
-            own "insert". Replaced layers are kept, so that the donor can be switched off.
+        mode: "insert" or "replace"; by default the donor's recommendation, or "insert" with `position`. Replaced layers
+            are kept, so that the donor can be switched off.
         name: What to call it; by default its own name.
-        strength: Scales what its layers add to the hidden state; by default what it recommends together with its
-            position, at a position of your own 1.
+        strength: Scales what its layers add to the hidden state; by default the donor's recommendation, or 1 with
+            `position`.
         composition: How donors at one position go together, "stacked" or "side_by_side"; by default as in the model.
         in_place: Change the model itself, which may then be quantized, offloaded or on several devices.
 
@@ -169,7 +169,7 @@ def _check_shareable(model: Any) -> None:
 
 
 def remove_transplants(model: Any) -> PreTrainedModel:
-    """Take every donor out of a model: the same object becomes the recipient again.
+    """Remove all donors from a model: the same object becomes the recipient again.
 
     Args:
         model: A transplanted model; changed in place.

@@ -33,7 +33,7 @@ FOR_MODEL = ("dtype", "torch_dtype", "quantization_config")
 
 
 class AutoModelWithTransplant:
-    """Loads a recipient with donors in place; what comes back is an instance of the recipient's own class.
+    """Loads a recipient with its donors, as an instance of the recipient's own class.
 
     Example:
         >>> import tempfile
@@ -109,10 +109,10 @@ class AutoModelWithTransplant:
             *model_args: As in Transformers.
             donors: `{donor: position}`, `DonorSpec` objects or text such as "user/law@10", when a recipient is named.
             config: A `TransplantConfig` to use instead of the repo's own.
-            auto_class: The Auto class whose head is wanted; causal language modelling by default.
+            auto_class: The Auto class whose head is wanted; causal language modeling by default.
             keep_replaced: Also load layers that donors replace, so that those donors can be switched off.
-            composition: How donors at one position go together, "stacked" or "side_by_side"; by default what the repo
-                says, and else stacked.
+            composition: How donors at one position go together, "stacked" or "side_by_side"; by default as in the
+                repo, otherwise stacked.
             strength: "auto" lets donors choose themselves in every call, as `model.using("auto")` does in a block.
             **kwargs: What `from_pretrained` takes; `revision` and `subfolder` name the repo that was asked for, all
                 else reaches the recipient.
@@ -121,7 +121,7 @@ class AutoModelWithTransplant:
             The model; with `output_loading_info=True` also the loading info, as in Transformers.
 
         Raises:
-            TransplantError: Before any weight is read, where something does not fit.
+            TransplantError: If something does not fit, before any weight is read.
         """
         return load_transplant(
             auto_class,

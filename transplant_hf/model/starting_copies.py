@@ -16,7 +16,7 @@ from ..donor.tensors import MemoryTensors, unpack_mxfp4
 from ..errors import CheckpointError, HubError
 from ..sources import HubOptions, locate
 from ..splice import checkpoint_files, open_checkpoint
-from ..splice.quantized import QUANTISED
+from ..splice.quantized import QUANTIZED
 from ..storage import read_json
 from .live import without_quantization
 from .native_methods import recipient_class
@@ -95,7 +95,7 @@ def _from_checkpoint(
         if parts is not None and parts.number in indices and not names.is_ignored(raw):
             found[f"layers.{list(indices).index(parts.number)}.{parts.rest}"] = part
     read = _unpacked({name: part[...] for name, part in found.items()}, method)
-    if not read or any(marker in name for name in read for marker in QUANTISED):
+    if not read or any(marker in name for name in read for marker in QUANTIZED):
         return None
     return read if all(tensor.is_floating_point() for tensor in read.values()) else None
 

@@ -57,7 +57,7 @@ def plan(
     activations and hidden states. It does not count the memory of the runtime.
 
     Args:
-        what: Hub id or folder of a recipient, a donor or a transplant. A folder with only a `config.json` will do.
+        what: Hub id or folder of a recipient, a donor or a transplant. A folder with only a `config.json` is enough.
         donors: `{donor: position}`, donors or `DonorSpec`, when a recipient is named.
         count: Instead of donors: this many layers of the recipient's own shape, which need not exist yet.
         position: Where these layers go, 0..L; by default where `train` puts them.

@@ -16,7 +16,7 @@ from .blueprint import Blueprint, DonorPart
 # Where quantizers keep the names of modules that stay in full precision.
 SKIP_FIELDS = ("modules_to_not_convert", "llm_int8_skip_modules")
 # Words in the names of tensors that hold quantized weights, or what is needed to read them.
-QUANTISED = ("qdata", "_blocks", "_scales", "scale_inv", "absmax", "qweight", "qzeros", "weight_scale")
+QUANTIZED = ("qdata", "_blocks", "_scales", "scale_inv", "absmax", "qweight", "qzeros", "weight_scale")
 
 
 def follow_quantization(config: PreTrainedConfig, blueprint: Blueprint) -> PreTrainedConfig:
@@ -67,7 +67,7 @@ def _full_precision(blueprint: Blueprint) -> set[str]:
 
 
 def _is_quantized(part: DonorPart) -> bool:
-    return any(marker in name for name in part.donor.infos() for marker in QUANTISED)
+    return any(marker in name for name in part.donor.infos() for marker in QUANTIZED)
 
 
 def _moved(name: str, names: LayerNames, blueprint: Blueprint) -> list[str]:

@@ -106,10 +106,10 @@ class DonorTrainingArguments(PartTrainingArguments):
             "disk", "off", or "auto": in memory up to one GiB, otherwise on disk.
         prefix_cache_limit: The largest size of that cache, such as "20GB" or "20GiB".
         prefix_cache_dir: Where to keep the cache on disk; by default in the output folder, removed after training.
-        loss_chunk: Tokens whose logits are in memory at one time; by default as many as take 128 MiB in float32, where
-            the loss can be computed so; 0 for the model's own loss.
+        loss_chunk: Tokens whose logits are in memory at one time; by default as many as take 128 MiB in float32, if the
+            model's loss can be computed in chunks; 0 for the model's own loss.
         stream_prefix: Whether the layers before the donor stay in their files: each is read once, for the cache, and
-            takes no memory while the donor is trained. By default where the recipient does not fit into free memory.
+            takes no memory while the donor is trained. By default if the recipient does not fit into free memory.
         strength: The strength that the donor's repo recommends; by default 1, or 0.75 without general text.
         learning_rate: By default the best measured for the method, in proportion to 1 / width.
 
