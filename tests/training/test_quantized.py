@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig,
 
 from tests.helpers import BUILDERS, layers_of, logits_of, refused, write_tokenizer
 from tests.model.test_gguf import NAME, write_gguf
+from tests.splice.test_quantized import mxfp4  # noqa: F401 - a fixture
 from tests.training.helpers import arguments, losses, noise, trainer
 from transplant_hf import (
     AutoModelWithTransplant,
@@ -292,3 +293,20 @@ def test_layers_are_quantized_one_at_a_time(method: str, tmp_path: Path) -> None
     streamed, resident = (one.donor.tensors() for one in made)
     assert made[0].model._layers_in_files.absent == [0, 1, 2]
     assert all(torch.equal(streamed[name], tensor) for name, tensor in resident.items())
+
+
+def test_experts_in_mxfp4(mxfp4: Path, tmp_path: Path) -> None:  # noqa: F811 - a fixture
+    """Without a GPU, Transformers dequantizes them."""
+    write_tokenizer(mxfp4 / "recipient")
+    made = []
+    for stream in (True, False):
+        made.append(trainer(tmp_path / str(stream), mxfp4 / "recipient", donor_layers=1, stream_prefix=stream))
+        made[-1].train()
+    assert losses(made[0]) == losses(made[1]) and losses(made[1])[-1] < losses(made[1])[0]
+    streamed, resident = (one.donor.tensors() for one in made)
+    assert all(torch.equal(streamed[name], tensor) for name, tensor in resident.items())
+    assert "layers.0.mlp.experts.gate_up_proj" in resident  # not in MXFP4, like the recipient's own
+    made[1].save(tmp_path / "donor")
+    made[1].finish()
+    again = AutoModelWithTransplant.from_pretrained(tmp_path / "donor")
+    assert torch.equal(logits_of(again), logits_of(made[1].transplant.eval()))

@@ -106,7 +106,7 @@ def checkpoint_tensors(
             state[f"{path}.{number}.{key}"] = tensor.detach() if value is None else torch.full_like(tensor, value)
     names = LayerNames(model, path)
     tensors = {}
-    written: Any = _WithoutPacking(model) if is_quantized(model) else model
+    written: Any = _WithoutPacking(model)
     for raw, tensor in revert_weight_conversion(written, state).items():
         parts = names.split(raw)
         if parts is None:
@@ -116,7 +116,10 @@ def checkpoint_tensors(
 
 
 class _WithoutPacking:
-    """A quantized model without its rules for packed weights in checkpoints: the layers that are read have none."""
+    """A model without its rules for packed weights in checkpoints: the layers that are read have none.
+
+    A model whose weights were dequantized while it was loaded has such rules, too.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
