@@ -108,13 +108,14 @@ def test_parts_of_the_server() -> None:
     pytest.importorskip("openai")
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.utils import GenerationState
+    from transformers.cli.serving.utils import GenerateManager, GenerationState
 
     from transplant_hf.serving.server import DonorModels
 
     overridden = {name for name in vars(DonorModels) if not name.startswith("_")} - {"donors", "choice", "check_donor"}
     assert overridden <= set(vars(ModelManager))
     assert list(inspect.signature(GenerationState.get_manager).parameters) == ["self", "model_id", "use_cb"]
+    assert callable(GenerateManager.submit)
     handlers = ["chat_handler", "completion_handler", "response_handler", "transcription_handler", "systemone_handler"]
     parameters = ["model_manager", *handlers, "generation_state", "enable_cors"]
     assert list(inspect.signature(build_server).parameters) == parameters

@@ -51,6 +51,7 @@ WATCHED: dict[str, Watched] = {
             "ChatCompletionHandler",
             "CompletionHandler",
             "ResponseHandler",
+            "GenerateManager",
             "GenerationState",
             "build_server",
         )
