@@ -15,6 +15,7 @@ CHOSEN = ["gpt2", "llama", "gpt_oss", "qwen3", "gemma3_text", "mamba", "gpt2:inv
 NO_ROWS = {"xlnet": r"\[seq, batch, hidden\]"}
 NO_CHOICE = {
     "reformer": "two hidden states",
+    "zaya": "returns a second hidden state",  # the residual, beside what is added to it
     "mllama": "without its first layer",  # cross-attention, which a text alone does not run
 }
 NO_GENERATION = {"xlnet": "returns a second hidden state"}
