@@ -14,6 +14,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 
 from ..donor.tensors import FileTensors, TensorInfo
 from ..errors import CheckpointError
+from ..sources import at_revision
 
 __all__ = ["fetch_range", "read_header"]
 
@@ -25,7 +26,7 @@ def read_header(
     repo: str, path: str, revision: str | None, size: int, token: str | bool | None
 ) -> dict[str, TensorInfo]:
     """Read the header of a safetensors file in a repository."""
-    where = f"{repo}@{revision}/{path}" if revision else f"{repo}/{path}"
+    where = f"{at_revision(repo, revision)}/{path}"
     start = fetch_range(repo, path, revision, 0, min(size, _FIRST_READ), token)
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or length > min(size - 8, _MAX_LENGTH):

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..display import bytes_text, numbers_text
 from ..layer_map import LayerMap
+from ..sources import at_revision
 
 __all__ = ["inspection_text"]
 
@@ -19,10 +20,10 @@ _SHOWN_APART = {"kind", "what", "revision", "ok", "notes", "problems", "layer_ma
 
 def inspection_text(fields: Mapping[str, Any]) -> str:
     """Return an inspection as text: a title, its fields, notes and problems, and the layer map."""
-    lines = [f"{_with_revision(fields['what'], fields['revision'])}: {fields['kind']}"]
+    lines = [f"{at_revision(fields['what'], fields['revision'])}: {fields['kind']}"]
     for name, value in fields.items():
         if name not in _SHOWN_APART and not name.endswith("revision") and not _is_empty(value):
-            shown = _with_revision(value, fields.get("_".join((name, "revision"))))
+            shown = at_revision(value, fields.get("_".join((name, "revision"))))
             lines += [f"  {line}" for line in _field(name, shown)]
     for label, texts in (("note", fields["notes"]), ("problem", fields["problems"])):
         lines += [f"  {line}" for text in texts for line in f"{label}: {text}".splitlines()]
@@ -69,10 +70,6 @@ def _value(name: str, value: Any) -> str:
 
 def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | Mapping) and not value)
-
-
-def _with_revision(name: Any, revision: str | None) -> Any:
-    return f"{name}@{revision}" if revision else name
 
 
 def _one_line(text: str) -> str:

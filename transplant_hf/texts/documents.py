@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, HubError
-from ..sources import LOG_IN, hub_errors
+from ..sources import LOG_IN, at_revision, hub_errors
 
 __all__ = ["TextSource", "as_source", "check_texts", "documents", "row_documents"]
 
@@ -305,7 +305,7 @@ _ROW_READERS = {"json": _json_rows, "jsonl": _jsonl_rows, "csv": _csv_rows, "par
 def _hub_documents(source: TextSource, token: str | bool | None) -> Iterator[str]:
     import datasets
 
-    where = f"{source.data}@{source.revision}" if source.revision else source.data
+    where = at_revision(source.data, source.revision)
     try:
         with hub_errors(source.data, source.revision):
             rows = datasets.load_dataset(
