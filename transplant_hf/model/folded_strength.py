@@ -45,18 +45,19 @@ def folded_strengths(
     for name, number in numbers.items():
         strength = scaled[name].spec.strength
         layer = stack[number]
-        own = {
-            key: torch.lerp(torch.full_like(weight, value), weight, strength)
-            for key, value in weights[number].items()
-            for weight in [layer.get_parameter(key).detach()]
-        }
+        silent = weights[number]
+        own = {key: _scaled(layer.get_parameter(key).detach(), silent[key], strength) for key in silent}
         if not _computes_the_same(layer, own, strength, calls[number]):
             return None
         for key, tensor in own.items():
             place = f"{path}.{number}.{key}"
-            value = weights[number][key]
-            folded[place] = tensor if state is None else value + (state[place] - value) * strength
+            folded[place] = tensor if state is None else _scaled(state[place], silent[key], strength)
     return folded
+
+
+def _scaled(weight: torch.Tensor, silent: float, strength: float) -> torch.Tensor:
+    """Scale how far a weight is from the value with which the layer adds nothing."""
+    return silent + (weight - silent) * strength
 
 
 @torch.no_grad()
