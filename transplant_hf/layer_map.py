@@ -246,7 +246,7 @@ def check_position(
 # Where a donor goes that recommends no position. These differ because what is known of the layers differs: training was
 # measured, extracted layers have a place in their own model, and the author of the paper has a rule.
 
-# Spread layers were ahead in models of 18 and 30 layers, and behind in one of 9 (docs/results.md).
+# Spread layers were ahead in a model of 30 layers and behind in one of 9 (docs/results.md); none between was tried.
 _DEEP = 12
 
 

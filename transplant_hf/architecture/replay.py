@@ -128,7 +128,7 @@ class Replay:
         return {
             name: (0.02 * torch.randn(parameter.shape, generator=generator)).to(parameter)
             for name, parameter in self.layer.named_parameters()
-            if not parameter.any() or bool((parameter == -1).all())
+            if _is_all(parameter, 0.0) or _is_all(parameter, -1.0)
         }
 
     def is_identity(self, values: Mapping[str, float], *, as_it_is: bool = False) -> bool:
@@ -208,6 +208,11 @@ class _Bare(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.layer.forward(*args, **kwargs)
+
+
+def _is_all(parameter: torch.Tensor, value: float) -> bool:
+    # Most weights are told by their first number, without a copy of their size.
+    return bool((parameter.flatten()[:1] == value).all()) and bool((parameter == value).all())
 
 
 def own_parameters(module: nn.Module) -> list[str]:

@@ -92,7 +92,7 @@ def sweep(
     model, found = measurement.model, _donors_in_memory(measurement.loaded, named, positions)
     for name, (donor, only) in found.items():
         at = _positions_of(donor, only, positions, mode, len(stack_of(model)))
-        _warn_of_recommendation(name, donor, at, defaults)
+        _warn_of_defaults(name, donor, at, defaults)
     if is_quantized(model) or layers_in_files(model) is not None:
         reference, rows = _measure_in_place(measurement, found, positions, mode, strengths)
     else:
@@ -247,7 +247,7 @@ def _positions_of(
     return [only] if only is not None else list(dict.fromkeys(range(last + 1) if positions is None else positions))
 
 
-def _warn_of_recommendation(name: str, donor: Donor, positions: Sequence[int], defaults: Collection[str]) -> None:
+def _warn_of_defaults(name: str, donor: Donor, positions: Sequence[int], defaults: Collection[str]) -> None:
     """Say that a donor recommends another mode or strength at a position than the defaults that are measured."""
     settings = {"mode": (donor.mode, "insert"), "strength": (f"{donor.strength:g}", "1")}
     others = {name: values for name, values in settings.items() if name in defaults and values[0] != values[1]}

@@ -95,8 +95,9 @@ class DonorTrainingArguments(PartTrainingArguments):
             donor are streamed; L - k to replace.
         donor_layers: k; by default 3, or one layer for each of several positions.
         start_layers: The recipient layers it starts from; by default the k before the position, or the replaced ones.
-        init: "identity" starts with output projections of zero, so that the recipient's output is unchanged; "copy"
-            starts with copies of the layers. A replacing donor always starts as a copy.
+        init: "identity" starts with output projections of zero, or with silent norms after them, so that the
+            recipient's output is unchanged; "copy" starts with copies of the layers. A replacing donor always starts
+            as a copy.
         donor_name: The donor's name; by default the text's.
         block_length: Tokens in a block; by default what the recipient can read, at most 1024.
         held_out_blocks: The largest number of blocks of each held-out text; by default all.
