@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from tests.helpers import copied, logits_of
 from tests.training.helpers import noise, recipient, trainer
 from transplant_hf import AutoModelWithTransplant, Donor, sign
 from transplant_hf.donor.signature import Signature
 from transplant_hf.partial import hidden_states
-from transplant_hf.training import train
+from transplant_hf.training import Part, PartTrainer, Rows, prefix, train
 
 TEXT, GENERAL = noise(80, 32), noise(80, 32, seed=2, name="general")
 
@@ -113,3 +114,26 @@ def test_states_are_read_where_prompts_begin(tmp_path: Path) -> None:
     states = hidden_states(recipient(), TEXT.tokens.long(), [made.signature.position])[made.signature.position]
     alike = states / states.pow(2).mean(-1, keepdim=True).sqrt()
     torch.testing.assert_close(made.signature.domain, alike.mean((0, 1)), rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_that_makes_no_donor_computes_nothing_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons and recoveries train through the same cache, and have no donor to sign."""
+    lengths: list[int] = []
+    block_states = prefix.block_states
+
+    def counted(model: Any, ids: torch.Tensor, *more: Any) -> torch.Tensor:
+        lengths.append(ids.shape[1])
+        return block_states(model, ids, *more)
+
+    monkeypatch.setattr(prefix, "block_states", counted)
+    rows = Rows(TEXT, 160, GENERAL, 0.5, 0)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=40, per_device_train_batch_size=4, save_strategy="no", use_cpu=True
+    )
+    model = recipient().requires_grad_(False)
+    model.model.layers[-1].requires_grad_(True)
+    made = PartTrainer(model, args, rows, part=Part(range(len(model.model.layers) - 1, len(model.model.layers))))
+    made.train()
+    assert made.cache_seconds > 0 and not lengths
+    trainer(tmp_path / "donor", train_dataset=TEXT, replay_dataset=GENERAL, max_steps=40, replay_share=0.5).train()
+    assert lengths == [8]

@@ -81,6 +81,7 @@ class DonorTrainer(TransplantTrainer):
 
     arguments_class = DonorTrainingArguments
     label_after = "with donor"
+    signs = True
 
     def prepare(self, data: RunData, args: Any) -> tuple[Any, Part, dict[str, Any]]:
         """Return the recipient with an untrained donor, the part that runs, and what identifies the run."""

@@ -88,6 +88,7 @@ class PartTrainer(Trainer):
     model: Any
     state: Any
     lr_scheduler: Any
+    signs = False  # whether the hidden states before the part also make a donor's signature
 
     def __init__(
         self,

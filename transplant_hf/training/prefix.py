@@ -133,9 +133,13 @@ class PrefixStates:
 
     @property
     def _can_sign(self) -> bool:
-        """Whether the run reads enough rows of the domain and of general text for a signature, and long ones."""
+        """Whether the run makes a signature, and reads enough long rows of the domain and of general text for it."""
         rows = self._trainer.rows
-        return rows.domain.block_length >= TOKENS and min(map(len, rows.used_by_text)) >= FEWEST_ROWS
+        return (
+            self._trainer.signs
+            and rows.domain.block_length >= TOKENS
+            and min(map(len, rows.used_by_text)) >= FEWEST_ROWS
+        )
 
     def signature(self, position: int) -> tuple[Signature, tuple[int, int]] | None:
         """Make a donor's signature of the hidden states that are there; returns it with its rows of each text."""
