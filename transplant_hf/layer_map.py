@@ -253,13 +253,11 @@ _DEEP = 12
 def trained_position(num_layers: int, count: int, mode: str = "insert", *, late: bool = False) -> Position:
     """Return the best measured position of a donor to train.
 
-    To replace layers, the last ones. To insert, positions that are spread through a deep recipient; with `late`, and in
-    other recipients, before the last layer, so that a training step runs as few layers as possible.
+    Positions are spread through a deep recipient. With `late`, and in other recipients, the donor is before the last
+    layer, or replaces the last layers, so that a training step runs as few layers as possible.
     """
-    if mode == "replace":
-        return max(num_layers - count, 0)
     if late or num_layers < max(_DEEP, 2 * count) or count == 1:
-        return max(num_layers - 1, 0)
+        return max(num_layers - (count if mode == "replace" else 1), 0)
     return spread_positions(num_layers, count)
 
 

@@ -84,7 +84,7 @@ def test_the_best_learning_rate_is_not_at_the_edge_of_those_tried() -> None:
 
 def test_each_method_is_also_measured_with_less_of_what_it_learned(report: ComparisonReport) -> None:
     views = {run.method: run for run in report.runs if (run.view, run.steps) == ("at 0.75", 4)}
-    assert set(views) == set(METHODS) - {"standalone", "last"}
+    assert set(views) == set(METHODS) - {"standalone"}
     for method, run in views.items():
         key = (method, run.learning_rate, 4, "")
         whole = next(one for one in report.runs if (one.method, one.learning_rate, one.steps, one.view) == key)
@@ -217,7 +217,7 @@ def test_a_library_that_is_missing_is_named_before_anything_is_read(monkeypatch:
     monkeypatch.setitem(sys.modules, "peft", None)
     for load in ("transplant_hf.comparison.study.load_model", "transplant_hf.comparison.study.model_and_tokenizer"):
         monkeypatch.setattr(load, lambda *args, **kwargs: pytest.fail("a model was loaded"))
-    without = "donor donor-end donor-spread standalone last full"
+    without = "donor donor-end donor-spread replace-spread standalone last full"
     needing = "lora and lora-matched and lora-last needs peft"
     with refused(ConfigurationError, needing, f"compare without: methods {without}"):
         compare("recipient", "text.txt", "general.txt")

@@ -58,8 +58,27 @@ def test_a_deep_recipient_has_spread_donors_by_default(blocks: Blocks, tmp_path:
     assert DonorTrainer(deep, arguments(tmp_path / "run"), blocks).position == (4, 8, 11)
     assert DonorTrainer(deep, arguments(tmp_path / "run", donor_layers=1), blocks).position == 11
     assert DonorTrainer(deep, arguments(tmp_path / "run", method="standalone"), blocks).position == 11
-    streamed = arguments(tmp_path / "run", stream_prefix=True)
-    assert DonorTrainer(str(tmp_path / "deep"), streamed, blocks).position == 11
+    streamed = {"stream_prefix": True}
+    assert DonorTrainer(str(tmp_path / "deep"), arguments(tmp_path / "run", **streamed), blocks).position == 11
+    assert DonorTrainer(deep, arguments(tmp_path / "run", mode="replace"), blocks).position == (4, 8, 11)
+    both = arguments(tmp_path / "run", mode="replace", **streamed)
+    assert DonorTrainer(str(tmp_path / "deep"), both, blocks).position == 9
+
+
+def test_replaced_layers_start_from_themselves(tiny_llama: Path, blocks: Blocks, tmp_path: Path) -> None:
+    recipient = plain(tiny_llama / "recipient")
+    before = logits_of(recipient)
+    args = arguments(tmp_path / "run", position=[1, 3], mode="replace")
+    trainer = DonorTrainer(recipient, args, blocks)
+    assert trainer.args.learning_rate == 1e-3 and trainer.transplant.layer_map.layers_of("noise") == [1, 3]
+    assert torch.equal(logits_of(trainer.transplant), before)
+    trainer.train()
+    trainer.save(tmp_path / "noise", recipient=str(tiny_llama / "recipient"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "noise")
+    trainer.finish()
+    assert len(again.model.layers) == len(recipient.model.layers)
+    assert torch.equal(logits_of(again), logits_of(trainer.transplant))
+    assert not torch.equal(logits_of(again), before)
 
 
 def test_a_recipient_that_does_not_fit_has_the_donor_before_its_last_layer(

@@ -22,7 +22,10 @@ from .options import (
 from .values import number, share, whole
 
 # Those of `comparison.METHODS`, which imports torch.
-_METHODS = ("donor", "donor-end", "donor-spread", "standalone", "lora", "lora-matched", "lora-last", "last", "full")
+_METHODS = (
+    *("donor", "donor-end", "donor-spread", "replace-spread", "standalone"),
+    *("lora", "lora-matched", "lora-last", "last", "full"),
+)
 
 
 def add(commands: Any) -> None:

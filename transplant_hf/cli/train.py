@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
     init = "initialize the donor so that it changes nothing, or as a copy of recipient layers"
     add_choice(train, "--init", ("identity", "copy"), init)
     position = "number of recipient layers before the donor (default: spread evenly through a recipient of at least 12 "
-    position += "layers; L-1 in others and with streamed layers; L-K to replace)"
+    position += "layers; L-1 in others and with streamed layers, or L-K to replace)"
     place = train.add_mutually_exclusive_group()
     add_number(place, "--position", position, None, whole(0), "P")
     spread = "spread the donor through the recipient: the position of each part, such as 10 20 29"

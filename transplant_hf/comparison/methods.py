@@ -123,6 +123,7 @@ def on_grid(rate: float, steps: int = 0) -> float:
 def in_place(setting: Setting, position: Position, mode: str = "insert") -> Prepared:
     """Prepare a donor that is trained inside the frozen recipient."""
     model, part = with_untrained_donor(setting.shared, position, setting.layers, mode=mode, name=_DONOR)
+    untrained = [parameter.detach().clone() for parameter in _trained(model)] if mode == "replace" else []
 
     @contextmanager
     def at_strength(strength: float) -> Iterator[Any]:
@@ -136,8 +137,31 @@ def in_place(setting: Setting, position: Position, mode: str = "insert") -> Prep
         lambda folder: donor_of(model).save_pretrained(folder, position=position, recipient="recipient"),
         part=part,
         removable=True,
-        at_strength=at_strength if mode == "insert" else None,
+        at_strength=at_strength if mode == "insert" else _interpolation(model, untrained),
     )
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _interpolation(
+    model: nn.Module, untrained: Sequence[torch.Tensor]
+) -> Callable[[float], AbstractContextManager[Any]]:
+    """Return `at_strength` for trained weights that take the place of untrained ones."""
+
+    @contextmanager
+    def at_strength(strength: float) -> Iterator[Any]:
+        parameters = _trained(model)
+        learned = [parameter.detach().clone() for parameter in parameters]
+        with torch.no_grad():
+            for parameter, before in zip(parameters, untrained, strict=True):
+                parameter.lerp_(before, 1 - strength)
+            yield model
+            for parameter, after in zip(parameters, learned, strict=True):
+                parameter.copy_(after)
+
+    return at_strength
 
 
 def donor_of(model: Any) -> Donor:
@@ -173,17 +197,7 @@ def _standalone(setting: Setting) -> Prepared:
 def _full(setting: Setting) -> Prepared:
     model = setting.load()
     model.requires_grad_(True)
-
-    @contextmanager
-    def at_strength(strength: float) -> Iterator[Any]:
-        learned = [parameter.detach().clone() for parameter in model.parameters()]
-        with torch.no_grad():
-            for parameter, before in zip(model.parameters(), setting.shared.parameters(), strict=True):
-                parameter.lerp_(before, 1 - strength)
-            yield model
-            for parameter, after in zip(model.parameters(), learned, strict=True):
-                parameter.copy_(after)
-
+    at_strength = _interpolation(model, list(setting.shared.parameters()))
     return Prepared(model, {"": lambda: nullcontext(model)}, model.save_pretrained, at_strength=at_strength)
 
 
@@ -247,6 +261,12 @@ METHODS: dict[str, Method] = {
             "donor, spread evenly",
             lambda s: in_place(s, spread_positions(s.count, s.layers)),
             1e-2,
+        ),
+        Method(
+            "replace-spread",
+            "layers replaced, spread evenly",
+            lambda s: in_place(s, spread_positions(s.count, s.layers), "replace"),
+            1e-3,
         ),
         Method("standalone", "donor, standalone (the paper's)", _standalone, 3e-3),
         Method("lora", "LoRA, all linear layers", _lora, 3e-3, "peft", by_width=False),

@@ -29,9 +29,9 @@ _CHOICES = {
     "cache_prefix": ("auto", "memory", "disk", "off"),
 }
 _PARTS = ("donor", "neighbors", "norms", "gate")
-# The best of three on a validation split, for a Llama of width 192 (docs/results.md).
+# The best of three on a validation split, for Llamas of width 192, and 576 for replaced layers (docs/results.md).
 _MEASURED_WIDTH = 192
-_LEARNING_RATES = {"in_place": 1e-2, "standalone": 3e-3}
+_LEARNING_RATES = {"in_place": 1e-2, "standalone": 3e-3, "replace": 1e-3}
 
 
 @dataclass
@@ -91,8 +91,8 @@ class DonorTrainingArguments(PartTrainingArguments):
         mode: "insert" adds layers; "replace" trains the layers at the position, and adds no cost at run time.
         position: How many recipient layers run before the donor, 0..L. Several, such as `(10, 20, 29)`, spread the
             donor through the recipient, in parts of one size. By default spread evenly, with one layer in each place,
-            if the recipient has at least 12 layers; L - 1 in others, for "standalone", and where the layers before the
-            donor are streamed; L - k to replace.
+            if the recipient has at least 12 layers; L - 1, or L - k to replace, in others, for "standalone", and where
+            the layers before the donor are streamed.
         donor_layers: k; by default 3, or one layer for each of several positions.
         start_layers: The recipient layers it starts from; by default the k before the position, or the replaced ones.
         init: "identity" starts with output projections of zero, or with silent norms after them, so that the
@@ -197,14 +197,14 @@ class RecoveryArguments(PartTrainingArguments):
             raise ConfigurationError("distillation is for training a donor. Set distillation=0.")
 
 
-def default_learning_rate(method: str, width: int) -> float:
+def default_learning_rate(method: str, mode: str, width: int) -> float:
     """Return the best measured learning rate, in proportion to 1 / width for models wider than the measured one.
 
     Example:
-        >>> default_learning_rate("in_place", 192), default_learning_rate("in_place", 768)
-        (0.01, 0.0025)
+        >>> default_learning_rate("in_place", "insert", 192), default_learning_rate("in_place", "replace", 768)
+        (0.01, 0.00025)
     """
-    return width_scaled(_LEARNING_RATES[method], width)
+    return width_scaled(_LEARNING_RATES["replace" if mode == "replace" else method], width)
 
 
 def width_scaled(rate: float, width: int) -> float:

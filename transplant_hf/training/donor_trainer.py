@@ -99,7 +99,7 @@ class DonorTrainer(TransplantTrainer):
         )
         if args.learning_rate is None:
             width = recipient.config.get_text_config(decoder=True).hidden_size
-            args.learning_rate = default_learning_rate(args.method, width)
+            args.learning_rate = default_learning_rate(args.method, args.mode, width)
         self.quantization = quantization_fields(recipient)
         transplanted, part = with_untrained_donor(
             recipient,
