@@ -19,6 +19,7 @@ from typing import Any
 
 import report
 import torch
+from cost import Cost
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -110,16 +111,15 @@ def _save(config: PreTrainedConfig, dtype: str, folder: Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
 
 
-def _train(folder: Path, options: argparse.Namespace) -> dict[str, int]:
+def _train(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as tiny:
         _save(_TINY, AutoConfig.from_pretrained(folder).dtype.__repr__().removeprefix("torch."), Path(tiny))
         changes = {"max_steps": 2, "block_length": 16, "position": None}
         _run(tiny, _arguments(options, f"{tiny}/run", **changes), options.ways[0])
-    before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    cost = Cost()
     _run(str(folder), _arguments(options, str(folder / "run")), options.ways[0])
-    return {"peak": _memory("VmHWM") - before}
+    return cost.so_far()
 
 
 def _run(folder: str, args: DonorTrainingArguments, way: str) -> None:
@@ -129,11 +129,6 @@ def _run(folder: str, args: DonorTrainingArguments, way: str) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")))
     args.stream_prefix = way == "streamed"
     DonorTrainer(folder, args, blocks, processing_class=tokenizer).train()
-
-
-def _memory(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":

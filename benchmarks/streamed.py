@@ -1,9 +1,11 @@
-"""Memory and seconds of training a donor whose recipient stays in its files, beside the same with it in memory.
+"""Memory and seconds of training or measuring a donor whose recipient stays in its files, beside the same in memory.
 
-Each run is a fresh process. Memory is the peak of resident memory, mapped pages included, above what the imports and a
-training of a tiny model took.
+Each run is a fresh process; the two kinds take turns. Memory is the peak of resident memory, mapped pages included,
+above what the imports, a training of a tiny model and its evaluation took. Seconds of all cores are beside those of the
+clock, which other programs make longer.
 
     python benchmarks/streamed.py --shape llama-1b --rounds 3
+    python benchmarks/streamed.py --shape llama-1b --rounds 3 --evaluate
     python benchmarks/streamed.py --shape llama-8b --streamed-only      # writes 16 GB
 """
 
@@ -11,18 +13,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import report
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from transplant_hf import extract
+
 __all__: list[str] = []
 
+_SECONDS = {
+    "states_processor_seconds": "processor s, states",
+    "states_seconds": "s, states",
+    "step_seconds": "s, steps",
+    "processor_seconds": "processor s",
+    "seconds": "s",
+}
 SHAPES: dict[str, LlamaConfig] = {
     "llama-1b": LlamaConfig(
         hidden_size=2048,
@@ -51,29 +65,41 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=16, help="blocks of 64 tokens")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--evaluate", action="store_true", help="measure a donor, instead of training one")
     parser.add_argument("--streamed-only", action="store_true")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
     options = parser.parse_args()
+    config = SHAPES[options.shape]
     print(report.header(report.facts(0)), end="\n\n")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        size = write_recipient(SHAPES[options.shape], Path(folder, "recipient"))
+        size = write_recipient(config, Path(folder, "recipient"))
+        if options.evaluate:
+            last = config.num_hidden_layers - 1
+            extract(Path(folder, "recipient"), Path(folder, "donor"), layers=[last - 1], position=last)
         kinds = ["streamed"] if options.streamed_only else ["streamed", "resident"]
-        runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+        runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
         for number in range(options.rounds):
             for kind in kinds if number % 2 == 0 else kinds[::-1]:
                 runs[kind].append(measure(Path(folder), kind, options))
                 print(kind, runs[kind][-1], file=sys.stderr)
-    rows = [row(kind, found, size) for kind, found in runs.items()]
-    head = [
-        options.shape, "GB above imports", "of the weights", "GB in all", "GB read", "s states", "s steps", "s in all",
-    ]  # fmt: skip
-    print(report.table(head, rows))
-    if len(kinds) > 1:
-        pairs = zip(runs["streamed"], runs["resident"], strict=True)
-        ratios = sorted(one["cache_seconds"] / other["cache_seconds"] for one, other in pairs)
-        print(f"\nhidden states, streamed by resident: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
-    planned = plan(SHAPES[options.shape])
-    print(f"\nweights {size / 1e9:.2f} GB; planned above imports, without activations: {planned / 1e9:.2f} GB")
+    print_runs(runs, size, [2 * parts(config)[0]] * (config.num_hidden_layers - 1))
+    if not options.evaluate:
+        print(f"planned above imports, without activations: {plan(config) / 1e9:.2f} GB")
+
+
+def print_runs(runs: Mapping[str, list[dict[str, Any]]], size: int, prefix: list[int]) -> None:
+    """Print a table of the runs of a recipient of a size in bytes, with layers of these sizes before the donor."""
+    timed = [name for name in _SECONDS if name in next(iter(runs.values()))[0]]
+    head = ["", "GB above imports", "of the weights", "GB in all", "GB read", *(_SECONDS[name] for name in timed)]
+    print(report.table(head, [row(kind, found, size, timed) for kind, found in runs.items()]))
+    print(f"\nweights {size / 1e9:.2f} GB, of the layers before the donor {sum(prefix) / 1e9:.2f} GB")
+    if "resident" in runs:
+        for name in timed:
+            ratio = report.compare(*([run[name] for run in runs[kind]] for kind in ("streamed", "resident")))
+            spread = f"{ratio.paired:.2f} ({ratio.paired_low:.2f} - {ratio.paired_high:.2f})"
+            print(f"{_SECONDS[name]}, streamed by resident: {spread}")
+    print("each byte of the layers before the donor was read", end=" ")
+    print("once" if all(run["read"] == prefix for run in runs["streamed"]) else "NOT once")
 
 
 def plan(config: LlamaConfig) -> float:
@@ -136,29 +162,27 @@ def write_recipient(config: LlamaConfig, folder: Path) -> int:
     return sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
 
 
-def measure(folder: Path, kind: str, options: argparse.Namespace) -> dict[str, float]:
-    """Train in a fresh process."""
+def measure(folder: Path, kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train or measure a donor in a fresh process."""
     with tempfile.TemporaryDirectory(dir=folder) as work:
         command = [sys.executable, str(Path(__file__).with_name("one_streamed.py")), str(folder / "recipient"), work]
         command += ["--blocks", str(options.blocks), "--steps", str(options.steps)]
         command += ["--batch-size", str(options.batch_size)]
         command += ["--resident"] if kind == "resident" else []
+        command += ["--donor", str(folder / "donor")] if options.evaluate else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def row(kind: str, runs: list[dict[str, float]], size: int) -> list[str]:
-    """Return a row of the table: the largest memory, the medians of seconds."""
-    above = max(run["peak"] - run["imports"] for run in runs)
-    middle = {
-        name: sorted(run[name] for run in runs)[len(runs) // 2] for name in ("cache_seconds", "step_seconds", "seconds")
-    }
-    read = f"{runs[0]['read'] / 1e9:.2f}" if runs[0]["read"] is not None else "-"
-    cells = [f"{above / 1e9:.2f}", f"{above / size:.2f}", f"{max(run['peak'] for run in runs) / 1e9:.2f}", read]
-    return [kind, *cells, *(f"{middle[name]:.1f}" for name in middle)]
+def row(kind: str, runs: list[dict[str, Any]], size: int, timed: list[str]) -> list[str]:
+    """Return a row of the table: smallest and largest memory, the medians of seconds."""
+    low, high = (found(run["peak"] for run in runs) for found in (min, max))
+    cells = [f"{low / 1e9:.2f} - {high / 1e9:.2f}", f"{low / size:.2f} - {high / size:.2f}"]
+    cells += [f"{max(run['peak'] + run['before'] for run in runs) / 1e9:.2f}", f"{sum(runs[0]['read']) / 1e9:.2f}"]
+    return [kind, *cells, *(f"{statistics.median(run[name] for run in runs):.1f}" for name in timed)]
 
 
 if __name__ == "__main__":

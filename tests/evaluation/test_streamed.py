@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.cli.conftest import run as run  # a fixture
+from tests.faults.test_disk_full import fill
 from tests.helpers import DONOR_POSITION, NUM_LAYERS, loaded, plain, refused, some_ids
 from transplant_hf import ConfigurationError, Donor
 from transplant_hf.evaluation import EvaluationReport, Perplexity, SweepReport, evaluate, strength_curve, sweep
@@ -113,6 +114,15 @@ def test_states_that_are_large_go_to_disk(tiny_llama: Path, tmp_path: Path, monk
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert same(found_in(evaluate(tiny_llama / "donor", TEXTS, stream=True, **HOW)), found_in(wanted))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room(tiny_llama: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transplant_hf.evaluation.streamed.MOST_IN_MEMORY", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    fill(small_disk, 20_000)
+    with refused(ConfigurationError, "bytes on disk", str(small_disk), "TMPDIR", "--max-tokens"):
+        evaluate(tiny_llama / "donor", TEXTS, stream=True, **HOW)
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
 def test_what_cannot_be_streamed_is_refused(tiny_llama: Path) -> None:

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from tests.faults.test_disk_full import fill
 from tests.helpers import BUILDERS, TOKENS, copied, logits_of, randomised, refused, run_python, write_tokenizer
 from tests.training.helpers import losses, noise, recipient, trainer
 from transplant_hf import AutoModelWithTransplant, CheckpointError, CompatibilityError, ConfigurationError, DataError
@@ -262,7 +263,7 @@ def test_a_disk_without_room(folder: Path, tmp_path: Path, small_disk: Path) -> 
 def test_a_disk_that_fills_up(folder: Path, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, cache = noise(200, 16), str(small_disk / "c")
     made = streamed(tmp_path / "out", folder, train_dataset=text, max_steps=40, prefix_cache_dir=cache)
-    monkeypatch.setattr(LayersInFiles, "load", then(LayersInFiles.load, 1, lambda: fill(small_disk)))
+    monkeypatch.setattr(LayersInFiles, "load", then(LayersInFiles.load, 1, lambda: fill(small_disk, 8192)))
     with refused(CheckpointError, "disk is full", "goes on from there"):
         made.train()
     monkeypatch.undo()
@@ -272,11 +273,6 @@ def test_a_disk_that_fills_up(folder: Path, tmp_path: Path, small_disk: Path, mo
     plain = streamed(tmp_path / "plain", folder, train_dataset=text, max_steps=40, stream_prefix=False)
     plain.train()
     assert same_donors(again, plain)
-
-
-def fill(disk: Path) -> None:
-    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-    (disk / "filler").write_bytes(b"x" * (free - 8192))
 
 
 def then(method: Any, layer: int, action: Callable[[], Any]) -> Any:
@@ -377,6 +373,23 @@ def test_a_kept_cache_needs_no_layer(folder: Path, tmp_path: Path) -> None:
     other = streamed(tmp_path / "three", folder, prefix_cache_dir=str(cache), train_dataset=noise(seed=4))
     other.train()
     assert len(list(cache.iterdir())) == 2
+
+
+def test_a_disk_needs_room_only_for_what_is_missing(folder: Path, tmp_path: Path, small_disk: Path) -> None:
+    how: dict[str, Any] = {"train_dataset": noise(160), "max_steps": 40, "prefix_cache_dir": str(small_disk)}
+    streamed(tmp_path / "one", folder, **how).train()
+    (kept,) = small_disk.iterdir()
+    states = kept / "text-0.3.states"
+    fill(small_disk, 8192)
+    streamed(tmp_path / "two", folder, **how).train()
+    (small_disk / "filler").unlink()
+    # Killed after layer 2, before it removed the states after layer 1.
+    shutil.copy(states, kept / "text-0.1.states")
+    states.rename(kept / "text-0.2.states")
+    (kept / "record.json").write_text('{"layers": 2}')
+    fill(small_disk, 8192)
+    streamed(tmp_path / "three", folder, **how).train()
+    assert sorted(path.name for path in kept.iterdir()) == ["record.json", states.name]
 
 
 def test_two_runs_share_a_folder(folder: Path, tmp_path: Path, warned: list[str]) -> None:

@@ -82,5 +82,6 @@ class Streams:
                 position,
                 batch_size=self._batch_size,
                 folder=folder,
+                temporary=True,
                 quiet=self._quiet,
             )

@@ -119,6 +119,7 @@ def stream_prefix(
     *,
     batch_size: int = 16,
     folder: Path | None = None,
+    temporary: bool = False,
     identity: Mapping[str, Any] | None = None,
     limit: int | None = None,
     autocast: Any = None,
@@ -126,7 +127,8 @@ def stream_prefix(
 ) -> StreamedStates:
     """Compute the hidden states of texts before a position, of which all layers stay in files, layer by layer.
 
-    They are kept in memory, or in `folder`, where a computation that was stopped goes on after its last whole layer.
+    They are kept in memory, or in `folder`, where a computation that was stopped goes on after its last whole layer,
+    unless the folder is `temporary`.
     `identity` is what they depend on besides the model's files: other states in the folder are not used. `autocast`
     returns the context manager under which the model will be trained.
     """
@@ -145,7 +147,7 @@ def stream_prefix(
             about = {**(identity or {}), "position": position, "files": held.files, "shapes": shapes}
             about |= {"dtype": str(dtype), "batch_size": batch_size, "layers": _layers_before(model, position)}
             key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
-            files = StateFiles(folder / key, shapes, dtype, position, limit)
+            files = StateFiles(folder / key, shapes, dtype, position, limit, temporary)
             with locked(files.make_folder(), lambda: _say_waiting(files)):
                 files.open()
                 run.through(files, position)

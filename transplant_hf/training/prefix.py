@@ -20,7 +20,7 @@ from ..evaluation.streamed import texts_of
 from ..evaluation.windows import Windows
 from ..model.layers_in_files import layers_in_files
 from ..partial import PrefixCache, fill_cache
-from ..partial.state_files import MOST_IN_MEMORY
+from ..partial.state_files import MOST_IN_MEMORY, refuse_small_disk
 from ..partial.states import block_ids, block_states
 from ..partial.streaming import StreamedStates, Text, stream_prefix
 from ..texts import Blocks
@@ -91,9 +91,6 @@ class PrefixStates:
             with args.main_process_first(desc="hidden states before the part"):
                 self._stream(position, identity, how)
             return
-        if self._can_sign:
-            with eval_mode(model):
-                self._probe = block_states(model, block_ids(model, _probe(), [0]), position, how["autocast"])
         width = model.config.get_text_config(decoder=True).hidden_size
         size = len(numbers) * rows.domain.block_length * width * model.dtype.itemsize
         on_disk = plan.kind == "disk" or (plan.kind == "auto" and size > MOST_IN_MEMORY) or args.world_size > 1
@@ -102,10 +99,18 @@ class PrefixStates:
         count = min(get_int_from_env(["LOCAL_WORLD_SIZE"], 1), args.world_size, len(numbers))
         shares = [numbers[len(numbers) * n // count : len(numbers) * (n + 1) // count] for n in range(count)]
         how["limit"] = None if plan.limit is None else plan.limit // count
+        names = [key] if count == 1 else [f"{key}-{share + 1}-of-{count}" for share in range(count)]
+        files = [self.folder / f"{name}.states" for name in names]
+        if on_disk:
+            there = sum(file.stat().st_size for file in files if file.is_file())
+            refuse_small_disk(self.folder, size - there)
+            trainer.accelerator.wait_for_everyone()  # before one of them writes
+        if self._can_sign:
+            with eval_mode(model):
+                self._probe = block_states(model, block_ids(model, _probe(), [0]), position, how["autocast"])
 
         def filled(share: int) -> PrefixCache:
-            name = key if count == 1 else f"{key}-{share + 1}-of-{count}"
-            file = self.folder / f"{name}.states" if on_disk else None
+            file = files[share] if on_disk else None
             return fill_cache(model, rows.blocks, shares[share], position, file=file, **how)
 
         if count > 1:
