@@ -90,6 +90,11 @@ def test_neither_a_folder_nor_a_hub_id(tree: Path, reference: str) -> None:
         locate(reference, files=("config.json",))
 
 
+def test_a_position_with_a_model_says_where_it_belongs() -> None:
+    with refused(ConfigurationError, "'user/law@3'", "--donor DONOR@POSITION"):
+        locate("user/law@3", files=("config.json",))
+
+
 def test_hub_options_are_picked_out_of_a_call() -> None:
     options = HubOptions.from_kwargs({"token": "hf_x", "local_files_only": True, "dtype": "auto", "cache_dir": None})
     assert options == HubOptions(token="hf_x", local_files_only=True)

@@ -266,7 +266,7 @@ def trained_placement(
 ) -> Placement:
     """Return where a donor to train goes, by default at the best measured position; refuse what the recipient lacks."""
     position = trained_position(num_layers, count, mode, late=late) if position is None else position
-    placement = Placement("the donor", position, tuple(range(count)), mode == "replace")
+    placement = Placement("donor", position, tuple(range(count)), mode == "replace")
     Splice(num_layers, [placement])  # checks the position
     return placement
 

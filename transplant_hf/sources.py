@@ -268,7 +268,8 @@ def hub_errors(reference: str, revision: str | None = None, or_folder: bool = Fa
     try:
         yield
     except HFValidationError as error:
-        raise ConfigurationError(f"{reference!r} is neither a folder nor a Hub id: {error}") from error
+        hint = " A donor's position goes with donors= (--donor DONOR@POSITION)." if "@" in reference else ""
+        raise ConfigurationError(f"{reference!r} is neither a folder nor a Hub id: {error}{hint}") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, _HTTP_ERROR, ConnectionError) as error:
         missing = isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError))
         no_folder = or_folder and missing and not isinstance(error, GatedRepoError)

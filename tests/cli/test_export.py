@@ -67,11 +67,12 @@ def test_what_is_refused_is_one_sentence(family: Path, tmp_path: Path, run: Run)
 
 
 @pytest.mark.hub
-def test_export_from_the_hub(both: Shelf, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_from_the_hub(both: Shelf, tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture) -> None:
     """With every revision pinned, the card naming them; the recipient's tokenizer is fetched, once."""
     status, out, _ = run("export", both.law, tmp_path / "full", "--json")
     found = json.loads(out)
     assert status == 0 and found["recipient"] == f"{both.base}@{both.base_commit}" and found["verified"]
+    assert "No files matched" not in caplog.text  # the client's, for an adapter that is not there
     card = (tmp_path / "full" / "README.md").read_text()
     assert both.base_commit in card and both.law_commit in card and "base_model_relation: merge" in card
     assert {"tokenizer.json", "tokenizer_config.json"} <= {path.name for path in (tmp_path / "full").iterdir()}

@@ -21,6 +21,13 @@ def test_evaluate(tiny_llama: Path, text: Path, run: Run) -> None:
     }
 
 
+def test_strengths_without_donors(tiny_llama: Path, text: Path, run: Run) -> None:
+    status, _, err = run(
+        "evaluate", tiny_llama / "recipient", "--text", text, "--block-length", 16, "--strengths", 0, 1
+    )
+    assert status == 1 and "the strength of donors cannot be set" in err and "--donor" in err
+
+
 def test_sweep(tiny_llama: Path, text: Path, run: Run) -> None:
     words = ("sweep", tiny_llama / "recipient", tiny_llama / "donor", "--text", text, "--block-length", 16)
     status, out, _ = run(*words, "--strengths", 1, 0.5)

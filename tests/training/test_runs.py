@@ -46,8 +46,8 @@ def test_every_line_of_the_summary_has_a_value() -> None:
     for texts in (["law"], ["law", "general"]):
         held_out = {text: {"recipient": 20.0, "with donor": 10.0} for text in texts}
         lines = str(dataclasses.replace(report, held_out=held_out)).splitlines()[2:]
-        assert len(lines) == 6 + 2 * len(texts) and all(re.search(r"  +\S| [0-9.]+$", line) for line in lines), lines
-    assert "perplexity with donor on general 10.00" in lines
+        assert len(lines) == 6 + len(texts) and all(re.match(r".{19} \S", line) for line in lines), lines
+    assert "perplexity          general: recipient 20.00, with donor 10.00" in lines
 
 
 # -- First -----------------------------------------------------------------------------------------------------------

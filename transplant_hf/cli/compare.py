@@ -22,10 +22,18 @@ from .options import (
 from .values import number, share, whole
 
 # Those of `comparison.METHODS`, which imports torch.
-_METHODS = (
-    *("donor", "donor-end", "donor-spread", "replace-spread", "standalone"),
-    *("lora", "lora-matched", "lora-last", "last", "full"),
-)
+_METHODS = {
+    "donor": "before the last layer",
+    "donor-end": "after the last layer",
+    "donor-spread": "at equal distances",
+    "replace-spread": "layers at equal distances are trained and replaced",
+    "standalone": "the paper's",
+    "lora": "all linear layers",
+    "lora-matched": "as many parameters as the donor",
+    "lora-last": "the last K layers",
+    "last": "the last K layers, whole",
+    "full": "fine-tuning",
+}
 
 
 def add(commands: Any) -> None:
@@ -44,7 +52,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--other", metavar="TEXT", action="append", default=[], help=other)
     add_text(parser)
     add_donors(parser)
-    only = f"only these methods (default: all): {', '.join(_METHODS)}"
+    only = f"only these methods (default: all): {', '.join(f'{name} ({what})' for name, what in _METHODS.items())}"
     parser.add_argument("--methods", nargs="+", choices=_METHODS, metavar="NAME", help=only)
     rates = "learning rates to try (default: those of each method)"
     add_number(parser, "--learning-rates", rates, None, number(above=0), "LR", nargs="+")

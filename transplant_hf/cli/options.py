@@ -172,7 +172,7 @@ def add_measuring(parser: Parser, strengths: str, plot: str, **text: Any) -> Non
     )
     add_number(parser, "--strengths", strengths, None, number(), "S", nargs="+")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=plot)
-    add_overwrite(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --plot if it exists")
     add_text(parser)
     add_number(parser, "--max-tokens", "stop after this many tokens of each text", None, whole(2))
     add_number(parser, "--stride", "window stride in tokens (default: no overlap)")
@@ -231,7 +231,9 @@ def _quantization(options: argparse.Namespace) -> Any:
     if not (in_4bit or in_8bit):
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigurationError("--load-in-4bit and --load-in-8bit need the package bitsandbytes: pip install it.")
+        raise ConfigurationError(
+            "--load-in-4bit and --load-in-8bit need the package bitsandbytes: pip install bitsandbytes."
+        )
     from transformers import BitsAndBytesConfig
 
     if in_8bit:

@@ -80,7 +80,8 @@ def add(commands: Any) -> None:
         choices=("donor", "neighbors", "neighbours", "norms", "gate"),  # "neighbours" for one release
         default=["donor", "neighbors"],
         metavar="PART",
-        help="parts to train: donor, neighbors, norms, gate (default: donor neighbors)",
+        help="parts to train: donor, neighbors (recipient layers beside it), norms (only the norms of both), gate (the "
+        "donor's strength) (default: donor neighbors)",
     )
     add_number(recover, "--neighbors", "recipient layers on each side", 1, whole(0))
     old_spelling(recover, "--neighbours", "--neighbors", "neighbors", type=whole(0))

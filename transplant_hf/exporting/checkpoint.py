@@ -184,7 +184,7 @@ def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def refuse_adapters(request: LoadRequest, recipient: Recipient) -> None:
     """Refuse adapters beside the recipient or the transplant: a plain checkpoint holds weights alone."""
-    files = (f"{ADAPTER_CONFIG}*",)
+    files = (f"{ADAPTER_CONFIG}*", "config.json")  # a pattern that matches no file would be a warning of the client
     beside = locate(recipient.reference, files=files, revision=recipient.revision, hub=recipient.hub)
     for place in filter(None, (request.adapter, beside)):
         if (place.folder / ADAPTER_CONFIG).exists():
@@ -221,7 +221,8 @@ def refuse_beyond_native(blueprint: Blueprint) -> None:
             raise ConfigurationError(
                 f"donor {part.name!r} has strength {part.spec.strength}, which a plain checkpoint cannot express. "
                 f"Either {_LOAD}, which folds the strength into the weights where that is exact and otherwise writes "
-                "the transplant format; or export the donor at strength 1, by naming recipient, donor and position."
+                "the transplant format; or export the donor at strength 1, by naming recipient, donor and position "
+                "(transplant-hf export RECIPIENT OUTPUT --donor DONOR@POSITION)."
             )
     if blueprint.side_by_side_groups:
         raise ConfigurationError(

@@ -239,7 +239,7 @@ def _refuse_transplant(file: GgufFile, blueprint: Blueprint) -> None:
             raise ConfigurationError(
                 f"donor {part.name!r} has strength {part.spec.strength}, which a GGUF file cannot say, and which "
                 "scaled weights do not equal: the MLP of its layers reads what their attention adds. Export it at "
-                "strength 1, by naming the donor and its position."
+                "strength 1, by naming the donor and its position (DONOR@POSITION)."
             )
     if blueprint.side_by_side_groups:
         raise ConfigurationError(

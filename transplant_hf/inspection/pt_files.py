@@ -33,7 +33,9 @@ def inspect_pt(path: Path, arguments: InspectArguments) -> PtInspection:
     beside = path.parent / METADATA_FILE
     found = PtInspection(
         what=arguments.what,
-        notes=() if arguments.recipient else ("name the source model to see which of its layers these are.",),
+        notes=()
+        if arguments.recipient
+        else ("name the source model (recipient=, --recipient) to see which of its layers these are.",),
         problems=tuple(_false_claims(file)),
         size=path.stat().st_size,
         tensors={name: PtTensorFinding(t.shape, dtype_name(t.dtype)) for name, t in file.tensors.items()},

@@ -246,7 +246,7 @@ def with_untrained_donor(
     """Return the recipient with an untrained donor, whose parameters alone require gradients, and what runs of it."""
     layer_map = getattr(recipient, "layer_map", None) or [(RECIPIENT, n) for n in range(len(stack_of(recipient)))]
     numbers = [number for number, (source, _) in enumerate(layer_map) if source == RECIPIENT]
-    placement = Placement("the donor", position, tuple(range(count)), mode == "replace")
+    placement = Placement(name, position, tuple(range(count)), mode == "replace")
     start = list(start_layers or starting_layers(placement, len(numbers)))
     if min(start) < 0 or max(start) >= len(numbers):
         raise ConfigurationError(

@@ -91,8 +91,8 @@ class TrainingReport:
                 f"signed              from {self.signed[0]} rows of the text and {self.signed[1]} of general text"
             )
         for text, numbers in self.held_out.items():
-            on = f" on {text}" if len(self.held_out) > 1 else ""
-            lines += [f"{f'perplexity {name}{on}':<19} {value:.2f}" for name, value in numbers.items()]
+            measured = ", ".join(f"{name} {value:.2f}" for name, value in numbers.items())
+            lines.append(f"perplexity          {text}: {measured}")
         return "\n".join(lines)
 
 
