@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tests.helpers import refused, some_ids, tiny_llama_model, two_donors
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, DonorSpec
@@ -44,6 +45,26 @@ def test_as_rows_of_a_batch(model: Any) -> None:
     with model.using(rows=CHOICES):
         wanted = model.generate(ids.repeat(4, 1), attention_mask=mask.repeat(4, 1), **NEW)
     assert torch.equal(model.generate_each({"input_ids": ids, "attention_mask": mask}, CHOICES, **NEW), wanted)
+    assert torch.equal(model.generate_each(ids, CHOICES, attention_mask=mask, **NEW), wanted)
+
+
+def test_what_is_recorded_of_the_prompt(model: Any) -> None:
+    how = {**NEW, "return_dict_in_generate": True, "output_hidden_states": True}
+    ids = some_ids(batch=1)
+    with model.using(rows=CHOICES):
+        wanted = model.generate(ids.repeat(4, 1), **how)
+    found = model.generate_each(ids, CHOICES, **how)
+    assert [[one.shape for one in step] for step in found.hidden_states] == [
+        [one.shape for one in step] for step in wanted.hidden_states
+    ]
+
+
+def test_a_generation_config_leaves_to_the_models_own_what_it_does_not_set(model: Any) -> None:
+    ids, given = some_ids(batch=1), GenerationConfig(**NEW)
+    model.generation_config.num_beams = 2
+    with model.using(rows=CHOICES):
+        wanted = model.generate(ids.repeat(4, 1), generation_config=given)
+    assert torch.equal(model.generate_each(ids, CHOICES, generation_config=given), wanted)
 
 
 def test_a_donor_before_all_layers_and_short_prompts(tiny: Path) -> None:
@@ -78,6 +99,8 @@ def test_refusals(model: Any, tiny_llama: Path) -> None:
     for inputs in (some_ids(), torch.zeros(1, 0, dtype=torch.long), {"attention_mask": torch.ones(1, 3)}):
         with refused(ConfigurationError, "one prompt", "input_ids [1, tokens]"):
             model.generate_each(inputs, ["a"])
+    with refused(ConfigurationError, "one prompt", "'attention_mask': 2"):
+        model.generate_each(some_ids(batch=1), ["a"], attention_mask=torch.ones(2, 11))
     with refused(ConfigurationError, "leave out past_key_values"):
         model.generate_each(some_ids(batch=1), ["a"], past_key_values=None)
     with refused(ConfigurationError, "no donor is named 'x'"):

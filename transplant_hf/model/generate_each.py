@@ -19,6 +19,15 @@ from .calls import arguments_by_name
 
 # Arguments of layers that the rows of one prompt can share, with 1 in their first dimension.
 _SHARED = {"attention_mask": 4, "position_ids": 2, "position_embeddings": 3}
+# What makes `generate` read the prompt itself.
+_NOT_SHARED = (
+    "cache_implementation",
+    "prompt_lookup_num_tokens",
+    "assistant_model",
+    "prefill_chunk_size",
+    "output_hidden_states",
+    "output_attentions",
+)
 
 
 class _CannotShare(Exception):  # noqa: N818 - not an error
@@ -28,9 +37,14 @@ class _CannotShare(Exception):  # noqa: N818 - not an error
 def generate_each(model: Any, inputs: Any, donors: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     """Generate for each of several choices; see `TransplantMixin.generate_each`."""
     given = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else dict(inputs)
+    # Arguments with a row for each prompt, such as attention_mask, belong to the prompt wherever they are passed.
+    tensors = {name: one for name, one in kwargs.items() if isinstance(one, torch.Tensor) and one.dim() > 1}
+    kwargs = {name: one for name, one in kwargs.items() if name not in tensors or name in given}
+    given = tensors | given
     ids = given.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
-        found = list(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
+    rows_of = {name: len(one) for name, one in given.items() if isinstance(one, torch.Tensor) and one.dim()}
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or {*rows_of.values()} != {1} or not ids.shape[1]:
+        found = f"rows {rows_of}" if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise ConfigurationError(
             f"generate_each answers one prompt, input_ids [1, tokens] with at least one token; got {found}. For "
             "several prompts call generate inside using(rows=[...])."
@@ -44,15 +58,18 @@ def generate_each(model: Any, inputs: Any, donors: Sequence[Any], kwargs: Mappin
 
 
 def _is_plain(model: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether each row is one sequence, which a dynamic cache serves."""
-    config = kwargs.get("generation_config") or model.generation_config
-    several = [kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")]
-    other = [
-        kwargs.get(name, getattr(config, name, None))
-        for name in ("cache_implementation", "prompt_lookup_num_tokens", "assistant_model", "prefill_chunk_size")
-    ]
-    cached = kwargs.get("use_cache", getattr(config, "use_cache", True)) is not False
-    return cached and not any(other) and all(number in (None, 1) for number in several) and not model.training
+    """Whether each row is one sequence, which a dynamic cache serves, and nothing is recorded of the prompt."""
+
+    def value(name: str) -> Any:
+        # As `generate` does: a generation_config that is passed leaves to the model's own what it does not set.
+        places = (kwargs.get("generation_config"), model.generation_config)
+        found = (kwargs.get(name), *(getattr(place, name, None) for place in places))
+        return next((one for one in found if one is not None), None)
+
+    several = [value(name) for name in ("num_beams", "num_return_sequences")]
+    other = [value(name) for name in _NOT_SHARED]
+    plain = value("use_cache") is not False and not any(other) and all(number in (None, 1) for number in several)
+    return plain and not model.training
 
 
 def _shared_prompt(model: Any, given: Mapping[str, Any], count: int) -> Cache | None:
