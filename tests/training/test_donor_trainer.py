@@ -155,12 +155,19 @@ def test_steps_follow_from_epochs(tmp_path: Path) -> None:
     assert made.args.max_steps == 16  # 48 rows of law, a quarter more rows of general text, four in a step
 
 
+def test_layers_to_start_from_say_how_many_there_are(tmp_path: Path) -> None:
+    made = trainer(tmp_path, donor_layers=None, start_layers=[0, 1], mode="replace")
+    assert made.position == 2 and made.transplant.layer_map.layers_of(made.donor_name) == [2, 3]
+
+
 @pytest.mark.parametrize(
     ("fields", "facts"),
     [
         ({"position": 5}, ("position 5 of", "outside 0..4", "4 layers")),
         ({"position": 3, "mode": "replace"}, ("position 3 of", "outside 0..2", "2 are replaced")),
         ({"donor_layers": 5}, ("donor of 5 layers", "4 layers")),
+        ({"donor_layers": 2, "start_layers": [1]}, ("start_layers", "names 1 layers, [1]", "donor has 2")),
+        ({"donor_layers": None, "position": (1, 3), "start_layers": [1]}, ("1 layers", "2 parts", "[1, 3]")),
         ({"method": "alone"}, ("method must be one of", "'alone'")),
         ({"distillation": -1.0}, ("distillation", "-1.0")),
         ({"distillation": 1.0, "mode": "replace"}, ("distillation", "insert")),

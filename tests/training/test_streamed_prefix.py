@@ -146,7 +146,7 @@ def test_the_same_donor_and_each_layer_read_once(kind: str, tmp_path: Path) -> N
         {"position": LAYERS},
         {"position": (1, 3), "donor_layers": 2},
         {"mode": "replace"},
-        {"init": "copy", "start_layers": [0]},
+        {"init": "copy", "start_layers": [0], "donor_layers": 1},
         {"distillation": 1.0},
         {"bf16": True},
         {"cache_prefix": "memory"},

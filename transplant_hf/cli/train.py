@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
     add_number(place, "--position", position, None, whole(0), "P")
     spread = "spread the donor through the recipient: the position of each part, such as 10 20 29"
     place.add_argument("--positions", nargs="+", type=whole(0), dest="position", metavar="P", help=spread)
-    count = "number of layers (default: 3, or one for each of --positions)"
+    count = "number of layers (default: 3, or as many as --start-layers or --positions)"
     add_number(train, "--count", count, metavar="K", dest="donor_layers")
     old_spelling(train, "--layers", "--count", "donor_layers", type=whole())
     add_layers(train, "--start-layers", "recipient layers to start from, such as 4 5 6 or 4-6")

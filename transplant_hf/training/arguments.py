@@ -93,7 +93,7 @@ class DonorTrainingArguments(PartTrainingArguments):
             donor through the recipient, in parts of one size. By default spread evenly, with one layer in each place,
             if the recipient has at least 12 layers; L - 1, or L - k to replace, in others, for "standalone", and where
             the layers before the donor are streamed.
-        donor_layers: k; by default 3, or one layer for each of several positions.
+        donor_layers: k; by default as many as `start_layers`, one for each of several positions, or 3.
         start_layers: The recipient layers it starts from; by default the k before the position, or the replaced ones.
         init: "identity" starts with output projections of zero, or with silent norms after them, so that the
             recipient's output is unchanged; "copy" starts with copies of the layers. A replacing donor always starts
@@ -138,9 +138,15 @@ class DonorTrainingArguments(PartTrainingArguments):
         if self.position is not None:
             self.position = DonorSpec("donor", self.position).position  # which checks it
         if self.donor_layers is None:
-            self.donor_layers = len(self.position) if isinstance(self.position, tuple) else 3
+            counted = self.start_layers or (self.position if isinstance(self.position, tuple) else range(3))
+            self.donor_layers = len(counted)
         if self.donor_layers < 1:
             raise ConfigurationError(f"donor_layers (--count) must be at least 1, got {self.donor_layers}.")
+        if self.start_layers is not None and len(self.start_layers) != self.donor_layers:
+            raise ConfigurationError(
+                f"start_layers (--start-layers) names {len(self.start_layers)} layers, {list(self.start_layers)}, but "
+                f"the donor has {self.donor_layers} (donor_layers, --count). Leave out one of them."
+            )
         if self.method == "standalone" and self.mode == "replace":
             raise ConfigurationError(
                 'method="standalone" (--method) trains layers alone; use mode="insert" (--mode) with it.'
