@@ -45,6 +45,17 @@ def test_sweep(tiny_llama: Path, text: Path, run: Run) -> None:
     assert "donor cannot go to position 9: position 9 of donor 'donor' is outside 0..4" in out
 
 
+def test_options_of_texts_reach_those_that_they_apply_to(tiny_llama: Path, text: Path, run: Run) -> None:
+    words = ("evaluate", tiny_llama / "donor", "--text", text, "--block-length", 16, "--column", "body")
+    status, _, err = run(*words)
+    assert status == 2 and f"--column applies to none of the texts: {text}" in err
+    table = text.with_name("rows.jsonl")
+    table.write_text(json.dumps({"title": "x", "body": text.read_text()}))
+    status, out, _ = run(*words, "--text", table, "--json")
+    rows = json.loads(out)["rows"]
+    assert status == 0 and len({row["perplexity"] for row in rows if row["model"] == "recipient"}) == 1
+
+
 def test_what_is_refused_is_one_sentence(tiny_llama: Path, text: Path, run: Run) -> None:
     status, out, err = run("evaluate", tiny_llama / "donor", "--text", text, "--text", text)
     assert (status, out) == (1, "")

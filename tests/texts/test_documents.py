@@ -129,6 +129,22 @@ def test_a_damaged_table_is_refused_by_name(tmp_path: Path, name: str, content: 
         read(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "told"),
+    [
+        ("a.txt", {"column": "body"}, "is not a table: leave out column"),
+        ("a.jsonl", {"revision": "v1", "config": "all"}, "leave out config, revision"),
+        ("", {"config": "all"}, "leave out config"),
+    ],
+)
+def test_fields_that_say_nothing_about_a_file_are_refused(
+    tmp_path: Path, name: str, fields: dict[str, str], told: str
+) -> None:
+    (tmp_path / (name or "a.txt")).write_text('{"body": "x"}')
+    with refused(DataError, told):
+        read(tmp_path / name, **fields)
+
+
 def test_a_name_is_not_a_pattern(tmp_path: Path) -> None:
     (tmp_path / "a[1].jsonl").write_text('{"text": "right"}')
     (tmp_path / "a1.jsonl").write_text('{"text": "wrong"}')

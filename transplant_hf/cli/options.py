@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -141,13 +142,23 @@ def add_text(parser: Parser, block_length: bool = True) -> None:
 
 
 def text_source(specification: str | None, options: argparse.Namespace) -> Any:
-    """Return the text of a specification such as `law=user/cases:test`; `None` stays `None`."""
+    """Return the text of a specification such as `law=user/cases:test`; `None` stays `None`.
+
+    The options are those of all texts of a command: each takes those that apply to it, and one of them has to.
+    """
     from ..texts import TextSource
 
     if specification is None:
         return None
-    how = {"column": options.column, "config": options.config, "streaming": options.streaming}
-    return TextSource.parse(specification, revision=options.text_revision, **how)
+    how = {"column": options.column, "config": options.config, "revision": options.text_revision}
+    words = [getattr(options, name, None) or () for name in ("text", "general", "held_out", "other")]
+    names = {name for word in words for name in ([word] if isinstance(word, str) else word)}
+    unused = [{*TextSource.parse(name, **how).unused} for name in names]
+    for field in sorted(set.intersection(*unused)):
+        flag = "--text-revision" if field == "revision" else f"--{field}"
+        options.usage_error(f"{flag} applies to none of the texts: {', '.join(sorted(names))}")
+    source = TextSource.parse(specification, streaming=options.streaming, **how)
+    return dataclasses.replace(source, **dict.fromkeys(source.unused))
 
 
 def text_sources(specifications: Iterable[str], options: argparse.Namespace) -> dict[str, Any]:

@@ -95,6 +95,14 @@ class TextSource:
         parsed = {key: value for key, value in (("name", name), ("split", split)) if value is not None}
         return cls(data, **{**fields, **parsed})
 
+    @property
+    def unused(self) -> list[str]:
+        """The fields that are given although the text is a file or folder that they say nothing about."""
+        path = Path(self.data).expanduser()
+        in_tables = () if path.is_dir() or _FORMATS.get(path.suffix) != "text" else ("column",)
+        names = ("config", "revision", *in_tables) if path.exists() else ()
+        return [name for name in names if getattr(self, name) is not None]
+
     def __str__(self) -> str:
         parts = [self.data, *([f"config {self.config}"] if self.config else []), f"split {self.split}"]
         return ", ".join(parts) + (f" @{self.revision}" if self.revision else "")
@@ -131,6 +139,11 @@ def _local_documents(source: TextSource) -> Iterator[str] | None:
     """Return the documents of files; `None` for a dataset on the Hub."""
     path = Path(source.data).expanduser()
     if path.exists():
+        if source.unused:
+            raise DataError(
+                f"{path} is not a {'table' if source.unused == ['column'] else 'dataset on the Hub'}: leave out "
+                f"{', '.join(source.unused)}."
+            )
         return _file_documents(_files_of_split(path, source.split), source.column)
     is_path = path.is_absolute() or source.data.startswith((".", "~")) or source.data.count("/") > 1
     if is_path or path.suffix in _FORMATS:
