@@ -47,6 +47,10 @@ def test_what_no_plain_checkpoint_can_say(tiny_gpt2: Path, inverse_gpt2: Path, t
         export(recipient, out, {str(wide_donor(tmp_path)): 1})
     with refused(ConfigurationError, "bfloat16, float16, float32", "int8"):
         export(tiny_gpt2 / "donor", out, dtype="int8")
+    with refused(ConfigurationError, "--max-shard-size", "got '1XB'"):
+        export(tiny_gpt2 / "donor", out, max_shard_size="1XB")
+    with refused(ConfigurationError, "full.gguf would be a folder", "--gguf"):
+        export(tiny_gpt2 / "donor", tmp_path / "full.gguf")
     assert_nothing_left(tmp_path)
 
 

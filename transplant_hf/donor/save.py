@@ -183,7 +183,7 @@ def write_donor(folder: Path, record: DonorRecord, store: TensorStore, max_shard
     split = split_torch_state_dict_into_shards(
         shapes,
         filename_pattern="donor{suffix}.safetensors",
-        max_shard_size=parse_size(max_shard_size, "max_shard_size"),
+        max_shard_size=parse_size(max_shard_size, "max_shard_size (--max-shard-size)"),
     )
     stamps: dict[str, FileStamp] = {}
     with progress_bar(sum(tensor.nbytes for tensor in shapes.values()), "Writing donor") as progress:

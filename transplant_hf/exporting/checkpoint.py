@@ -13,7 +13,7 @@ from transformers import Mxfp4Config, PreTrainedModel  # type: ignore[attr-defin
 
 from ..architecture import Recipient, max_context_length
 from ..cards import CARD_FILE, TERMS, check_license
-from ..display import progress_bar
+from ..display import parse_size, progress_bar
 from ..donor.companions import copy_companions, locate_with_companions
 from ..donor.record import FileStamp
 from ..donor.saved_files import check_artifact_folder, replaced_in
@@ -122,8 +122,13 @@ def export(
             file, output, source if donors is None else None, donors, overwrite=overwrite, dtype=dtype, verify=verify,
             composition=composition, revision=revision, hub=HubOptions(**hub_kwargs),
         )  # fmt: skip
+    if Path(output).suffix == ".gguf":
+        raise ConfigurationError(
+            f"{output} would be a folder: for a GGUF file, name that of the recipient as gguf= (--gguf), or as the source."
+        )
     check_artifact_folder(output, overwrite)
     dtype = _checked_dtype(dtype)
+    shard_size = parse_size(max_shard_size, "max_shard_size (--max-shard-size)")
     if license is not None:
         check_license(license)
     hub = HubOptions(**hub_kwargs)
@@ -150,7 +155,7 @@ def export(
         )
     _check_finite(model, dtype)
     with publish(target, replaced_in) as staging:
-        _write_model(model, staging, max_shard_size)
+        _write_model(model, staging, shard_size)
         _copy_companions(request, recipient, staging, target)
         write_full_card(model, staging, target, [part.donor.record for part in blueprint.parts], license=license)
         difference = _compare_logits(model, staging) if verify else 0.0
@@ -275,7 +280,7 @@ def _origin(name: str, model: Any) -> str:
 # -- What is written ------------------------------------------------------------------------------------------------
 
 
-def _write_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
+def _write_model(model: PreTrainedModel, folder: Path, max_shard_size: int) -> None:
     # They name files that are not here: a plain checkpoint needs neither other weight files nor code.
     for name in ("auto_map", "transformers_weights"):
         if getattr(model.config, name, None) is not None:
