@@ -189,7 +189,7 @@ def test_gradient_checkpointing_and_accumulation_give_the_same_losses(tmp_path: 
 
 
 def test_hidden_states_that_a_killed_run_left_are_used(tmp_path: Path) -> None:
-    kept = {"cache_prefix": "disk", "prefix_cache_dir": str(tmp_path / "states"), "position": 3}
+    kept = {"prefix_cache_dir": str(tmp_path / "states"), "position": 3}
     base, first = recipient(), trainer(tmp_path / "a", recipient(), **kept)
     first.train()
     second = trainer(tmp_path / "b", base, learning_rate=3e-3, **kept)

@@ -129,6 +129,7 @@ def test_without_general_text_a_lower_strength_is_recommended(tmp_path: Path) ->
     assert trainer(tmp_path, strength=0.5).recommended_strength == 0.5
     assert trainer(tmp_path, mode="replace").recommended_strength == 1.0
     assert trainer(tmp_path, replay_dataset=noise(seed=2)).recommended_strength == 1.0
+    assert trainer(tmp_path, replay_dataset=noise(seed=2), replay_share=0.0).recommended_strength == 0.75
 
 
 def test_a_donor_beside_another(tiny_llama: Path, tmp_path: Path) -> None:
@@ -173,6 +174,7 @@ def test_layers_to_start_from_say_how_many_there_are(tmp_path: Path) -> None:
         ({"distillation": 1.0, "mode": "replace"}, ("distillation", "insert")),
         ({"cache_prefix": "tape"}, ("cache_prefix must be one of", "'tape'")),
         ({"prefix_cache_limit": "much"}, ("prefix_cache_limit", "such as 80GiB", "got 'much'")),
+        ({"prefix_cache_dir": "states", "cache_prefix": "off"}, ("prefix_cache_dir", "on disk", "'off'")),
         ({"replay_share": 1.0}, ("replay_share", "below 1")),
         ({"push_to_hub": True}, ("push_to_hub=True would upload checkpoints", "push_donor")),
     ],

@@ -120,7 +120,8 @@ def _add_shared(parser: argparse.ArgumentParser, learning_rate: float | None = N
     parser.add_argument(
         "--prefix-cache-dir",
         metavar="DIR",
-        help="folder for that cache, which later runs use again (default: beside the output, removed at the end)",
+        help="keep that cache on disk, in this folder, which later runs use again (default: beside the output, removed "
+        "at the end)",
     )
     add_number(parser, "--save-steps", "steps between checkpoints", 200)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, also for more steps")

@@ -79,6 +79,13 @@ class PartTrainingArguments(TrainingArguments):
         if self.loss_chunk is not None and self.loss_chunk < 0:
             raise ConfigurationError(f"loss_chunk must be at least 0, got {self.loss_chunk}.")
         parse_size(self.prefix_cache_limit, "prefix_cache_limit")
+        if self.prefix_cache_dir is not None and self.cache_prefix == "auto":
+            self.cache_prefix = "disk"
+        if self.prefix_cache_dir is not None and self.cache_prefix != "disk":
+            raise ConfigurationError(
+                f"prefix_cache_dir (--prefix-cache-dir) is for a cache on disk, and cache_prefix (--cache-prefix) is "
+                f"{self.cache_prefix!r}. Leave out one of them."
+            )
 
 
 @dataclass
@@ -106,7 +113,7 @@ class DonorTrainingArguments(PartTrainingArguments):
         cache_prefix: Whether the hidden states before the donor are computed once for each block: in "memory", on
             "disk", "off", or "auto": in memory up to one GiB, otherwise on disk.
         prefix_cache_limit: The largest size of that cache, such as "20GB" or "20GiB".
-        prefix_cache_dir: Where to keep the cache on disk; by default in the output folder, removed after training.
+        prefix_cache_dir: Keep the cache on disk, in this folder; by default in the output folder, removed after training.
         loss_chunk: Tokens whose logits are in memory at one time; by default as many as take 128 MiB in float32, if the
             model's loss can be computed in chunks; 0 for the model's own loss.
         stream_prefix: Whether the layers before the donor stay in their files: each is read once, for the cache, and
