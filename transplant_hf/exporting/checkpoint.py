@@ -124,7 +124,8 @@ def export(
         )  # fmt: skip
     if Path(output).suffix == ".gguf":
         raise ConfigurationError(
-            f"{output} would be a folder: for a GGUF file, name that of the recipient as gguf= (--gguf), or as the source."
+            f"{output} would be a folder: for a GGUF file, name that of the recipient as gguf= (--gguf), or as the "
+            "source."
         )
     check_artifact_folder(output, overwrite)
     dtype = _checked_dtype(dtype)

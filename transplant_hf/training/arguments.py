@@ -113,7 +113,8 @@ class DonorTrainingArguments(PartTrainingArguments):
         cache_prefix: Whether the hidden states before the donor are computed once for each block: in "memory", on
             "disk", "off", or "auto": in memory up to one GiB, otherwise on disk.
         prefix_cache_limit: The largest size of that cache, such as "20GB" or "20GiB".
-        prefix_cache_dir: Keep the cache on disk, in this folder; by default in the output folder, removed after training.
+        prefix_cache_dir: Keep the cache on disk, in this folder. Without it, a cache on disk is in the output folder,
+            and removed after training.
         loss_chunk: Tokens whose logits are in memory at one time; by default as many as take 128 MiB in float32, if the
             model's loss can be computed in chunks; 0 for the model's own loss.
         stream_prefix: Whether the layers before the donor stay in their files: each is read once, for the cache, and
