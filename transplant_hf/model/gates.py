@@ -30,8 +30,8 @@ def attach_gate(model: Any, name: str) -> nn.Parameter:
         )
     if isinstance(spec.position, tuple):
         raise ConfigurationError(
-            f"donor {name!r} is spread over positions {list(spec.position)}, and its strength cannot be trained. Choose it with "
-            "set_strength, or compare several (evaluate --strengths)."
+            f"donor {name!r} is spread over positions {list(spec.position)}, and its strength cannot be trained. "
+            "Set it with set_strength; evaluate --strengths measures several."
         )
     first = state.hooks.layers_of(name)[0]
     device = next(first.parameters()).device
