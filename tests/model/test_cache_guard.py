@@ -121,3 +121,28 @@ def test_a_cache_of_the_plain_recipient_inside(tiny_llama: Path) -> None:
             assert "new cache" in str(error)
         else:
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=16)])
+def test_an_empty_cache_of_the_other_side_is_refused(tiny: Path, kind: Callable[..., Any]) -> None:
+    model = loaded(tiny, 1)
+    outside = kind(config=model.config)
+    with model.disable_transplants(), refused(ConfigurationError, "other layers (6", "donors off"):
+        prefilled(model, outside)
+    with model.disable_transplants():
+        inside = kind(config=model.config)
+    with refused(ConfigurationError, "other layers (4", "all donors on (6"):
+        prefilled(model, inside)
+    prefilled(model, outside)
+
+
+def test_an_empty_cache_with_windows_elsewhere_is_refused(tiny_gpt_oss: Path) -> None:
+    """A donor with full attention replaces a layer with a window: the number of layers is the same."""
+    model = loaded(tiny_gpt_oss, 0, "replace", layers=[0], keep_replaced=True, name="law")
+    outside = DynamicCache(config=model.config)
+    with model.disable_transplants():
+        inside = DynamicCache(config=model.config)
+        with refused(ConfigurationError, "4 layers, 1 with a window", "donors off: law (4 layers, 2 with a window)"):
+            prefilled(model, outside)
+    with refused(ConfigurationError, "4 layers, 2 with a window", "all donors on (4 layers, 1 with a window)"):
+        prefilled(model, inside)

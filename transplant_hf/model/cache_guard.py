@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, DynamicCache, StaticCache
 
 from ..errors import ConfigurationError
 from .calls import Calls, arguments_by_name
@@ -114,8 +114,10 @@ class CacheGuard:
 
     def check(self, origin: _Origin) -> None:
         """Refuse a cache of another origin."""
-        now = self._origin()
-        if origin == now:
+        now, choice = self._origin(), self.choices.current() or self.find_default()
+        # Between calls nothing is chosen yet, and the next one takes the choice that the cache was filled with.
+        waits = choice is not None and choice.router is not None and not self.choices.thread.calling
+        if origin == now or (waits and origin.setting == now.setting):
             return
         old, new = origin.setting, now.setting
         if old.generation == new.generation and old.disabled != new.disabled:
@@ -144,11 +146,26 @@ class CacheGuard:
                 "that the model has now."
             )
 
+    def _check_layers(self, cache: Cache) -> None:
+        """Refuse an empty cache that was made for other layers: with a window, it would lose what a layer reads."""
+        model = self.model()
+        if model is None or not isinstance(cache, DynamicCache | StaticCache) or _is_filled(cache):
+            return
+        found, own = cache.is_sliding, DynamicCache(config=model.config).is_sliding
+        if cache.layer_class_to_replicate is None and own and found != own:
+            layers = [f"{len(one)} layers, {sum(one)} with a window" for one in (found, own)]
+            raise ConfigurationError(
+                f"this cache was made for other layers ({layers[0]}) than those that run with "
+                f"{_off(self.setting.disabled)} ({layers[1]}), or in another order. Create a new cache where it is "
+                "used, with model.config as it is there."
+            )
+
     @property
     def _watching(self) -> bool:
         return self._always or self._origin() != self._unmarked
 
-    def _find_default(self) -> Choice | None:
+    def find_default(self) -> Choice | None:
+        """The choice of calls outside `using`; `None` where donors do not choose themselves."""
         if self._default is None and self._make_default is not None:
             self._default = self._make_default()
         return self._default
@@ -184,14 +201,17 @@ class CacheGuard:
         if torch.compiler.is_compiling():
             return
         self.calls.begin_pass()
-        self.choices.begin_call(self.setting, self._find_default)
+        self.choices.begin_call(self.setting, self.find_default)
         self._check_choice()
         choice = self.choices.current()
         if choice is not None and choice.router is not None:
             self._prepare_router(choice, module, args, kwargs)
+        caches = _caches(args, kwargs)
+        for cache in caches:
+            self._check_layers(cache)
         if not self._watching:
             return
-        for cache in _caches(args, kwargs):
+        for cache in caches:
             mark = getattr(cache, _MARK, None)
             if mark is not None:
                 self.check(mark.origin)
