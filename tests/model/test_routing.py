@@ -333,6 +333,29 @@ def test_signatures_that_cannot_be_read(signed: Path, tmp_path: Path) -> None:
             using_auto(broken(change, signed, tmp_path))
 
 
+def test_generate_with_a_static_cache(signed: Path) -> None:
+    ids, wanted = mixed()
+    model, by_itself = both(signed), both(signed, strength="auto")
+    with model.using(rows=wanted):
+        tokens = generated(model, ids)
+    for _ in range(2):  # Transformers keeps the cache of a model for its next text
+        assert torch.equal(routed(model, ids, cache_implementation="static"), tokens)
+        assert torch.equal(generated(by_itself, ids, cache_implementation="static"), tokens)
+    assert names(model) == names(by_itself) == wanted
+
+
+def test_a_prompt_that_is_read_in_pieces_is_refused(signed: Path) -> None:
+    ids, _ = mixed()
+    with refused(ConfigurationError, "Leave out prefill_chunk_size"):
+        routed(both(signed), ids, prefill_chunk_size=4)
+    model = both(signed, strength="auto")
+    model.generation_config.prefill_chunk_size = 4
+    with refused(ConfigurationError, "prefill_chunk_size"):
+        generated(model, ids)
+    with model.using("low"):
+        generated(model, ids)
+
+
 def test_calls_that_cannot_be_routed(signed: Path) -> None:
     model, (ids, wanted) = both(signed), mixed()
     with model.using("auto"):
@@ -342,6 +365,9 @@ def test_calls_that_cannot_be_routed(signed: Path) -> None:
             model(ids, attention_mask=torch.zeros(4, 1, 32, 32), use_cache=False)
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=40))
         assert names(model) == wanted
+    for named in ({"donors": "low"}, {"rows": wanted}):
+        with refused(ConfigurationError, 'threshold=3 is for using("auto")'), model.using(threshold=3, **named):
+            logits_of(model, ids)
     with torch.no_grad():
         model.model.embed_tokens.weight[ids[1, 3]] = torch.nan
     with model.using("auto"), refused(ConfigurationError, "not finite in rows [1]"):

@@ -97,6 +97,11 @@ class TransplantState:
         return self._guard.choices
 
     @property
+    def current_choice(self) -> Choice | None:
+        """What applies to the code that runs now: the choice of its block, or that of donors that choose themselves."""
+        return self.choices.current() or self._guard.find_default()
+
+    @property
     def disabled(self) -> Names:
         """The donors that are switched off now."""
         return self._set_for or _NONE
@@ -142,7 +147,10 @@ class TransplantState:
     def choose(self, donors: Any, rows: Sequence[Any] | None, threshold: float) -> tuple[CallChoices, Choice]:
         """Read the arguments of `using`, and prepare the model for choices by call."""
         self.hooks.refuse_gates()
-        if donors == AUTO and rows is None and AUTO not in self.blueprint.splice.names:
+        auto = isinstance(donors, str) and donors == AUTO and rows is None and AUTO not in self.blueprint.splice.names
+        if threshold and not auto:
+            raise ConfigurationError(f'threshold={threshold} is for using("auto"); a donor that is named is used.')
+        if auto:
             choice = routed_choice(self.blueprint, self.disabled, finite_number(threshold, "the threshold"))
         else:
             choice = parse_choice(self.blueprint, donors, rows)

@@ -16,6 +16,7 @@ from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from .active_donors import state_of
 from .calls import arguments_by_name
+from .using import generation_setting
 
 # Arguments of layers that the rows of one prompt can share, with 1 in their first dimension.
 _SHARED = {"attention_mask": 4, "position_ids": 2, "position_embeddings": 3}
@@ -59,17 +60,10 @@ def generate_each(model: Any, inputs: Any, donors: Sequence[Any], kwargs: Mappin
 
 def _is_plain(model: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether each row is one sequence, which a dynamic cache serves, and nothing is recorded of the prompt."""
-
-    def value(name: str) -> Any:
-        # As `generate` does: a generation_config that is passed leaves to the model's own what it does not set.
-        places = (kwargs.get("generation_config"), model.generation_config)
-        found = (kwargs.get(name), *(getattr(place, name, None) for place in places))
-        return next((one for one in found if one is not None), None)
-
-    several = [value(name) for name in ("num_beams", "num_return_sequences")]
-    other = [value(name) for name in _NOT_SHARED]
-    plain = value("use_cache") is not False and not any(other) and all(number in (None, 1) for number in several)
-    return plain and not model.training
+    several = [generation_setting(model, kwargs, name) for name in ("num_beams", "num_return_sequences")]
+    other = [generation_setting(model, kwargs, name) for name in _NOT_SHARED]
+    cached = generation_setting(model, kwargs, "use_cache") is not False
+    return cached and not any(other) and all(number in (None, 1) for number in several) and not model.training
 
 
 def _shared_prompt(model: Any, given: Mapping[str, Any], count: int) -> Cache | None:

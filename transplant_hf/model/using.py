@@ -12,7 +12,7 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NamedTuple
@@ -274,10 +274,23 @@ def generating(generate: Any) -> Any:
         names = ("inputs", self.main_input_name, "inputs_embeds")
         found = (*args[:1], *(kwargs.get(name) for name in names), *kwargs.values())
         texts = next((value.shape[0] for value in found if isinstance(value, torch.Tensor)), 1)
+        choice = self._transplant.current_choice
+        if choice is not None and choice.router is not None and generation_setting(self, kwargs, "prefill_chunk_size"):
+            raise ConfigurationError(
+                'using("auto") reads the beginning of each prompt in one call. Leave out prefill_chunk_size, or name '
+                "the donors of each row: using(rows=[...])."
+            )
         with self._transplant.choices.generation(texts):
             return generate(self, *args, **kwargs)
 
     return generate_for_texts
+
+
+def generation_setting(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
+    """Return a setting as `generate` finds it: a configuration that is passed leaves to the model's what it lacks."""
+    configs = (kwargs.get("generation_config"), model.generation_config)
+    found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((one for one in found if one is not None), None)
 
 
 def _in_contextlib(frame: FrameType) -> bool:
