@@ -158,7 +158,8 @@ def text_source(specification: str | None, options: argparse.Namespace) -> Any:
         flag = "--text-revision" if field == "revision" else f"--{field}"
         options.usage_error(f"{flag} applies to none of the texts: {', '.join(sorted(names))}")
     source = TextSource.parse(specification, streaming=options.streaming, **how)
-    return dataclasses.replace(source, **dict.fromkeys(source.unused))
+    left_out: dict[str, Any] = dict.fromkeys(source.unused)
+    return dataclasses.replace(source, **left_out)
 
 
 def text_sources(specifications: Iterable[str], options: argparse.Namespace) -> dict[str, Any]:
