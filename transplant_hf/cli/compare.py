@@ -73,7 +73,7 @@ def add(commands: Any) -> None:
         type=Path,
         help="folder for comparison.json, comparison.txt, comparison.png, and runs/, with a file for each run",
     )
-    parser.add_argument("--resume", action="store_true", help="use the runs of the same setup that --output has")
+    parser.add_argument("--resume", action="store_true", help="reuse the runs of the same setup in --output")
     add_overwrite(parser)
     add_loading(parser)
 

@@ -28,7 +28,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--recipient", required=True, help="model of the layers: Hub id, folder or config.json")
     parser.add_argument("--recipient-revision", metavar="REVISION", help="branch, tag or commit of the recipient")
     parser.add_argument(
-        "--metadata", type=Path, metavar="FILE", help="default: donor_metadata.json beside the .pt file, if it exists"
+        "--metadata",
+        type=Path,
+        metavar="FILE",
+        help="JSON file of the author (default: donor_metadata.json beside FILE)",
     )
     add_layers(parser, "--layers", "numbers of the layers in their model, such as 4 5 6 or 4-6 (default: as recorded)")
     recommended = "position to recommend (default: the best one that is recorded, or a quarter of the way up)"

@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     add_donors(parser)
     old_spelling(parser, "--position", "--donor DONOR@POSITION", "position", type=int, append=True)
     parser.add_argument(
-        "--mode", choices=("insert", "replace"), help="for donors with a given position (default: insert)"
+        "--mode", choices=("insert", "replace"), help="mode of donors with a given position (default: insert)"
     )
     add_dtype(parser, "q8_0", note="; q8_0 also for the donors in a GGUF file, which are float16 by default")
     add_shard_size(parser)
@@ -48,7 +48,11 @@ def add(commands: Any) -> None:
         dest="verify",
         help="do not load the result to compare logits (needed if it does not fit)",
     )
-    parser.add_argument("--composition", choices=("stacked", "side_by_side"), help="default: as in the source")
+    parser.add_argument(
+        "--composition",
+        choices=("stacked", "side_by_side"),
+        help="how donors at one position are combined (default: as in the source)",
+    )
     parser.add_argument("--license", help="license for the card (default: the one that recipient and donors share)")
     parser.add_argument("--revision", help="branch, tag or commit of the source")
     parser.set_defaults(position=None)

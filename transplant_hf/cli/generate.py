@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a donor, a transplant or a model")
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or the message to a chat model")
     add_donors(parser)
-    parser.add_argument("--off", action="store_true", help="generate without the donors only")
+    parser.add_argument("--off", action="store_true", help="generate only without the donors")
     add_number(parser, "--max-new-tokens", "maximum number of tokens to generate", 60)
     parser.add_argument(
         "--chat",

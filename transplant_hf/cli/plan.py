@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     add_donors(parser)
     add_number(parser, "--count", "estimate for a donor of K layers that does not exist yet", metavar="K")
     old_spelling(parser, "--layers", "--count", "count", type=whole())
-    position = "its position (default: where `train` puts it)"
+    position = "position of that donor (default: where `train` puts it)"
     place = parser.add_mutually_exclusive_group()
     add_number(place, "--position", position, None, whole(0), "P")
     spread = "positions of its parts, if it is spread through the recipient (with --train)"

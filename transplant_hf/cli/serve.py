@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
     add_donors(parser)
     parser.add_argument(
         "--name",
-        help="what requests call the model without donors (default: the recipient's name, or that of its folder)",
+        help="name of the model without donors in requests (default: the recipient's name, or that of its folder)",
     )
     parser.add_argument("--host", default="localhost", help="address to listen on (default: localhost)")
     add_number(parser, "--port", "port to listen on", 8000, whole(0, 65535))
