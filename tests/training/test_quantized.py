@@ -285,11 +285,13 @@ def test_a_changed_recipient_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["torchao-int8", "bitsandbytes-8bit"])
 def test_layers_are_quantized_one_at_a_time(method: str, tmp_path: Path) -> None:
     folder, made = write_recipient(tmp_path / "recipient"), []
-    for stream in (True, False):
-        args = arguments(tmp_path / str(stream), donor_layers=1, max_steps=3, stream_prefix=stream)
-        how = {"quantization_config": METHODS[method]()}
+    cache = str(tmp_path / "cache")  # that has the hidden states of the recipient in full precision
+    for quantized, stream in ((False, True), (True, True), (True, False)):
+        args = arguments(tmp_path / "out", donor_layers=1, max_steps=3, stream_prefix=stream, prefix_cache_dir=cache)
+        how = {"quantization_config": METHODS[method]()} if quantized else {}
         made.append(DonorTrainer(folder, args, noise(), model_kwargs=how))
         made[-1].train()
+    del made[0]
     streamed, resident = (one.donor.tensors() for one in made)
     assert made[0].model._layers_in_files.absent == [0, 1, 2]
     assert all(torch.equal(streamed[name], tensor) for name, tensor in resident.items())

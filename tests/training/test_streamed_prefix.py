@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
@@ -373,6 +374,43 @@ def test_a_kept_cache_needs_no_layer(folder: Path, tmp_path: Path) -> None:
     other = streamed(tmp_path / "three", folder, prefix_cache_dir=str(cache), train_dataset=noise(seed=4))
     other.train()
     assert len(list(cache.iterdir())) == 2
+
+
+def change_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+
+
+def change_embeddings(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.embed_tokens.weight.data.mul_(2)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    path = folder / index["model.embed_tokens.weight"]
+    save_file({name: model.state_dict()[name] for name, file in index.items() if file == path.name}, path)
+
+
+def change_torch_file(folder: Path) -> None:
+    path = folder / "pytorch_model.bin"
+    torch.save({name: tensor * 1.5 for name, tensor in torch.load(path).items()}, path)
+
+
+@pytest.mark.parametrize("change", [change_config, change_embeddings, change_torch_file])
+def test_a_kept_cache_of_another_recipient_is_not_used(
+    change: Callable[[Path], None], folder: Path, tmp_path: Path
+) -> None:
+    if change is change_torch_file:
+        for path in folder.glob("model*.safetensors*"):
+            path.unlink()
+        torch.save(recipient().state_dict(), folder / "pytorch_model.bin")
+    streamed(tmp_path / "one", folder, prefix_cache_dir=str(tmp_path / "cache")).train()
+    change(folder)
+    made = [
+        streamed(tmp_path / f"two-{number}", folder, prefix_cache_dir=str(tmp_path / name))
+        for number, name in enumerate(("cache", "new"))
+    ]
+    for one in made:
+        one.train()
+    assert same_donors(*made)
 
 
 def test_a_disk_needs_room_only_for_what_is_missing(folder: Path, tmp_path: Path, small_disk: Path) -> None:

@@ -33,12 +33,20 @@ class LayersInFiles:
         count: How many of its layers stay in files.
         merged: The weights of the whole model; those of these layers are taken out.
         names: The names of layers in the checkpoint.
+        files: The files of the recipient's checkpoint.
         load: Loads tensors by their checkpoint names into the model, for some of its own names, on a device; returns
             what is missing or wrong.
     """
 
     def __init__(
-        self, model: Any, path: str, count: int, merged: MergedWeights, names: LayerNames, load: _Load
+        self,
+        model: Any,
+        path: str,
+        count: int,
+        merged: MergedWeights,
+        names: LayerNames,
+        files: Collection[str],
+        load: _Load,
     ) -> None:
         self.count = count
         self.bytes_read = 0
@@ -54,7 +62,8 @@ class LayersInFiles:
                     self._origins[name] = merged.provenance.pop(name)
         self._watched = {name for held in self._tensors for name in held if name in merged.donor_names}
         self.files: dict[str, _Stamp] = {
-            os.path.abspath(file): _stamp(file) for file in sorted({origin.file for origin in self._origins.values()})
+            os.path.abspath(file): _stamp(file)
+            for file in sorted({*files, *(origin.file for origin in self._origins.values())})
         }
         self._weights = [_weights(layer) for layer in self._layers]
         self._loaded: set[int] = set(range(count))  # until `drop`: the loader needs placeholders
@@ -155,8 +164,11 @@ class LayersInFiles:
 
     def refuse_changed(self, numbers: Collection[int]) -> None:
         """Refuse files of some layers that are not those that the model was loaded from."""
-        names = [name for number in numbers for name in self._tensors[number] if name in self._origins]
-        for file in sorted({self._origins[name].file for name in names}):
+        names = {name for number in numbers for name in self._tensors[number]}
+        files = {self._origins[name].file for name in names & self._origins.keys()}
+        if names - self._origins.keys():  # mapped by torch
+            files |= {file for file in self.files if not file.endswith(".safetensors")}
+        for file in sorted(files):
             try:
                 found = _stamp(file)
             except OSError as error:

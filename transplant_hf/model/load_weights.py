@@ -187,7 +187,7 @@ class WeightLoader:
         quantizer = config.hf_quantizer
         if getattr(quantizer, "metadata", None):
             quantizer.metadata = renumber_metadata(quantizer.metadata, names, self.blueprint)
-        keys = self._hold_back(model, names, load, config) if self._held_back is not None else None
+        keys = self._hold_back(model, names, files or [], load, config) if self._held_back is not None else None
         config = dataclasses.replace(config, sharded_metadata={"weight_map": self._merged.weight_map()})
         info, offloaded = load(self._merged.tensors, files, config, *([] if keys is None else [keys]))
         if keys is not None:
@@ -195,7 +195,9 @@ class WeightLoader:
         self._merged.restore_offload_names(offloaded)
         return info, offloaded
 
-    def _hold_back(self, model: PreTrainedModel, names: LayerNames, load: Any, config: Any) -> list[str] | None:
+    def _hold_back(
+        self, model: PreTrainedModel, names: LayerNames, files: list[str], load: Any, config: Any
+    ) -> list[str] | None:
         """Take the weights of the first layers out of those to load; returns the names that are left in the model."""
         assert self._merged is not None and self._held_back is not None
         count, path = self._held_back(self.blueprint), self.blueprint.recipient.stack_path
@@ -206,7 +208,7 @@ class WeightLoader:
             place = {"": device} if device.type != "cpu" else None
             return load(tensors, None, dataclasses.replace(config, device_map=place), keys)[0]
 
-        self._layers_in_files = LayersInFiles(model, path, count, self._merged, names, load_some)
+        self._layers_in_files = LayersInFiles(model, path, count, self._merged, names, files, load_some)
         return [name for name in model.state_dict() if name not in self._layers_in_files.own_names]
 
     def _read_from_memory(

@@ -80,7 +80,7 @@ class PrefixStates:
         rows, model = trainer.rows, trainer.inner
         numbers = rows.used
         identity = [rows.fingerprints, numbers, position, str(model.config.name_or_path), str(model.dtype)]
-        identity += [args.bf16, args.fp16]
+        identity += [args.bf16, args.fp16, model.config.to_json_string()]  # also how it is quantized
         how: dict[str, Any] = {
             "batch_size": max(1, 2 * args.train_batch_size),
             "limit": plan.limit,
