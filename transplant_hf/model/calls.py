@@ -62,6 +62,12 @@ class Calls:
         finally:
             self._end(self._generations)
 
+    @property
+    def change_waits(self) -> bool:
+        """Whether another thread changes the model, or waits to."""
+        closed = self._closed
+        return closed is not None and closed[0] != threading.get_ident()
+
     @contextmanager
     def turn(self, what: str) -> Iterator[None]:
         """Be the only thread that prepares a change; calls go on."""

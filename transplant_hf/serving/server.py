@@ -1,20 +1,19 @@
 """`serve`: a model whose donors are chosen by each request, behind the API of OpenAI.
 
 The server is that of `transformers serve`. Here its model manager gives out one model, which is loaded once. A request
-runs with the donors that its `model` field names: `using` chooses them in the thread of the request.
+runs with the donors that its `model` field names, in one batch with others where that is possible (`batches`).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import secrets
-import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
@@ -32,8 +31,9 @@ from ..donor import Donor
 from ..errors import ConfigurationError, TransplantError
 from ..model.in_memory import transplant
 from ..model.routing import AUTO
+from .batches import Batches, Choice
 
-Choice = dict[str, float] | str  # what `using` takes: strengths by donor, or AUTO
+_THREADS = 256  # a request waits for the one that came so many before it
 _STRENGTH = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
 # Fields that Transformers ignores, and the value that asks for nothing else than what is done.
 _KNOWN_VALUES = {
@@ -55,7 +55,7 @@ def build_app(model: Any, tokenizer: Any, name: str, token: str | None = None) -
         ConfigurationError: A donor that a request could not leave out.
     """
     models = DonorModels(model, tokenizer, name)
-    state = Threads(models)
+    state = Threads()
     not_served: Any = NotServed()
     app = build_server(
         models,
@@ -74,7 +74,7 @@ def build_app(model: Any, tokenizer: Any, name: str, token: str | None = None) -
         return JSONResponse({"error": {"message": message, "code": status}}, status_code=status)
 
     if token is not None:
-        _add_changes(app, models, state, token)
+        _add_changes(app, models, token)
     return app
 
 
@@ -96,6 +96,7 @@ class DonorModels(ModelManager):
             )
         for spec in self.donors:
             self.check_donor(str(spec.name), spec.mode)
+        self.batches = Batches(self.model, GenerateManager().submit)
 
     @property
     def donors(self) -> list[DonorSpec]:
@@ -180,50 +181,36 @@ class ChosenDonors:
     """A model that generates with the donors that a request names. Everything else is the model's own."""
 
     def __init__(self, models: DonorModels, name: str) -> None:
-        self._models, self._model, self._name = models, models.model, name
+        self._models, self._name = models, name
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return getattr(self._models.model, name)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, **kwargs: Any) -> Any:
         """Generate with the chosen donors, at most as many tokens as the model can read."""
-        length, limit = kwargs["input_ids"].shape[-1], max_context_length(self._model.config)
+        length, limit = kwargs["input_ids"].shape[-1], max_context_length(self._models.model.config)
         if limit is not None:
             settings = kwargs["generation_config"]  # made for this request
             if length >= limit:
                 raise ConfigurationError(f"the prompt has {length:,} tokens, and the model reads at most {limit:,}.")
-            settings.max_new_tokens = min(settings.max_new_tokens, limit - length)
+            settings.max_new_tokens = min(settings.max_new_tokens or limit, limit - length)
         try:
-            with self._model.using(self._models.choice(self._name)):
-                return self._model.generate(*args, **kwargs)
+            return self._models.batches.generate(self._models.choice(self._name), **kwargs)
         except ConfigurationError:
             self._models.choice(self._name)  # not found where a donor was removed while the request waited
             raise
 
 
 class Threads(GenerationState):
-    """The threads that generate: one for the recipient, one for each donor, and one for all other choices."""
+    """The threads of requests, which wait there for the tokens of their row."""
 
-    def __init__(self, models: DonorModels) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._models = models
-        self._threads: dict[str, GenerateManager] = {}
+        self._numbers = itertools.cycle(range(_THREADS))
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
-        """Return what generates for a model. Requests may name any number of them, so not each has a thread."""
-        alone = model_id == self._models.name or any(model_id == spec.name for spec in self._models.donors)
-        name = model_id if alone else ""
-        if name not in self._threads:
-            self._threads[name] = GenerateManager()
-        return self._threads[name]
-
-    def end(self, donor: str) -> None:
-        """End the thread of a donor that was removed, after the requests that wait there.
-
-        Call it in the event loop, where the handlers get a thread and give it work in one step.
-        """
-        if (thread := self._threads.pop(donor, None)) is not None:
-            thread.submit(sys.exit)
+        """Return what has a thread for the request, whatever its model is."""
+        return super().get_manager(str(next(self._numbers)), use_cb)
 
 
 class Checked:
@@ -275,7 +262,7 @@ class AddedDonor(BaseModel):
     strength: float | None = None
 
 
-def _add_changes(app: FastAPI, models: DonorModels, state: Threads, token: str) -> None:
+def _add_changes(app: FastAPI, models: DonorModels, token: str) -> None:
     """Add the requests that change the donors of the model; they wait until others have ended."""
     bearer = HTTPBearer()
 
@@ -292,9 +279,8 @@ def _add_changes(app: FastAPI, models: DonorModels, state: Threads, token: str) 
         return JSONResponse({"object": "list", "data": models.get_gen_models()})
 
     @app.delete("/v1/donors/{name}", dependencies=[Depends(check)])
-    async def remove(name: str) -> JSONResponse:
+    def remove(name: str) -> JSONResponse:
         if name not in [spec.name for spec in models.donors]:
             raise HTTPException(404, f"there is no donor {name!r} here; /v1/models lists them.")
-        await run_in_threadpool(models.model.remove_donor, name)
-        state.end(name)
+        models.model.remove_donor(name)
         return JSONResponse({"object": "list", "data": models.get_gen_models()})
