@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers import copied, logits_of, refused
 from tests.training.helpers import noise
-from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor
+from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, DonorSpec
 from transplant_hf.training import RecoveryArguments, RecoveryTrainer
 
 
@@ -50,6 +50,14 @@ def test_neighbors_become_donors_of_one_layer_and_the_recipient_stays(tiny: Path
         assert torch.allclose(logits_of(kept), logits_of(AutoModelForCausalLM.from_pretrained(family / "recipient")))
     told = Donor.from_pretrained(family / "recovered", subfolder="donor").metadata["recovered"]
     assert (told["parts"], told["steps"]) == (["donor", "neighbors"], 4)
+
+
+def test_a_spread_donor_has_neighbors_at_each_place(tiny_llama: Path, tmp_path: Path) -> None:
+    family = copied(tiny_llama, tmp_path / "family")
+    spread = [DonorSpec(str(family / "donor"), (1, 3), name="law")]
+    model = AutoModelWithTransplant.from_pretrained(family / "recipient", donors=spread)
+    made = recovery(tmp_path / "run", model)
+    assert {slot.source for slot in made.transplant.layer_map} == {"law", *(f"recovered-{n}" for n in range(4))}
 
 
 def test_the_transplant_starts_as_it_was(tiny_llama: Path, tmp_path: Path) -> None:

@@ -138,9 +138,9 @@ def _with_neighbors(model: Any, donors: Sequence[str], reach: int) -> Any:
     """Turn recipient layers next to the donors into donors, so that they can be trained and saved."""
     layer_map, indices = model.layer_map, set()
     for name in donors:
-        own = layer_map.layers_of(name)
-        near = [*range(max(own[0] - reach, 0), own[0]), *range(own[-1] + 1, min(own[-1] + 1 + reach, len(layer_map)))]
-        indices |= {layer_map[number].index for number in near if layer_map[number].source == RECIPIENT}
+        for own in layer_map.layers_of(name):  # a spread donor has neighbors at each of its places
+            near = layer_map[max(own - reach, 0) : own + reach + 1]
+            indices |= {slot.index for slot in near if slot.source == RECIPIENT}
     for index in sorted(indices):
         number = list(model.layer_map).index((RECIPIENT, index))
         layer = Donor.from_model(model, [number], name=f"{_PREFIX}{index}")
