@@ -142,6 +142,16 @@ class Placement:
         size = len(self.layer_indices) // len(self.positions)
         return tuple((place, range(part * size, (part + 1) * size)) for part, place in enumerate(self.positions))
 
+    def position_of(self, numbers: Collection[int]) -> Position | None:
+        """Return where some of its layers run; `None` where one donor cannot run there."""
+        parts = [(place, part[0], [number for number in part if number in numbers]) for place, part in self.parts]
+        parts = [part for part in parts if part[2]]
+        apart = self.replaces and any(own[-1] - own[0] >= len(own) for _, _, own in parts)
+        if apart or len({len(own) for _, _, own in parts}) > 1:
+            return None
+        places = tuple(place + (own[0] - first if self.replaces else 0) for place, first, own in parts)
+        return places if len(places) > 1 else places[0]
+
     @property
     def end(self) -> int:
         """How many layers the recipient has at least."""

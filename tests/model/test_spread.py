@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import generated, layers_of, loaded, logits_of, plain, refused
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, DonorSpec, check, transplant
 from transplant_hf.inspection import inspect
+from transplant_hf.model.extracting import extract
 from transplant_hf.model.gates import attach_gate
 
 load = AutoModelWithTransplant.from_pretrained
@@ -112,6 +113,23 @@ def test_a_donor_is_made_of_layers_that_are_apart(tiny: Path, tmp_path: Path) ->
     taken = Donor.from_model(model, model.layer_map.layers_of("new"))
     assert taken.layer_indices == [0, 2] and taken.position == PLACES
     assert all(torch.equal(tensor, donor.tensors()[name]) for name, tensor in taken.tensors().items())
+
+
+@pytest.mark.parametrize(("mode", "numbers", "position"), [("insert", [4], 3), ("replace", [1], 1)])
+def test_a_part_of_it_goes_back_to_its_own_place(
+    tiny: Path, tmp_path: Path, mode: str, numbers: list[int], position: int
+) -> None:
+    model = loaded(tiny, PLACES, mode, name="law")
+    assert Donor.from_model(model, numbers).position == position
+    loaded(tiny, PLACES, mode, name="law").save_pretrained(tmp_path / "law", thin=True)
+    done = extract(tmp_path / "law", tmp_path / "part", layers=numbers)
+    assert done.position == Donor.from_pretrained(tmp_path / "part").position == position
+    assert extract(tmp_path / "law", tmp_path / "all", layers=model.layer_map.layers_of("law")).position == PLACES
+
+
+def test_a_part_of_a_replacing_donor_replaces_the_same_layers(tiny: Path) -> None:
+    assert Donor.from_model(loaded(tiny, 1, "replace"), [2]).position == 2
+    assert Donor.from_model(loaded(tiny, 1), [2]).position == 1
 
 
 def test_what_cannot_be_done_is_refused(tiny: Path) -> None:

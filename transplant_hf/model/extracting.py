@@ -15,7 +15,7 @@ from ..donor.companions import locate_with_companions
 from ..donor.save import output_folder, push_saved, save_donor
 from ..donor.saved_files import check_artifact_folder
 from ..errors import ConfigurationError
-from ..layer_map import RECIPIENT, Position, check_position, extracted_position, paper_layers
+from ..layer_map import RECIPIENT, Placement, Position, check_position, extracted_position, paper_layers
 from ..numeric import whole_number
 from ..sources import HubArguments, HubOptions, at_revision
 from .load_any_model import load_model
@@ -162,7 +162,9 @@ def extract(
     donor = Donor.from_model(loaded, layers, name=name, init=init, revision=source.revision)
     if position is None:
         position = extracted_position(num_layers, donor.layer_indices) if donor.position is None else donor.position
-    position = check_position(position, num_layers, recipient=str(recipient))
+    asked = Placement("the donor", position, tuple(range(donor.num_layers))).positions
+    places = tuple(check_position(place, num_layers, recipient=str(recipient)) for place in asked)
+    position = places if len(places) > 1 else places[0]
     if push_to is not None and not recipient.from_hub:
         raise ConfigurationError(
             f"a donor on the Hub must name a recipient on the Hub, and {recipient} is a folder. Push the recipient "

@@ -245,7 +245,11 @@ class Blueprint:
             metadata=dict(known.metadata) if known else {},
             signature=known.signature if known else None,
         )
-        return record, part.spec if part else None
+        if part is None:
+            return record, None
+        placement = next(one for one in self.splice.placements if one.name == source)
+        position = placement.position_of([placement.layer_indices.index(index) for index in indices])
+        return record, None if position is None else dataclasses.replace(part.spec, position=position)
 
 
 def draw_blueprint(
