@@ -17,11 +17,13 @@ from pathlib import Path
 from transplant_hf import TransplantError
 from transplant_hf.conversion import CHECKPOINTS, SEEDS, convert_seeds
 
+_FOLDERS = [seed.folder for seed in SEEDS]
+
 
 def main() -> int:
     """Convert the donors that the command line names."""
     options = vars(_parser().parse_args())
-    recipients = dict(pair.split("=", 1) for pair in options.pop("recipient"))
+    recipients = dict(options.pop("recipient"))
     only, as_json = options.pop("only"), options.pop("json")
     seeds = [
         dataclasses.replace(seed, recipient=recipients.get(seed.folder, seed.recipient))
@@ -37,15 +39,22 @@ def main() -> int:
     return 0
 
 
+def _recipient(text: str) -> tuple[str, str]:
+    folder, _, model = text.partition("=")
+    if folder not in _FOLDERS or not model:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(_FOLDERS)}, then = and a model; got {text!r}")
+    return folder, model
+
+
 def _parser() -> argparse.ArgumentParser:
-    folders = [seed.folder for seed in SEEDS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("output", type=Path, help="folder that receives a donor repo for each donor")
     add("--overwrite", action="store_true", help="replace donors that transplant_hf wrote there before")
     add("--source", default=CHECKPOINTS, help="the author's repository, or a folder (default: %(default)s)")
-    add("--only", nargs="+", choices=folders, default=folders, help="which donors (default: all three)")
-    add("--recipient", action="append", default=[], metavar="FOLDER=MODEL", help="another recipient for a donor")
+    add("--only", nargs="+", choices=_FOLDERS, default=_FOLDERS, help="which donors (default: all three)")
+    another = f"another recipient for one of the donors {', '.join(_FOLDERS)}"
+    add("--recipient", type=_recipient, action="append", default=[], metavar="FOLDER=MODEL", help=another)
     add("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
     add("--verify", action="store_true", help="also run one layer with the weights of both files")
     add("--push-to-hub", dest="push_to", metavar="NAMESPACE", help="upload each donor to a repository of its own there")

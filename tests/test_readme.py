@@ -123,6 +123,14 @@ def test_the_script_for_the_authors_donors(
     assert config["donors"][0]["position"] == 1
 
 
+@pytest.mark.parametrize("recipient", ["gpt9=x", "gpt2"])
+def test_the_script_refuses_unknown_recipients(
+    recipient: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_script("--recipient", recipient, monkeypatch=monkeypatch) == 2
+    assert f"must be one of gpt2, tinyllama, gptoss, then = and a model; got {recipient!r}" in capsys.readouterr().err
+
+
 def test_the_script_says_what_is_missing(
     desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
