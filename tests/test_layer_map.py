@@ -154,7 +154,7 @@ def test_more_layers_than_there_are(count: int) -> None:
 def test_default_positions() -> None:
     assert [trained_position(9, 3, mode) for mode in ("insert", "replace")] == [8, 6]
     assert [trained_position(30, count) for count in (1, 3, 6, 16)] == [29, (10, 20, 29), (5, 10, 15, 20, 25, 29), 29]
-    assert trained_position(30, 3, late=True) == 29 and trained_position(30, 3, "replace") == (10, 20, 29)
+    assert trained_position(30, 3, late=True) == 29 and trained_position(30, 3, "replace") == (0, 15, 29)
     assert trained_position(30, 3, "replace", late=True) == 27 and trained_position(30, 1, "replace") == 29
     assert [extracted_position(9, layers) for layers in ([2, 3, 4], [7, 8])] == [5, 9]
     assert [paper_position(num_layers) for num_layers in (2, 12, 22)] == [1, 3, 5]

@@ -268,7 +268,7 @@ def trained_position(num_layers: int, count: int, mode: str = "insert", *, late:
     """
     if late or num_layers < max(_DEEP, 2 * count) or count == 1:
         return max(num_layers - (count if mode == "replace" else 1), 0)
-    return spread_positions(num_layers, count)
+    return spread_positions(num_layers, count, mode)
 
 
 def trained_placement(
@@ -281,13 +281,18 @@ def trained_placement(
     return placement
 
 
-def spread_positions(num_layers: int, count: int) -> tuple[int, ...]:
-    """Return positions for the layers of a donor that is spread evenly; the last is before the recipient's last layer.
+def spread_positions(num_layers: int, count: int, mode: str = "insert") -> tuple[int, ...]:
+    """Return positions for the layers of a donor that is spread evenly.
+
+    The last layer is inserted before the recipient's last one. To replace, they go from the first layer to the last.
 
     Example:
-        >>> spread_positions(30, 3)
-        (10, 20, 29)
+        >>> spread_positions(30, 3), spread_positions(30, 3, "replace")
+        ((10, 20, 29), (0, 15, 29))
     """
+    if mode == "replace":
+        last = num_layers - 1
+        return tuple(last - round(last * part / max(count - 1, 1)) for part in reversed(range(count)))
     return tuple(min(round(num_layers * part / count), num_layers - 1) for part in range(1, count + 1))
 
 

@@ -60,7 +60,7 @@ def test_a_deep_recipient_has_spread_donors_by_default(blocks: Blocks, tmp_path:
     assert DonorTrainer(deep, arguments(tmp_path / "run", method="standalone"), blocks).position == 11
     streamed = {"stream_prefix": True}
     assert DonorTrainer(str(tmp_path / "deep"), arguments(tmp_path / "run", **streamed), blocks).position == 11
-    assert DonorTrainer(deep, arguments(tmp_path / "run", mode="replace"), blocks).position == (4, 8, 11)
+    assert DonorTrainer(deep, arguments(tmp_path / "run", mode="replace"), blocks).position == (0, 5, 11)
     both = arguments(tmp_path / "run", mode="replace", **streamed)
     assert DonorTrainer(str(tmp_path / "deep"), both, blocks).position == 9
 

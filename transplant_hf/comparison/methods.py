@@ -265,7 +265,7 @@ METHODS: dict[str, Method] = {
         Method(
             "replace-spread",
             "layers replaced, spread evenly",
-            lambda s: in_place(s, spread_positions(s.count, s.layers), "replace"),
+            lambda s: in_place(s, spread_positions(s.count, s.layers, "replace"), "replace"),
             1e-3,
         ),
         Method("standalone", "donor, standalone (the paper's)", _standalone, 3e-3),
