@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,10 @@ def on_grid(rate: float, steps: int = 0) -> float:
 def in_place(setting: Setting, position: Position, mode: str = "insert") -> Prepared:
     """Prepare a donor that is trained inside the frozen recipient."""
     model, part = with_untrained_donor(setting.shared, position, setting.layers, mode=mode, name=_DONOR)
-    untrained = [parameter.detach().clone() for parameter in _trained(model)] if mode == "replace" else []
+
+    def replaced() -> Iterable[torch.Tensor]:
+        stack = stack_of(setting.shared)
+        return (parameter for number in model.layer_map.layers_of(_DONOR) for parameter in stack[number].parameters())
 
     @contextmanager
     def at_strength(strength: float) -> Iterator[Any]:
@@ -137,25 +140,21 @@ def in_place(setting: Setting, position: Position, mode: str = "insert") -> Prep
         lambda folder: donor_of(model).save_pretrained(folder, position=position, recipient="recipient"),
         part=part,
         removable=True,
-        at_strength=at_strength if mode == "insert" else _interpolation(model, untrained),
+        at_strength=at_strength if mode == "insert" else _interpolation(model, replaced),
     )
 
 
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 def _interpolation(
-    model: nn.Module, untrained: Sequence[torch.Tensor]
+    model: nn.Module, untrained: Callable[[], Iterable[torch.Tensor]]
 ) -> Callable[[float], AbstractContextManager[Any]]:
     """Return `at_strength` for trained weights that take the place of untrained ones."""
 
     @contextmanager
     def at_strength(strength: float) -> Iterator[Any]:
-        parameters = _trained(model)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         learned = [parameter.detach().clone() for parameter in parameters]
         with torch.no_grad():
-            for parameter, before in zip(parameters, untrained, strict=True):
+            for parameter, before in zip(parameters, untrained(), strict=True):
                 parameter.lerp_(before, 1 - strength)
             yield model
             for parameter, after in zip(parameters, learned, strict=True):
@@ -197,7 +196,7 @@ def _standalone(setting: Setting) -> Prepared:
 def _full(setting: Setting) -> Prepared:
     model = setting.load()
     model.requires_grad_(True)
-    at_strength = _interpolation(model, list(setting.shared.parameters()))
+    at_strength = _interpolation(model, lambda: setting.shared.parameters())
     return Prepared(model, {"": lambda: nullcontext(model)}, model.save_pretrained, at_strength=at_strength)
 
 
