@@ -26,7 +26,7 @@ _METHODS = {
     "donor": "before the last layer",
     "donor-end": "after the last layer",
     "donor-spread": "at equal distances",
-    "replace-spread": "layers at equal distances are trained and replaced",
+    "replace-spread": "in place of layers at equal distances",
     "standalone": "the paper's",
     "lora": "all linear layers",
     "lora-matched": "as many parameters as the donor",
