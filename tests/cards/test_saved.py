@@ -90,6 +90,7 @@ def test_several_donors_have_a_card_too(tiny: Path, tmp_path: Path) -> None:
     assert str(LayerMap(model.layer_map)) in card.text
     assert "`a/donor.safetensors`" in card.text
     assert "- `b`: 2, replacing 2 of the recipient's layers" in card.text
+    assert "keep_replaced=True" in card.text and "generate.model.disable_transplants()" not in card.text
 
 
 def test_a_full_save_with_a_donor_switched_off(tiny_gpt2: Path, tmp_path: Path) -> None:
