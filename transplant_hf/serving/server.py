@@ -33,7 +33,7 @@ from ..model.in_memory import transplant
 from ..model.routing import AUTO
 from .batches import Batches, Choice
 
-_THREADS = 256  # a request waits for the one that came so many before it
+_THREADS = 256  # given to requests in turn; a request waits for an earlier one in its thread
 _STRENGTH = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
 # Fields that Transformers ignores, and the value that asks for nothing else than what is done.
 _KNOWN_VALUES = {
