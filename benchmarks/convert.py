@@ -24,6 +24,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the package beside this folder, installed or not
 
+from cost import status  # noqa: E402
 from report import compare, facts, header, table  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -82,18 +83,13 @@ def _one(way: str, source: Path, recipient: Path, target: Path) -> None:
     import transplant_hf.conversion  # noqa: F401
 
     assert safetensors.torch and torch
-    before = _peak_rss_kib()
+    before = status("VmHWM")
     with PeakAnonymous() as memory:
         start = time.perf_counter()
         WAYS[way](source, recipient, target)
         seconds = time.perf_counter() - start
-    rss = (_peak_rss_kib() - before) / 1024
+    rss = (status("VmHWM") - before) / 2**20
     print(json.dumps({"seconds": seconds, "anon_mib": memory.mib, "rss_mib": rss}))
-
-
-def _peak_rss_kib() -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
 
 # -- The files ---------------------------------------------------------------------------------------------------

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-__all__ = ["Cost"]
+__all__ = ["Cost", "status"]
 
 
 class Cost:
     """What this process takes from here on; make one at a time, since the system keeps one peak."""
 
     def __init__(self) -> None:
-        self._memory = _status("VmRSS")
+        self._memory = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
         self._seconds, self._processor = time.perf_counter(), time.process_time()
 
@@ -21,11 +21,12 @@ class Cost:
         return {
             "seconds": round(time.perf_counter() - self._seconds, 2),
             "processor_seconds": round(time.process_time() - self._processor, 2),
-            "peak": _status("VmHWM") - self._memory,
+            "peak": status("VmHWM") - self._memory,
             "before": self._memory,
         }
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+def status(field: str) -> int:
+    """Return a size that the system knows of this process, such as "VmRSS", in bytes."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(f"{field}:"))

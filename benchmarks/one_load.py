@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from cost import status
 from models import MODELS, Folders
 from routes import ROUTES, import_model_code
 from transformers.utils import logging
@@ -32,17 +33,17 @@ class PeakAnonymous(AbstractContextManager["PeakAnonymous"]):
     def __init__(self, interval: float = 0.004) -> None:
         self._interval, self._stop = interval, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._before = self._peak = _anonymous_kib()
+        self._before = self._peak = status("RssAnon")
 
     @property
     def mib(self) -> float:
         """The peak in MiB, less what was there before."""
-        return (self._peak - self._before) / 1024
+        return (self._peak - self._before) / 2**20
 
     @property
     def before_mib(self) -> float:
         """What there was before, in MiB."""
-        return self._before / 1024
+        return self._before / 2**20
 
     def __enter__(self) -> PeakAnonymous:
         self._thread.start()
@@ -53,16 +54,11 @@ class PeakAnonymous(AbstractContextManager["PeakAnonymous"]):
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._peak = max(self._peak, _anonymous_kib())
+        self._peak = max(self._peak, status("RssAnon"))
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval):
-            self._peak = max(self._peak, _anonymous_kib())
-
-
-def _anonymous_kib() -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+            self._peak = max(self._peak, status("RssAnon"))
 
 
 def input_tokens(vocab_size: int, length: int = _INPUT_TOKENS) -> torch.Tensor:
