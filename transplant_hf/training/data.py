@@ -40,9 +40,13 @@ class RunData:
     general: Blocks | None
     held_out: Windows | dict[str, Windows] | None
 
+    def replay_share(self, args: Any) -> float:
+        """Return the share of general text in a batch."""
+        return float(args.replay_share) if self.general is not None else 0.0
+
     def rows(self, args: Any, mark: bool = False) -> Rows:
         """Return the rows of the run, in order."""
-        share = args.replay_share if self.general is not None else 0.0
+        share = self.replay_share(args)
         steps = args.max_steps
         if steps <= 0:
             steps = max(1, math.ceil(len(self.domain) * args.num_train_epochs / (1.0 - share)) // rows_per_step(args))

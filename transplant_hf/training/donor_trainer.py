@@ -94,9 +94,8 @@ class DonorTrainer(TransplantTrainer):
         state = getattr(recipient, "_transplant", None)
         layers = state.blueprint.splice.num_layers if state is not None else len(stack_of(recipient))
         self.position = _position(layers, args, layers_in_files(recipient) is not None)
-        replayed = data.general is not None and args.replay_share > 0
         self.recommended_strength = (
-            args.strength if args.strength is not None else default_strength(args.mode, replayed)
+            args.strength if args.strength is not None else default_strength(args.mode, data.replay_share(args) > 0)
         )
         if args.learning_rate is None:
             width = recipient.config.get_text_config(decoder=True).hidden_size
