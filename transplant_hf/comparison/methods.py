@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..layer_map import Position, spread_positions
 from ..model.in_memory import transplant
 from ..partial import PartialRun, stack_of
 from ..training import Part
-from ..training.arguments import width_scaled
+from ..training.arguments import LEARNING_RATES, width_scaled
 from ..training.donor_trainer import with_untrained_donor
 
 __all__ = ["METHODS", "Method", "Prepared", "Setting", "donor_of", "in_place", "on_grid"]
@@ -124,10 +124,6 @@ def in_place(setting: Setting, position: Position, mode: str = "insert") -> Prep
     """Prepare a donor that is trained inside the frozen recipient."""
     model, part = with_untrained_donor(setting.shared, position, setting.layers, mode=mode, name=_DONOR)
 
-    def replaced() -> Iterable[torch.Tensor]:
-        stack = stack_of(setting.shared)
-        return (parameter for number in model.layer_map.layers_of(_DONOR) for parameter in stack[number].parameters())
-
     @contextmanager
     def at_strength(strength: float) -> Iterator[Any]:
         model.set_strength(_DONOR, strength)
@@ -140,25 +136,23 @@ def in_place(setting: Setting, position: Position, mode: str = "insert") -> Prep
         lambda folder: donor_of(model).save_pretrained(folder, position=position, recipient="recipient"),
         part=part,
         removable=True,
-        at_strength=at_strength if mode == "insert" else _interpolation(model, replaced),
+        at_strength=at_strength if mode == "insert" else _interpolation(model, setting),
     )
 
 
-def _interpolation(
-    model: nn.Module, untrained: Callable[[], Iterable[torch.Tensor]]
-) -> Callable[[float], AbstractContextManager[Any]]:
-    """Return `at_strength` for trained weights that take the place of untrained ones."""
+def _interpolation(model: nn.Module, setting: Setting) -> Callable[[float], AbstractContextManager[Any]]:
+    """Return `at_strength` for a model whose trained weights take the place of the recipient's."""
 
     @contextmanager
     def at_strength(strength: float) -> Iterator[Any]:
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        learned = [parameter.detach().clone() for parameter in parameters]
+        pairs = zip(model.parameters(), setting.shared.parameters(), strict=True)
+        trained = [(own, before, own.detach().clone()) for own, before in pairs if own.requires_grad]
         with torch.no_grad():
-            for parameter, before in zip(parameters, untrained(), strict=True):
-                parameter.lerp_(before, 1 - strength)
+            for own, before, _ in trained:
+                own.lerp_(before, 1 - strength)
             yield model
-            for parameter, after in zip(parameters, learned, strict=True):
-                parameter.copy_(after)
+            for own, _, learned in trained:
+                own.copy_(learned)
 
     return at_strength
 
@@ -196,8 +190,8 @@ def _standalone(setting: Setting) -> Prepared:
 def _full(setting: Setting) -> Prepared:
     model = setting.load()
     model.requires_grad_(True)
-    at_strength = _interpolation(model, lambda: setting.shared.parameters())
-    return Prepared(model, {"": lambda: nullcontext(model)}, model.save_pretrained, at_strength=at_strength)
+    views = {"": lambda: nullcontext(model)}
+    return Prepared(model, views, model.save_pretrained, at_strength=_interpolation(model, setting))
 
 
 def _matched_rank(setting: Setting) -> int:
@@ -253,21 +247,21 @@ def _initialize_adapters(model: nn.Module, generator: torch.Generator) -> None:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("donor", "donor at L-1", lambda s: in_place(s, s.count - 1), 1e-2),
-        Method("donor-end", "donor at L", lambda s: in_place(s, s.count), 1e-2),
+        Method("donor", "donor at L-1", lambda s: in_place(s, s.count - 1), LEARNING_RATES["in_place"]),
+        Method("donor-end", "donor at L", lambda s: in_place(s, s.count), LEARNING_RATES["in_place"]),
         Method(
             "donor-spread",
             "donor, spread evenly",
             lambda s: in_place(s, spread_positions(s.count, s.layers)),
-            1e-2,
+            LEARNING_RATES["in_place"],
         ),
         Method(
             "replace-spread",
             "layers replaced, spread evenly",
             lambda s: in_place(s, spread_positions(s.count, s.layers, "replace"), "replace"),
-            1e-3,
+            LEARNING_RATES["replace"],
         ),
-        Method("standalone", "donor, standalone (the paper's)", _standalone, 3e-3),
+        Method("standalone", "donor, standalone (the paper's)", _standalone, LEARNING_RATES["standalone"]),
         Method("lora", "LoRA, all linear layers", _lora, 3e-3, "peft", by_width=False),
         Method(
             "lora-matched",

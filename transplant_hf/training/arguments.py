@@ -15,6 +15,7 @@ from ..errors import ConfigurationError
 from .sharded import ZERO_3
 
 __all__ = [
+    "LEARNING_RATES",
     "DonorTrainingArguments",
     "PartTrainingArguments",
     "RecoveryArguments",
@@ -31,7 +32,7 @@ _CHOICES = {
 _PARTS = ("donor", "neighbors", "norms", "gate")
 # The best of three on a validation split, for Llamas of width 192, and 576 for replaced layers (docs/results.md).
 _MEASURED_WIDTH = 192
-_LEARNING_RATES = {"in_place": 1e-2, "standalone": 3e-3, "replace": 1e-3}
+LEARNING_RATES = {"in_place": 1e-2, "standalone": 3e-3, "replace": 1e-3}
 
 
 @dataclass
@@ -218,7 +219,7 @@ def default_learning_rate(method: str, mode: str, width: int) -> float:
         >>> default_learning_rate("in_place", "insert", 192), default_learning_rate("in_place", "replace", 768)
         (0.01, 0.00025)
     """
-    return width_scaled(_LEARNING_RATES["replace" if mode == "replace" else method], width)
+    return width_scaled(LEARNING_RATES["replace" if mode == "replace" else method], width)
 
 
 def width_scaled(rate: float, width: int) -> float:
