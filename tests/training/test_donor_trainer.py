@@ -66,6 +66,37 @@ def test_a_replacing_donor_starts_as_what_it_replaces(tmp_path: Path) -> None:
         assert torch.equal(logits_of(made.model), before)
 
 
+def test_a_replacing_donor_is_brought_to_its_strength_once(tmp_path: Path) -> None:
+    base = recipient()
+    made = {
+        strength: trainer(
+            tmp_path / str(strength),
+            base,
+            mode="replace",
+            position=1,
+            strength=strength,
+            save_strategy="steps",
+            save_steps=4,
+        )
+        for strength in (None, 0.75)
+    }
+    for one in made.values():
+        one.train()
+    assert losses(made[0.75]) == losses(made[None]), "the strength comes after training"
+    again = trainer(tmp_path / "0.75", base, mode="replace", position=1, strength=0.75)
+    again.train(resume_from_checkpoint=str(tmp_path / "0.75" / "checkpoint-8"))
+    assert made[0.75].strengths == {"law": 0.75}
+    made[0.75].finish()
+    made[0.75].save(tmp_path / "saved", recipient="recipient")
+    saved = Donor.from_pretrained(tmp_path / "saved")
+    assert (saved.strength, saved.metadata["strength"]) == (1.0, 0.75)
+    before = Donor.from_model(base, [1, 2]).tensors()
+    learned, resumed = made[None].donor.tensors(), again.donor.tensors()
+    for name, tensor in saved.tensors().items():
+        torch.testing.assert_close(tensor, torch.lerp(before[name], learned[name], 0.75))
+        assert torch.equal(resumed[name], tensor), "a checkpoint has the weights of the training"
+
+
 def test_standalone_is_the_papers_wrapper(tmp_path: Path) -> None:
     made = trainer(tmp_path, method="standalone", init="copy", position=1)
     own = made.model.layer_map.layers_of("law")

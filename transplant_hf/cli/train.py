@@ -61,7 +61,8 @@ def add(commands: Any) -> None:
         "(default: if the recipient does not fit into free memory)",
     )
     add_number(train, "--distillation", "weight of the KL divergence from the recipient", 0.0, number(), "W")
-    strength = "strength to recommend (default: 1; 0.75 without general text)"
+    strength = "strength to recommend (default: 1; 0.75 without general text); with --mode replace, weights are "
+    strength += "interpolated: 0 for those before training, 1 (default) for the trained ones"
     add_number(train, "--strength", strength, None, number(), "S")
 
     recover = command(

@@ -120,7 +120,9 @@ class DonorTrainingArguments(PartTrainingArguments):
             model's loss can be computed in chunks; 0 for the model's own loss.
         stream_prefix: Whether the layers before the donor stay in their files: each is read once, for the cache, and
             takes no memory while the donor is trained. By default if the recipient does not fit into free memory.
-        strength: The strength that the donor's repo recommends; by default 1, or 0.75 without general text.
+        strength: The strength that the donor's repo recommends; by default 1, or 0.75 without general text. With
+            mode="replace", the donor's weights are interpolated when training ends: 0 for those before it, 1 (the
+            default) for the trained ones.
         learning_rate: By default the best measured for the method, in proportion to 1 / width.
 
     Raises:

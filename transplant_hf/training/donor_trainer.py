@@ -25,10 +25,11 @@ from ..model.starting_copies import FROM_DEQUANTIZED, STARTED_FROM, full_precisi
 from ..partial import stack_of
 from ..partial.streaming import layers_in_memory
 from .arguments import DonorTrainingArguments, default_learning_rate, default_strength
+from .checkpoints import trained_parameters
 from .data import RunData, rows_per_step
 from .part_trainer import Part
 from .records import note_in_donors, training_record
-from .sharded import unsharded
+from .sharded import fill, gathered, unsharded
 from .streaming import held_back_layers
 from .transplant_trainer import TransplantTrainer
 
@@ -94,9 +95,10 @@ class DonorTrainer(TransplantTrainer):
         state = getattr(recipient, "_transplant", None)
         layers = state.blueprint.splice.num_layers if state is not None else len(stack_of(recipient))
         self.position = _position(layers, args, layers_in_files(recipient) is not None)
-        self.recommended_strength = (
+        self.strength = (
             args.strength if args.strength is not None else default_strength(args.mode, data.replay_share(args) > 0)
         )
+        self.recommended_strength = 1.0 if args.mode == "replace" else self.strength
         if args.learning_rate is None:
             width = recipient.config.get_text_config(decoder=True).hidden_size
             args.learning_rate = default_learning_rate(args.method, args.mode, width)
@@ -112,6 +114,10 @@ class DonorTrainer(TransplantTrainer):
             commit=data.commit,
             alone=args.method == "standalone",
         )
+        # Where the weights themselves are brought to the strength: what they are before training.
+        interpolated = self.strength != self.recommended_strength
+        before = trained_parameters(transplanted) if interpolated else {}
+        self._before = {name: parameter.detach().clone() for name, parameter in before.items()}
         untrained = transplanted._transplant.blueprint.part(self.donor_name).donor
         self.started_from: str | None = untrained.metadata.get(STARTED_FROM)
         run = {
@@ -151,6 +157,19 @@ class DonorTrainer(TransplantTrainer):
         """Yield the recipient, or the recipient with the donors that it had before."""
         others = [name for name in self.transplant.strengths if name != self.donor_name]
         yield label_of(others), self.transplant.disable_transplants(self.donor_name)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see `Trainer.train`. Layers that replace others are then brought to the strength of the arguments."""
+        result = super().train(*args, **kwargs)
+        for name, learned in gathered(trained_parameters(self.transplant) if self._before else {}).items():
+            before = self._before[name].to(learned.device)
+            fill(self.transplant.get_parameter(name), torch.lerp(before, learned, self.strength))
+        return result
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """The strength of each donor; of one that replaces layers, how far its weights are from their start."""
+        return {**super().strengths, self.donor_name: self.strength}
 
     def finish(self) -> None:
         """Give the trained donor its recommended strength."""

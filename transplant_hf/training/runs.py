@@ -43,7 +43,7 @@ class TrainingReport:
         cache_seconds: The time of computing hidden states before the trained part.
         trainable_parameters: How many numbers were trained.
         learning_rate: The peak.
-        strength: The saved strength of each donor.
+        strength: The strength of each donor; of one that replaces layers, that of `DonorTrainingArguments`.
         held_out: `{text: {"recipient": ..., "before": ..., "after": ...}}`, perplexities on held-out texts; "after"
             at the saved strengths.
         started_from: Where the first weights of a donor for a quantized recipient are from.
@@ -177,7 +177,7 @@ def train(
         cache_seconds=trainer.cache_seconds,
         trainable_parameters=trainer.trainable_parameters,
         learning_rate=trainer.args.learning_rate,
-        strength=dict(trainer.transplant.strengths),
+        strength=trainer.strengths,
         held_out=perplexities,
         started_from=getattr(trainer, "started_from", None),
         signed=getattr(trainer, "signed_rows", None),
