@@ -272,7 +272,12 @@ METHODS: dict[str, Method] = {
             by_width=False,
         ),
         Method("lora-last", "LoRA, last k layers, cached", lambda s: _lora(s, s.last), 1e-2, "peft", by_width=False),
-        Method("last", "last k layers fine-tuned, cached", lambda s: in_place(s, s.last[0], "replace"), 3e-3),
+        Method(
+            "last",
+            "last k layers fine-tuned, cached",
+            lambda s: in_place(s, s.last[0], "replace"),
+            LEARNING_RATES["replace"],
+        ),
         Method("full", "full fine-tuning", _full, 1e-3),
     )
 }

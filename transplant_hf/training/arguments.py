@@ -146,8 +146,8 @@ class DonorTrainingArguments(PartTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.position is not None:
-            self.position = DonorSpec("donor", self.position).position  # which checks it
+        # The specification checks both.
+        self.position = DonorSpec("donor", self.position, name=self.donor_name).position
         if self.donor_layers is None:
             counted = self.start_layers or (self.position if isinstance(self.position, tuple) else range(3))
             self.donor_layers = len(counted)
@@ -210,6 +210,11 @@ class RecoveryArguments(PartTrainingArguments):
             raise ConfigurationError(f"parts must be among {_PARTS}, got {self.parts!r}.")
         if self.neighbors < 0:
             raise ConfigurationError(f"neighbors must be at least 0, got {self.neighbors}.")
+        if self.neighbors != type(self).neighbors and not {"neighbors", "norms"} & set(self.parts):
+            raise ConfigurationError(
+                f"neighbors (--neighbors) is {self.neighbors}, and the parts (--parts) {self.parts} have none. Add "
+                '"neighbors" or "norms" to the parts, or leave it out.'
+            )
         if self.distillation:
             raise ConfigurationError("distillation is for training a donor. Set distillation=0.")
 
