@@ -19,7 +19,7 @@ from ..layer_map import Position, spread_positions
 from ..model.in_memory import transplant
 from ..partial import PartialRun, stack_of
 from ..training import Part
-from ..training.arguments import LEARNING_RATES, width_scaled
+from ..training.arguments import LEARNING_RATES, REPLACED_STEP, root_mean_square, width_scaled
 from ..training.donor_trainer import with_untrained_donor
 
 __all__ = ["METHODS", "Method", "Prepared", "Setting", "donor_of", "in_place", "on_grid"]
@@ -90,7 +90,8 @@ class Method:
         prepare: Returns a model that is ready to be trained.
         learning_rate: The learning rate that is tried first.
         needs: A library that it needs and that may be missing.
-        by_width: Whether the rate is that of a model of width 192, and falls in proportion to 1 / width.
+        rate_of: What the rate is for: "any" model; one of "width" 192, and in proportion to 1 / width; "weights" of a
+            root mean square of 1, and in proportion to that of the layers.
     """
 
     name: str
@@ -98,16 +99,18 @@ class Method:
     prepare: Callable[[Setting], Prepared]
     learning_rate: float
     needs: str | None = None
-    by_width: bool = True
+    rate_of: str = "width"
 
-    def first_learning_rate(self, width: int) -> float:
+    def first_learning_rate(self, recipient: Any) -> float:
         """Return the learning rate that is tried first.
 
         Args:
-            width: The recipient's hidden size.
+            recipient: The untouched recipient.
         """
-        rate = width_scaled(self.learning_rate, width) if self.by_width else self.learning_rate
-        return on_grid(rate)
+        if self.rate_of == "width":
+            return on_grid(width_scaled(self.learning_rate, recipient.config.get_text_config(decoder=True).hidden_size))
+        scale = root_mean_square(stack_of(recipient).parameters()) if self.rate_of == "weights" else 1.0
+        return on_grid(self.learning_rate * scale)
 
 
 def on_grid(rate: float, steps: int = 0) -> float:
@@ -259,24 +262,26 @@ METHODS: dict[str, Method] = {
             "replace-spread",
             "layers replaced, spread evenly",
             lambda s: in_place(s, spread_positions(s.count, s.layers, "replace"), "replace"),
-            LEARNING_RATES["replace"],
+            REPLACED_STEP,
+            rate_of="weights",
         ),
         Method("standalone", "donor, standalone (the paper's)", _standalone, LEARNING_RATES["standalone"]),
-        Method("lora", "LoRA, all linear layers", _lora, 3e-3, "peft", by_width=False),
+        Method("lora", "LoRA, all linear layers", _lora, 3e-3, "peft", rate_of="any"),
         Method(
             "lora-matched",
             "LoRA, as many parameters as the donor",
             lambda s: _lora(s, rank=_matched_rank(s)),
             3e-3,
             "peft",
-            by_width=False,
+            rate_of="any",
         ),
-        Method("lora-last", "LoRA, last k layers, cached", lambda s: _lora(s, s.last), 1e-2, "peft", by_width=False),
+        Method("lora-last", "LoRA, last k layers, cached", lambda s: _lora(s, s.last), 1e-2, "peft", rate_of="any"),
         Method(
             "last",
             "last k layers fine-tuned, cached",
             lambda s: in_place(s, s.last[0], "replace"),
-            LEARNING_RATES["replace"],
+            REPLACED_STEP,
+            rate_of="weights",
         ),
         Method("full", "full fine-tuning", _full, 1e-3),
     )

@@ -133,7 +133,6 @@ def compare(
         "lora_rank": rank,
         "bf16_autocast": bf16,
     }
-    width = setting.shared.config.get_text_config(decoder=True).hidden_size
     runs = Runs(None if output is None else Path(output), setup, resume)
     rows = _controls(setting, texts, model)
     untouched = rows[0].result.test
@@ -154,7 +153,7 @@ def compare(
             budget = Budget(steps, batch_size, share, seed, bf16)
             at_steps: dict[str, list[RunResult]] = {}
             for method in chosen:
-                tried = learning_rates or [method.first_learning_rate(width)]
+                tried = learning_rates or [method.first_learning_rate(setting.shared)]
                 results = [result for rate in tried for result in run(method, rate, budget)]
                 while not learning_rates and (following := _next_rate(results)) is not None:
                     results += run(method, following, budget)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..config import DonorSpec
@@ -16,6 +18,7 @@ from .sharded import ZERO_3
 
 __all__ = [
     "LEARNING_RATES",
+    "REPLACED_STEP",
     "DonorTrainingArguments",
     "PartTrainingArguments",
     "RecoveryArguments",
@@ -30,9 +33,12 @@ _CHOICES = {
     "cache_prefix": ("auto", "memory", "disk", "off"),
 }
 _PARTS = ("donor", "neighbors", "norms", "gate")
-# The best of three on a validation split, for Llamas of width 192, and 576 for replaced layers (docs/results.md).
+# The best of three on a validation split, for Llamas of width 192 (docs/results.md).
 _MEASURED_WIDTH = 192
-LEARNING_RATES = {"in_place": 1e-2, "standalone": 3e-3, "replace": 1e-3}
+LEARNING_RATES = {"in_place": 1e-2, "standalone": 3e-3}
+# Of replaced layers, as a part of the root mean square of their weights: 3e-4 was the best for SmolLM2-135M (0.19), and
+# 3e-5 and 1e-4 for Gemma 3 270M (0.039).
+REPLACED_STEP = 1.6e-3
 
 
 @dataclass
@@ -123,7 +129,8 @@ class DonorTrainingArguments(PartTrainingArguments):
         strength: The strength that the donor's repo recommends; by default 1, or 0.75 without general text. With
             mode="replace", the donor's weights are interpolated when training ends: 0 for those before it, 1 (the
             default) for the trained ones.
-        learning_rate: By default the best measured for the method, in proportion to 1 / width.
+        learning_rate: By default the best measured for the method, in proportion to 1 / width, or with "replace" to
+            the root mean square of the replaced layers' weights.
 
     Raises:
         ConfigurationError: An unknown value.
@@ -219,14 +226,26 @@ class RecoveryArguments(PartTrainingArguments):
             raise ConfigurationError("distillation is for training a donor. Set distillation=0.")
 
 
-def default_learning_rate(method: str, mode: str, width: int) -> float:
-    """Return the best measured learning rate, in proportion to 1 / width for models wider than the measured one.
+def default_learning_rate(args: DonorTrainingArguments, width: int, trained: Iterable[torch.Tensor]) -> float:
+    """Return the best measured learning rate, for a recipient's width or for the weights that are trained.
 
     Example:
-        >>> default_learning_rate("in_place", "insert", 192), default_learning_rate("in_place", "replace", 768)
-        (0.01, 0.00025)
+        >>> default_learning_rate(DonorTrainingArguments("law"), 192, [])
+        0.01
+        >>> default_learning_rate(DonorTrainingArguments("law", mode="replace"), 768, [torch.full((2, 2), 0.25)])
+        0.0004
     """
-    return width_scaled(LEARNING_RATES["replace" if mode == "replace" else method], width)
+    if args.mode == "replace":
+        return REPLACED_STEP * root_mean_square(trained)
+    return width_scaled(LEARNING_RATES[args.method], width)
+
+
+@torch.no_grad()
+def root_mean_square(tensors: Iterable[torch.Tensor]) -> float:
+    """Return the root mean square of all numbers in matrices; tensors of one dimension do not count."""
+    matrices = [tensor for tensor in tensors if tensor.dim() > 1]
+    squares = sum(torch.linalg.vector_norm(tensor, dtype=torch.float32).item() ** 2 for tensor in matrices)
+    return math.sqrt(squares / sum(tensor.numel() for tensor in matrices))
 
 
 def width_scaled(rate: float, width: int) -> float:

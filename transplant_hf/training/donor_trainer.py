@@ -99,9 +99,6 @@ class DonorTrainer(TransplantTrainer):
             args.strength if args.strength is not None else default_strength(args.mode, data.replay_share(args) > 0)
         )
         self.recommended_strength = 1.0 if args.mode == "replace" else self.strength
-        if args.learning_rate is None:
-            width = recipient.config.get_text_config(decoder=True).hidden_size
-            args.learning_rate = default_learning_rate(args.method, args.mode, width)
         self.quantization = quantization_fields(recipient)
         transplanted, part = with_untrained_donor(
             recipient,
@@ -114,9 +111,12 @@ class DonorTrainer(TransplantTrainer):
             commit=data.commit,
             alone=args.method == "standalone",
         )
+        trained = trained_parameters(transplanted)
+        if args.learning_rate is None:
+            width = recipient.config.get_text_config(decoder=True).hidden_size
+            args.learning_rate = default_learning_rate(args, width, trained.values())
         # Where the weights themselves are brought to the strength: what they are before training.
-        interpolated = self.strength != self.recommended_strength
-        before = trained_parameters(transplanted) if interpolated else {}
+        before = trained if self.strength != self.recommended_strength else {}
         self._before = {name: parameter.detach().clone() for name, parameter in before.items()}
         untrained = transplanted._transplant.blueprint.part(self.donor_name).donor
         self.started_from: str | None = untrained.metadata.get(STARTED_FROM)
