@@ -1,8 +1,9 @@
 """Donors that choose themselves, and the cost of donors that each run on their own rows.
 
-Quality: a donor is trained for each domain, at one position. Rows of held-out text go through the model with
+Quality: a donor is trained for each domain, where `train` puts it. Rows of held-out text go through the model with
 `using("auto")`, and the tokens after the first 32 are measured beside other rules: the nearest signature, the signature
-with the threshold 0, the lowest loss on the first 32 tokens, and each donor chosen by hand.
+with the threshold 0, the lowest loss on the first 32 tokens, both also where the signature is sure, and each donor
+chosen by hand.
 Speed: copies of one donor, of which each row of a batch uses another one, in processor seconds of one thread.
 
     python benchmarks/routing.py --recipient FOLDER --domain shakespeare=shakespeare.txt --domain python=python.txt \
@@ -28,7 +29,7 @@ from transformers.utils import logging
 
 from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec, train
 from transplant_hf.donor.signature import Discriminant, Signature, describe_rows
-from transplant_hf.model.load_any_model import load_model
+from transplant_hf.model.routing import SURE, WEIGHT
 from transplant_hf.partial import hidden_states
 from transplant_hf.texts import Blocks, pack
 
@@ -78,12 +79,12 @@ def quality(options: argparse.Namespace, folder: Path) -> list[str]:
 
     general, held = packed(options.general), {}
     specs = []
-    position = load_model(options.recipient).config.get_text_config(decoder=True).num_hidden_layers - 1
     for name, text in (one.split("=", 1) for one in options.domain):
         learned, held[name] = packed(text).split(9, 1)
         if not (folder / name).is_dir():
             arguments = {"max_steps": options.steps, "per_device_train_batch_size": 8, "disable_tqdm": True}
-            train(options.recipient, learned, folder / name, general=general, position=position, **arguments)
+            train(options.recipient, learned, folder / name, general=general, **arguments)
+        position = Donor.from_pretrained(folder / name).position
         specs.append(DonorSpec(str(folder / name), position, name=name))
     model = AutoModelWithTransplant.from_pretrained(options.recipient, donors=specs).eval()
     held[None] = packed(options.general_test)
@@ -121,18 +122,27 @@ class _Measured:
         with torch.no_grad(), model.disable_transplants():
             states = [hidden_states(model, some, [read[0].position])[read[0].position] for some in ids.split(16)]
         # By the signatures alone, as logarithms of odds against general text.
-        self.odds = Discriminant(read).scores(describe_rows(torch.cat(states)))
+        self.odds = WEIGHT * Discriminant(read).scores(describe_rows(torch.cat(states)))
 
     @property
     def choices(self) -> dict[str, torch.Tensor]:
         """The number of the chosen way for each row, by rule."""
         none = torch.zeros(len(self.ids), 1)
+        capped = self.odds - (self.odds.amax(1, keepdim=True) - SURE).clamp(min=0)
+        losses = self.losses[:, :, : _SEEN - 1].sum(2)
         return {
             "nearest": self.odds.argmax(1),
             "signature": torch.cat([self.odds, none], 1).argmax(1),
-            "loss": self.losses[:, :, : _SEEN - 1].mean(2).argmin(1),
+            "loss": losses.argmin(1),
+            "both": (torch.cat([capped, none], 1) - losses).argmax(1),
             "routed": self.routed,
         }
+
+    @property
+    def sure(self) -> float:
+        """The share of rows whose signatures decide alone."""
+        first, second = torch.nn.functional.pad(self.odds, (0, 1)).topk(2).values.unbind(1)
+        return float((first - second > SURE).float().mean())
 
     def perplexity(self, chosen: torch.Tensor) -> float:
         """Of the tokens after those that the router looks at."""
@@ -176,7 +186,7 @@ def _perplexities(model: Any, texts: dict[str | None, _Measured]) -> str:
         rules = [f"{found.perplexity(chosen) / found.always(name):.4f}" for chosen in found.choices.values()]
         rows.append([name or "general", *ways, f"{float(stacked):.2f}", *rules[1:]])
     names = [f"donor {name}" for name in found.names[:-1]]
-    rules = ["signature / by hand", "loss / by hand", "routed / by hand"]
+    rules = [f"{rule} / by hand" for rule in ("signature", "loss", "both", "routed")]
     return report.table(["text", "recipient", *names, "stacked", *rules], rows)
 
 
@@ -186,8 +196,9 @@ def _accuracy(model: Any, texts: dict[str | None, _Measured]) -> str:
     for name, found in texts.items():
         routes = [_routes(model, found.ids, length) for length in lengths]
         right = [sum(route.donor == name for route in some) / len(some) for some in routes]
-        rows.append([name or "general", *(f"{share:.1%}" for share in right)])
-    return report.table(["rows that go where they belong, after", *(f"{n} tokens" for n in lengths)], rows)
+        rows.append([name or "general", *(f"{share:.1%}" for share in right), f"{found.sure:.1%}"])
+    lengths_seen = (f"{n} tokens" for n in lengths)
+    return report.table(["rows that go where they belong, after", *lengths_seen, f"sure after {_SEEN}"], rows)
 
 
 def _open_set(texts: dict[str, _Measured]) -> str:
@@ -196,10 +207,9 @@ def _open_set(texts: dict[str, _Measured]) -> str:
         routes = Counter(found.names[number] or "recipient" for number in found.routed.tolist())
         where = ", ".join(f"{donor} {count / len(found.ids):.0%}" for donor, count in routes.most_common())
         rules = [f"{found.perplexity(chosen):.1f}" for chosen in found.choices.values()]
-        rows.append([name, f"{found.always(None):.1f}", *rules, f"{found.best:.1f}", where])
-    return report.table(
-        ["text of no donor", "recipient", "nearest", "signature", "loss", "routed", "best", "routed to"], rows
-    )
+        rows.append([name, f"{found.always(None):.1f}", *rules, f"{found.best:.1f}", f"{found.sure:.0%}", where])
+    rules = ["nearest", "signature", "loss", "both", "routed", "best", "sure"]
+    return report.table(["text of no donor", "recipient", *rules, "routed to"], rows)
 
 
 # -- Speed ---------------------------------------------------------------------------------------------------------
@@ -217,7 +227,7 @@ def speed(options: argparse.Namespace, folder: Path) -> str:
     ids = _spread(pack(text, tokenizer, options.length, options.blocks, quiet=True), options.copies)
     ways: dict[str, Callable[[], tuple[Any, AbstractContextManager[None]]]] = {
         "one donor loaded, for all rows": lambda: (one, nullcontext()),
-        "one donor loaded, chosen by itself": lambda: (one, one.using("auto", threshold=-1e9)),
+        "one donor loaded, chosen by itself": lambda: (one, one.using("auto")),
         f"{options.copies} loaded, one for all rows": lambda: (many, many.using("d0")),
         f"{options.copies} loaded, another for each row": lambda: (many, many.using(rows=names)),
         f"{options.copies} loaded, none": lambda: (many, many.using(())),

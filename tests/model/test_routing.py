@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCa
 from tests.helpers import BUILDERS, edit_json, generated, logits_of, make_family, plain, refused, tiny_llama_model
 from transplant_hf import AutoModelWithTransplant, CheckpointError, ConfigurationError, Donor, DonorSpec, sign
 from transplant_hf.donor.signature import Discriminant, Signature, describe_rows
+from transplant_hf.model import routing
 from transplant_hf.partial import hidden_states
 
 # The tokens of each kind of text.
@@ -88,7 +89,7 @@ def routed(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", sorted(BUILDERS))
 def test_what_a_score_is(kind: str, tmp_path: Path) -> None:
-    """The part of a signature, at most 8, and how much less the donor loses on the first 32 tokens; computed apart."""
+    """That of the signature; where it is not sure, at most 8 of it and how much less the donor loses on 32 tokens."""
     folder = make_family(tmp_path, BUILDERS[kind])
     sign(folder / "donor", *(text_of(text, 1, 32 * 60).flatten() for text in ("low", "general")), quiet=True)
     model: Any = AutoModelWithTransplant.from_pretrained(folder / "donor").eval()
@@ -96,10 +97,8 @@ def test_what_a_score_is(kind: str, tmp_path: Path) -> None:
     lengths = [40, 36, 20]
     for row, (text, length) in enumerate(zip(("low", "general", "high"), lengths, strict=True)):
         ids[row, 40 - length :], mask[row, 40 - length :] = text_of(text, 1, length, seed=row)[0], 1
-    with model.using("auto"):
-        generated(model, ids, attention_mask=mask)
-        routes = model.routes
     signature = Signature.from_dict(Donor.from_pretrained(folder / "donor").record.signature or {}, "it")
+    odds, gains = [], []
     for row, length in enumerate(lengths):
         seen = ids[row : row + 1, 40 - length :][:, :32]
         losses = []
@@ -108,15 +107,29 @@ def test_what_a_score_is(kind: str, tmp_path: Path) -> None:
                 losses.append(torch.nn.functional.cross_entropy(logits_of(model, seen)[0, :-1], seen[0, 1:]))
         with model.disable_transplants():
             states = hidden_states(model, seen, [signature.position])[signature.position]
-        odds = float(Discriminant([signature]).scores(describe_rows(states)))
-        gain = float((losses[0] - losses[1]) * (seen.shape[1] - 1))
-        assert routes[row].score == pytest.approx(min(0.2 * odds, 8) + gain, rel=1e-3, abs=1e-2)
-        assert abs(gain) > 0.05
+        odds.append(0.2 * float(Discriminant([signature]).scores(describe_rows(states))))
+        gains.append(float((losses[0] - losses[1]) * (seen.shape[1] - 1)))
+        assert abs(gains[row]) > 0.05
+    for threshold in (0, *odds):
+        with model.using("auto", threshold=threshold):
+            generated(model, ids, attention_mask=mask)
+        sure = [abs(one - threshold) > 8 for one in odds]
+        for route, one, gain, alone in zip(model.routes, odds, gains, sure, strict=True):
+            assert route.score == pytest.approx(one + gain * (not alone), rel=1e-3, abs=1e-2)
+            assert route.donor == ("donor" if route.score > threshold else None)
+    # A donor that is there twice: the signature cannot be sure which.
+    specs = [DonorSpec(str(folder / "donor"), signature.position, name=name) for name in ("one", "two")]
+    twice = AutoModelWithTransplant.from_pretrained(folder / "recipient", donors=specs, strength="auto").eval()
+    generated(twice, ids, attention_mask=mask)
+    for route, one, gain in zip(twice.routes, odds, gains, strict=True):
+        if one > 0:
+            assert route.score == pytest.approx(min(one, 8) + gain, rel=1e-3, abs=1e-2)
 
 
 @torch.no_grad()
-def test_embeddings_are_routed_by_their_signature(signed: Path) -> None:
+def test_embeddings_are_routed_by_their_signature(signed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their tokens are not known, and a decoder has no head: what each donor would lose cannot be measured."""
+    monkeypatch.setattr(routing, "SURE", 1e9)
     model, (ids, wanted) = both(signed), mixed()
     with model.using("auto"):
         logits_of(model, ids)
@@ -124,16 +137,31 @@ def test_embeddings_are_routed_by_their_signature(signed: Path) -> None:
         model(inputs_embeds=model.get_input_embeddings()(ids), use_cache=False)
         assert names(model) == wanted
         assert all(abs(route.score - score) > 1e-3 for route, score in zip(model.routes, scores, strict=True))
-        by_signature = [route.score for route in model.routes]
-    decoder = AutoModel.from_pretrained(signed / "low").eval()
-    with decoder.using("auto"):
+    alone, decoder = (kind.from_pretrained(signed / "low").eval() for kind in (AutoModelForCausalLM, AutoModel))
+    with alone.using("auto"), decoder.using("auto"):
+        alone(inputs_embeds=alone.get_input_embeddings()(ids), use_cache=False)
         decoder(ids, use_cache=False)
-    assert decoder.routes[2].score == pytest.approx(by_signature[2], rel=1e-3)
+    assert decoder.routes[2].score == pytest.approx(alone.routes[2].score, rel=1e-3)
 
 
 @torch.no_grad()
-def test_measuring_a_prompt_changes_nothing(signed: Path) -> None:
+def test_only_rows_that_are_not_sure_are_measured(signed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ids, wanted) = both(signed), mixed()
+    measured: list[Any] = []
+    original = routing.gains
+    monkeypatch.setattr(routing, "gains", lambda prompt, *rest: measured.append(prompt.ids) or original(prompt, *rest))
+    with model.using("auto"):
+        logits_of(model, ids)
+        assert names(model) == wanted and not measured
+    with model.using("auto", threshold=model.routes[2].score):
+        logits_of(model, ids)
+    assert len(measured) == 1 and torch.equal(measured[0], ids[2:3])
+
+
+@torch.no_grad()
+def test_measuring_a_prompt_changes_nothing(signed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the call records of layers is its own, and modules keep their hooks and layers."""
+    monkeypatch.setattr(routing, "SURE", 1e9)
     model, (ids, wanted) = both(signed), mixed()
     with model.using(rows=wanted):
         logits_of(model, ids)  # from the second call on, layers are left out

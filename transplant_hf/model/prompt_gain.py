@@ -46,6 +46,11 @@ class Prompt(NamedTuple):
     ids: torch.Tensor | None
     model: Any
 
+    def of(self, rows: torch.Tensor) -> Prompt:
+        """Return some rows, by their numbers."""
+        mask, ids = (None if one is None else one[rows.to(one.device)] for one in self[:2])
+        return Prompt(mask, ids, self.model)
+
 
 def gains(
     prompt: Prompt,

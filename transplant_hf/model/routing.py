@@ -1,8 +1,8 @@
 """`using("auto")`: each row of a batch uses the donor whose domain its prompt looks like.
 
 The hidden state that enters the first donor is that of the recipient alone: the recipient's layers before it run once.
-The domain that it looks like, and how well each donor predicts the first tokens from it, decide the choice of the call.
-A cache that is filled keeps the choice for the calls that follow.
+The domain that it looks like decides the choice of the call. If that is not sure, how well each donor predicts the
+first tokens from it counts too. A cache that is filled keeps the choice for the calls that follow.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ AUTO = "auto"
 # How far the hidden states of the probe may be from those that a signature was made with, in parts of their length.
 # Quantization to 4 bits changes them by a tenth; another recipient or position by more than their length.
 _TOLERANCE = 0.25
-# The logarithm of odds by the signatures takes hidden states for a Gaussian, and is too sure. It is added to that of
-# the prompt's tokens with a weight, and favors a donor over the recipient by no more than a few nats: signatures know
-# only the text that they were made of. Chosen on held-out rows (docs/compose.md).
-_WEIGHT, _MOST_IN_FAVOR = 0.2, 8.0
+# The logarithm of odds by the signatures takes hidden states for a Gaussian, and is too large: it has a weight. Where
+# its best choice is ahead of all others by more than `SURE`, it decides alone. Otherwise that of the prompt's tokens is
+# added, and it favors a donor by at most as much. Chosen on held-out rows (docs/compose.md).
+WEIGHT, SURE = 0.2, 8.0
 # Caches of their own kind, in which nothing can be kept.
 _OTHER_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
@@ -43,8 +43,8 @@ class Route(NamedTuple):
 
     Args:
         donor: The donor's name; `None` for the untouched recipient.
-        score: How much more likely the prompt is with the donor than without it, as a logarithm; the highest of all
-            donors. NaN for a prompt that is too short.
+        score: The logarithm of the odds that the prompt is text for the donor and not for the recipient; the highest of
+            all donors. NaN for a prompt that is too short.
     """
 
     donor: str | None
@@ -91,10 +91,13 @@ class Router:
                 f"the hidden states that enter the first donor are not finite in rows {spoiled}, so that no donor can "
                 "be chosen for them: the recipient's weights contain NaN or infinity, or its dtype is too small."
             )
-        scores = _WEIGHT * self._discriminant.scores(rows)
-        scores = scores - (scores.amax(1, keepdim=True) - _MOST_IN_FAVOR).clamp(min=0)
-        gained = gains(choice.prompt, hidden, self.strengths, self.place, choices, form)
-        best, number = (scores if gained is None else scores + gained.to(scores)).max(1)
+        scores = WEIGHT * self._discriminant.scores(rows)
+        first, second = torch.nn.functional.pad(scores, (0, 1), value=self.threshold).topk(2).values.unbind(1)
+        if len(unsure := (first - second <= SURE).nonzero()[:, 0]):
+            ahead = (first[unsure, None] - max(self.threshold, 0) - SURE).clamp(min=0)
+            gained = gains(choice.prompt.of(unsure), hidden[unsure], self.strengths, self.place, choices, form)
+            scores[unsure] += (0 if gained is None else gained.to(scores)) - ahead
+        best, number = scores.max(1)
         names = list(self.signatures)
         routes = tuple(
             Route(names[n] if score > self.threshold else None, score)
