@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,20 +22,26 @@ try:
     status = main()
 except SystemExit as exit:
     status = exit.code
-print("status", status, "imported", *sorted({"torch", "transformers"} & set(sys.modules)))
+print("status", status, "imported", *sorted({"torch", "transformers"} & set(sys.modules)), file=sys.stderr)
 if "transformers" in sys.modules:
     from transformers import AutoConfig
 
-    print(AutoConfig.for_model("transplant", recipient="a/b").recipient)
+    print(AutoConfig.for_model("transplant", recipient="a/b").recipient, file=sys.stderr)
+sys.exit(status)
 """
 
 
 def run(*words: str | Path) -> tuple[str, str]:
+    return run_process(*words)[1:]
+
+
+def run_process(*words: str | Path, stdout: Any = subprocess.PIPE) -> tuple[int, str, str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *map(str, words)]
     done = subprocess.run(
-        [sys.executable, *map(str, words)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=300, check=False
     )
-    return done.stdout, done.stderr
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -56,19 +63,27 @@ def test_what_needs_no_model_imports_neither_transformers_nor_torch(
 ) -> None:
     script = tmp_path / "transplant-hf"
     script.write_text(_SCRIPT)
-    out, _ = run(script, *words)
-    assert out.splitlines()[-1] == f"status {status} imported"
+    _, err = run(script, *words)
+    assert err.splitlines()[-1] == f"status {status} imported"
     _, err = run("-X", "importtime", "-m", "transplant_hf", *words)
     imported = set(re.findall(r"\| +([\w.]+)$", err, re.MULTILINE))
     assert "transplant_hf.cli" in imported
     assert not imported & {"torch", "transformers"}
 
 
-def test_a_command_registers_transplants_before_it_runs(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_command_registers_transplants_and_says_when_its_output_cannot_be_written(
+    tiny_gpt2: Path, tmp_path: Path
+) -> None:
     script = tmp_path / "transplant-hf"
     script.write_text(_SCRIPT)
-    out, _ = run(script, "inspect", tmp_path / "nothing")
-    assert out.splitlines()[-2:] == ["status 1 imported torch transformers", "a/b"]
+    with Path("/dev/full").open("w") as full:
+        status, _, err = run_process(script, "check", tiny_gpt2 / "recipient", tiny_gpt2 / "donor", stdout=full)
+    assert status == 1
+    *_, sentence, imported, recipient = err.splitlines()
+    assert sentence.startswith("transplant-hf: cannot write the result on standard output")
+    assert (imported, recipient) == ("status 1 imported torch transformers", "a/b")
+    assert "Traceback" not in err and "Exception ignored" not in err
 
 
 def test_alone_it_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

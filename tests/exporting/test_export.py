@@ -26,6 +26,7 @@ from tests.helpers import (
     refused,
     run_python,
     tiny_llama_model,
+    write_tokenizer,
 )
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, DonorSpec
 from transplant_hf.exporting import export
@@ -50,16 +51,19 @@ def number_after(name: str, word: str) -> int | None:
 
 
 def test_it_needs_nothing_of_ours(tiny_gpt2: Path, tiny_llama: Path, tiny_gpt_oss: Path, tmp_path: Path) -> None:
-    """A process in which this package cannot be imported loads it, and computes what the layers compute by hand."""
+    """A process without this package loads exports and full saves, and computes what the layers compute by hand."""
     cases: dict[str, torch.Tensor] = {}
     for family, position, mode in ((tiny_gpt2, 1, "insert"), (tiny_llama, 1, "replace"), (tiny_gpt_oss, 4, "insert")):
         recipient, source = plain(family / "recipient"), plain(family / "source")
         spec = DonorSpec(str(family / "donor"), position, mode=mode)
         assert export(family / "recipient", tmp_path / "out" / family.name, [spec]).verified
         graft = Graft(source, DONOR_LAYERS, position, replace=mode == "replace")
-        cases[family.name] = reference_logits(recipient, [graft])
+        model = loaded(family, position, mode)
+        model.save_pretrained(tmp_path / "out" / f"saved-{family.name}")
+        write_tokenizer(tmp_path / "out" / f"saved-{family.name}")
+        cases[family.name] = cases[f"saved-{family.name}"] = reference_logits(recipient, [graft])
         found = logits_of(plain(tmp_path / "out" / family.name))
-        assert torch.equal(found, logits_of(loaded(family, position, mode)))
+        assert torch.equal(found, logits_of(model))
     code = """
 import sys, torch
 sys.modules["transplant_hf"] = None

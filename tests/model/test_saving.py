@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,13 +16,11 @@ from tests.helpers import (
     cast_weights,
     copied,
     digest_of,
-    generated,
     layers_of,
     loaded,
     logits_of,
     plain,
     refused,
-    run_python,
     two_donors,
 )
 from transplant_hf import (
@@ -36,38 +33,6 @@ load = AutoModelWithTransplant.from_pretrained
 
 
 # -- Full ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_full_save_needs_nothing_of_ours(
-    tiny_gpt2: Path, tiny_llama: Path, tiny_gpt_oss: Path, tmp_path: Path
-) -> None:
-    cases: dict[str, Any] = {}
-    for family in (tiny_gpt2, tiny_llama, tiny_gpt_oss):
-        for position, mode in ((1, "insert"), (4, "insert"), (1, "replace")):
-            folder = tmp_path / f"{family.name}-{position}-{mode}"
-            model = loaded(family, position, mode)
-            model.save_pretrained(folder)
-            cases[folder.name] = (logits_of(model), generated(model))
-    code = """
-import sys, torch
-from pathlib import Path
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-cases = torch.load(sys.argv[1])
-for folder in Path(sys.argv[2]).iterdir():
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), (folder, info)
-    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
-    logits, tokens = cases.pop(folder.name)
-    with torch.no_grad():
-        assert torch.equal(model(ids, use_cache=False).logits, logits), folder
-    again = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
-    assert torch.equal(again, tokens), folder
-assert not cases, list(cases)
-assert not [name for name in sys.modules if name.startswith("transplant")]
-"""
-    torch.save(cases, tmp_path.parent / f"{tmp_path.name}.pt")
-    run_python(code, tmp_path.parent / f"{tmp_path.name}.pt", tmp_path)
 
 
 def test_a_full_save_is_a_native_checkpoint(tiny: Path, tmp_path: Path) -> None:

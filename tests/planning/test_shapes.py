@@ -93,7 +93,9 @@ def test_llama_405b(tmp_path: Path) -> None:
     assert plan(tmp_path, count=6, context=8192, devices=8, memory="141GB")
 
 
-@pytest.mark.parametrize(("layers", "experts", "billions"), [(24, 32, 20.9), (36, 128, 116.8)])
+@pytest.mark.parametrize(
+    ("layers", "experts", "billions"), [(24, 32, 20.9), pytest.param(36, 128, 116.8, marks=pytest.mark.slow)]
+)
 def test_gpt_oss(tmp_path: Path, layers: int, experts: int, billions: float) -> None:
     folder = written(tmp_path, gpt_oss(layers, experts))
     found = plan(folder, count=3, context=32768)

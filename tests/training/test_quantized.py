@@ -68,7 +68,12 @@ METHODS: dict[str, Callable[[], Any]] = {
     "quanto-int8": quanto("int8"),
     "quanto-int4": quanto("int4"),
 }
-every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+# One method of each library by default.
+MORE = ("torchao-int4", "bitsandbytes-8bit", "quanto-int4")
+every_method = pytest.mark.parametrize(
+    "make",
+    [pytest.param(make, id=name, marks=pytest.mark.slow if name in MORE else ()) for name, make in METHODS.items()],
+)
 int8 = pytest.mark.parametrize("make", [METHODS["torchao-int8"], METHODS["bitsandbytes-4bit"]], ids=["torchao", "bnb"])
 
 
@@ -136,16 +141,22 @@ def trainer_start(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in layers_of(load_model(folder))[0].state_dict().items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", ["bitsandbytes-4bit", "bitsandbytes-8bit", "torchao-int8"])
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        ("bitsandbytes-4bit", "llama"),
+        ("bitsandbytes-8bit", "gpt2"),
+        ("torchao-int8", "llama"),  # quantizes nn.Linear only, and GPT-2 has Conv1D
+        pytest.param("bitsandbytes-4bit", "gpt2", marks=pytest.mark.slow),
+        pytest.param("bitsandbytes-8bit", "llama", marks=pytest.mark.slow),
+    ],
+)
 def test_a_recipient_that_is_saved_quantized_is_dequantized(
     method: str, family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_recipient(tmp_path / "recipient", family)
     load_model(folder, quantization_config=METHODS[method]()).save_pretrained(tmp_path / "quantized")
     recipient = load_model(tmp_path / "quantized")
-    if family == "gpt2" and method.startswith("torchao"):
-        pytest.skip("torchao quantizes nn.Linear only, and GPT-2 has Conv1D")
     made = trainer(tmp_path / "run", recipient, position=2, init="copy")
     assert made.started_from == FROM_DEQUANTIZED
     own, start = made.transplant.layer_map.layers_of("law")[0], layers_of(load_model(folder))[0].state_dict()
@@ -282,7 +293,7 @@ def test_a_changed_recipient_is_refused(tmp_path: Path) -> None:
     refuse(copy.deepcopy(loaded()), "quantized", "copy", "AutoModelWithTransplant.from_pretrained")
 
 
-@pytest.mark.parametrize("method", ["torchao-int8", "bitsandbytes-8bit"])
+@pytest.mark.parametrize("method", ["torchao-int8", pytest.param("bitsandbytes-8bit", marks=pytest.mark.slow)])
 def test_layers_are_quantized_one_at_a_time(method: str, tmp_path: Path) -> None:
     folder, made = write_recipient(tmp_path / "recipient"), []
     cache = str(tmp_path / "cache")  # that has the hidden states of the recipient in full precision

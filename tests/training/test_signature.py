@@ -17,6 +17,7 @@ from transplant_hf.partial import hidden_states
 from transplant_hf.training import Part, PartTrainer, Rows, prefix, train
 
 TEXT, GENERAL = noise(80, 32), noise(80, 32, seed=2, name="general")
+EVERY_ROW: dict[str, Any] = {"max_steps": 10, "per_device_train_batch_size": 16, "replay_share": 0.5}
 
 
 def signature_in(folder: Path) -> dict[str, Any] | None:
@@ -25,7 +26,7 @@ def signature_in(folder: Path) -> dict[str, Any] | None:
 
 
 def trained(folder: Path, model: Any, general: Any = GENERAL, **fields: Any) -> Any:
-    known = {"max_steps": 40, "per_device_train_batch_size": 4, "replay_share": 0.5, "donor_layers": 1, "use_cpu": True}
+    known = {**EVERY_ROW, "donor_layers": 1, "use_cpu": True}
     return train(model, TEXT, folder, general=general, disable_tqdm=True, **{**known, **fields})
 
 
@@ -60,7 +61,7 @@ def test_it_chooses_the_donor(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_the_recipient_runs_no_more_for_it(tmp_path: Path) -> None:
-    made = trainer(tmp_path, train_dataset=TEXT, replay_dataset=GENERAL, max_steps=40, replay_share=0.5)
+    made = trainer(tmp_path, train_dataset=TEXT, replay_dataset=GENERAL, **EVERY_ROW)
     rows: list[int] = []
     made.transplant.model.layers[0].mlp.register_forward_hook(lambda *call: rows.append(call[2].shape[0]))
     made.train()
@@ -77,7 +78,7 @@ def test_the_recipient_runs_no_more_for_it(tmp_path: Path) -> None:
         {"cache_prefix": "off"},
         {"position": 0},
         {"method": "standalone"},
-        {"max_steps": 4},
+        {"max_steps": 1},
     ],
     ids=str,
 )
@@ -99,16 +100,17 @@ def test_of_a_spread_donor_at_its_first_position(tiny_llama: Path, tmp_path: Pat
 def test_beside_another_donor(tmp_path: Path) -> None:
     """States that another donor changed are not those of the recipient."""
     model = recipient()
-    first = trainer(tmp_path / "a", model, train_dataset=TEXT, replay_dataset=GENERAL, max_steps=40, replay_share=0.5)
+    first = trainer(tmp_path / "a", model, train_dataset=TEXT, replay_dataset=GENERAL, **EVERY_ROW)
     first.train()
-    again = {"max_steps": 40, "replay_share": 0.5, "donor_name": "two"}
-    second = trainer(tmp_path / "b", first.transplant, train_dataset=TEXT, replay_dataset=GENERAL, **again)
+    second = trainer(
+        tmp_path / "b", first.transplant, train_dataset=TEXT, replay_dataset=GENERAL, donor_name="two", **EVERY_ROW
+    )
     second.train()
     assert first.signature is not None and second.signature is None
 
 
 def test_states_are_read_where_prompts_begin(tmp_path: Path) -> None:
-    made = trainer(tmp_path, train_dataset=TEXT, replay_dataset=GENERAL, max_steps=40, replay_share=0.5)
+    made = trainer(tmp_path, train_dataset=TEXT, replay_dataset=GENERAL, **EVERY_ROW)
     made.train()
     assert made.signature is not None
     states = hidden_states(recipient(), TEXT.tokens.long(), [made.signature.position])[made.signature.position]
@@ -128,12 +130,12 @@ def test_a_run_that_makes_no_donor_computes_nothing_for_one(tmp_path: Path, monk
     monkeypatch.setattr(prefix, "block_states", counted)
     rows = Rows(TEXT, 160, GENERAL, 0.5, 0)
     args = TrainingArguments(
-        str(tmp_path), max_steps=40, per_device_train_batch_size=4, save_strategy="no", use_cpu=True
+        str(tmp_path), max_steps=10, per_device_train_batch_size=16, save_strategy="no", use_cpu=True
     )
     model = recipient().requires_grad_(False)
     model.model.layers[-1].requires_grad_(True)
     made = PartTrainer(model, args, rows, part=Part(range(len(model.model.layers) - 1, len(model.model.layers))))
     made.train()
     assert made.cache_seconds > 0 and not lengths
-    trainer(tmp_path / "donor", train_dataset=TEXT, replay_dataset=GENERAL, max_steps=40, replay_share=0.5).train()
+    trainer(tmp_path / "donor", train_dataset=TEXT, replay_dataset=GENERAL, **EVERY_ROW).train()
     assert lengths == [8]
