@@ -188,7 +188,7 @@ def _compare_tensors(source: TensorStore, written: TensorStore, source_name: str
         for name in sorted(wanted):
             if not _same_bits(wanted[name][...], found[name][...]):
                 raise CheckpointError(
-                    f"{written_name}: {name} has other bits than in {source_name}. The disk or the memory may be "
+                    f"{written_name}: {name} differs from that of {source_name}. The disk or the memory may be "
                     "faulty; nothing was kept."
                 )
             progress.update()

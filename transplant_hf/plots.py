@@ -53,7 +53,7 @@ def check_strengths_picture(path: Path, texts: Collection[str], overwrite: bool 
         ConfigurationError: It is not on two texts, or as in `check_picture`.
     """
     if len(texts) != 2:
-        raise ConfigurationError(f"a curve is drawn on two texts, this one is on {', '.join(texts)}.")
+        raise ConfigurationError(f"a curve is drawn on two texts, this one has {', '.join(texts)}.")
     check_picture(path, overwrite)
 
 

@@ -127,7 +127,7 @@ def test_a_device_that_is_not_there_is_one_sentence(where: str, tiny_gpt2: Path,
     for command in ("evaluate", "sweep"):
         status, _, err = run(command, tiny_gpt2 / "donor", *words)
         assert status == 1
-        assert f"device_map={where!r} (--device-map) is no device of this machine, which has cpu" in err
+        assert f"device_map={where!r} (--device-map) is not a device of this machine, which has cpu" in err
 
 
 # -- Pictures --------------------------------------------------------------------------------------------------------

@@ -255,5 +255,5 @@ def test_another_source_of_the_same_shape(tmp_path: Path, tiny_llama: Path) -> N
 
 def test_swapped_arguments_are_told_apart(tiny_llama: Path) -> None:
     recipient, donor = tiny_llama / "recipient", tiny_llama / "donor"
-    with refused(ConfigurationError, f"{recipient} is no donor, but {donor} is", "the recipient comes first"):
+    with refused(ConfigurationError, f"{recipient} is not a donor, but {donor} is", "Pass the recipient first"):
         check_compatibility(donor, recipient)

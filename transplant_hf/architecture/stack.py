@@ -65,8 +65,8 @@ def find_stack(model: PreTrainedModel, what: str = "") -> str:
     if len(of_decoder) == 1:
         if any(vars(part).get("is_decoder") is False for part in model.get_submodule(of_decoder[0]).modules()):
             raise CompatibilityError(
-                f"{name} is not a decoder-only model: its layers are set up as an encoder's (is_decoder=False), each "
-                "token sees the later ones."
+                f"{name} is not a decoder-only model: its layers are set up as an encoder's (is_decoder=False), so "
+                "that each token sees later ones."
             )
         return of_decoder[0]
     if not of_decoder:

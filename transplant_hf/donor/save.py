@@ -118,7 +118,7 @@ def write_donor_repo(
     position = donor.position if position is None else position
     if position is None:
         raise ConfigurationError(
-            f"donor {donor} has no recommended position; say where it belongs: save_pretrained(..., position=p)."
+            f"donor {donor} has no recommended position. Pass one: save_pretrained(..., position=p)."
         )
     # What a repository records is on the Hub, whatever folders there are here.
     recorded_on_hub = not recipient and donor.source is not None and donor.source.from_hub

@@ -151,7 +151,7 @@ def _encode(vectors: torch.Tensor) -> str:
 def _decode(text: str, hidden: int) -> torch.Tensor:
     found = torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.float16)
     if not len(found) or hidden < 1 or len(found) % hidden or not found.isfinite().all():
-        raise ValueError(f"{len(found)} values, finite or not, are no vectors of {hidden}")
+        raise ValueError(f"expected finite vectors of {hidden} numbers, got {len(found)} numbers")
     return found.float().reshape(-1, hidden)
 
 

@@ -37,7 +37,7 @@ class Measurement:
         **kwargs: Any,
     ) -> None:
         if isinstance(texts, Mapping) and not texts:
-            raise ConfigurationError("there is no text to measure on: texts={'name': text}.")
+            raise ConfigurationError("there is no text to measure on. Pass texts={'name': text}.")
         check_texts(texts)
         self.kwargs, self.stride, self.batch_size, self.quiet = kwargs, stride, batch_size, quiet
         self._positions = positions if stream else None  # all layers before them stay in files

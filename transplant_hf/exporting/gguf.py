@@ -207,8 +207,8 @@ def _refuse_recipient(file: GgufFile) -> None:
     advice = "Export a plain checkpoint and convert that with llama.cpp's convert_hf_to_gguf.py."
     if architecture not in ARCHITECTURES:
         raise ConfigurationError(
-            f"{path} has the architecture {architecture!r}. How llama.cpp names and stores the weights of its layers "
-            f"is known here for {', '.join(ARCHITECTURES)}. {advice}"
+            f"{path} has the architecture {architecture!r}. Donors can be added to files of "
+            f"{', '.join(ARCHITECTURES)}. {advice}"
         )
     if file.own("expert_count"):
         raise ConfigurationError(
@@ -237,8 +237,8 @@ def _refuse_transplant(file: GgufFile, blueprint: Blueprint) -> None:
             raise ConfigurationError(f"donor {part.name!r} has strength 0 and changes nothing: leave it out.")
         if part.spec.strength != 1:
             raise ConfigurationError(
-                f"donor {part.name!r} has strength {part.spec.strength}, which a GGUF file cannot say, and which "
-                "scaled weights do not equal: the MLP of its layers reads what their attention adds. Export it at "
+                f"donor {part.name!r} has strength {part.spec.strength}, which a GGUF file cannot express, and which "
+                "cannot be folded into the weights: the MLP of a layer reads what its attention adds. Export it at "
                 "strength 1, by naming the donor and its position (DONOR@POSITION)."
             )
     if blueprint.side_by_side_groups:
@@ -255,7 +255,7 @@ def _refuse_transplant(file: GgufFile, blueprint: Blueprint) -> None:
     if kinds - {_SLIDING} or (kinds and not reads_kinds):
         raise ConfigurationError(
             f"the layers are of the kinds {', '.join(sorted({_FULL, *kinds}))}, and {file.path} "
-            f"cannot say which is which: llama.cpp has one kind in it, or places kinds by the layer's number."
+            "cannot say which layer has which kind: llama.cpp uses one kind, or derives it from the layer's number."
         )
     recognized, counts = RECOGNIZED_COUNTS.get(architecture), (len(file.blocks), len(blueprint.built))
     if recognized in counts and counts[0] != counts[1]:

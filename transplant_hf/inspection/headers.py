@@ -32,7 +32,7 @@ def read_header(
     if len(start) < 8 or length > min(size - 8, _MAX_LENGTH):
         raise CheckpointError(
             f"{where} is not a whole safetensors file: its header should have {length:,} bytes, the file has {size:,}. "
-            "Was it cut short, or is it a Git LFS pointer?"
+            "Is it truncated, or a Git LFS pointer?"
         )
     start += fetch_range(repo, path, revision, len(start), 8 + length - len(start), token)
     with tempfile.TemporaryDirectory() as folder:

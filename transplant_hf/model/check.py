@@ -44,7 +44,7 @@ def check(
         is_name = isinstance(recipient, str | os.PathLike)
         if is_name and read_entry(locate(os.fspath(recipient), files=("config.json",), hub=hub).folder):
             raise ConfigurationError(
-                f"{donor} is no donor, but {recipient} is: the recipient comes first, then the donor. {error}"
+                f"{donor} is not a donor, but {recipient} is. Pass the recipient first, then the donor. {error}"
             ) from error
         raise
     spec = spec_of(opened, position, mode=mode, name=opened.name or "donor", strength=1.0)

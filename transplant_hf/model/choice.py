@@ -129,7 +129,7 @@ def _strengths_by_name(blueprint: Blueprint, donors: Any) -> dict[str, Any]:
     elif isinstance(donors, str | Iterable):
         named = {name: own.get(name) for name in ([donors] if isinstance(donors, str) else donors)}
     else:
-        raise ConfigurationError(f"donors are named by a name, several, or {{name: strength}}; got {donors!r}.")
+        raise ConfigurationError(f"donors must be a name, several names, or {{name: strength}}; got {donors!r}.")
     for name in named:
         blueprint.check_name(name)
     return {name: named.get(name, 0.0) for name in own}

@@ -171,9 +171,7 @@ def load_transplant(
             "state_dict= cannot be combined with donors; use transplant_hf.transplant(model, donor, position)."
         )
     if "donor" in kwargs:
-        raise ConfigurationError(
-            f"there is no argument donor={kwargs['donor']!r}; donors={{donor: position}} names them."
-        )
+        raise ConfigurationError(f"there is no argument donor={kwargs['donor']!r}. Pass donors={{donor: position}}.")
     if strength not in (None, AUTO):
         raise ConfigurationError(
             f'strength={strength!r}: at load it can be "auto". The strength of one donor is a field of its DonorSpec.'

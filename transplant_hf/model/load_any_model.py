@@ -167,7 +167,7 @@ def check_device_map(device_map: Any) -> None:
         device = None
     if device is None or (device.type not in _ALWAYS and f"{device.type}:{device.index or 0}" not in known):
         raise ConfigurationError(
-            f"device_map={device_map!r} (--device-map) is no device of this machine, which has "
+            f"device_map={device_map!r} (--device-map) is not a device of this machine, which has "
             f"{', '.join([*_ALWAYS[:1], *known])} (torch {torch.__version__}). Name one of these or one of "
             f"{', '.join(_SPREAD)}."
         )

@@ -33,7 +33,7 @@ def by_name(native: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     twice = [name for name in names[: len(args)] if name in kwargs]
     if len(args) > len(names) or twice:
         wrong = f"{twice[0]!r} is given twice" if twice else f"{len(args) + 1} positional arguments are too many"
-        raise ConfigurationError(f"save_pretrained: {wrong}. After the folder come {', '.join(names)}; name them.")
+        raise ConfigurationError(f"save_pretrained: {wrong}. Pass arguments by name: {', '.join(names)}.")
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 

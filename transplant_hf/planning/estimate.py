@@ -114,7 +114,9 @@ def plan(
         given = {"donors": donors, "count": count, "position": position, "context": context}
         names = [name for name, value in given.items() if value is not None]
         if names or batch_size != 1:
-            raise ConfigurationError(f"{', '.join(names) or 'batch_size'} is set in the arguments of train.")
+            raise ConfigurationError(
+                f"set {', '.join(names) or 'batch_size'} in train=, the arguments of the training run."
+            )
         check_training(train)
         count, position, mode = train.donor_layers, train.position, train.mode
         late = bool(train.stream_prefix)

@@ -56,7 +56,7 @@ def check_training(args: DonorTrainingArguments) -> None:
     optimizer = _name(args.optim)
     if optimizer not in _STATES:
         raise ConfigurationError(
-            f"the memory of optim={optimizer!r} (--optim) is not known; one of {', '.join(_STATES)} is."
+            f"the memory of optim={optimizer!r} (--optim) is not known. Known are {', '.join(_STATES)}."
         )
     refused = {
         "method": args.method != "in_place",

@@ -135,7 +135,7 @@ def answer(content: dict[str, Any]) -> NoReturn:
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < _MAX_COUNT:
-        raise ValueError("a tensor or storage has a size that makes no sense")
+        raise ValueError("a tensor or storage has an impossible size")
     return value
 
 
@@ -234,7 +234,7 @@ def _described(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, m
     if rest[metadata_at:] and rest[metadata_at]:
         refuse("holds a tensor that is a negated or conjugated view; save it with .resolve_neg().resolve_conj()")
     if not isinstance(storage, Storage) or len(shape) != len(stride) or len(shape) > _MAX_DEPTH:
-        raise ValueError("a tensor's description makes no sense")
+        raise ValueError("a tensor's description is malformed")
     dtype = rest[2].made_of if metadata_at == 3 else None
     return *storage, dtype, _count(offset), tuple(map(_count, shape)), tuple(map(_count, stride))
 

@@ -193,8 +193,8 @@ def _describe(path: Path) -> dict[str, Any]:
     if not found:
         reason = "".join(character if character.isprintable() else "?" for character in reason[:_MAX_REASON])
         raise CheckpointError(
-            f"{path} could not be read ({reason}): it is cut short, damaged, no file of torch.save, or takes more than "
-            f"{_SECONDS} seconds or {_MEMORY >> 30} GiB to describe. Get it again, or save the state dicts again."
+            f"{path} could not be read ({reason}): it is truncated, damaged, not written by torch.save, or takes "
+            f"more than {_SECONDS} seconds or {_MEMORY >> 30} GiB to read. Download it again, or save it again."
         )
     return dict(found)
 

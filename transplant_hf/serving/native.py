@@ -112,7 +112,7 @@ def _refuse_quantization(recipient: Recipient, config: TransplantConfig) -> None
     if getattr(recipient.config, "quantization_config", None) is not None:
         raise ConfigurationError(
             f"{recipient} is quantized and its donors are not, and inference engines are not given both here. Name a "
-            "recipient in full precision; of one in MXFP4, `transplant-hf export` writes such a checkpoint."
+            "recipient in full precision; for one in MXFP4, `transplant-hf export` writes such a checkpoint."
         )
     if config.recipient_quantization is not None:
         method = config.recipient_quantization["config"]["quant_method"]
