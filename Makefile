@@ -6,7 +6,7 @@ PYTHON ?= $(if $(VIRTUAL_ENV),python,$(if $(wildcard .venv/bin/python),.venv/bin
 help:
 	@echo "make install     a virtual environment in .venv with the tested versions of everything"
 	@echo "make check       lint, formatting, types, order of imports"
-	@echo "make format      let ruff mend what it can"
+	@echo "make format      let ruff fix what it can"
 	@echo "make test        all but the slow tests, and the examples in docstrings"
 	@echo "make test-slow   the slow tests: every architecture"
 	@echo "make ecosystem   the table of docs/ecosystem.md, from a test run"
