@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec, HubError, T
 
 __all__ = [
     "BUILDERS",
+    "CACHE",
     "DONOR_LAYERS",
     "DONOR_POSITION",
     "NUM_LAYERS",
@@ -193,6 +195,10 @@ def two_donors(family: Path, second: str = "insert", **kwargs: Any) -> Any:
 
 
 # -- Running -----------------------------------------------------------------------------------------------------
+
+
+# The argument of `forward` and `generate` that takes a cache: another one from Transformers 5.24 on.
+CACHE = next(name for name in ("cache", "past_key_values") if name in signature(LlamaForCausalLM.forward).parameters)
 
 
 def some_ids(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:

@@ -113,12 +113,13 @@ def test_parts_of_the_server() -> None:
     from transplant_hf.serving.server import DonorModels
 
     overridden = {name for name in vars(DonorModels) if not name.startswith("_")} - {"donors", "choice", "check_donor"}
-    assert overridden <= set(vars(ModelManager))
+    assert len(overridden & {"list_models", "get_gen_models"} & set(vars(ModelManager))) == 1  # 5.24 renamed it
+    assert overridden - {"list_models", "get_gen_models"} <= set(vars(ModelManager))
     assert list(inspect.signature(GenerationState.get_manager).parameters) == ["self", "model_id", "use_cb"]
     assert callable(GenerateManager.submit)
-    handlers = ["chat_handler", "completion_handler", "response_handler", "transcription_handler", "systemone_handler"]
-    parameters = ["model_manager", *handlers, "generation_state", "enable_cors"]
-    assert list(inspect.signature(build_server).parameters) == parameters
+    parameters = list(inspect.signature(build_server).parameters)
+    assert parameters[0] == "model_manager"
+    assert {"chat_handler", "completion_handler", "response_handler", "generation_state"} <= set(parameters)
 
 
 def test_what_a_model_is_built_under() -> None:

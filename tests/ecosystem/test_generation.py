@@ -10,7 +10,7 @@ import torch
 from transformers import ContinuousBatchingConfig, QuantizedCache
 
 from tests.ecosystem.cases import ALSO_PLAIN, Case, same
-from tests.helpers import generated, logits_of, some_ids
+from tests.helpers import CACHE, generated, logits_of, some_ids
 
 SECTION = "Generation"
 CACHES = "https://huggingface.co/docs/transformers/kv_cache"
@@ -127,7 +127,7 @@ def test_quantized_cache(case: Case, backend: str, package: str) -> None:
 
     def run(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         cache = QuantizedCache(backend, model.config, nbits=4, q_group_size=16, residual_length=2)
-        tokens = generated(model, case.ids, past_key_values=cache)
+        tokens = generated(model, case.ids, **{CACHE: cache})
         assert len(cache.layers) == model.config.num_hidden_layers
         return tokens, cache.layers[-1]._dequantize(cache.layers[-1]._quantized_keys)
 

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from tests.helpers import (
+    CACHE,
     NUM_LAYERS,
     generated,
     loaded,
@@ -75,7 +76,7 @@ def test_generate_refuses_it_too(tiny_llama: Path) -> None:
     model = loaded(tiny_llama, 1)
     cache = prefilled(model)
     with model.disable_transplants(), refused(ConfigurationError, "new cache"):
-        generated(model, some_ids(1, 12), past_key_values=cache)
+        generated(model, some_ids(1, 12), **{CACHE: cache})
 
 
 def test_each_set_of_donors_is_a_side_of_its_own(two: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from tests.architectures.matrix import prepare
 from tests.helpers import refused, some_ids, tiny_llama_model, two_donors
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, DonorSpec
 
@@ -46,6 +47,17 @@ def test_as_rows_of_a_batch(model: Any) -> None:
         wanted = model.generate(ids.repeat(4, 1), attention_mask=mask.repeat(4, 1), **NEW)
     assert torch.equal(model.generate_each({"input_ids": ids, "attention_mask": mask}, CHOICES, **NEW), wanted)
     assert torch.equal(model.generate_each(ids, CHOICES, attention_mask=mask, **NEW), wanted)
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "mamba", "rwkv"])
+def test_recurrent_states_are_not_shared(model_type: str, tmp_path: Path) -> None:
+    pair = prepare(model_type, tmp_path)
+    specs = [DonorSpec(str(tmp_path / "donor"), 1, name="a")]
+    model = AutoModelWithTransplant.from_pretrained(tmp_path / "recipient", donors=specs, dtype=torch.float32)
+    ids = pair.ids[:1]
+    with model.using(rows=["a", None]):
+        wanted = model.generate(ids.repeat(2, 1), **NEW)
+    assert torch.equal(model.generate_each(ids, ["a", None], **NEW), wanted)
 
 
 def test_what_is_recorded_of_the_prompt(model: Any) -> None:
@@ -101,8 +113,9 @@ def test_refusals(model: Any, tiny_llama: Path) -> None:
             model.generate_each(inputs, ["a"])
     with refused(ConfigurationError, "one prompt", "'attention_mask': 2"):
         model.generate_each(some_ids(batch=1), ["a"], attention_mask=torch.ones(2, 11))
-    with refused(ConfigurationError, "leave out past_key_values"):
-        model.generate_each(some_ids(batch=1), ["a"], past_key_values=None)
+    for name in ("cache", "past_key_values", "cache_params", "inputs_embeds"):
+        with refused(ConfigurationError, f"leave out {name}"):
+            model.generate_each(some_ids(batch=1), ["a"], **{name: None})
     with refused(ConfigurationError, "no donor is named 'x'"):
         model.generate_each(some_ids(batch=1), ["x"])
     with model.disable_transplants(), refused(ConfigurationError, "not switched off"):

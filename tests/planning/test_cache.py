@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Cache
 
 from tests.architectures.tiny_models import CANNOT_BUILD, CAUSAL_LM_TYPES, NOT_DECODER_ONLY, tiny_model
 from tests.helpers import DONOR_POSITION, loaded, plain, some_ids
@@ -36,7 +37,7 @@ def planned(family: Path, **kwargs: Any) -> Plan:
 def sizes(model: Any, batch: int, context: int) -> list[int]:
     """Bytes in each layer of a cache."""
     output = model(some_ids(batch, context) % 6 + 3, use_cache=True)
-    cache = getattr(output, "past_key_values", None) or output.cache_params
+    cache = next(value for value in output.values() if isinstance(value, Cache))
     cache = getattr(cache, "self_attention_cache", cache)
     return [sum(map(_bytes_in, vars(layer).values())) for layer in cache.layers]
 

@@ -206,7 +206,7 @@ def test_donors_choose_themselves(family: Path, tokenizer: Any, tmp_path: Path) 
 
 def test_what_generates_no_text_is_not_served(client: Any) -> None:
     with pytest.raises(openai.APIStatusError) as error:
-        client.post("/systemone", body={"model": "law"}, cast_to=object)
+        client.post("/audio/transcriptions", body={"model": "law"}, cast_to=object)
     assert error.value.status_code == 501
 
 

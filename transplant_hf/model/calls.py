@@ -22,6 +22,9 @@ from ..errors import ConfigurationError
 
 BLOCK_END = "the end of disable_transplants()"
 LONGEST_WAIT = 60.0
+# Arguments that hold what a model keeps between calls; "cache" from Transformers 5.24 on. Only the first two are always
+# a `Cache`.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 _POLL_SECONDS = 0.2
 
 
@@ -195,13 +198,14 @@ def deep_copy(model: Any, memo: dict[int, Any]) -> Any:
 
 
 @functools.cache
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+def parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the parameters of a method, without `self`."""
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call of a module by name."""
-    return {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs}
+    return {**dict(zip(parameters_of(type(module).forward), args, strict=False)), **kwargs}
 
 
 def _too_long(what: str, who: str) -> ConfigurationError:

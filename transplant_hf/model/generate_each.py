@@ -15,7 +15,7 @@ from ..architecture import decoder_stack
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from .active_donors import state_of
-from .calls import arguments_by_name
+from .calls import CACHE_ARGUMENTS, arguments_by_name, parameters_of
 from .using import generation_setting
 
 # Arguments of layers that the rows of one prompt can share, with 1 in their first dimension.
@@ -50,12 +50,12 @@ def generate_each(model: Any, inputs: Any, donors: Sequence[Any], kwargs: Mappin
             f"generate_each answers one prompt, input_ids [1, tokens] with at least one token; got {found}. For "
             "several prompts call generate inside using(rows=[...])."
         )
-    if taken := sorted({*given, *kwargs} & {"past_key_values", "inputs_embeds"}):
+    if taken := sorted({*given, *kwargs} & {*CACHE_ARGUMENTS, "inputs_embeds"}):
         raise ConfigurationError(f"generate_each makes the cache from the prompt: leave out {', '.join(taken)}.")
     with model.using(rows=donors):
         rows = {name: value.repeat_interleave(len(donors), 0) for name, value in given.items()}
-        cache = _shared_prompt(model, given, len(donors)) if _is_plain(model, kwargs) else None
-        return model.generate(**rows, **kwargs, **({} if cache is None else {"past_key_values": cache}))
+        cache = _shared_prompt(model, given, len(donors)) if _is_plain(model, kwargs) else {}
+        return model.generate(**rows, **kwargs, **cache)
 
 
 def _is_plain(model: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -66,19 +66,21 @@ def _is_plain(model: Any, kwargs: Mapping[str, Any]) -> bool:
     return cached and not any(other) and all(number in (None, 1) for number in several) and not model.training
 
 
-def _shared_prompt(model: Any, given: Mapping[str, Any], count: int) -> Cache | None:
-    """Fill a cache with all tokens of a prompt but the last, for `count` rows; `None` where rows cannot share it."""
+def _shared_prompt(model: Any, given: Mapping[str, Any], count: int) -> dict[str, Cache]:
+    """Return the argument with a cache of all prompt tokens but the last, for `count` rows; empty if not shared."""
     tokens = given["input_ids"].shape[1] - 1
     padded = "attention_mask" in given and not bool(given["attention_mask"].all())
-    if not tokens or padded or not {*given} <= {"input_ids", "attention_mask"}:
-        return None
+    name = next((name for name in CACHE_ARGUMENTS[:2] if name in parameters_of(type(model).forward)), None)
     cache: Any = DynamicCache(config=model.config)
+    recurrent = any(hasattr(layer, "update_recurrent_state") for layer in cache.layers)  # cannot be repeated
+    if not tokens or padded or name is None or recurrent or not {*given} <= {"input_ids", "attention_mask"}:
+        return {}
     with torch.no_grad(), suppress(_CannotShare), _expanded(model, count) as first:
-        model(**{name: value[:, :tokens] for name, value in given.items()}, past_key_values=cache, use_cache=True)
+        model(**{one: value[:, :tokens] for one, value in given.items()}, **{name: cache}, use_cache=True)
         for layer in cache.layers[:first]:
             layer.batch_repeat_interleave(count)
-        return cache
-    return None
+        return {name: cache}
+    return {}
 
 
 @contextmanager

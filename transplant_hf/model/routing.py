@@ -21,6 +21,7 @@ from ..donor.signature import FEWEST_TOKENS, PROBE_TOKENS, Discriminant, Signatu
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..splice import Blueprint
+from .calls import CACHE_ARGUMENTS
 from .choice import Choice, choice_of, refuse_rows
 from .output_form import OutputForm
 from .prompt_gain import gains
@@ -34,8 +35,6 @@ _TOLERANCE = 0.25
 # its best choice is ahead of all others by more than `SURE`, it decides alone. Otherwise that of the prompt's tokens is
 # added, and it favors a donor by at most as much. Chosen on held-out rows (docs/compose.md).
 WEIGHT, SURE = 0.2, 8.0
-# Caches of their own kind, in which nothing can be kept.
-_OTHER_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 
 class Route(NamedTuple):
@@ -176,7 +175,7 @@ def routed_choice(blueprint: Blueprint, disabled: Collection[str], threshold: fl
 
 def mask_of_prompt(given: Mapping[str, Any]) -> torch.Tensor | None:
     """Return which tokens of a call are no padding, `[rows, tokens]`; refuse calls whose rows are not one text each."""
-    for name in _OTHER_CACHES:
+    for name in CACHE_ARGUMENTS:
         if given.get(name) is not None and not isinstance(given[name], Cache):
             raise ConfigurationError(
                 f'using("auto") keeps the choice of each row with the cache, and a {type(given[name]).__name__} '

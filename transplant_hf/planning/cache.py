@@ -77,10 +77,10 @@ def _run(model: PreTrainedModel, length: int) -> Cache | None:
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     with torch.no_grad():
         output = model(input_ids=ids, use_cache=True)
-    cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
+    cache = next((value for value in output.values() if isinstance(value, Cache)), None)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    return cache if isinstance(cache, Cache) else None
+    return cache
 
 
 def _size(layer: Any) -> int:

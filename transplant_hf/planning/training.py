@@ -207,9 +207,9 @@ def _step(
         layer.requires_grad_(True).train()
     if args.gradient_checkpointing:
         # The backward pass leaves the mode, so it is entered again for what is computed again.
-        model.gradient_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), OrdinaryText())}
-        )
+        old = model.gradient_checkpointing_enable  # deprecated where there is the other
+        enable = getattr(model, "activation_checkpointing_enable", old)
+        enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), OrdinaryText())})
         for module in model.modules():
             module.training = module.training or bool(getattr(module, "gradient_checkpointing", False))
     ids = torch.zeros(shape, dtype=torch.long, device="meta")

@@ -6,6 +6,7 @@ runs with the donors that its `model` field names, in one batch with others wher
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import re
@@ -56,16 +57,14 @@ def build_app(model: Any, tokenizer: Any, name: str, token: str | None = None) -
     """
     models = DonorModels(model, tokenizer, name)
     state = Threads()
-    not_served: Any = NotServed()
-    app = build_server(
-        models,
-        Chats(models, state),
-        Completions(models, state),
-        Responses(models, state),
-        not_served,
-        not_served,
-        state,
-    )
+    # Each version of Transformers has handlers of its own for what generates no text.
+    handlers: dict[str, Any] = {
+        **{name: NotServed() for name in inspect.signature(build_server).parameters if name.endswith("handler")},
+        "chat_handler": Chats(models, state),
+        "completion_handler": Completions(models, state),
+        "response_handler": Responses(models, state),
+    }
+    app = build_server(models, **handlers, generation_state=state)
 
     @app.exception_handler(TransplantError)
     @app.exception_handler(HTTPException)
@@ -165,13 +164,15 @@ class DonorModels(ModelManager):
         self.load_model_and_processor(model_id_and_revision, gguf_file=gguf_file)
         yield f"data: {json.dumps({'status': 'ready', 'model': model_id_and_revision, 'cached': True})}\n\n"
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
+    def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         """List the recipient and the donors."""
         about = {self.name: "the model without donors"}
         for spec in self.donors:
             about[str(spec.name)] = f"donor at {position_text(spec.position)}, strength {spec.strength:g}"
         more = {"object": "model", "created": 0, "owned_by": "transplant_hf"}
         return [{"id": name, **more, "description": text} for name, text in about.items()]
+
+    get_gen_models = list_models  # type: ignore[assignment]  # its name before Transformers 5.24
 
     def shutdown(self) -> None:
         """Keep the model: it is loaded as long as the server runs."""
@@ -276,11 +277,11 @@ def _add_changes(app: FastAPI, models: DonorModels, token: str) -> None:
         mode = Donor.from_pretrained(spec.donor).mode if spec.position is None else "insert"
         models.check_donor(body.name or str(spec.name), mode)
         transplant(models.model, spec.donor, spec.position, name=body.name, strength=body.strength, in_place=True)
-        return JSONResponse({"object": "list", "data": models.get_gen_models()})
+        return JSONResponse({"object": "list", "data": models.list_models()})
 
     @app.delete("/v1/donors/{name}", dependencies=[Depends(check)])
     def remove(name: str) -> JSONResponse:
         if name not in [spec.name for spec in models.donors]:
             raise HTTPException(404, f"there is no donor {name!r} here; /v1/models lists them.")
         models.model.remove_donor(name)
-        return JSONResponse({"object": "list", "data": models.get_gen_models()})
+        return JSONResponse({"object": "list", "data": models.list_models()})
