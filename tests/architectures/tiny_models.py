@@ -176,9 +176,9 @@ def _tiny_fields(
     chosen = {name: value(num_layers) if callable(value) else value for name, value in chosen.items()}
     defaults = {field.name: _default(field) for field in dataclasses.fields(config_class)} | dict(given)
     fields: dict[str, Any] = dict(given)
-    special = VOCAB - 1
+    special, parts = VOCAB - 1, _parts_of(config_class)
     for name, default in defaults.items():
-        if name in chosen or name in config_class.sub_configs_defaults:
+        if name in chosen or name in parts:
             continue
         if name in SIZES:
             rule = SIZES[name]
@@ -192,16 +192,30 @@ def _tiny_fields(
         elif name.endswith(("_token_id", "_token_index")) and isinstance(default, int):
             fields[name], special = special, special - 1
     fields |= _squeezed_kinds(config_class, num_layers)
-    for key, spec in config_class.sub_configs_defaults.items():
+    for key, (sub_class, given_in) in parts.items():
         if key in chosen and not isinstance(chosen[key], dict):
             continue
-        sub_class = spec.config_class
-        if not issubclass(sub_class, PreTrainedConfig):
-            sub_class = spec.get_config_class(spec.model_type)
         depth = num_layers if key in _TEXT_KEYS else _SIDE_LAYERS
         own = chosen.pop(key, {})
-        fields[key] = sub_class(**_tiny_fields(sub_class, sub_class.model_type, depth, spec.init_kwargs, own))
+        fields[key] = sub_class(**_tiny_fields(sub_class, sub_class.model_type, depth, given_in, own))
     return fields | chosen
+
+
+def _parts_of(config_class: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Return the configurations within one: the class of each, and what it is made with."""
+    if not hasattr(config_class, "sub_configs_defaults"):  # of Transformers 5.17
+        return {
+            key: (part if issubclass(part, PreTrainedConfig) else type(getattr(config_class(), key)), {})
+            for key, part in config_class.sub_configs.items()
+        }
+    parts = {}
+    for key, spec in config_class.sub_configs_defaults.items():
+        part = spec.config_class
+        parts[key] = (
+            part if issubclass(part, PreTrainedConfig) else spec.get_config_class(spec.model_type),
+            spec.init_kwargs,
+        )
+    return parts
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
