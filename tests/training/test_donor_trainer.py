@@ -196,6 +196,7 @@ def test_layers_to_start_from_say_how_many_there_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "facts"),
     [
+        ({"donor_name": ""}, ("name of donor", "empty string")),
         ({"position": 5}, ("position 5 of", "outside 0..4", "4 layers")),
         ({"position": 3, "mode": "replace"}, ("position 3 of", "outside 0..2", "2 are replaced")),
         ({"donor_layers": 5}, ("donor of 5 layers", "4 layers")),

@@ -55,9 +55,8 @@ class StopAt5(TrainerCallback):
 
 
 model = recipient() if "stream_prefix" not in fields else folder / "recipient"
-made = trainer(
-    folder, model, position=3, replay_dataset=noise(seed=2, name="general"), eval_dataset=noise(seed=1), **fields
-)
+texts = {"replay_dataset": noise(seed=2, name="general"), "eval_dataset": noise(seed=1)}
+made = trainer(folder, model, **texts, **{"position": 3, **fields})
 assert made.is_fsdp_enabled == ("fsdp" in fields)
 if run == "stop":
     made.add_callback(StopAt5())
@@ -126,7 +125,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Pat
     "fields",
     [
         {"loss_chunk": 7},
-        {"mode": "replace", "strength": 0.5, **_FSDP},
+        {"mode": "replace", "position": 2, "strength": 0.5, **_FSDP},
         {"distillation": 2.0, "gradient_checkpointing": True, **_FSDP},
         pytest.param({"deepspeed": _zero(2)}, marks=_needs_deepspeed),
     ],

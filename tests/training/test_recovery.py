@@ -105,5 +105,7 @@ def test_what_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
         recovery(tmp_path, tiny_llama / "recipient")
     with refused(ConfigurationError, "no donor is named law", "donor"):
         recovery(tmp_path, tiny_llama / "donor", donors=["law"])
+    with refused(ConfigurationError, "neighbors (--neighbors) is 2", "['gate']"):
+        RecoveryArguments(str(tmp_path), parts=["gate"], neighbors=2)
     with refused(ConfigurationError, "parts must be among", "'heads'"):
         recovery(tmp_path, tiny_llama / "donor", parts=["heads"])

@@ -70,7 +70,7 @@ def test_replaced_layers_start_from_themselves(tiny_llama: Path, blocks: Blocks,
     before = logits_of(recipient)
     args = arguments(tmp_path / "run", position=[1, 3], mode="replace")
     trainer = DonorTrainer(recipient, args, blocks)
-    assert trainer.args.learning_rate == 1e-3 and trainer.transplant.layer_map.layers_of("noise") == [1, 3]
+    assert trainer.transplant.layer_map.layers_of("noise") == [1, 3]
     assert torch.equal(logits_of(trainer.transplant), before)
     trainer.train()
     trainer.save(tmp_path / "noise", recipient=str(tiny_llama / "recipient"))
@@ -79,6 +79,19 @@ def test_replaced_layers_start_from_themselves(tiny_llama: Path, blocks: Blocks,
     assert len(again.model.layers) == len(recipient.model.layers)
     assert torch.equal(logits_of(again), logits_of(trainer.transplant))
     assert not torch.equal(logits_of(again), before)
+
+
+def test_the_learning_rate_of_replaced_layers_follows_their_weights(
+    tiny_llama: Path, blocks: Blocks, tmp_path: Path
+) -> None:
+    recipient, rates = plain(tiny_llama / "recipient"), []
+    for factor in (1.0, 2.0):
+        for weight in recipient.model.layers[1].parameters():
+            weight.data *= factor if weight.dim() > 1 else 1.0
+        args = arguments(tmp_path / "run", position=1, donor_layers=1, mode="replace")
+        rates.append(DonorTrainer(recipient, args, blocks).args.learning_rate)
+    assert rates[1] == pytest.approx(2 * rates[0])
+    assert 1e-5 < rates[0] < 1e-3
 
 
 def test_a_recipient_that_does_not_fit_has_the_donor_before_its_last_layer(
