@@ -60,12 +60,14 @@ CHECKED_TYPES = [name for name in CAUSAL_LM_TYPES if name not in LEFT_OUT]
 # Refused by name, and a part of what the user reads.
 REFUSED = {
     "blt": "several",
+    "dory": "n_recurrent_loops",
     "gemma3n_text": "hidden_size_per_layer_input|num_kv_shared_layers",
     "gemma4": "hidden_size_per_layer_input|num_kv_shared_layers",
     "gemma4_text": "hidden_size_per_layer_input",
     "glm_moe_dsa": "indexer",
     "hrm_text": "several",
     "hy_v4": "indexer",
+    "inkling2_loop_text": "number is computed while loading",
     "inkling2_text": "number is computed while loading",
     "xlm": "no list of layers",
 }

@@ -25,6 +25,10 @@ REFUSALS: tuple[tuple[Callable[[Fields], Any], str], ...] = (
         lambda fields: "shared" in (fields.get("indexer_types") or ()),
         "some layers choose tokens by the indexer of a layer before them (indexer_types has 'shared')",
     ),
+    (
+        lambda fields: "n_recurrent_loops" in fields,
+        "a section of its layers runs several times, each time with a cache of its own (n_recurrent_loops)",
+    ),
 )
 
 
