@@ -180,12 +180,20 @@ def test_a_recipients_card_that_cannot_be_read(tiny_gpt2: Path, tmp_path: Path, 
 # -- Snippets --------------------------------------------------------------------------------------------------------
 
 
-def test_the_snippets_of_a_donor_run(tiny_gpt2: Path, tmp_path: Path) -> None:
-    family = copied(tiny_gpt2, tmp_path / "family")
+def test_the_snippets_of_a_donor_run(tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(family := copied(tiny_gpt2, tmp_path / "family"))
     codes = snippets(card_in(family / "donor"))
     assert len(codes) == 2
     assert codes[0].startswith("import transplant_hf")
     assert "import transplant_hf" not in codes[1]
+    for code in codes:
+        exec(code, {})  # noqa: S102 - our own card
+
+
+@pytest.mark.slow
+def test_the_snippet_without_the_import_runs_in_a_process_without_it(tiny_gpt2: Path, tmp_path: Path) -> None:
+    family = copied(tiny_gpt2, tmp_path / "family")
+    codes = snippets(card_in(family / "donor"))
     run_in(family, WITHOUT_IMPORT.format(codes[1]) + codes[0])
 
 

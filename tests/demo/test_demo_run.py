@@ -19,12 +19,22 @@ TINY = DemoSettings(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("demo")
+    """A folder with a file of the user in it."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "recipient").mkdir()
+    (folder / "recipient" / "mine.txt").write_text("precious")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def report(folder: Path) -> DemoReport:
-    return run_demo(folder, quiet=True, settings=TINY)
+    with pytest.raises(ConfigurationError, match="not empty"):
+        run_demo(folder, quiet=True, settings=TINY)
+    return run_demo(folder, overwrite=True, quiet=True, settings=TINY)
+
+
+def test_files_of_the_user_stay(report: DemoReport, folder: Path) -> None:
+    assert (folder / "recipient" / "mine.txt").read_text() == "precious"
 
 
 def test_report(report: DemoReport, folder: Path) -> None:
@@ -51,6 +61,8 @@ def test_second_run_reuses_what_is_finished(report: DemoReport, folder: Path, mo
     assert trained == []
     assert again.perplexities == report.perplexities
     assert again.seconds == report.seconds
+    monkeypatch.setattr(run, "write_texts", lambda folder, *sizes: {path.stem: path for path in folder.iterdir()})
+    monkeypatch.setattr(run, "_measure", lambda *args: None)
     run_demo(folder, quiet=True, settings=TINY, fresh=True)
     assert trained == ["recipient", "donor"]
 
@@ -68,13 +80,3 @@ def test_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "demo").write_text("")
     with pytest.raises(ConfigurationError, match="is a file"):
         run_demo(tmp_path / "demo", quiet=True, settings=TINY)
-
-
-def test_files_of_the_user_stay(tmp_path: Path) -> None:
-    mine = tmp_path / "recipient" / "mine.txt"
-    mine.parent.mkdir()
-    mine.write_text("precious")
-    with pytest.raises(ConfigurationError, match="not empty"):
-        run_demo(tmp_path, quiet=True, settings=TINY)
-    run_demo(tmp_path, overwrite=True, quiet=True, settings=TINY)
-    assert mine.read_text() == "precious"

@@ -104,7 +104,7 @@ def run_with_hub(
     offline: bool = False,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
-    timeout: float = 120,
+    timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process whose `huggingface_hub` talks to the test Hub.
 

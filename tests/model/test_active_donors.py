@@ -28,8 +28,6 @@ from tests.helpers import (
 )
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, DonorSpec
 
-POSITIONS = [0, 1, 4]
-
 
 @pytest.fixture
 def two(tiny_gpt_oss: Path) -> Any:
@@ -42,10 +40,10 @@ def two(tiny_gpt_oss: Path) -> Any:
 # -- Exactly the recipient -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("mode", ["insert", "replace"])
+@pytest.mark.parametrize(
+    ("position", "mode"), [(0, "insert"), (1, "insert"), (4, "insert"), (0, "replace"), (2, "replace")]
+)
 def test_exactly_the_recipient(tiny: Path, position: int, mode: str) -> None:
-    position = min(position, 2) if mode == "replace" else position
     model, recipient = loaded(tiny, position, mode, keep_replaced=mode == "replace"), plain(tiny / "recipient")
     before, said = logits_of(model), generated(model)
     with model.disable_transplants():
@@ -66,7 +64,7 @@ def test_keeping_what_nobody_replaces_changes_nothing(tiny: Path) -> None:
         assert torch.equal(logits_of(model), logits_of(plain(tiny / "recipient")))
 
 
-@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("position", [0, 4])
 def test_with_left_padding(tiny: Path, position: int) -> None:
     """Where layer 0 is the donor's, an empty cache slot would shift every position."""
     model, recipient = loaded(tiny, position), plain(tiny / "recipient")
@@ -78,7 +76,7 @@ def test_with_left_padding(tiny: Path, position: int) -> None:
         assert torch.equal(generated(model, ids, attention_mask=mask), generated(recipient, ids, attention_mask=mask))
 
 
-@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("position", [0, 4])
 def test_with_a_static_cache(tiny: Path, position: int) -> None:
     model, recipient = loaded(tiny, position), plain(tiny / "recipient")
     static = {"cache_implementation": "static", "disable_compile": True}

@@ -59,7 +59,7 @@ def addresses(model: Any) -> set[int]:
 # -- Adding ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("position", range(5))
+@pytest.mark.parametrize("position", [0, 2, 4])
 def test_into_a_plain_model(tiny: Path, position: int) -> None:
     recipient, source = plain(tiny / "recipient"), plain(tiny / "source")
     before = addresses(recipient)
@@ -73,7 +73,7 @@ def test_into_a_plain_model(tiny: Path, position: int) -> None:
     assert type(model) is type(own) and torch.equal(logits_of(model), logits_of(own))
 
 
-@pytest.mark.parametrize("position", range(5))
+@pytest.mark.parametrize("position", [0, 2, 4])
 def test_a_second_donor(tiny: Path, position: int) -> None:
     model = loaded(tiny, 2)
     model.add_donor(Donor.from_model(plain(tiny / "source"), [0], name="second"), position, strength=0.5)
@@ -140,8 +140,7 @@ def test_layers_that_no_configuration_describes(inverse_gpt2: Path) -> None:
 # -- Moving, swapping, removing ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", [0, 2, 4])
-@pytest.mark.parametrize("end", range(5))
+@pytest.mark.parametrize(("start", "end"), [(0, 4), (2, 1), (2, 2), (4, 0), (4, 3)])
 def test_moving(tiny: Path, start: int, end: int) -> None:
     model = loaded(tiny, start)
     before = addresses(model)

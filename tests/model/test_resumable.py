@@ -65,11 +65,14 @@ def complaints() -> Any:
     logger.removeHandler(handler)
 
 
-NAMES = [pytest.param(name, marks=pytest.mark.slow if name in ("strength", "two donors") else ()) for name in MAKES]
+def names(*slow: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in MAKES]
+
+
 STEPS = {"save_strategy": "steps", "save_steps": 1, "seed": 5}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names("strength", "two donors", "side by side", "frozen recipient"))
 def test_the_best_model_is_taken(tiny_llama: Path, tmp_path: Path, name: str, complaints: list[str]) -> None:
     """With the largest loss as the best, which the last model never has."""
     model = MAKES[name](tiny_llama)
@@ -83,7 +86,7 @@ def test_the_best_model_is_taken(tiny_llama: Path, tmp_path: Path, name: str, co
     assert not [text for text in complaints if "locate" in text or "keys" in text]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names("strength", "two donors"))
 def test_a_run_goes_on(tiny_llama: Path, tmp_path: Path, name: str, complaints: list[str]) -> None:
     whole, again = MAKES[name](tiny_llama), MAKES[name](tiny_llama)
     trainer(whole, tmp_path, **STEPS, max_steps=3).train()

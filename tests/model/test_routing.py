@@ -407,6 +407,7 @@ def test_calls_that_cannot_be_routed(signed: Path) -> None:
         fresh(ids[:, :1], past_key_values=cache)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="torch 2.10 cannot trace a thread's choice")
 def test_compiled(signed: Path) -> None:
     for model, block in ((both(signed), True), (both(signed, strength="auto"), False)):
