@@ -212,7 +212,7 @@ def logits_of(model: Any, ids: torch.Tensor | None = None, **inputs: Any) -> tor
     return model(some_ids() if ids is None else ids, use_cache=False, **inputs).logits
 
 
-def generated(model: Any, ids: torch.Tensor | None = None, new: int = 5, **kwargs: Any) -> torch.Tensor:
+def generated(model: Any, ids: torch.Tensor | None = None, new: int = 8, **kwargs: Any) -> torch.Tensor:
     """Greedy continuation of a fixed length, the prompt included."""
     ids = some_ids() if ids is None else ids
     return model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **kwargs)

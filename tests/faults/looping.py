@@ -71,7 +71,12 @@ def pushing(family: Path, target: str) -> list[Callable[[], Any]]:
     ]
 
 
-ACTIONS = {"convert": converting, "save": saving, "push": pushing}
+def writing(family: Path, target: str) -> list[Callable[[], Any]]:
+    """Conversions and saves into one folder."""
+    return converting(family, target) + saving(family, target)
+
+
+ACTIONS = {"convert": converting, "save": saving, "write": writing, "push": pushing}
 
 
 class Loop:

@@ -24,7 +24,7 @@ def test_a_donor_repo(tiny: Path) -> None:
     assert text == generate.tokenizer.decode(
         model.generate(ids, do_sample=False)[0], skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    assert generated(model, ids).shape[1] == ids.shape[1] + 5
+    assert generated(model, ids).shape[1] == ids.shape[1] + 8
 
 
 def test_batches(tiny_gpt2: Path) -> None:

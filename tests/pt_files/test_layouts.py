@@ -17,9 +17,7 @@ from transplant_hf.conversion import convert
 
 KINDS = pytest.mark.parametrize("kind", sorted(BUILDERS))
 FORMATS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-KINDS_AND_FORMATS = pytest.mark.parametrize(
-    ("kind", "legacy"), [*((kind, False) for kind in sorted(BUILDERS)), ("llama", True)]
-)
+KINDS_AND_FORMATS = pytest.mark.parametrize(("kind", "legacy"), [("gpt2", False), ("gpt_oss", False), ("llama", True)])
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,12 @@ CHOICES = [A, B, BOTH, NONE]
 PROMPTS = [[5], [7, 8, 9, 10], [11] * 12, [3, 4]]
 
 
-@pytest.fixture
-def model(tiny: Path) -> Any:
-    return two_donors(tiny).eval()
+@pytest.fixture(params=["gpt2", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def model(request: pytest.FixtureRequest) -> Any:
+    return two_donors(request.getfixturevalue(f"tiny_{request.param}")).eval()
+
+
+both = pytest.mark.parametrize("model", ["gpt2", "gpt_oss"], indirect=True)
 
 
 class Requests:
@@ -101,6 +104,7 @@ def several(requests: Requests, work: list[Any], **given: Any) -> list[Future[li
     return asked
 
 
+@both
 def test_requests_with_different_donors_are_one_batch(requests: Requests) -> None:
     work = [(choice, prompt, 4 + n) for n, choice in enumerate(CHOICES) for prompt in PROMPTS[: 4 - n // 3]]
     right = [requests.expected(*one) for one in work]
@@ -132,6 +136,7 @@ def test_a_row_ends_at_its_own_token(requests: Requests) -> None:
     assert [one.result(60) for one in several(requests, work)] == right
 
 
+@both
 def test_a_row_at_the_limit_of_the_model_does_not_end_the_others(requests: Requests) -> None:
     work = [(A, [5], 1), (A, [5] * 60, 4), (B, [6], 50)]
     right = [requests.expected(*one) for one in work]
@@ -245,6 +250,7 @@ def test_requests_whose_donors_choose_themselves(signed: Path) -> None:
     assert max(len(rows) for rows in requests.rows) >= len(work) - 1  # the first may have ended
 
 
+@both
 def test_rows_are_separate(model: Any) -> None:
     assert separates_rows(model)
 
