@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tests.architectures.matrix import CHECKED_TYPES, NOT_AT, OTHER_LAYERS, REFUSED, VARIANTS
@@ -94,6 +94,8 @@ def _check_it_can_learn(model: Any, ids: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("model_type", CHOSEN)
 def test_one_of_each_kind(model_type: str, tmp_path: Path) -> None:
+    if model_type == "dbrx" and not hasattr(PreTrainedConfig, "sub_configs_defaults"):
+        pytest.skip("DbrxConfig.from_dict of Transformers 5.17 refuses what DbrxConfig.to_dict returns")
     _check_type(model_type, tmp_path)
 
 
