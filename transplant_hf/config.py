@@ -149,8 +149,8 @@ class DonorSpec:
         if self.mode == "replace" and self.strength != 1.0:
             raise ConfigurationError(
                 f"donor {self.donor!r} replaces recipient layers and has strength {self.strength}: a strength "
-                'blends a donor with the hidden state it got, which needs mode="insert" (--mode insert). Use that, or '
-                "strength 1."
+                "blends an inserted donor with the hidden state that it gets. Use strength 1. Training puts a strength "
+                "into the weights of such a donor: strength=0.75 (transplant-hf train --strength 0.75)."
             )
 
     @classmethod

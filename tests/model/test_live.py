@@ -162,6 +162,13 @@ def test_swapping(tiny: Path, tmp_path: Path) -> None:
     same(model, loaded(tiny, 1, name="back"))
 
 
+def test_swapping_says_that_a_replacing_donor_is_inserted(tiny: Path, warned: list[str]) -> None:
+    model = loaded(tiny, 2)
+    other = Donor.from_model(plain(tiny / "recipient"), [3], name="other")
+    model.swap_donor("donor", other.replaced(position=3, mode="replace"), new_name="other")
+    assert any("'other' recommends mode replace, and runs with mode insert" in message for message in warned)
+
+
 def test_removing(tiny: Path) -> None:
     model = two_donors(tiny)
     model.remove_donor("a")

@@ -86,11 +86,10 @@ def test_a_replacing_donor_is_brought_to_its_strength_once(tmp_path: Path) -> No
     assert losses(made[0.75]) == losses(made[None]), "the strength comes after training"
     again = trainer(tmp_path / "0.75", base, mode="replace", position=1, strength=0.75)
     again.train(resume_from_checkpoint=str(tmp_path / "0.75" / "checkpoint-8"))
-    assert made[0.75].strengths == {"law": 0.75}
     made[0.75].finish()
     made[0.75].save(tmp_path / "saved", recipient="recipient")
     saved = Donor.from_pretrained(tmp_path / "saved")
-    assert (saved.strength, saved.metadata["strength"]) == (1.0, 0.75)
+    assert (saved.strength, saved.metadata["interpolation"], saved.metadata["init"]) == (1.0, 0.75, "copy")
     before = Donor.from_model(base, [1, 2]).tensors()
     learned, resumed = made[None].donor.tensors(), again.donor.tensors()
     for name, tensor in saved.tensors().items():
@@ -196,6 +195,8 @@ def test_layers_to_start_from_say_how_many_there_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "facts"),
     [
+        ({"mode": "replace", "init": "identity"}, ("start as copies", 'init="copy"')),
+        ({"mode": "replace", "strength": 1.5}, ("from 0 to 1", "1.5")),
         ({"donor_name": ""}, ("name of donor", "empty string")),
         ({"position": 5}, ("position 5 of", "outside 0..4", "4 layers")),
         ({"position": 3, "mode": "replace"}, ("position 3 of", "outside 0..2", "2 are replaced")),

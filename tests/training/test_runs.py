@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from tests.helpers import Shelf, copied, refused
 from tests.hub_server import ALICE
@@ -161,6 +163,20 @@ def test_text_is_there_before_a_model_is_loaded(
     texts = {"text": str(family / "text.txt"), argument: str(family / name)}
     with refused(DataError, name):
         train_donor(family / "recipient", texts.pop("text"), family / "new", **texts, **SHORT)
+
+
+def test_another_strength_of_replaced_layers_takes_no_training(family: Path) -> None:
+    words = (family / "recipient", str(family / "text.txt"), family / "new")
+    known = {**SHORT, "mode": "replace", "position": 1, "keep_checkpoints": True}
+    whole = train_donor(*words, **known)
+    learned = Donor.from_pretrained(family / "new").tensors()
+    half = train_donor(*words, **{**known, "resume": True, "strength": 0.5})
+    assert (whole.interpolation, half.interpolation, whole.steps) == (1.0, 0.5, half.steps)
+    assert "interpolated        0.5 of the training" in str(half)
+    recipient = AutoModelForCausalLM.from_pretrained(family / "recipient")
+    before = Donor.from_model(recipient, [1, 2, 3]).tensors()
+    for name, tensor in Donor.from_pretrained(family / "new").tensors().items():
+        torch.testing.assert_close(tensor, torch.lerp(before[name], learned[name], 0.5))
 
 
 def test_what_recovery_measured_is_in_the_record_and_on_the_card(family: Path) -> None:

@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     add_choice(train, "--method", ("in_place", "standalone"), method)
     add_choice(train, "--mode", ("insert", "replace"), "add layers, or train layers in the place of existing ones")
     init = "initialize the donor so that it changes nothing, or as a copy of recipient layers"
-    add_choice(train, "--init", ("identity", "copy"), init)
+    train.add_argument("--init", choices=("identity", "copy"), help=f"{init} (default: identity; copy to replace)")
     position = "number of recipient layers before the donor (default: spread evenly through a recipient of at least 12 "
     position += "layers; L-1 in others and with streamed layers, or L-K to replace)"
     place = train.add_mutually_exclusive_group()

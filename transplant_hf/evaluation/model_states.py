@@ -146,9 +146,9 @@ def _scalable_donors(loaded: LoadedModel, names: Sequence[str] | None) -> tuple[
     chosen = inserted if names is None else list(names)
     if not chosen or set(chosen) - set(inserted):
         raise ConfigurationError(
-            f"the strength of {', '.join(chosen) or 'donors'} cannot be set: the inserted donors of "
-            f"{loaded.reference or type(loaded.model).__name__} are {', '.join(inserted) or '(none)'}. Name a "
-            "transplant, or add donors (--donor). Donors that replace layers always have strength 1."
+            f"the strength of {', '.join(chosen) or 'donors'} cannot be set. Only inserted donors have one, and those "
+            f"of {loaded.reference or type(loaded.model).__name__} are {', '.join(inserted) or '(none)'}. Name a "
+            "transplant with inserted donors, or add them (--donor)."
         )
     return tuple(chosen)
 

@@ -226,9 +226,9 @@ def refuse_beyond_native(blueprint: Blueprint) -> None:
         if part.spec.strength != 1:
             raise ConfigurationError(
                 f"donor {part.name!r} has strength {part.spec.strength}, which a plain checkpoint cannot express. "
-                f"Either {_LOAD}, which folds the strength into the weights where that is exact and otherwise writes "
-                "the transplant format; or export the donor at strength 1, by naming recipient, donor and position "
-                "(transplant-hf export RECIPIENT OUTPUT --donor DONOR@POSITION)."
+                "Export the donor at strength 1, by naming recipient, donor and position (transplant-hf export "
+                f"RECIPIENT OUTPUT --donor DONOR@POSITION). Or {_LOAD}: a donor of one layer with attention and MLP in "
+                "parallel (GPT-NeoX, Falcon, Phi) becomes a plain checkpoint, others are written as transplants."
             )
     if blueprint.side_by_side_groups:
         raise ConfigurationError(

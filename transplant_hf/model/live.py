@@ -13,6 +13,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from ..architecture import Anatomy, decoder_stack, text_config
 from ..config import DonorSpec
@@ -25,6 +26,8 @@ from ..splice import Blueprint, DonorPart
 from .active_donors import TransplantState, state_of
 from .load_weights import from_pretrained
 from .structure import Attributes, structure_of
+
+logger = logging.get_logger(__name__)
 
 
 def add_donor(
@@ -72,6 +75,10 @@ def swap_donor(
             name=new_name or name,
             strength=old.strength if strength is None else strength,
         )
+        if (old.mode, new[1].mode) == ("insert", "replace"):
+            logger.warning(
+                f"donor {new[0].name!r} recommends mode replace, and runs with mode insert, as {name!r} did."
+            )
         parts = [new if part.name == name else part for part in state.blueprint.parts]
         _change(model, state, parts, "swap_donor()")
 

@@ -109,9 +109,8 @@ class DonorTrainingArguments(PartTrainingArguments):
             the layers before the donor are streamed.
         donor_layers: k; by default as many as `start_layers`, one for each of several positions, or 3.
         start_layers: The recipient layers it starts from; by default the k before the position, or the replaced ones.
-        init: "identity" starts with output projections of zero, or with silent norms after them, so that the
-            recipient's output is unchanged; "copy" starts with copies of the layers. A replacing donor always starts
-            as a copy.
+        init: "identity", the default, starts with output projections of zero, or with silent norms after them, so that
+            the recipient's output is unchanged; "copy" starts with copies of the layers, as "replace" always does.
         donor_name: The donor's name; by default the text's.
         block_length: Tokens in a block; by default what the recipient can read, at most 1024.
         held_out_blocks: The largest number of blocks of each held-out text; by default all.
@@ -145,13 +144,14 @@ class DonorTrainingArguments(PartTrainingArguments):
     position: Any = None
     donor_layers: int = None  # type: ignore[assignment]
     start_layers: list[int] | None = None
-    init: str = "identity"
+    init: str = None  # type: ignore[assignment]
     stream_prefix: bool | None = None
     donor_name: str | None = None
     strength: float | None = None
     learning_rate: float | None = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        self.init = self.init or ("copy" if self.mode == "replace" else "identity")
         super().__post_init__()
         # The specification checks both.
         self.position = DonorSpec("donor", self.position, name=self.donor_name).position
@@ -164,6 +164,13 @@ class DonorTrainingArguments(PartTrainingArguments):
             raise ConfigurationError(
                 f"start_layers (--start-layers) names {len(self.start_layers)} layers, {list(self.start_layers)}, but "
                 f"the donor has {self.donor_layers} (donor_layers, --count). Leave out one of them."
+            )
+        if self.mode == "replace" and self.init == "identity":
+            raise ConfigurationError('layers that replace others start as copies of them: use init="copy" (--init).')
+        if self.mode == "replace" and self.strength is not None and not 0 <= self.strength <= 1:
+            raise ConfigurationError(
+                f'strength (--strength) must be from 0 to 1 with mode="replace" (--mode), got {self.strength}: weights '
+                "are interpolated between those before training and the trained ones."
             )
         if self.method == "standalone" and self.mode == "replace":
             raise ConfigurationError(

@@ -95,10 +95,11 @@ class DonorTrainer(TransplantTrainer):
         state = getattr(recipient, "_transplant", None)
         layers = state.blueprint.splice.num_layers if state is not None else len(stack_of(recipient))
         self.position = _position(layers, args, layers_in_files(recipient) is not None)
-        self.strength = (
-            args.strength if args.strength is not None else default_strength(args.mode, data.replay_share(args) > 0)
-        )
-        self.recommended_strength = 1.0 if args.mode == "replace" else self.strength
+        strength = args.strength
+        if strength is None:
+            strength = default_strength(args.mode, data.replay_share(args) > 0)
+        self.interpolation = strength if args.mode == "replace" else 1.0
+        self.recommended_strength = 1.0 if args.mode == "replace" else strength
         self.quantization = quantization_fields(recipient)
         transplanted, part = with_untrained_donor(
             recipient,
@@ -115,8 +116,7 @@ class DonorTrainer(TransplantTrainer):
         if args.learning_rate is None:
             width = recipient.config.get_text_config(decoder=True).hidden_size
             args.learning_rate = default_learning_rate(args, width, trained.values())
-        # Where the weights themselves are brought to the strength: what they are before training.
-        before = trained if self.strength != self.recommended_strength else {}
+        before = trained if self.interpolation != 1 else {}
         self._before = {name: parameter.detach().clone() for name, parameter in before.items()}
         untrained = transplanted._transplant.blueprint.part(self.donor_name).donor
         self.started_from: str | None = untrained.metadata.get(STARTED_FROM)
@@ -159,17 +159,12 @@ class DonorTrainer(TransplantTrainer):
         yield label_of(others), self.transplant.disable_transplants(self.donor_name)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; see `Trainer.train`. Layers that replace others are then brought to the strength of the arguments."""
+        """Train; see `Trainer.train`. The weights of layers that replace others are interpolated then."""
         result = super().train(*args, **kwargs)
         for name, learned in gathered(trained_parameters(self.transplant) if self._before else {}).items():
             before = self._before[name].to(learned.device)
-            fill(self.transplant.get_parameter(name), torch.lerp(before, learned, self.strength))
+            fill(self.transplant.get_parameter(name), torch.lerp(before, learned, self.interpolation))
         return result
-
-    @property
-    def strengths(self) -> dict[str, float]:
-        """The strength of each donor; of one that replaces layers, how far its weights are from their start."""
-        return {**super().strengths, self.donor_name: self.strength}
 
     def finish(self) -> None:
         """Give the trained donor its recommended strength."""
@@ -271,7 +266,6 @@ def with_untrained_donor(
         raise ConfigurationError(
             f"the donor cannot start from layers {start}: {len(numbers)} recipient layers run, 0..{len(numbers) - 1}."
         )
-    init = "copy" if mode == "replace" else init
     copied = [numbers[n] for n in start]
     quantized, started_from = is_quantized(recipient), FROM_DEQUANTIZED if was_gguf(recipient) else None
     with layers_in_memory(recipient, copied):

@@ -47,7 +47,8 @@ def training_record(trainer: DonorTrainer) -> dict[str, Any]:
     record: dict[str, Any] = {
         "made_by": TRAINED_HERE,
         "position": trainer.position,
-        "strength": trainer.strength,
+        "strength": trainer.recommended_strength,
+        **({"interpolation": trainer.interpolation} if trainer.interpolation != 1 else {}),
         **{name: getattr(args, name) for name in _ARGUMENTS},
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "optimizer": str(getattr(args.optim, "value", args.optim)),

@@ -43,12 +43,14 @@ class TrainingReport:
         cache_seconds: The time of computing hidden states before the trained part.
         trainable_parameters: How many numbers were trained.
         learning_rate: The peak.
-        strength: The strength of each donor; of one that replaces layers, that of `DonorTrainingArguments`.
+        strength: The saved strength of each donor.
         held_out: `{text: {"recipient": ..., "before": ..., "after": ...}}`, perplexities on held-out texts; "after"
             at the saved strengths.
         started_from: Where the first weights of a donor for a quantized recipient are from.
         signed: How many rows of the text and of general text the donor's signature was made of, for `using("auto")`;
             `None` if it got none.
+        interpolation: Where the weights of replaced layers are between those before training, 0, and the trained ones,
+            1.
     """
 
     output: str
@@ -63,6 +65,7 @@ class TrainingReport:
     held_out: Mapping[str, Mapping[str, float]]
     started_from: str | None = None
     signed: tuple[int, int] | None = None
+    interpolation: float = 1.0
 
     @property
     def perplexity(self) -> Mapping[str, float]:
@@ -85,6 +88,9 @@ class TrainingReport:
             f"learning rate       {self.learning_rate:g}",
             f"strength            {strengths}",
         ]
+        lines += [f"interpolated        {self.interpolation:g} of the training is in the weights"] * (
+            self.interpolation != 1
+        )
         lines += [f"started from        {self.started_from}"] if self.started_from else []
         if self.signed is not None:
             lines.append(
@@ -177,10 +183,11 @@ def train(
         cache_seconds=trainer.cache_seconds,
         trainable_parameters=trainer.trainable_parameters,
         learning_rate=trainer.args.learning_rate,
-        strength=trainer.strengths,
+        strength=dict(trainer.transplant.strengths),
         held_out=perplexities,
         started_from=getattr(trainer, "started_from", None),
         signed=getattr(trainer, "signed_rows", None),
+        interpolation=getattr(trainer, "interpolation", 1.0),
     )
 
 

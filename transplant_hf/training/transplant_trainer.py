@@ -77,11 +77,6 @@ class TransplantTrainer(PartTrainer):
         """Yield what is measured before training: a label, and a context manager for the state of the model."""
         yield RECIPIENT, self.transplant.disable_transplants()
 
-    @property
-    def strengths(self) -> dict[str, float]:
-        """The strength of each donor."""
-        return dict(self.transplant.strengths)
-
     def finish(self) -> None:
         """Bring the model into the state in which it is measured and saved."""
 
