@@ -169,5 +169,5 @@ def test_what_is_not_known_is_refused(tiny_llama: Path, tmp_path: Path, changes:
 
 def test_arguments_that_are_set_twice(tiny_llama: Path, tmp_path: Path) -> None:
     for given in ({"count": 2}, {"position": 1}, {"batch_size": 3}, {"context": 4}):
-        with refused(ConfigurationError, next(iter(given)), "arguments of train"):
+        with refused(ConfigurationError, next(iter(given)), "arguments of the training run"):
             plan(tiny_llama / "recipient", train=arguments(tmp_path), **given)
