@@ -623,7 +623,7 @@ def test_a_cache_of_another_choice(tiny: Path) -> None:
         (({"a": "1"},), ("'a'", "finite number", "'1'")),
         (({"a": []},), ("'a'", "one for each row")),
         (({"a": [1, 0], "b": [1, 0, 0]},), ("same batch", "'a': 2", "'b': 3")),
-        ((3,), ("named by a name", "3")),
+        ((3,), ("donors must be a name", "3")),
     ],
 )
 def test_refused_choices(tiny_llama: Path, arguments: tuple[Any, ...], facts: tuple[str, ...]) -> None:

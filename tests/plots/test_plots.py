@@ -26,5 +26,5 @@ def test_a_curve_is_on_two_texts(tmp_path: Path) -> None:
     point = {"law": Perplexity(2.0, 10), "general": Perplexity(3.0, 10)}
     plot_strengths(StrengthCurve({0.0: point, 1.0: point}, ("law",), {}), tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    with refused(ConfigurationError, "on two texts, this one is on law"):
+    with refused(ConfigurationError, "on two texts, this one has law"):
         plot_strengths(StrengthCurve({1.0: {"law": Perplexity(2.0, 10)}}, ("law",), {}), tmp_path / "no.png")

@@ -115,7 +115,7 @@ def plan(
         names = [name for name, value in given.items() if value is not None]
         if names or batch_size != 1:
             raise ConfigurationError(
-                f"set {', '.join(names) or 'batch_size'} in train=, the arguments of the training run."
+                f"set {', '.join(names) or 'batch_size'} in train, the arguments of the training run."
             )
         check_training(train)
         count, position, mode = train.donor_layers, train.position, train.mode
