@@ -152,7 +152,7 @@ def test_strength_is_a_finite_number(strength: Any) -> None:
 
 
 def test_replacing_goes_with_full_strength_only() -> None:
-    with refused(ConfigurationError, "replace", "0.5", 'mode="insert"'):
+    with refused(ConfigurationError, "replace", "0.5", "Use strength 1"):
         DonorSpec("user/law", 0, mode="replace", strength=0.5)
     assert DonorSpec("user/law", 0, mode="replace", strength=1).strength == 1.0
 
