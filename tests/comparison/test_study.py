@@ -91,6 +91,14 @@ def test_each_method_is_also_measured_with_less_of_what_it_learned(report: Compa
         assert run.forgetting != whole.forgetting and run.seconds == whole.seconds
 
 
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"standalone"}))
+def test_every_method_starts_as_the_recipient(name: str, tiny_llama: Path) -> None:
+    recipient, ids = plain(tiny_llama / "recipient").eval(), torch.arange(8)[None]
+    prepared = METHODS[name].prepare(Setting(lambda: plain(tiny_llama / "recipient"), recipient, 2, 2))
+    with torch.no_grad():
+        assert torch.allclose(prepared.model.eval()(ids).logits, recipient(ids).logits, atol=1e-6)
+
+
 def test_less_of_what_was_learned_lies_between_the_recipient_and_the_whole(tiny_llama: Path) -> None:
     recipient = tiny_llama / "recipient"
     ids = torch.arange(8)[None]

@@ -125,6 +125,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Pat
     "fields",
     [
         {"loss_chunk": 7},
+        _FSDP,
         {"mode": "replace", "position": 2, "strength": 0.5, **_FSDP},
         {"distillation": 2.0, "gradient_checkpointing": True, **_FSDP},
         pytest.param({"deepspeed": _zero(2)}, marks=_needs_deepspeed),

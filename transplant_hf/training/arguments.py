@@ -22,6 +22,7 @@ __all__ = [
     "DonorTrainingArguments",
     "PartTrainingArguments",
     "RecoveryArguments",
+    "default_init",
     "default_learning_rate",
     "default_strength",
 ]
@@ -151,7 +152,7 @@ class DonorTrainingArguments(PartTrainingArguments):
     learning_rate: float | None = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        self.init = self.init or ("copy" if self.mode == "replace" else "identity")
+        self.init = self.init or default_init(self.mode)
         super().__post_init__()
         # The specification checks both.
         self.position = DonorSpec("donor", self.position, name=self.donor_name).position
@@ -262,6 +263,11 @@ def width_scaled(rate: float, width: int) -> float:
     was not measured here.
     """
     return rate * min(1.0, _MEASURED_WIDTH / width)
+
+
+def default_init(mode: str) -> str:
+    """Return how a donor starts: layers that replace others are those layers at first."""
+    return "copy" if mode == "replace" else "identity"
 
 
 def default_strength(mode: str, replayed: bool) -> float:

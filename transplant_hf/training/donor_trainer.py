@@ -24,7 +24,7 @@ from ..model.layers_in_files import layers_in_files
 from ..model.starting_copies import FROM_DEQUANTIZED, STARTED_FROM, full_precision_copies
 from ..partial import stack_of
 from ..partial.streaming import layers_in_memory
-from .arguments import DonorTrainingArguments, default_learning_rate, default_strength
+from .arguments import DonorTrainingArguments, default_init, default_learning_rate, default_strength
 from .checkpoints import trained_parameters
 from .data import RunData, rows_per_step
 from .part_trainer import Part
@@ -251,7 +251,7 @@ def with_untrained_donor(
     count: int,
     *,
     mode: str = "insert",
-    init: str = "identity",
+    init: str | None = None,
     name: str = "donor",
     start_layers: Sequence[int] | None = None,
     commit: str | None = None,
@@ -266,6 +266,7 @@ def with_untrained_donor(
         raise ConfigurationError(
             f"the donor cannot start from layers {start}: {len(numbers)} recipient layers run, 0..{len(numbers) - 1}."
         )
+    init = init or default_init(mode)
     copied = [numbers[n] for n in start]
     quantized, started_from = is_quantized(recipient), FROM_DEQUANTIZED if was_gguf(recipient) else None
     with layers_in_memory(recipient, copied):
