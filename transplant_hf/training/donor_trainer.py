@@ -98,6 +98,7 @@ class DonorTrainer(TransplantTrainer):
         strength = args.strength
         if strength is None:
             strength = default_strength(args.mode, data.replay_share(args) > 0)
+        # Layers that replace others have no strength at run time: it goes into their weights.
         self.interpolation = strength if args.mode == "replace" else 1.0
         self.recommended_strength = 1.0 if args.mode == "replace" else strength
         self.quantization = quantization_fields(recipient)
@@ -161,9 +162,10 @@ class DonorTrainer(TransplantTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see `Trainer.train`. The weights of layers that replace others are interpolated then."""
         result = super().train(*args, **kwargs)
-        for name, learned in gathered(trained_parameters(self.transplant) if self._before else {}).items():
-            before = self._before[name].to(learned.device)
-            fill(self.transplant.get_parameter(name), torch.lerp(before, learned, self.interpolation))
+        if self._before:
+            parameters = trained_parameters(self.transplant)
+            for name, learned in gathered(parameters).items():
+                fill(parameters[name], torch.lerp(self._before[name].to(learned.device), learned, self.interpolation))
         return result
 
     def finish(self) -> None:

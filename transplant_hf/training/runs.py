@@ -88,9 +88,8 @@ class TrainingReport:
             f"learning rate       {self.learning_rate:g}",
             f"strength            {strengths}",
         ]
-        lines += [f"interpolated        {self.interpolation:g} of the training is in the weights"] * (
-            self.interpolation != 1
-        )
+        if self.interpolation != 1:
+            lines.append(f"interpolated        {self.interpolation:g} of the training is in the weights")
         lines += [f"started from        {self.started_from}"] if self.started_from else []
         if self.signed is not None:
             lines.append(
