@@ -45,7 +45,7 @@ _TASKS = (
 _TOPICS = (
     "the moon, bread, chess, bicycles, the heart, trains, rain, money, bees, libraries, electricity, gardening, sleep, "
     "the sea, football, volcanoes, tea, glass, elections, whales, maps, violins, vaccines, cooking rice"
-).split(", ")
+)
 
 
 def main() -> int:
@@ -95,7 +95,7 @@ def write_chats(recipient: Path, path: Path) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(recipient, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(recipient)
-    questions = [task.format(topic) for topic in _TOPICS for task in _TASKS]
+    questions = [task.format(topic) for topic in _TOPICS.split(", ") for task in _TASKS]
     chats = []
     for begin in range(0, len(questions), _BATCH):
         prompts = [
