@@ -171,7 +171,7 @@ def test_a_full_disk_ends_the_cache_in_one_sentence(
     assert not list(small_disk.iterdir())
     # Other programs may fill it later.
     monkeypatch.setattr("transplant_hf.training.prefix.refuse_small_disk", lambda *args: None)
-    with refused(CheckpointError, "the disk is full", "Nothing of the cache was kept"):
+    with refused(CheckpointError, "the disk is full", "Nothing was left behind"):
         made.train()
     assert not list(small_disk.iterdir())
 

@@ -31,7 +31,7 @@ from tests.helpers import BUILDERS, TOKENS, copied, logits_of, randomised, refus
 from tests.training.helpers import losses, noise, recipient, trainer
 from transplant_hf import AutoModelWithTransplant, CheckpointError, CompatibilityError, ConfigurationError, DataError
 from transplant_hf.model.layers_in_files import LayersInFiles
-from transplant_hf.partial.state_files import StateFiles
+from transplant_hf.partial.cache import StateFiles
 from transplant_hf.training import DonorTrainer, train
 
 LAYERS = 4
@@ -319,7 +319,7 @@ def test_stopped_at_a_layer_and_continued(
     layer: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = streamed(tmp_path / "out", folder)
-    monkeypatch.setattr("transplant_hf.partial.state_files.StateFiles.finish", stopping_after(layer))
+    monkeypatch.setattr("transplant_hf.partial.cache.StateFiles.finish", stopping_after(layer))
     with pytest.raises(KeyboardInterrupt):
         made.train()
     monkeypatch.undo()
@@ -427,10 +427,9 @@ def test_a_disk_needs_room_only_for_what_is_missing(folder: Path, tmp_path: Path
     # Killed after layer 2, before it removed the states after layer 1.
     shutil.copy(states, kept / "text-0.1.states")
     states.rename(kept / "text-0.2.states")
-    (kept / "record.json").write_text('{"layers": 2}')
     fill(small_disk, 8192)
     streamed(tmp_path / "three", folder, **how).train()
-    assert sorted(path.name for path in kept.iterdir()) == ["record.json", states.name]
+    assert [path.name for path in kept.iterdir()] == [states.name]
 
 
 def test_two_runs_share_a_folder(folder: Path, tmp_path: Path, warned: list[str]) -> None:

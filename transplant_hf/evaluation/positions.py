@@ -22,7 +22,7 @@ from ..model.in_memory import remove_transplants, transplant
 from ..model.layers_in_files import layers_in_files
 from ..numeric import finite_number, whole_number
 from ..partial import PartialRun, hidden_states, stack_of
-from ..partial.states import recorded_states
+from ..partial.running import recorded_states
 from .losses import Perplexity, batch_loss, check_vocabulary, input_device, max_rows
 from .measurement import Measurement
 from .models_and_texts import LoadedModel

@@ -14,7 +14,7 @@ from ..layer_map import RECIPIENT
 from ..model.layers_in_files import layers_in_files
 from ..model.load_weights import HeldBack
 from ..partial import PartialRun, stack_of
-from ..partial.state_files import MOST_IN_MEMORY
+from ..partial.cache import MOST_IN_MEMORY
 from ..partial.streaming import StreamedStates, Text, reason_against_streaming, stream_prefix
 from ..splice import Blueprint
 from .windows import Windows

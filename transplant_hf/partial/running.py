@@ -7,9 +7,8 @@ For training and evaluation only: a cache of keys and values would have empty pl
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -17,11 +16,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architecture import decoder_stack, eval_mode, find_stack
-from ..errors import CompatibilityError, ConfigurationError
+from ..errors import CheckpointError, CompatibilityError, ConfigurationError
 from ..model.layers_in_files import layers_in_files
 from ..model.strength import is_entrance
+from ..numeric import is_finite
 
-__all__ = ["PREFIX_STATES", "PartialRun", "hidden_argument", "replace_forward", "stack_of"]
+__all__ = [
+    "PREFIX_STATES",
+    "PartialRun",
+    "block_ids",
+    "block_states",
+    "forward_replaced",
+    "hidden_states",
+    "recorded_states",
+    "refuse_not_finite",
+    "stack_of",
+]
 
 # The keyword argument with the hidden state that enters the first running layer.
 PREFIX_STATES = "prefix_states"
@@ -71,7 +81,7 @@ class PartialRun:
         self._stack = stack_of(model)
         self._states: torch.Tensor | None = None  # of the current call
         self._forms: list[_Form] = []  # found when it starts for the first time
-        self._undo: list[Callable[[], None]] = []
+        self._undo = ExitStack()
         self.numbers: list[int] = []
         self.choose(numbers)
 
@@ -98,20 +108,19 @@ class PartialRun:
         """Leave the other layers out, until `stop`."""
         if not self._forms:
             self._forms = _output_forms(self.model, self._stack)
-        for number, layer in enumerate(self._stack):
-            if number not in self.numbers:
-                self._undo.append(_leave_out(layer, self._forms[number]))
+        for number in set(range(len(self._stack))) - set(self.numbers):
+            self._undo.enter_context(self._left_out(number))
         hooks = (
             self._outer.register_forward_pre_hook(self._remember_states, with_kwargs=True),
             # Before a donor's own hook, which keeps what enters the donor.
             self._stack[self._first].register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
         )
-        self._undo += [hook.remove for hook in hooks]
+        for hook in hooks:
+            self._undo.callback(hook.remove)
 
     def stop(self) -> None:
         """Let all layers run again."""
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
         self._states = None
 
     def __enter__(self) -> PartialRun:
@@ -128,12 +137,14 @@ class PartialRun:
         Args:
             numbers: Their running numbers in the whole model, from 0.
         """
-        undo = [_leave_out(self._stack[number], self._forms[number]) for number in numbers]
-        try:
+        with ExitStack() as undo:
+            for number in numbers:
+                undo.enter_context(self._left_out(number))
             yield
-        finally:
-            for step in undo:
-                step()
+
+    def _left_out(self, number: int) -> AbstractContextManager[None]:
+        form = self._forms[number]
+        return forward_replaced(self._stack[number], lambda *args, **kwargs: form(_hidden_argument(args, kwargs)[0]))
 
     def _remember_states(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # No forward method knows this argument, but it reaches this hook through every wrapper of the model.
@@ -157,7 +168,7 @@ class PartialRun:
                 f"{PREFIX_STATES} cannot enter at layer {self._first}: it is inside a donor whose strength is not "
                 "1, or its donor runs side by side with others before it. Let these run too, from the first on."
             )
-        hidden, replace = hidden_argument(args, kwargs)
+        hidden, replace = _hidden_argument(args, kwargs)
         if states.shape != hidden.shape:
             raise ConfigurationError(
                 f"{PREFIX_STATES} has shape {list(states.shape)}, the hidden state here has {list(hidden.shape)} "
@@ -176,64 +187,51 @@ def stack_of(model: Any) -> nn.ModuleList:
     return decoder_stack(model, state.blueprint.recipient.stack_path if state is not None else find_stack(model))
 
 
-def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Callable[[Any], Any]]:
+def _hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Callable[[Any], Any]]:
     """Return the hidden state that a layer is called with, and a function that replaces it in the arguments."""
     if args:
         return args[0], lambda states: ((states, *args[1:]), kwargs)
     return kwargs["hidden_states"], lambda states: (args, {**kwargs, "hidden_states": states})
 
 
-def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Replace the forward method of one module; returns a function that undoes it."""
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace the forward method of one module inside a `with` block."""
     own = vars(module).get("forward")
-
-    def undo() -> None:
+    module.forward = forward
+    try:
+        yield
+    finally:
         if own is None:
             del module.forward
         else:
             module.forward = own
 
-    module.forward = forward
-    return undo
-
-
-def _leave_out(layer: nn.Module, form: _Form) -> Callable[[], None]:
-    """Let a layer return its hidden state; returns a function that undoes it."""
-    return replace_forward(layer, lambda *args, **kwargs: form(hidden_argument(args, kwargs)[0]))
-
 
 def _output_forms(model: PreTrainedModel, stack: nn.ModuleList) -> list[_Form]:
     """Find out how each layer returns its hidden state: as a tensor, or first in a tuple."""
     outputs: dict[int, Any] = {}
-    hooks = [
-        layer.register_forward_hook(lambda module, args, output, number=number: outputs.__setitem__(number, output))
-        for number, layer in enumerate(stack)
-    ]
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=model.device)
-    undo = _borrow_forward(model, stack)
-    try:
-        with eval_mode(model):
-            model(input_ids=ids, use_cache=False)
-    finally:
-        for step in (*undo, *(hook.remove for hook in hooks)):
-            step()
+    with ExitStack() as undo, eval_mode(model):
+        _borrow_forward(model, stack, undo)
+        for number, layer in enumerate(stack):
+            hook = layer.register_forward_hook(lambda _, args, output, number=number: outputs.update({number: output}))
+            undo.callback(hook.remove)
+        model(input_ids=ids, use_cache=False)
     return [_form(outputs[number], number) for number in range(len(stack))]
 
 
-def _borrow_forward(model: Any, stack: nn.ModuleList) -> list[Callable[[], None]]:
-    """Let layers whose weights are in files run as another layer does; returns functions that undo it."""
+def _borrow_forward(model: Any, stack: nn.ModuleList, undo: ExitStack) -> None:
+    """Let layers whose weights are in files run as another layer does."""
     held = layers_in_files(model)
-    absent = set(held.absent) if held is not None else set()
+    absent = held.absent if held is not None else []
     present = [layer for number, layer in enumerate(stack) if number not in absent]
     if not present:  # donors that are switched off have weights
         present = list(model._transplant.idle_layers())
-    undo: list[Callable[[], None]] = []
     for layer in (stack[number] for number in absent):
         # All layers of a stack are called in one way, and return their hidden state in one way.
         lender: Any = next((other for other in present if type(other) is type(layer)), present[-1])
-        layer.forward = lender.forward
-        undo.append(functools.partial(vars(layer).pop, "forward"))
-    return undo
+        undo.enter_context(forward_replaced(layer, lender.forward))
 
 
 def _form(output: Any, number: int) -> _Form:
@@ -246,3 +244,91 @@ def _form(output: Any, number: int) -> _Form:
         f"layer {number} returns {type(output).__name__}, in which no hidden state can be found: the layers of this "
         "model cannot run alone. Train or evaluate the whole model instead."
     )
+
+
+# -- Hidden states between layers ---------------------------------------------------------------------------------
+
+
+class _LastPositionReached(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass once the last hidden state is recorded."""
+
+
+@torch.no_grad()
+def hidden_states(
+    model: Any, input_ids: torch.Tensor, positions: Collection[int], **inputs: Any
+) -> dict[int, torch.Tensor]:
+    """Return the hidden states between a model's layers; layers after the last position do not run.
+
+    Args:
+        model: Any decoder-only model; its training mode is not changed.
+        input_ids: `[batch, tokens]`.
+        positions: Each is a number of layers that ran before, 0..L; L means after the last layer, before the norm.
+        **inputs: Further inputs of the model, such as `attention_mask`.
+
+    Returns:
+        `{position: hidden state [batch, tokens, hidden]}`.
+
+    Raises:
+        ConfigurationError: A position outside 0..L.
+    """
+    with recorded_states(model, positions, stop=True) as states, suppress(_LastPositionReached):
+        model(input_ids=input_ids, use_cache=False, **inputs)
+    return states
+
+
+@contextmanager
+def recorded_states(model: Any, positions: Collection[int], stop: bool = False) -> Iterator[dict[int, torch.Tensor]]:
+    """Record hidden states of the forward passes inside a `with` block."""
+    stack = stack_of(model)
+    last = max(positions, default=-1)
+    if min(positions, default=-1) < 0 or last > len(stack):
+        raise ConfigurationError(
+            f"positions {sorted(positions)} are not all in 0..{len(stack)}: the model runs {len(stack)} layers."
+        )
+    states: dict[int, torch.Tensor] = {}
+
+    def record(position: int, state: torch.Tensor) -> None:
+        states[position] = state
+        if stop and position == last:
+            raise _LastPositionReached
+
+    def before(position: int) -> Any:
+        return lambda layer, args, kwargs: record(position, _hidden_argument(args, kwargs)[0])
+
+    def after(layer: Any, args: Any, output: Any) -> None:
+        record(len(stack), output if isinstance(output, torch.Tensor) else output[0])
+
+    hooks = [
+        stack[position].register_forward_pre_hook(before(position), with_kwargs=True, prepend=True)
+        for position in set(positions) - {len(stack)}
+    ]
+    if len(stack) in positions:
+        hooks.append(stack[-1].register_forward_hook(after))
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def block_ids(model: Any, blocks: Any, numbers: Sequence[int]) -> torch.Tensor:
+    """Return blocks of text as input of a model, `[blocks, tokens]`."""
+    return torch.stack([blocks[number]["input_ids"] for number in numbers]).to(model.device)
+
+
+def block_states(
+    model: Any, ids: torch.Tensor, count: int, autocast: Any = nullcontext, entering: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the hidden state after `count` layers on the CPU; `entering` goes into the first layer that runs."""
+    prefix = {} if entering is None else {PREFIX_STATES: entering}
+    with autocast():
+        return hidden_states(model, ids, [count], **prefix)[count].cpu()
+
+
+def refuse_not_finite(states: torch.Tensor, where: str, blocks: Sequence[int]) -> None:
+    """Refuse hidden states of some blocks of text that contain NaN or infinity; `where` says which states."""
+    if not is_finite(states):
+        raise CheckpointError(
+            f"the hidden state {where} is not finite for blocks {blocks[0]}..{blocks[-1]}: the recipient's weights "
+            "contain NaN or infinity, or its dtype is too small. Try dtype=float32 (--dtype float32)."
+        )

@@ -7,11 +7,12 @@ freed, while the next one is being read. Each is read once.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -23,14 +24,11 @@ from transformers.utils import logging
 from ..architecture import eval_mode
 from ..display import progress_bar
 from ..errors import BUILD_ERRORS, CompatibilityError, DataError, TransplantError
-from ..layer_map import RECIPIENT
-from ..model.layers_in_files import LayersInFiles, layers_in_files
+from ..model.layers_in_files import layers_in_files
 from ..model.strength import is_entrance
 from ..storage import locked
-from .cache import PrefixCache
-from .running import PREFIX_STATES, PartialRun, stack_of
-from .state_files import StateFiles, StatesInMemory
-from .states import block_ids, block_states, refuse_not_finite
+from .cache import PrefixCache, StateFiles, StatesInMemory, check_limit, num_bytes
+from .running import PREFIX_STATES, PartialRun, block_ids, block_states, refuse_not_finite, stack_of
 
 __all__ = ["StreamedStates", "Text", "layers_in_memory", "reason_against_streaming", "stream_prefix"]
 
@@ -135,79 +133,83 @@ def stream_prefix(
     began = time.perf_counter()
     held = layers_in_files(model)
     assert held is not None and held.count >= position
-    run = _Run(model, held, texts, batch_size, autocast, quiet)
-    with eval_mode(model), run.ended():
-        shapes = [(len(text.numbers), *run.sample(text, 1, None).shape[1:]) for text in texts]
-        dtype = run.sample(texts[0], 1, 2).dtype
-        if folder is None:
-            memory = StatesInMemory(shapes, dtype, limit)
-            run.through(memory, position)
-            rows = memory.rows
-        else:
-            about = {**(identity or {}), "position": position, "files": held.files, "shapes": shapes}
-            about |= {"dtype": str(dtype), "batch_size": batch_size, "layers": _layers_before(model, position)}
-            key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
-            files = StateFiles(folder / key, shapes, dtype, position, limit, temporary)
-            with locked(files.make_folder(), lambda: _say_waiting(files)):
-                files.open()
-                run.through(files, position)
-            rows = files.rows()
-    caches = [PrefixCache(part, text.numbers, position) for part, text in zip(rows, texts, strict=True)]
+    run = _Run(model, texts, batch_size, autocast or nullcontext, quiet)
+    with eval_mode(model):
+        try:
+            first = block_states(model, run.sample[:, :2], 0, run.autocast)
+            lengths = (text.blocks[text.numbers[0]]["input_ids"].numel() for text in texts)
+            shapes = [(len(text.numbers), length, first.shape[2]) for text, length in zip(texts, lengths, strict=True)]
+            check_limit(num_bytes(shapes, first.dtype), limit)
+            states: StatesInMemory | StateFiles
+            if folder is None:
+                states = StatesInMemory(shapes, first.dtype)
+                run.through(states, position)
+            else:
+                about = {**(identity or {}), "position": position, "files": held.files, "shapes": shapes}
+                layers = model.layer_map[:position]
+                strengths = {name: value for name, value in model.strengths.items() if name in dict(layers)}
+                about |= {"dtype": str(first.dtype), "batch_size": batch_size, "layers": [layers, strengths]}
+                key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
+                states = StateFiles(folder / key, shapes, first.dtype, position, temporary)
+                message = f"another run computes the same hidden states in {folder / key}: waiting for it."
+                with locked(states.make_folder(), lambda: logger.warning(message)):
+                    states.open()
+                    run.through(states, position)
+        finally:
+            held.drop()
+    caches = [PrefixCache(part, text.numbers, position) for part, text in zip(states.rows, texts, strict=True)]
     return StreamedStates(texts, caches, time.perf_counter() - began)
+
+
+class _Passed(NamedTuple):
+    """Layers that ran together, and the hidden states of a sample before and after them."""
+
+    layers: range
+    entering: torch.Tensor | None
+    leaving: torch.Tensor
 
 
 class _Run:
     """One pass of texts through the first layers of a model."""
 
-    def __init__(
-        self, model: Any, held: LayersInFiles, texts: Sequence[Text], batch_size: int, autocast: Any, quiet: bool
-    ) -> None:
-        self._model, self._held, self._texts = model, held, texts
-        self._batch_size, self._quiet = batch_size, quiet
-        self._autocast = autocast or nullcontext
+    def __init__(self, model: Any, texts: Sequence[Text], batch_size: int, autocast: Any, quiet: bool) -> None:
+        self._model, self._texts, self._batch_size, self._quiet = model, texts, batch_size, quiet
+        self.autocast = autocast
         self._stack = stack_of(model)
-        self._device = model.device
         self._part = PartialRun(model, [len(self._stack) - 1])
-        self._pairs: list[Any] = []  # the kinds of layers that were compared
-        self._reader = ThreadPoolExecutor(max_workers=1)
-
-    @contextmanager
-    def ended(self) -> Iterator[None]:
-        """Free the memory of all layers in the end."""
-        try:
-            yield
-        finally:
-            self._reader.shutdown(wait=True, cancel_futures=True)
-            self._held.drop()
-
-    def sample(self, text: Text, rows: int, tokens: int | None) -> torch.Tensor:
-        """Return what enters the first layer for the beginning of a text."""
-        return self._states_after(0, self._ids(text, text.numbers[:rows])[:, :tokens], None)
+        self._device = model.device
+        self._held: Any = layers_in_files(model)
+        self.sample = block_ids(model, texts[0].blocks, texts[0].numbers[:1])[:, :_SAMPLE_TOKENS]
 
     def through(self, states: StateFiles | StatesInMemory, position: int) -> None:
         """Let all texts pass through the layers that they have not passed yet."""
-        first = states.layers_done
-        units = [unit for unit in _units(self._stack, position) if unit[0] >= first]
-        blocks = sum(len(text.numbers) for text in self._texts)
-        with progress_bar(len(units) * blocks, "Hidden states", unit="block", quiet=self._quiet) as bar:
-            reading = self._read(units[0]) if units else None
-            before: tuple[range, torch.Tensor | None, torch.Tensor] | None = None
-            ids = self._ids(self._texts[0], self._texts[0].numbers[:1])[:, :_SAMPLE_TOKENS]
-            for number, unit in enumerate(units):
+        units = [unit for unit in _units(self._stack, position) if unit[0] >= states.layers_done]
+        blocks, before = sum(len(text.numbers) for text in self._texts), None
+        with (
+            progress_bar(len(units) * blocks, "Hidden states", unit="block", quiet=self._quiet) as bar,
+            ThreadPoolExecutor(max_workers=1) as reader,
+        ):
+            reading = reader.submit(self._load, units[0] if units else range(0))
+            for unit, following in itertools.zip_longest(units, units[1:]):
                 bar.set_description(f"Hidden states, layer {unit[-1] + 1} of {position}", refresh=False)
-                assert reading is not None
                 reading.result()
-                entering = before[2] if before else self._stored_sample(states, unit[0], ids.shape[1])
-                leaving = self._check(unit, ids, entering, before)
+                entering = before.leaving if before is not None else None
+                if before is None and unit[0] > 0:
+                    entering = states.read(0, 0, 1)[:, : self.sample.shape[1]]
+                leaving = self._check(unit, entering, before, unit[-1] + 1)
                 if before is not None:
-                    self._held.drop(before[0])
-                reading = self._read(units[number + 1]) if number + 1 < len(units) else None
+                    self._held.drop(before.layers)
+                reading = reader.submit(self._load, following or range(0))
                 self._pass_all(states, unit, bar)
                 self._held.refuse_changed(unit)  # again: they are mapped
                 states.finish(unit[-1] + 1)
-                before = (unit, entering, leaving)
-            if before is not None:
-                self._check_rest(position, ids, before)
+                before = _Passed(unit, entering, leaving)
+        if before is not None:
+            self._check(range(position, len(self._stack)), before.leaving, before, None)
+
+    def _load(self, layers: range) -> None:
+        for number in layers:
+            self._held.load(number, self._device)
 
     def _pass_all(self, states: StateFiles | StatesInMemory, unit: range, bar: Any) -> None:
         self._part.choose(unit)
@@ -216,83 +218,41 @@ class _Run:
                 for start in range(0, len(text.numbers), self._batch_size):
                     batch = text.numbers[start : start + self._batch_size]
                     entering = states.read(place, start, len(batch)) if unit[0] > 0 else None
-                    found = self._states_after(unit[-1] + 1, self._ids(text, batch), entering)
+                    ids = block_ids(self._model, text.blocks, batch)
+                    found = block_states(self._model, ids, unit[-1] + 1, self.autocast, entering)
                     refuse_not_finite(found, f"after layer {unit[-1]}", batch)
                     states.write(place, start, found)
                     bar.update(len(batch))
 
-    def _read(self, unit: range) -> Future[None]:
-        def load() -> None:
-            for number in unit:
-                self._held.load(number, self._device)
-
-        return self._reader.submit(load)
-
-    def _ids(self, text: Text, numbers: Sequence[int]) -> torch.Tensor:
-        return block_ids(self._model, text.blocks, numbers)
-
-    def _states_after(self, count: int, ids: torch.Tensor, entering: torch.Tensor | None) -> torch.Tensor:
-        return block_states(self._model, ids, count, self._autocast, entering)
-
-    # -- Layers that depend on more than the hidden state ------------------------------------------------------------
-
-    def _stored_sample(self, states: StateFiles | StatesInMemory, first: int, tokens: int) -> torch.Tensor | None:
-        return states.read(0, 0, 1)[:, :tokens] if first > 0 else None
-
     def _check(
-        self,
-        unit: range,
-        ids: torch.Tensor,
-        entering: torch.Tensor | None,
-        before: tuple[range, torch.Tensor | None, torch.Tensor] | None,
+        self, layers: range, entering: torch.Tensor | None, before: _Passed | None, count: int | None
     ) -> torch.Tensor:
-        """Compare layers that run alone with the same layers together with those before them; returns their output."""
-        self._part.choose(unit)
+        """Compare layers alone with the same together with those before them; return the output of the sample.
+
+        That is the hidden state after `count` layers, or the logits.
+        """
         try:
-            with self._part:
-                alone = self._states_after(unit[-1] + 1, ids, entering)
+            found = self._output(layers, entering, count)
         except TransplantError:
             raise
         except BUILD_ERRORS as error:  # what the model's own code raises
-            raise self._needs_more(unit[0], f"{type(error).__name__}: {error}") from error
-        if before is not None and self._is_new_pair(before[0], unit):
-            self._part.choose([*before[0], *unit])
-            with self._part:
-                together = self._states_after(unit[-1] + 1, ids, before[1])
-            self._compare(unit[0], alone, together)
-        return alone
+            raise self._needs_more(layers[0], f"{type(error).__name__}: {error}") from error
+        if before is not None:
+            alone, together = found.float(), self._output([*before.layers, *layers], before.entering, count).float()
+            difference = float((alone - together).norm() / together.norm().clamp_min(1e-12))
+            if not difference <= _TOLERANCE * (1 if self._model.dtype == torch.float32 else 10):
+                raise self._needs_more(layers[0], f"alone, its output differs by {difference:.2g}")
+        return found
 
-    def _is_new_pair(self, before: range, unit: range) -> bool:
-        """Whether layers of these kinds were not compared twice yet, one after the other."""
-        state = self._model._transplant
-        slots = [stage.slot for stage in state.blueprint.running(state.disabled)]
-        of_recipient = {slots[number].source for number in (*before, *unit)} == {RECIPIENT}
-        if not of_recipient:
-            return True
-        kinds = [state.blueprint.recipient.kind(slots[number].index) for number in (*before, *unit)]
-        self._pairs.append(kinds)
-        return self._pairs.count(kinds) <= 2
-
-    def _check_rest(
-        self, position: int, ids: torch.Tensor, before: tuple[range, torch.Tensor | None, torch.Tensor]
-    ) -> None:
-        """Compare the rest of the model alone with the same together with the last layers before it."""
-        logits = []
-        for numbers, entering in (
-            (range(position, len(self._stack)), before[2]),
-            ([*before[0], *range(position, len(self._stack))], before[1]),
-        ):
-            prefix = {} if entering is None else {PREFIX_STATES: entering}
-            self._part.choose(numbers)
-            with self._part, self._autocast():
-                logits.append(self._model(input_ids=ids, use_cache=False, **prefix).logits.cpu())
-        self._compare(position, *logits)
-
-    def _compare(self, number: int, alone: torch.Tensor, together: torch.Tensor) -> None:
-        alone, together = alone.float(), together.float()
-        difference = float((alone - together).norm() / together.norm().clamp_min(1e-12))
-        if not difference <= _TOLERANCE * (1 if self._model.dtype == torch.float32 else 10):
-            raise self._needs_more(number, f"alone, its output differs by {difference:.2g}")
+    def _output(self, layers: Sequence[int], entering: torch.Tensor | None, count: int | None) -> torch.Tensor:
+        self._part.choose(layers)
+        with self._part:
+            if count is not None:
+                return block_states(self._model, self.sample, count, self.autocast, entering)
+            inputs = {"input_ids": self.sample, PREFIX_STATES: entering}
+            with self.autocast():
+                logits: torch.Tensor = self._model(**inputs, use_cache=False).logits
+            return logits.cpu()
 
     def _needs_more(self, number: int, reason: str) -> CompatibilityError:
         return CompatibilityError(
@@ -305,13 +265,3 @@ def _units(stack: Any, position: int) -> list[range]:
     """The layers that run together: scaled donors need the state that entered their first layer."""
     starts = [number for number in range(position) if is_entrance(stack[number])]
     return [range(start, end) for start, end in zip(starts, [*starts[1:], position], strict=True)]
-
-
-def _layers_before(model: Any, position: int) -> list[Any]:
-    layers = [list(slot) for slot in model.layer_map][:position]
-    names = {source for source, _ in layers}
-    return [layers, {name: value for name, value in model.strengths.items() if name in names}]
-
-
-def _say_waiting(files: StateFiles) -> None:
-    logger.warning(f"another run computes the same hidden states in {os.fspath(files.folder)}: waiting for it.")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..architecture import decoder_stack
 from ..errors import BUILD_ERRORS, ConfigurationError
 from ..layer_map import RECIPIENT
-from ..partial.state_files import MOST_IN_MEMORY
+from ..partial.cache import MOST_IN_MEMORY
 from ..splice import Blueprint
 from ..training import DonorTrainingArguments
 from ..training.chunked_loss import ChunkedLoss, tokens_per_chunk

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from ..architecture import eval_mode
 from ..errors import ConfigurationError
-from ..partial.running import replace_forward
+from ..partial.running import forward_replaced
 
 __all__ = ["ChunkedLoss", "check_liger", "divergence_of", "reason_against", "tokens_per_chunk"]
 
@@ -66,7 +65,7 @@ class ChunkedLoss:
         """Return the logits `[tokens, vocabulary]` of hidden states `[tokens, hidden]` in float32."""
         output = self._output_class(last_hidden_state=states[None])
         ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        with _forward_replaced(self._decoder, lambda *args, **kwargs: output), self._autocast():
+        with forward_replaced(self._decoder, lambda *args, **kwargs: output), self._autocast():
             # Not a call: hooks of the model belong to the pass that computed the hidden states.
             logits: torch.Tensor = self._inner.forward(input_ids=ids, use_cache=False).logits
         return logits[0].float()
@@ -182,15 +181,6 @@ def check_liger(args: Any, model_type: str, distillation: float) -> None:
         raise ConfigurationError(
             f"use_liger_kernel=True: Liger has no kernels for model type {model_type!r}. {without}"
         )
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    undo = replace_forward(module, forward)
-    try:
-        yield
-    finally:
-        undo()
 
 
 class _SumsInChunks(torch.autograd.Function):

@@ -20,8 +20,8 @@ from ..evaluation.streamed import texts_of
 from ..evaluation.windows import Windows
 from ..model.layers_in_files import layers_in_files
 from ..partial import PrefixCache, fill_cache
-from ..partial.state_files import MOST_IN_MEMORY, refuse_small_disk
-from ..partial.states import block_ids, block_states
+from ..partial.cache import MOST_IN_MEMORY, refuse_small_disk
+from ..partial.running import block_ids, block_states
 from ..partial.streaming import StreamedStates, Text, stream_prefix
 from ..texts import Blocks
 
