@@ -110,14 +110,14 @@ def test_a_sweep_of_several_donors_and_strengths(tiny_llama: Path, read: Counter
 
 def test_states_that_are_large_go_to_disk(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = evaluate(tiny_llama / "donor", TEXTS, **HOW)
-    monkeypatch.setattr("transplant_hf.evaluation.streamed.MOST_IN_MEMORY", 0)
+    monkeypatch.setattr("transplant_hf.evaluation.measurement.MOST_IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert same(found_in(evaluate(tiny_llama / "donor", TEXTS, stream=True, **HOW)), found_in(wanted))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_without_room(tiny_llama: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transplant_hf.evaluation.streamed.MOST_IN_MEMORY", 0)
+    monkeypatch.setattr("transplant_hf.evaluation.measurement.MOST_IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(small_disk))
     fill(small_disk, 20_000)
     with refused(ConfigurationError, "bytes on disk", str(small_disk), "TMPDIR", "--max-tokens"):

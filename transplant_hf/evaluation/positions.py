@@ -89,18 +89,21 @@ def sweep(
     named = _named_donors(donors)
     measurement = Measurement(recipient, {None: text}, positions=_all_positions(named, positions), **options)
     (windows,) = measurement.windows
-    model, found = measurement.model, _donors_in_memory(measurement.loaded, named, positions)
-    for name, (donor, only) in found.items():
-        at = _positions_of(donor, only, positions, mode, len(stack_of(model)))
+    model, found = measurement.model, _donors_in_memory(measurement.loaded, named, positions, mode)
+    for name, (donor, at) in found.items():
         _warn_of_defaults(name, donor, at, defaults)
     if is_quantized(model) or layers_in_files(model) is not None:
-        reference, rows = _measure_in_place(measurement, found, positions, mode, strengths)
+        reference, places = _measure_in_place(measurement, found, mode, strengths)
     else:
         check_vocabulary(model, windows)
         with eval_mode(model):
-            places = list(_places(model, found, positions, mode))
+            places = list(_places(model, found, mode))
             reference = _measure_all(model, places, windows, strengths, measurement.batch_size, measurement.quiet)
-        rows = [row for place in places for row in place.rows(strengths, windows.num_predicted)]
+    rows = [
+        SweepRow(place.donor, place.position, strength, place.found.get(strength), place.reason)
+        for place in places
+        for strength in strengths
+    ]
     about = measurement.about
     about = {
         "recipient_model": about.pop("model"),
@@ -116,6 +119,7 @@ def sweep(
 
 
 _Named = list[tuple[Any, Any, Any]]
+_Donors = Mapping[str, tuple[Donor, Sequence[int]]]  # with the positions at which each is measured
 
 
 def _named_donors(donors: Any) -> _Named | None:
@@ -141,19 +145,15 @@ def _all_positions(named: _Named | None, positions: Sequence[int] | None) -> lis
     return [0] if positions is None and None in own else [*(positions or ()), *(p for p in own if p is not None)]
 
 
-def _donors_in_memory(
-    loaded: LoadedModel, named: _Named | None, positions: Sequence[int] | None
-) -> dict[str, tuple[Donor, int | None]]:
-    """Return the donors by name, each with its only position, if any; take those of a transplant out of it."""
+def _donors_in_memory(loaded: LoadedModel, named: _Named | None, positions: Sequence[int] | None, mode: str) -> _Donors:
+    """Return the donors by name; take those of a transplant out of it."""
     model = loaded.model
     resident = getattr(model, "strengths", {})
     if named is None and resident and loaded.reference is not None:
-        specs = model.transplant_config.donors
-        resident_donors = [Donor.from_model(model, model.layer_map.layers_of(spec.name)) for spec in specs]
-        named = [
-            (spec.name, donor.replaced(**recommendation(spec)), None)
-            for spec, donor in zip(specs, resident_donors, strict=True)
-        ]
+        named = []
+        for spec in model.transplant_config.donors:
+            donor = Donor.from_model(model, model.layer_map.layers_of(spec.name))
+            named.append((spec.name, donor.replaced(**recommendation(spec)), None))
     elif resident:
         raise ConfigurationError(
             f"{loaded.reference or 'this model'} has donors already; a sweep starts from the untouched recipient. "
@@ -161,7 +161,9 @@ def _donors_in_memory(
         )
     elif named is None:
         raise ConfigurationError(f"{loaded.name} has no donors, and none are named. Name a donor to sweep.")
-    found: dict[str, tuple[Donor, int | None]] = {}
+    _remove_donors(model)
+    num_layers = len(stack_of(model))
+    found: dict[str, tuple[Donor, Sequence[int]]] = {}
     for name, reference, position in named:
         is_donor = isinstance(reference, Donor)
         donor = reference if is_donor else Donor.from_pretrained(reference, **loaded.hub.as_kwargs())
@@ -175,10 +177,11 @@ def _donors_in_memory(
         # Read once, and checked against the recorded sha256.
         record = dataclasses.replace(donor.record, files={}, name=name)
         in_memory = donor.replaced(record=record, store=MemoryTensors(donor.tensors()), source=None)
-        found[name] = (in_memory, position)
+        last = num_layers - (donor.num_layers if mode == "replace" else 0)
+        at = range(last + 1) if positions is None else dict.fromkeys(positions)
+        found[name] = (in_memory, list(at) if position is None else [position])
     if not found:
         raise ConfigurationError("there is no donor to sweep.")
-    _remove_donors(model)
     return found
 
 
@@ -199,52 +202,33 @@ def _spread(name: Any, positions: Sequence[int], more: str) -> ConfigurationErro
 
 @dataclasses.dataclass
 class _Place:
-    """A donor at a position, and the summed loss at each strength."""
+    """A donor at a position, and the perplexity at each strength."""
 
     donor: str
     position: int
     model: Any = None  # the transplant; None where the donor does not fit
     layers: Sequence[int] = ()  # the donor's running numbers in it
     reason: str | None = None
-    losses: dict[float, float] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
-
-    def rows(self, strengths: Sequence[float], tokens: int) -> Iterator[SweepRow]:
-        """Return the rows of the report; `tokens` is the number of predicted tokens."""
-        for strength in strengths:
-            found = None
-            if self.model is not None:
-                found = Perplexity(self.losses[strength] / tokens, tokens, self.seconds / len(strengths))
-            yield SweepRow(self.donor, self.position, strength, found, self.reason)
+    found: dict[float, Perplexity] = dataclasses.field(default_factory=dict)
 
 
-def _places(
-    recipient: Any, donors: Mapping[str, tuple[Donor, int | None]], positions: Sequence[int] | None, mode: str
-) -> Iterator[_Place]:
-    """Put each donor at each position, or find out why it does not fit."""
-    num_layers = len(stack_of(recipient))
-    for name, (donor, only) in donors.items():
+def _places(recipient: Any, donors: _Donors, mode: str, in_place: bool = False) -> Iterator[_Place]:
+    """Put each donor at each position, or find out why it does not fit; `in_place` until the next one."""
+    for name, (donor, positions) in donors.items():
         first: _Place | None = None
-        for position in _positions_of(donor, only, positions, mode, num_layers):
+        for position in positions:
             try:
-                model = transplant(recipient, donor, position, mode, name=name, strength=1.0)
+                model = transplant(recipient, donor, position, mode, name=name, strength=1.0, in_place=in_place)
             except (CompatibilityError, ConfigurationError) as error:
                 yield _Place(name, position, reason=str(error))
                 continue
             place = _Place(name, position, model, model.layer_map.layers_of(name))
-            if first is None:
-                first = place
-            else:
+            if not in_place:
+                first = first or place
                 _share_weights(first, place)
             yield place
-
-
-def _positions_of(
-    donor: Donor, only: int | None, positions: Sequence[int] | None, mode: str, num_layers: int
-) -> Sequence[int]:
-    """Return the positions at which a donor is measured."""
-    last = num_layers - (donor.num_layers if mode == "replace" else 0)
-    return [only] if only is not None else list(dict.fromkeys(range(last + 1) if positions is None else positions))
+            if in_place:
+                model.remove_donor(name)
 
 
 def _warn_of_defaults(name: str, donor: Donor, positions: Sequence[int], defaults: Collection[str]) -> None:
@@ -281,7 +265,8 @@ def _measure_all(
     rows_of_states = _MAX_STATES // (max(len(positions), 1) * windows.block_length * width)
     rows = max(1, min(max_rows(model, windows, batch_size), rows_of_states))
     runs = windows.num_batches(rows) * (len(fitting) + 1)
-    loss, seconds = 0.0, 0.0
+    losses = [dict.fromkeys(strengths, 0.0) for _ in fitting]
+    times, loss, seconds = [0.0] * len(fitting), 0.0, 0.0
     with ExitStack() as blocks, progress_bar(runs, "Sweeping", unit="run", quiet=quiet) as bar:
         parts = [_start_part(place, model, next(windows.batches(1)), blocks) for place in fitting]
         for number, batch in enumerate(windows.batches(rows)):
@@ -292,52 +277,39 @@ def _measure_all(
             del logits
             seconds += time.perf_counter() - began
             bar.update()
-            for place, part in zip(fitting, parts, strict=True):
+            for index, (place, part) in enumerate(zip(fitting, parts, strict=True)):
                 began = time.perf_counter()
                 for strength, logits in _logits(place, part, ids, states[place.position], strengths):
-                    place.losses.setdefault(strength, 0.0)
-                    place.losses[strength] += batch_loss(logits, batch, number, windows.name)
-                place.seconds += time.perf_counter() - began
+                    losses[index][strength] += batch_loss(logits, batch, number, windows.name)
+                times[index] += time.perf_counter() - began
                 bar.update()
-    return Perplexity(loss / windows.num_predicted, windows.num_predicted, seconds)
+    tokens = windows.num_predicted
+    for place, of_place, whole in zip(fitting, losses, times, strict=True):
+        place.found = {s: Perplexity(lost / tokens, tokens, whole / len(strengths)) for s, lost in of_place.items()}
+    return Perplexity(loss / tokens, tokens, seconds)
 
 
 def _measure_in_place(
-    measurement: Measurement,
-    donors: Mapping[str, tuple[Donor, int | None]],
-    positions: Sequence[int] | None,
-    mode: str,
-    strengths: tuple[float, ...],
-) -> tuple[Perplexity, list[SweepRow]]:
+    measurement: Measurement, donors: _Donors, mode: str, strengths: tuple[float, ...]
+) -> tuple[Perplexity, list[_Place]]:
     """Measure the recipient, and each place of a donor in it, one after the other: their weights cannot be shared."""
-    model = measurement.model
-    num_layers = len(stack_of(model))
+    model, places = measurement.model, []
     (reference,) = measurement.perplexities().values()
-    rows: list[SweepRow] = []
     try:
-        for name, (donor, only) in donors.items():
-            for position in _positions_of(donor, only, positions, mode, num_layers):
-                try:
-                    transplant(model, donor, position, mode, name=name, strength=1.0, in_place=True)
-                except (CompatibilityError, ConfigurationError) as error:
-                    rows += [SweepRow(name, position, strength, reason=str(error)) for strength in strengths]
-                    continue
-                for number in model.layer_map.layers_of(name):
-                    stack_of(model)[number].to(input_device(model))
-                for strength in strengths:
-                    if strength != model.strengths[name]:
-                        model.set_strength(name, strength)
-                    (found,) = measurement.perplexities().values()
-                    rows.append(SweepRow(name, position, strength, found))
-                model.remove_donor(name)
+        for place in _places(model, donors, mode, in_place=True):
+            places.append(place)
+            for number in place.layers:
+                stack_of(model)[number].to(input_device(model))
+            for strength in strengths if place.layers else ():
+                if strength != model.strengths[place.donor]:
+                    model.set_strength(place.donor, strength)
+                (place.found[strength],) = measurement.perplexities().values()
     finally:
         _remove_donors(model)
-    return reference, rows
+    return reference, places
 
 
 def _run(model: Any, ids: torch.Tensor, positions: set[int]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    if not positions:
-        return model(input_ids=ids, use_cache=False).logits, {}
     with recorded_states(model, positions) as states:
         return model(input_ids=ids, use_cache=False).logits, states
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import ConfigurationError, DataError
+from ..partial.streaming import Text
 from ..texts import Blocks
 
 __all__ = ["IGNORED", "Batch", "Windows"]
@@ -91,6 +92,10 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         first, last, count = self._windows[0], self._windows[-1], len(self._windows)
         shorter = last.end - last.begin < first.end - first.begin
         return [range(count - 1), range(count - 1, count)] if shorter else [range(count)]
+
+    def texts(self) -> list[Text]:
+        """Return them as texts that pass through layers, windows of one length together."""
+        return [Text(self, numbers) for numbers in self.equal_lengths()]
 
     @property
     def fingerprint(self) -> str:

@@ -1,8 +1,7 @@
 """Run a part of a model: some of its layers, from a hidden state that was computed before."""
 
 from .cache import PrefixCache, fill_cache
-from .running import PREFIX_STATES, PartialRun, stack_of
-from .states import hidden_states
+from .running import PREFIX_STATES, PartialRun, hidden_states, stack_of
 
 running_only = PartialRun  # the old name, for one release
 

@@ -281,7 +281,7 @@ def recorded_states(model: Any, positions: Collection[int], stop: bool = False) 
     """Record hidden states of the forward passes inside a `with` block."""
     stack = stack_of(model)
     last = max(positions, default=-1)
-    if min(positions, default=-1) < 0 or last > len(stack):
+    if min(positions, default=0) < 0 or last > len(stack):
         raise ConfigurationError(
             f"positions {sorted(positions)} are not all in 0..{len(stack)}: the model runs {len(stack)} layers."
         )

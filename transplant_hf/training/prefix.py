@@ -16,7 +16,6 @@ from accelerate.utils import get_int_from_env
 from ..architecture import eval_mode
 from ..display import parse_size
 from ..donor.signature import FEWEST_ROWS, PROBE_TOKENS, TOKENS, Signature, describe_rows
-from ..evaluation.streamed import texts_of
 from ..evaluation.windows import Windows
 from ..model.layers_in_files import layers_in_files
 from ..partial import PrefixCache, fill_cache
@@ -126,7 +125,7 @@ class PrefixStates:
         rows = self._trainer.rows
         if self._streamed is None:
             held_out = list(held_out_texts(self._trainer).values())
-            texts = [Text(rows.blocks, rows.used), *texts_of(held_out)]
+            texts = [Text(rows.blocks, rows.used), *(part for text in held_out for part in text.texts())]
             texts += [Text(_probe(), [0])] * self._can_sign
             about = {"run": identity, "held_out": [text.fingerprint for text in held_out]}
             # On disk also where they are small: a run that is stopped goes on from there.
