@@ -15,7 +15,8 @@ from tests.helpers import BUILDERS, END_OF_TEXT, logits_of, refused, some_ids, t
 from transplant_hf.errors import CheckpointError, ConfigurationError, DataError
 from transplant_hf.evaluation import Perplexity, document_perplexity, perplexity
 from transplant_hf.evaluation import losses as losses_module
-from transplant_hf.evaluation.losses import summed_loss
+from transplant_hf.evaluation.losses import batch_loss
+from transplant_hf.evaluation.windows import Batch
 from transplant_hf.texts import Blocks
 
 
@@ -165,7 +166,7 @@ def test_chunks_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch, masked: 
     wanted = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
     for chunk in (1, 30, 1000):
         monkeypatch.setattr(losses_module, "_CHUNK_LOGITS", chunk)
-        assert summed_loss(logits, targets) == pytest.approx(wanted, rel=1e-6)
+        assert batch_loss(logits, Batch(targets, targets), 0, "noise") == pytest.approx(wanted, rel=1e-6)
 
 
 def test_no_forward_pass_gives_more_logits_than_fit(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,21 +30,13 @@ View = Callable[[], AbstractContextManager[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all methods share.
+    """What all methods share."""
 
-    Args:
-        load: Returns a new copy of the recipient.
-        shared: A recipient for methods that leave it frozen.
-        layers: k, the donor's number of layers, and the number of last layers that the cheaper rivals train.
-        rank: The rank of LoRA.
-        seed: The seed of new weights.
-    """
-
-    load: Callable[[], Any]
-    shared: Any
-    layers: int = 3
-    rank: int = 16
-    seed: int = 42
+    load: Callable[[], Any]  # returns a new copy of the recipient
+    shared: Any  # a recipient for methods that leave it frozen
+    layers: int = 3  # k, of the donor, and of the last layers that the cheaper rivals train
+    rank: int = 16  # of LoRA
+    seed: int = 42  # of new weights
 
     @property
     def count(self) -> int:
@@ -59,25 +51,19 @@ class Setting:
 
 @dataclasses.dataclass
 class Prepared:
-    """A model ready to be trained by one method.
-
-    Args:
-        model: The model; parameters that require a gradient are trained.
-        views: The models that are measured afterwards, by name; "" is the usual one.
-        save: Writes the method's artifact.
-        part: The layers that run in training.
-        inner: The model inside a wrapper.
-        removable: Whether the recipient can be had again.
-        at_strength: The model with a share of what it learned inside a `with` block; `None` where that has no meaning.
-    """
+    """A model ready to be trained by one method: all parameters that require a gradient."""
 
     model: Any
-    views: Mapping[str, View]
-    save: Callable[[Path], Any]
-    part: Part | None = None
-    inner: Any = None
-    removable: bool = False
+    save: Callable[[Path], Any]  # writes the method's artifact
+    views: Mapping[str, View] = dataclasses.field(default_factory=dict)  # what is measured afterwards, by name
+    part: Part | None = None  # the layers that run in training
+    inner: Any = None  # the model inside a wrapper
+    removable: bool = False  # whether the recipient can be had again
+    # The model with a share of what it learned inside a `with` block; `None` where that has no meaning.
     at_strength: Callable[[float], AbstractContextManager[Any]] | None = None
+
+    def __post_init__(self) -> None:
+        self.views = self.views or {"": lambda: nullcontext(self.model)}  # the usual one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +100,7 @@ class Method:
 
 
 def on_grid(rate: float, steps: int = 0) -> float:
-    """Return the learning rate of the grid ..., 1e-3, 3e-3, 1e-2, ... that is this many steps from the nearest one.
-
-    Example:
-        >>> on_grid(3.3e-3), on_grid(3e-3, 1), on_grid(3e-3, -1)
-        (0.003, 0.01, 0.001)
-    """
+    """Return the learning rate of the grid ..., 1e-3, 3e-3, 1e-2, ... that is this many steps from the nearest one."""
     return float(f"{10 ** ((round(2 * math.log10(rate)) + steps) / 2):.0e}")
 
 
@@ -135,7 +116,6 @@ def in_place(setting: Setting, position: Position, mode: str = "insert") -> Prep
 
     return Prepared(
         model,
-        {"": lambda: nullcontext(model)},
         lambda folder: donor_of(model).save_pretrained(folder, position=position, recipient="recipient"),
         part=part,
         removable=True,
@@ -179,12 +159,8 @@ def _standalone(setting: Setting) -> Prepared:
 
     return Prepared(
         model,
-        {
-            "inserted at 1": first,
-            f"inserted at {position}": lambda: nullcontext(model),
-            "alone, not inserted": alone,
-        },
         lambda folder: donor_of(model).save_pretrained(folder, position=1, recipient="recipient"),
+        {"inserted at 1": first, f"inserted at {position}": lambda: nullcontext(model), "alone, not inserted": alone},
         part=part,
         removable=True,
     )
@@ -193,8 +169,7 @@ def _standalone(setting: Setting) -> Prepared:
 def _full(setting: Setting) -> Prepared:
     model = setting.load()
     model.requires_grad_(True)
-    views = {"": lambda: nullcontext(model)}
-    return Prepared(model, views, model.save_pretrained, at_strength=_interpolation(model, setting))
+    return Prepared(model, model.save_pretrained, at_strength=_interpolation(model, setting))
 
 
 def _matched_rank(setting: Setting) -> int:
@@ -229,7 +204,6 @@ def _lora(setting: Setting, layers: Sequence[int] | None = None, rank: int | Non
 
     return Prepared(
         model,
-        {"": lambda: nullcontext(model)},
         lambda folder: model.save_pretrained(str(folder)),
         part=None if layers is None else Part(range(layers[0], setting.count)),
         inner=inner,
@@ -247,42 +221,36 @@ def _initialize_adapters(model: nn.Module, generator: torch.Generator) -> None:
             parameter.copy_(nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator))
 
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("donor", "donor at L-1", lambda s: in_place(s, s.count - 1), LEARNING_RATES["in_place"]),
-        Method("donor-end", "donor at L", lambda s: in_place(s, s.count), LEARNING_RATES["in_place"]),
-        Method(
-            "donor-spread",
-            "donor, spread evenly",
-            lambda s: in_place(s, spread_positions(s.count, s.layers)),
-            LEARNING_RATES["in_place"],
-        ),
-        Method(
-            "replace-spread",
-            "layers replaced, spread evenly",
-            lambda s: in_place(s, spread_positions(s.count, s.layers, "replace"), "replace"),
-            REPLACED_STEP,
-            rate_of="weights",
-        ),
-        Method("standalone", "donor, standalone (the paper's)", _standalone, LEARNING_RATES["standalone"]),
-        Method("lora", "LoRA, all linear layers", _lora, 3e-3, "peft", rate_of="any"),
-        Method(
-            "lora-matched",
-            "LoRA, as many parameters as the donor",
-            lambda s: _lora(s, rank=_matched_rank(s)),
-            3e-3,
-            "peft",
-            rate_of="any",
-        ),
-        Method("lora-last", "LoRA, last k layers, cached", lambda s: _lora(s, s.last), 1e-2, "peft", rate_of="any"),
-        Method(
-            "last",
-            "last k layers fine-tuned, cached",
-            lambda s: in_place(s, s.last[0], "replace"),
-            REPLACED_STEP,
-            rate_of="weights",
-        ),
-        Method("full", "full fine-tuning", _full, 1e-3),
-    )
-}
+_RATE = LEARNING_RATES["in_place"]
+_METHODS = (
+    Method("donor", "donor at L-1", lambda s: in_place(s, s.count - 1), _RATE),
+    Method("donor-end", "donor at L", lambda s: in_place(s, s.count), _RATE),
+    Method("donor-spread", "donor, spread evenly", lambda s: in_place(s, spread_positions(s.count, s.layers)), _RATE),
+    Method(
+        "replace-spread",
+        "layers replaced, spread evenly",
+        lambda s: in_place(s, spread_positions(s.count, s.layers, "replace"), "replace"),
+        REPLACED_STEP,
+        rate_of="weights",
+    ),
+    Method("standalone", "donor, standalone (the paper's)", _standalone, LEARNING_RATES["standalone"]),
+    Method("lora", "LoRA, all linear layers", _lora, 3e-3, "peft", "any"),
+    Method(
+        "lora-matched",
+        "LoRA, as many parameters as the donor",
+        lambda s: _lora(s, rank=_matched_rank(s)),
+        3e-3,
+        needs="peft",
+        rate_of="any",
+    ),
+    Method("lora-last", "LoRA, last k layers, cached", lambda s: _lora(s, s.last), 1e-2, "peft", "any"),
+    Method(
+        "last",
+        "last k layers fine-tuned, cached",
+        lambda s: in_place(s, s.last[0], "replace"),
+        REPLACED_STEP,
+        rate_of="weights",
+    ),
+    Method("full", "full fine-tuning", _full, 1e-3),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _METHODS}

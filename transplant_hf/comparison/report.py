@@ -93,29 +93,22 @@ class ComparisonReport:
         printed = align_table(lines).splitlines()
         for number, title in sorted(titles.items(), reverse=True):
             printed.insert(number, title)
-        return "\n".join([*printed, "", self._hulls()])
-
-    def _hulls(self) -> str:
-        """The best gain of each method that forgets at most as much as each limit, in nats."""
+        # The best gain of each method that forgets at most as much as each limit, in nats.
         curves: dict[tuple[str, ...], list[tuple[float, float]]] = {}
         for run in self.runs:
             if run.failed is None and run.gain is not None:
                 label = (run.curve, str(run.steps), f"{run.replay_share:.0%}")
                 curves.setdefault(label, []).append((run.gain, run.most_forgotten))
-        best = [[*label, *hull(pairs)] for label, pairs in curves.items()]
-        return align_table(
-            [["gain at forgetting", "steps", "replay", *(f"<= {limit:g}" for limit in HULL_LIMITS)], *best]
-        )
+        best = [["gain at forgetting", "steps", "replay", *(f"<= {limit:g}" for limit in HULL_LIMITS)]]
+        best += [[*label, *hull(pairs)] for label, pairs in curves.items()]
+        return "\n".join([*printed, "", align_table(best)])
 
 
 def hull(pairs: Sequence[tuple[float, float]]) -> list[str]:
     """Return the largest gain whose forgetting is at most each limit; "none" if there is none.
 
-    Args:
-        pairs: Gain and forgetting, in nats.
-
     Example:
-        >>> hull([(0.2, 0.005), (0.3, 0.02), (0.9, 0.5)])
+        >>> hull([(0.2, 0.005), (0.3, 0.02), (0.9, 0.5)])  # pairs of gain and forgetting, in nats
         ['0.200', '0.300', '0.300']
     """
     kept = [[gain for gain, forgetting in pairs if forgetting <= limit] for limit in HULL_LIMITS]
@@ -144,32 +137,24 @@ def _cells(row: ComparisonRow, texts: Sequence[str]) -> list[str]:
 class Runs:
     """The runs of a comparison, and one JSON file for each, so that a comparison that is stopped loses none.
 
-    Args:
-        folder: The comparison's folder; `None` to write no files.
-        setup: What must be equal in all runs: recipient, texts, batch size, ...
-        resume: Whether to keep the runs that are there.
-
-    Raises:
-        ConfigurationError: A run that is there was measured with another setup.
+    `setup` is what must be equal in all runs: recipient, texts, batch size, ... With `resume` the runs that are in the
+    folder are kept, otherwise removed.
     """
 
     def __init__(self, folder: Path | None, setup: Mapping[str, Any], resume: bool) -> None:
         self.folder, self.setup = folder and folder / _RUNS, json.loads(json.dumps(dict(setup)))
-        found: dict[tuple[Any, ...], dict[str, RunResult]] = {}
-        views: dict[tuple[Any, ...], list[str]] = {}
+        found: dict[tuple[Any, ...], dict[str, Any]] = {}
         for path in _run_files(self.folder):
             if not resume:
                 path.unlink()
                 continue
             content = read_json(path, "the run")
             self._check(path, content.pop("setup"))
-            names = content.pop("views")
+            views = content.pop("views")
             result = RunResult(**content)
-            found.setdefault(result.key, {})[result.view] = result
-            views[result.key] = names
+            found.setdefault(result.key, dict.fromkeys(views))[result.view] = result
         # A training of which a file is missing is made again.
-        complete = {key: names for key, names in views.items() if set(names) == set(found[key])}
-        self._of = {key: [found[key][name] for name in names] for key, names in complete.items()}
+        self._of = {key: [*results.values()] for key, results in found.items() if None not in results.values()}
 
     def _check(self, path: Path, setup: Mapping[str, Any]) -> None:
         for name in self.setup:

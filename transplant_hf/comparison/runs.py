@@ -30,38 +30,23 @@ _AT_PARTIAL_STRENGTH = f"at {PARTIAL_STRENGTH:g}"
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """The texts of a comparison, in three parts each.
+    """The texts of a comparison as blocks."""
 
-    Args:
-        domain: Blocks of the text to learn.
-        general: Blocks of general text to replay.
-        validation: The domain's blocks on which learning rates are chosen.
-        test: `{"domain": blocks, "general": blocks}` and other texts, for the reported numbers.
-    """
-
-    domain: Blocks
-    general: Blocks | None
-    validation: Blocks
-    test: Mapping[str, Blocks]
+    domain: Blocks  # to learn
+    general: Blocks  # to replay
+    validation: Blocks  # of the domain, on which learning rates are chosen
+    test: Mapping[str, Blocks]  # "domain", "general" and other texts, for the reported numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How long a run is, and what it reads.
-
-    Args:
-        steps: Optimizer steps.
-        batch_size: Rows in a step.
-        replay_share: The share of general text.
-        seed: The seed of the order of the rows.
-        bf16: Whether to train under bfloat16 autocast.
-    """
+    """How long a run is, and what it reads."""
 
     steps: int
     batch_size: int = 8
-    replay_share: float = 0.0
-    seed: int = 42
-    bf16: bool = False
+    replay_share: float = 0.0  # of general text
+    seed: int = 42  # of the order of the rows
+    bf16: bool = False  # whether to train under bfloat16 autocast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,13 +188,8 @@ def run_method(
 ) -> list[RunResult]:
     """Train once and measure every view."""
     prepared = method.prepare(setting)
-    known: dict[str, Any] = {
-        "method": method.name,
-        "learning_rate": learning_rate,
-        "steps": budget.steps,
-        "replay_share": budget.replay_share,
-        "seed": budget.seed,
-    }
+    known: dict[str, Any] = {"method": method.name, "learning_rate": learning_rate}
+    known |= {"steps": budget.steps, "replay_share": budget.replay_share, "seed": budget.seed}
     with tempfile.TemporaryDirectory() as folder:
         try:
             known |= train_once(prepared, folder, learning_rate, budget, texts.domain, texts.general)
@@ -226,14 +206,9 @@ def run_method(
     for view, enter in views.items():
         with enter() as model:
             validation, test = perplexity(model, texts.validation, quiet=True).value, measure(model, texts.test)
-        changes = {name: math.log(test[name] / untouched[name]) for name in test}
-        results.append(
-            RunResult(
-                view=view, validation=validation, test=test, gain=-changes["domain"],
-                forgetting=changes.get("general"),
-                forgetting_on={name: change for name, change in changes.items() if name != "domain"}, **known,
-            )
-        )  # fmt: skip
+        lost = {name: math.log(test[name] / untouched[name]) for name in test}
+        known |= {"validation": validation, "test": test, "gain": -lost.pop("domain")}
+        results.append(RunResult(view=view, forgetting=lost.get("general"), forgetting_on=lost, **known))
     return results
 
 

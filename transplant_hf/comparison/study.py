@@ -127,7 +127,7 @@ def compare(
     setup = {
         "recipient": str(recipient),
         "revision": revision,
-        "text_sha256": [part.fingerprint for part in (texts.domain, texts.general) if part is not None],
+        "text_sha256": [texts.domain.fingerprint, texts.general.fingerprint],
         "batch_size": batch_size,
         "layers": layers,
         "lora_rank": rank,
@@ -238,12 +238,7 @@ def _split(
         if unseen.name in test:
             raise ConfigurationError(f"two texts to measure on are called {unseen.name!r}; give one another name.")
         test[unseen.name] = unseen.part(-min(held_out, len(unseen)))
-    return Texts(
-        domain,
-        parts["general"][0],
-        parts["domain"][1].part(0, held_out),
-        test,
-    )
+    return Texts(domain, parts["general"][0], parts["domain"][1].part(0, held_out), test)
 
 
 def _controls(setting: Setting, texts: Texts, loaded: Any) -> list[ComparisonRow]:

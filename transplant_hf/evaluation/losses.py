@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,6 @@ __all__ = [
     "max_rows",
     "perplexity",
     "perplexity_of_windows",
-    "summed_loss",
-    "vocab_size",
 ]
 
 _CHUNK_LOGITS = 1 << 22  # logits that are turned to float32 at once
@@ -178,8 +176,13 @@ def _measure(model: Any, batches: Iterable[Batch], count: int, name: str, quiet:
 
 
 def batch_loss(logits: torch.Tensor, batch: Batch, number: int, name: str) -> float:
-    """Return the summed loss of a batch, in nats."""
-    loss = summed_loss(logits, batch.targets)
+    """Return the negative log-likelihood of all targets of a batch that count, in nats."""
+    logits, targets = logits.flatten(0, 1), batch.targets.flatten().to(logits.device)
+    rows = max(1, _CHUNK_LOGITS // logits.shape[1])
+    loss = sum(
+        F.cross_entropy(chunk.float(), wanted, ignore_index=IGNORED, reduction="sum").item()
+        for chunk, wanted in zip(logits.split(rows), targets.split(rows), strict=True)
+    )
     if not math.isfinite(loss):
         raise CheckpointError(
             f"the loss on batch {number} of {name} ({len(batch.input_ids)} x {batch.input_ids.shape[1]} tokens) is "
@@ -189,23 +192,10 @@ def batch_loss(logits: torch.Tensor, batch: Batch, number: int, name: str) -> fl
     return loss
 
 
-def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """Return the negative log-likelihood of all targets that count, in nats; `targets` are `[batch, tokens]`."""
-    return sum(
-        F.cross_entropy(chunk.float(), wanted, ignore_index=IGNORED, reduction="sum").item()
-        for chunk, wanted in _chunks(logits.flatten(0, 1), targets.flatten().to(logits.device))
-    )
-
-
-def _chunks(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    rows = max(1, _CHUNK_LOGITS // logits.shape[1])
-    return zip(logits.split(rows), targets.split(rows), strict=True)
-
-
 def max_rows(model: Any, windows: Windows, batch_size: int) -> int:
     """Return how many windows a batch has: at most `batch_size`, and so few that the logits fit into memory."""
     _check_batch_size(batch_size)
-    return max(1, min(batch_size, _MAX_LOGITS // (windows.block_length * (vocab_size(model) or 1))))
+    return max(1, min(batch_size, _MAX_LOGITS // (windows.block_length * (_vocab_size(model) or 1))))
 
 
 def _check_batch_size(batch_size: int) -> None:
@@ -215,7 +205,7 @@ def _check_batch_size(batch_size: int) -> None:
 
 def check_vocabulary(model: Any, windows: Windows) -> None:
     """Refuse a text with tokens that the model does not know."""
-    size = vocab_size(model)
+    size = _vocab_size(model)
     if size is not None and windows.highest >= size:
         raise DataError(
             f"{windows.name} contains the token number {windows.highest}, the model has {size} tokens, "
@@ -225,13 +215,12 @@ def check_vocabulary(model: Any, windows: Windows) -> None:
 
 def check_tokenizer_of(model: Any, tokenizer: Any) -> None:
     """Refuse a tokenizer with tokens that the model does not know."""
-    size = vocab_size(model)
+    size = _vocab_size(model)
     if size is not None:
         check_tokenizer(tokenizer, size, str(model.config.name_or_path or type(model).__name__))
 
 
-def vocab_size(model: Any) -> Any:
-    """Return how many tokens a model knows, or `None` where its configuration does not say."""
+def _vocab_size(model: Any) -> Any:
     return getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -81,8 +81,18 @@ def evaluate(
         quiet=quiet,
         **kwargs,
     )
+    model, names = measurement.model, list(getattr(measurement.model, "strengths", ()))
+    label = label_of(names) if names else measurement.loaded.name
+    states: list[tuple[str, Any, AbstractContextManager[Any]]] = [(label, model, nullcontext())]
+    if recipient is not None:
+        is_name = isinstance(recipient, str | os.PathLike)
+        other = measurement.load(recipient).model if is_name else recipient
+        label = f"{label} (model)" if label == RECIPIENT else label
+        states = [(RECIPIENT, other, untouched(other)), (label, model, nullcontext())]
+    elif names:
+        states.insert(0, (RECIPIENT, model, untouched(model)))
     rows = []
-    for label, measured, state in _states(measurement, recipient):
+    for label, measured, state in states:
         with state:
             found = measurement.perplexities(measured)
         rows += [EvaluationRow(label, name, value) for name, value in found.items()]
@@ -151,17 +161,3 @@ def _scalable_donors(loaded: LoadedModel, names: Sequence[str] | None) -> tuple[
             "transplant with inserted donors, or add them (--donor)."
         )
     return tuple(chosen)
-
-
-def _states(measurement: Measurement, recipient: Any) -> Iterator[tuple[str, Any, AbstractContextManager[Any]]]:
-    """Yield what is measured: a label, a model, and a context manager for its state."""
-    model = measurement.model
-    names = list(getattr(model, "strengths", ()))
-    if recipient is not None:
-        is_name = isinstance(recipient, str | os.PathLike)
-        other = measurement.load(recipient).model if is_name else recipient
-        yield RECIPIENT, other, untouched(other)
-    elif names:
-        yield RECIPIENT, model, untouched(model)
-    label = label_of(names) if names else measurement.loaded.name
-    yield label if label != RECIPIENT or recipient is None else f"{label} (model)", model, nullcontext()

@@ -163,7 +163,7 @@ class SweepReport:
     @property
     def best(self) -> SweepRow | None:
         """The row with the lowest perplexity, the first of equals; `None` where no donor fits anywhere."""
-        return self._best(self.rows)
+        return _best(self.rows)
 
     @property
     def donors(self) -> tuple[str, ...]:
@@ -176,12 +176,7 @@ class SweepReport:
         Args:
             donor: Its name in the report.
         """
-        return self._best(tuple(row for row in self.rows if row.donor == donor))
-
-    @staticmethod
-    def _best(rows: tuple[SweepRow, ...]) -> SweepRow | None:
-        measured = [(row.perplexity.nll, number) for number, row in enumerate(rows) if row.perplexity is not None]
-        return rows[min(measured)[1]] if measured else None
+        return _best(row for row in self.rows if row.donor == donor)
 
     def __str__(self) -> str:
         columns = list(dict.fromkeys((row.donor, row.strength) for row in self.rows))
@@ -197,18 +192,15 @@ class SweepReport:
             lines.append([str(position), *(cells.get((position, *column), "-  ") for column in columns)])
         lines.append(["recipient", *([f"{self.recipient}  "] * len(columns))])
         title = f"Perplexity on {self.text}; * the best position of each donor"
-        return "\n".join([title, align_table(lines), *self._reasons()])
-
-    def _reasons(self) -> list[str]:
-        """Why donors do not fit, each reason once."""
-        positions: dict[tuple[str, str], dict[int, None]] = {}
+        failed: dict[tuple[str, str], dict[int, None]] = {}  # each reason once
         for row in self.rows:
             if row.reason is not None:
-                positions.setdefault((row.donor, row.reason), {})[row.position] = None
-        return [
-            f"{donor} cannot go to position {', '.join(map(str, numbers))}: {reason}"
-            for (donor, reason), numbers in positions.items()
+                failed.setdefault((row.donor, row.reason), {})[row.position] = None
+        reasons = [
+            f"{donor} cannot go to position {', '.join(map(str, positions))}: {reason}"
+            for (donor, reason), positions in failed.items()
         ]
+        return "\n".join([title, align_table(lines), *reasons])
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON."""
@@ -219,3 +211,8 @@ class SweepReport:
             "best": self.best.to_dict() if self.best else None,
             "rows": [row.to_dict() for row in self.rows],
         }
+
+
+def _best(rows: Iterable[SweepRow]) -> SweepRow | None:
+    measured = [(row.perplexity.nll, row) for row in rows if row.perplexity is not None]
+    return min(measured, key=lambda pair: pair[0])[1] if measured else None
