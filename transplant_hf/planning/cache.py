@@ -18,19 +18,12 @@ __all__ = ["LayerCache", "layer_caches", "prepare_to_run"]
 
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """The cache of one layer for one sequence.
+    """The cache of one layer for one sequence, in bytes."""
 
-    Args:
-        kind: Such as "full attention", "sliding attention, window 128" or "recurrent".
-        per_token: Bytes that each token adds until a window is full; 0 for a state of constant size.
-        total: Bytes at the planned context.
-        next_token: Bytes that one more token adds at the planned context.
-    """
-
-    kind: str
-    per_token: int
-    total: int
-    next_token: int
+    kind: str  # such as "full attention", "sliding attention, window 128" or "recurrent"
+    per_token: int  # what each token adds until a window is full; 0 for a state of constant size
+    total: int  # at the planned context
+    next_token: int  # what one more token adds at the planned context
 
 
 def layer_caches(anatomy: Anatomy, context: int) -> tuple[LayerCache, ...] | str:

@@ -22,10 +22,9 @@ def place_model(
     model: PreTrainedModel, stack_path: str, cache: Sequence[int] | None, hardware: Hardware
 ) -> tuple[tuple[Share, ...], list[str]]:
     """Place a model on devices."""
-    if hardware.devices == 1 and hardware.memory is None:
-        shares = _shares(model, stack_path, {"": 0}, cache, hardware)
-    else:
-        shares = _shares(model, stack_path, _device_map(model, stack_path, cache, hardware), cache, hardware)
+    alone = hardware.devices == 1 and hardware.memory is None
+    device_map = {"": 0} if alone else _device_map(model, stack_path, cache, hardware)
+    shares = _shares(model, stack_path, device_map, cache, hardware)
     problems = [
         f"{share.title} needs {bytes_text(share.needed)} and has {bytes_text(share.memory or 0)}"
         for share in shares
@@ -72,9 +71,8 @@ def _shares(
     weights = dict.fromkeys(order, 0)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         weights[_device_of(name, device_map)] += tensor.nbytes
-    devices = [
-        _device_of(f"{stack_path}.{number}", device_map) for number in range(len(decoder_stack(model, stack_path)))
-    ]
+    numbers = range(len(decoder_stack(model, stack_path)))
+    devices = [_device_of(f"{stack_path}.{number}", device_map) for number in numbers]
     limits: Mapping[Device, int | None] = {_CPU: hardware.cpu_memory, _DISK: None}
     shares = []
     for device in order:

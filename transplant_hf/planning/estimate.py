@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..architecture import decoder_stack, max_context_length
+from ..config import TransplantConfig
 from ..display import dtype_name, parse_size
 from ..errors import ConfigurationError
-from ..layer_map import RECIPIENT, LayerMap
+from ..layer_map import RECIPIENT
 from ..sources import HubArguments, HubOptions
 from ..splice import Blueprint
 from ..training import DonorTrainingArguments
 from .cache import LayerCache, layer_caches
 from .devices import place_model
-from .models import PlannedModels, find_models
+from .models import find_models
 from .results import CacheKind, Cost, Hardware, Plan, PlannedDonor
 from .training import check_training, training_cost
-from .weights import loaded_model, loaded_transplant, quantization, weights_by_dtype
+from .weights import loaded_transplant, quantization, weights_by_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -123,62 +124,51 @@ def plan(
         batch_size, context = train.per_device_train_batch_size, train.block_length
         if blocks is None and train.max_steps > 0:
             blocks = train.max_steps * batch_size * train.gradient_accumulation_steps
-    models = find_models(os.fspath(what), donors, count, position, dtype, revision, hub, mode, late)
-    recipient, blueprint = models.recipient, models.blueprint
+    source, blueprint = find_models(os.fspath(what), donors, count, position, dtype, revision, hub, mode, late)
+    recipient = blueprint.recipient
     longest = max_context_length(recipient.config)
     notes: tuple[str, ...] = ()
     if context is None:
         most = _CONTEXT if train is None else _BLOCK
         context = min(longest or most, most)
     elif longest is not None and context > longest:
-        notes = (f"context {context:,} is more than the {longest:,} tokens that {models.source} reads",)
+        notes = (f"context {context:,} is more than the {longest:,} tokens that {source} reads",)
     quantized = not dequantize and quantization(recipient.config, recipient.what) is not None
-    caches = _caches_by_source(models, context)
-    layer_map = LayerMap((RECIPIENT, number) for number in range(recipient.num_layers))
-    model = loaded_model(recipient, quantized)
-    parameters = loaded_model(recipient, False).num_parameters() if quantized else model.num_parameters()
-    cached = _running_caches(layer_map, caches)
-    before = after = _cost(model, recipient.stack_path, parameters, cached, batch_size, hardware)
-    if blueprint is not None:
-        layer_map = blueprint.layer_map()
-        model = loaded_transplant(blueprint, quantized)
-        parameters = loaded_transplant(blueprint, False).num_parameters() if quantized else model.num_parameters()
-        cached = _running_caches(layer_map, caches)
-        after = _cost(model, recipient.stack_path, parameters, cached, batch_size, hardware)
+    costs, known = [], dict[int, Sequence[LayerCache] | str]()
+    bare = Blueprint(recipient, TransplantConfig(recipient=source.reference))
+    for one in (bare, blueprint) if blueprint.parts else (bare,):
+        model = loaded_transplant(one, quantized)
+        whole = loaded_transplant(one, False) if quantized else model
+        cached = _running_caches(one, context, known)
+        costs.append(_cost(model, recipient.stack_path, whole.num_parameters(), cached, batch_size, hardware))
     return Plan(
-        recipient=models.source.reference,
-        revision=models.source.revision,
+        recipient=source.reference,
+        revision=source.revision,
         model_class=recipient.model_class.__name__,
         dtype=dtype_name(recipient.config.dtype),
         batch_size=batch_size,
         context=context,
         hardware=hardware,
-        donors=_donors(blueprint, decoder_stack(model, recipient.stack_path)) if blueprint is not None else (),
-        layer_map=layer_map,
-        before=before,
-        after=after,
+        donors=_donors(blueprint, decoder_stack(model, recipient.stack_path)),
+        layer_map=blueprint.layer_map(),
+        before=costs[0],
+        after=costs[-1],
         notes=notes,
-        training=training_cost(blueprint, quantized, train, context, blocks) if train and blueprint else None,
+        training=training_cost(blueprint, quantized, train, context, blocks) if train else None,
     )
 
 
-def _caches_by_source(models: PlannedModels, context: int) -> dict[str, Sequence[LayerCache] | str]:
-    """Return the cache of each layer of the recipient and the donors' models, or the reason why it is not known."""
-    anatomies = {RECIPIENT: models.recipient}
-    if models.blueprint is not None:
-        anatomies |= {part.name: part.anatomy for part in models.blueprint.parts}
-    once = {id(anatomy): anatomy for anatomy in anatomies.values()}
-    caches = {key: layer_caches(anatomy, context) for key, anatomy in once.items()}
-    return {name: caches[id(anatomy)] for name, anatomy in anatomies.items()}
-
-
 def _running_caches(
-    layer_map: LayerMap, caches: Mapping[str, Sequence[LayerCache] | str]
+    blueprint: Blueprint, context: int, known: dict[int, Sequence[LayerCache] | str]
 ) -> Sequence[LayerCache] | str:
-    """Return the cache of each layer that runs, or the reason why it is not known."""
+    """Return the cache of each layer that runs, or the reason why it is not known; keep those of each anatomy."""
+    anatomies = {RECIPIENT: blueprint.recipient, **{part.name: part.anatomy for part in blueprint.parts}}
     running = []
-    for source, index in layer_map:
-        layers = caches[source]
+    for source, index in blueprint.layer_map():
+        anatomy = anatomies[source]
+        if id(anatomy) not in known:
+            known[id(anatomy)] = layer_caches(anatomy, context)
+        layers = known[id(anatomy)]
         if isinstance(layers, str):
             return layers
         running.append(layers[index])
@@ -194,11 +184,10 @@ def _cost(
     hardware: Hardware,
 ) -> Cost:
     known = not isinstance(cached, str)
-    layers = () if isinstance(cached, str) else cached
-    kinds = {
-        kind: [number for number, layer in enumerate(layers) if layer.kind == kind]
-        for kind in dict.fromkeys(layer.kind for layer in layers)
-    }
+    layers: Sequence[LayerCache] = () if isinstance(cached, str) else cached
+    by_kind: dict[str, list[int]] = {}
+    for number, layer in enumerate(layers):
+        by_kind.setdefault(layer.kind, []).append(number)
     sizes = [batch_size * layer.total for layer in layers] if known else None
     shares, problems = place_model(model, stack_path, sizes, hardware)
     return Cost(
@@ -213,7 +202,7 @@ def _cost(
                 sum(layers[number].per_token for number in numbers),
                 batch_size * sum(layers[number].total for number in numbers),
             )
-            for kind, numbers in kinds.items()
+            for kind, numbers in by_kind.items()
         ),
         cache_per_token=sum(layer.next_token for layer in layers) if known else None,
         shares=shares,

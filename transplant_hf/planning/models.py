@@ -21,22 +21,7 @@ from ..sources import HubOptions, Source
 from ..splice import Blueprint, draw_blueprint
 from ..storage import read_json
 
-__all__ = ["PlannedModels", "find_models"]
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedModels:
-    """A recipient and its transplant.
-
-    Args:
-        source: Where the recipient's configuration is.
-        recipient: The recipient's structure, in the planned dtype.
-        blueprint: The transplant; `None` when there is no donor.
-    """
-
-    source: Source
-    recipient: Anatomy
-    blueprint: Blueprint | None
+__all__ = ["find_models"]
 
 
 def find_models(
@@ -49,8 +34,11 @@ def find_models(
     hub: HubOptions,
     mode: str = "insert",
     late: bool = False,
-) -> PlannedModels:
-    """Find what is planned; the arguments are those of `plan`, and `late` is that of `trained_position`."""
+) -> tuple[Source, Blueprint]:
+    """Return where the recipient's configuration is, and the transplant, in the planned dtype; it may have no donors.
+
+    The arguments are those of `plan`, and `late` is that of `trained_position`.
+    """
     if donors and count:
         raise ConfigurationError("pass either donors, or the count of layers that do not exist yet.")
     if position is not None and not count:
@@ -77,10 +65,9 @@ def find_models(
     if count:
         parts = [_new_layers(recipient, count, position, mode, late)]
     if not parts:
-        return PlannedModels(found.source, recipient, None)
+        return found.source, Blueprint(recipient, config)
     config.donors = donor_specs([spec for spec, _ in parts])
-    blueprint = draw_blueprint(recipient.model_class, recipient.config, parts, config)
-    return PlannedModels(found.source, blueprint.recipient, blueprint)
+    return found.source, draw_blueprint(recipient.model_class, recipient.config, parts, config)
 
 
 def _new_layers(

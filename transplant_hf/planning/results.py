@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..display import align_table, bytes_text, numbers_text, position_text
@@ -343,29 +343,25 @@ class Plan:
         return {**fields, "ok": bool(self)}
 
 
-Row = tuple[str, str, str, str]
+_Row = tuple[str, str, str, str]
 
 
-def _rows(before: Cost, after: Cost) -> Iterator[Row]:
-    yield "layers", f"{before.layers:,}", f"{after.layers:,}", _change(before.layers, after.layers)
-    numbers = before.parameters, after.parameters
-    yield "parameters", f"{numbers[0]:,}", f"{numbers[1]:,}", _change(*numbers)
-    yield _sizes("weights", before.weight_bytes, after.weight_bytes)
+def _rows(before: Cost, after: Cost) -> Iterator[_Row]:
+    yield _row("layers", before.layers, after.layers, text="{:,}".format)
+    yield _row("parameters", before.parameters, after.parameters, text="{:,}".format)
+    yield _row("weights", before.weight_bytes, after.weight_bytes)
     dtypes = sorted({*before.weights, *after.weights})
     for name in dtypes if len(dtypes) > 1 else ():
-        yield _sizes(f"  in {name}", before.weights.get(name, 0), after.weights.get(name, 0))
-    yield _sizes("cache", before.cache_bytes, after.cache_bytes)
+        yield _row(f"  in {name}", before.weights.get(name, 0), after.weights.get(name, 0))
+    yield _row("cache", before.cache_bytes, after.cache_bytes)
     for kind in dict.fromkeys(kind.kind for cost in (before, after) for kind in cost.cache):
-        yield _sizes(f"  {kind}", *(sum(k.total for k in cost.cache if k.kind == kind) for cost in (before, after)))
-    yield _sizes("  per token", before.cache_per_token, after.cache_per_token)
-    yield _sizes("largest share", *(max(share.needed for share in cost.shares) for cost in (before, after)))
+        yield _row(f"  {kind}", *(sum(k.total for k in cost.cache if k.kind == kind) for cost in (before, after)))
+    yield _row("  per token", before.cache_per_token, after.cache_per_token)
+    yield _row("largest share", *(max(share.needed for share in cost.shares) for cost in (before, after)))
 
 
-def _sizes(label: str, before: int | None, after: int | None) -> Row:
+def _row(label: str, before: int | None, after: int | None, *, text: Callable[[int], str] = bytes_text) -> _Row:
     if before is None or after is None:
         return label, "unknown", "unknown", ""
-    return label, bytes_text(before), bytes_text(after), _change(before, after)
-
-
-def _change(before: int, after: int) -> str:
-    return f"{(after - before) / before:+.1%}" if before and before != after else ""
+    change = f"{(after - before) / before:+.1%}" if before and before != after else ""
+    return label, text(before), text(after), change

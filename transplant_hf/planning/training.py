@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.training_args import OptimizerNames
 
 from ..architecture import decoder_stack
 from ..errors import BUILD_ERRORS, ConfigurationError
@@ -53,11 +54,10 @@ _IN_8_BITS_FROM, _NUMBERS_PER_SCALE = 4096, 256
 
 def check_training(args: DonorTrainingArguments) -> None:
     """Refuse arguments whose memory is not known."""
-    optimizer = _name(args.optim)
-    if optimizer not in _STATES:
-        raise ConfigurationError(
-            f"the memory of optim={optimizer!r} (--optim) is not known. Known are {', '.join(_STATES)}."
-        )
+    if args.optim not in _STATES:
+        known = ", ".join(_STATES)
+        name = OptimizerNames(args.optim).value
+        raise ConfigurationError(f"the memory of optim={name!r} (--optim) is not known. Known are {known}.")
     refused = {
         "method": args.method != "in_place",
         "distillation": bool(args.distillation),
@@ -99,7 +99,7 @@ def training_cost(
     width = model.config.get_text_config(decoder=True).hidden_size
     trained = [parameter for layer in donor for parameter in layer.parameters()]
     gradients = sum(parameter.nbytes for parameter in trained)
-    state, temporary = _optimizer(_name(args.optim), trained)
+    state, temporary = _optimizer(OptimizerNames(args.optim).value, trained)
     batch = args.per_device_train_batch_size
     sizes = {name: _bytes(some) for name, some in (("before", before), ("donor", donor), ("after", after))}
     rest = _bytes([model]) - _bytes(layers)
@@ -108,8 +108,11 @@ def training_cost(
     try:
         filling = 0
         if before:
-            with _running_only(model, stack_path, before[-1:], [len(before) - 1]):
-                filling = _pass_without_gradients(model, (2 * batch, block_length))
+            ids = torch.zeros(2 * batch, block_length, dtype=torch.long, device="meta")
+            last = _running_only(model, stack_path, before[-1:], [len(before) - 1])
+            with last, torch.no_grad(), LiveBytes(_tensors(model)) as memory, OrdinaryText():
+                model.base_model(input_ids=ids, use_cache=False)
+            filling = memory.peak
         with _running_only(model, stack_path, part, numbers):
             step = _step(model, donor, (batch, block_length), args)
     except BUILD_ERRORS as error:
@@ -123,7 +126,7 @@ def training_cost(
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     compared = 3 * 4 * min(block_length, COMPARED_TOKENS) * vocab_size if before else 0
     return TrainingCost(
-        optimizer=_name(args.optim),
+        optimizer=OptimizerNames(args.optim).value,
         batch_size=batch,
         block_length=block_length,
         gradient_checkpointing=bool(args.gradient_checkpointing),
@@ -140,10 +143,6 @@ def training_cost(
         states_on_disk=not in_memory,
         notes=tuple(notes),
     )
-
-
-def _name(optimizer: Any) -> str:
-    return str(getattr(optimizer, "value", optimizer))
 
 
 def _bytes(layers: Iterable[nn.Module]) -> int:
@@ -188,14 +187,6 @@ def _running_only(
         setattr(model.get_submodule(parent), name, stack)
         for field, value in before.items():
             setattr(config, field, value)
-
-
-@torch.no_grad()
-def _pass_without_gradients(model: PreTrainedModel, shape: tuple[int, int]) -> int:
-    """Return the bytes of activations of the pass that computes hidden states."""
-    with LiveBytes(_tensors(model)) as memory, OrdinaryText():
-        model.base_model(input_ids=torch.zeros(shape, dtype=torch.long, device="meta"), use_cache=False)
-    return memory.peak
 
 
 def _step(
