@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,22 +70,15 @@ class PartTrainingArguments(TrainingArguments):
                 f"max_steps must be at least 1, or -1 for num_train_epochs; got {self.max_steps}. A donor that is not "
                 "trained is made by extract."
             )
-        if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
-            raise ConfigurationError(f"num_train_epochs must be above 0, got {self.num_train_epochs}.")
+        if self.max_steps == -1:
+            self._require("num_train_epochs", _is_positive, "above 0")
         for name in ("learning_rate", "gate_learning_rate"):
-            rate = getattr(self, name, None)
-            if rate is not None and not 0 < rate < math.inf:
-                raise ConfigurationError(f"{name} must be a finite number above 0, got {rate}.")
-        if not 0 <= self.distillation < math.inf:
-            raise ConfigurationError(f"distillation must be a finite number from 0, got {self.distillation}.")
+            self._require(name, _is_positive, "a finite number above 0")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "held_out_blocks"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise ConfigurationError(f"{name} must be at least 1, got {count}.")
-        if not 0.0 <= self.replay_share < 1.0:
-            raise ConfigurationError(f"replay_share must be at least 0 and below 1, got {self.replay_share}.")
-        if self.loss_chunk is not None and self.loss_chunk < 0:
-            raise ConfigurationError(f"loss_chunk must be at least 0, got {self.loss_chunk}.")
+            self._require(name, lambda count: count >= 1, "at least 1")
+        self._require("distillation", lambda weight: 0 <= weight < math.inf, "a finite number from 0")
+        self._require("replay_share", lambda share: 0 <= share < 1, "at least 0 and below 1")
+        self._require("loss_chunk", lambda tokens: tokens >= 0, "at least 0")
         parse_size(self.prefix_cache_limit, "prefix_cache_limit")
         if self.prefix_cache_dir is not None and self.cache_prefix == "auto":
             self.cache_prefix = "disk"
@@ -94,6 +87,11 @@ class PartTrainingArguments(TrainingArguments):
                 f"prefix_cache_dir (--prefix-cache-dir) is for a cache on disk, and cache_prefix (--cache-prefix) is "
                 f"{self.cache_prefix!r}. Leave out one of them."
             )
+
+    def _require(self, name: str, holds: Callable[[Any], bool], what: str) -> None:
+        value = getattr(self, name, None)
+        if value is not None and not holds(value):
+            raise ConfigurationError(f"{name} must be {what}, got {value}.")
 
 
 @dataclass
@@ -223,8 +221,7 @@ class RecoveryArguments(PartTrainingArguments):
             self.parts = [part.replace("neighbours", "neighbors") for part in self.parts]
         if not self.parts or set(self.parts) - set(_PARTS):
             raise ConfigurationError(f"parts must be among {_PARTS}, got {self.parts!r}.")
-        if self.neighbors < 0:
-            raise ConfigurationError(f"neighbors must be at least 0, got {self.neighbors}.")
+        self._require("neighbors", lambda layers: layers >= 0, "at least 0")
         if self.neighbors != type(self).neighbors and not {"neighbors", "norms"} & set(self.parts):
             raise ConfigurationError(
                 f"neighbors (--neighbors) is {self.neighbors}, and the parts (--parts) {self.parts} have none. Add "
@@ -232,6 +229,10 @@ class RecoveryArguments(PartTrainingArguments):
             )
         if self.distillation:
             raise ConfigurationError("distillation is for training a donor. Set distillation=0.")
+
+
+def _is_positive(number: float) -> bool:
+    return 0 < number < math.inf
 
 
 def default_learning_rate(args: DonorTrainingArguments, width: int, trained: Iterable[torch.Tensor]) -> float:

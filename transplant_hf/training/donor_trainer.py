@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -176,63 +175,24 @@ class DonorTrainer(TransplantTrainer):
         """Record in the donor's metadata what was measured on held-out text."""
         self.held_out_perplexity = held_out
 
-    def save(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the donor as a repo that `from_pretrained` and `pipeline` can load; also called `save_donor`.
-
-        A donor that was trained beside others is saved with them, as a thin transplant.
-
-        Args:
-            folder: The folder.
-            **kwargs: As in `Donor.save_pretrained`; position, mode and strength are those of the training.
-        """
-        if self._has_other_donors:
-            self._note_run()
-            with self._other_donors_in_memory():
-                super().save(folder, **kwargs)
+    @contextmanager
+    def whole_result(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Yield the donor; one that was trained beside others is saved with them, as a thin transplant."""
+        model, layer_map, held = self.transplant, self.transplant.layer_map, layers_in_files(self.transplant)
+        if len(model.transplant_config.donors) > 1:
+            self.finish()
+            note_in_donors(model, {self.donor_name: training_record(self)})
+            others = [number for number, (source, _) in enumerate(layer_map) if source != RECIPIENT]
+            in_memory = nullcontext() if held is None else held.loaded(others, self.args.device)
+            with in_memory, super().whole_result() as found:
+                yield found
             return
-        with self._whole_donor():
-            if self.args.should_save:
-                self.donor.save_pretrained(folder, **{**self._recommended, **kwargs})
+        own = nn.ModuleList(stack_of(model)[number] for number in layer_map.layers_of(self.donor_name))
+        with unsharded(own, needed=self.args.should_save):
+            yield self.donor if self.args.should_save else None, self._recommended
 
-    def push(self, repo_id: str, **kwargs: Any) -> Any:
-        """Upload what `save` writes, as one commit; also called `push_donor`.
-
-        Args:
-            repo_id: The repository; created if it does not exist.
-            **kwargs: As in `Donor.push_to_hub`.
-
-        Returns:
-            The commit.
-        """
-        if self._has_other_donors:
-            self._note_run()
-            with self._other_donors_in_memory():
-                return super().push(repo_id, **kwargs)
-        with self._whole_donor():
-            return self.donor.push_to_hub(repo_id, **{**self._recommended, **kwargs}) if self.args.should_save else None
-
-    save_donor = save
-    push_donor = push
-
-    def _whole_donor(self) -> AbstractContextManager[None]:
-        layers = stack_of(self.transplant)
-        own = nn.ModuleList(layers[number] for number in self.transplant.layer_map.layers_of(self.donor_name))
-        return unsharded(own, needed=self.args.should_save)
-
-    @property
-    def _has_other_donors(self) -> bool:
-        return len(self.transplant.transplant_config.donors) > 1
-
-    def _other_donors_in_memory(self) -> AbstractContextManager[None]:
-        held, layer_map = layers_in_files(self.transplant), self.transplant.layer_map
-        if held is None:
-            return nullcontext()
-        numbers = [number for number, (source, _) in enumerate(layer_map) if source != RECIPIENT]
-        return held.loaded(numbers, self.args.device)
-
-    def _note_run(self) -> None:
-        self.finish()
-        note_in_donors(self.transplant, {self.donor_name: training_record(self)})
+    save_donor = TransplantTrainer.save
+    push_donor = TransplantTrainer.push
 
     @property
     def _recommended(self) -> dict[str, Any]:

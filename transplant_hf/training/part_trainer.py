@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -143,7 +143,6 @@ class PartTrainer(Trainer):
         if rows.share:
             self._run["replay_drawn"] = 2  # version 1 drew both texts with one generator
         self._running: PartialRun | None = None
-        self._measuring = False
         self._frozen = list(_frozen_modules(model, stack_of(self.inner)))
 
     # -- The run --------------------------------------------------------------------------------------------------
@@ -161,25 +160,18 @@ class PartTrainer(Trainer):
             TrainingError: The loss is not finite.
         """
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
-        try:
-            with differentiable(self.inner):
-                return self._train_part(checkpoint, *args, **kwargs)
-        finally:
-            self._progress.close()  # a run that was stopped too: messages after it start on a line of their own
-            # Accelerate leaves its autocast around `forward`: the model computes as before from here on.
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-
-    def _train_part(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
-        if self.part is None:
-            return super().train(checkpoint, *args, **kwargs)
         completed = False
         try:
-            with self._partial_run(self.part):
+            with differentiable(self.inner), nullcontext() if self.part is None else self._partial_run(self.part):
                 result = super().train(checkpoint, *args, **kwargs)
             completed = True
             return result
         finally:
-            self.prefix.release(completed)
+            if self.part is not None:
+                self.prefix.release(completed)
+            self._progress.close()  # a run that was stopped too: messages after it start on a line of their own
+            # Accelerate leaves its autocast around `forward`: the model computes as before from here on.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     @contextmanager
     def _partial_run(self, part: Part) -> Iterator[None]:
@@ -188,8 +180,11 @@ class PartTrainer(Trainer):
         if caching:
             self.prefix.fill(part.position)
         numbers = part.numbers if caching or part.from_embeddings else range(max(part.numbers) + 1)
+        if self.prefix.streams:  # donors may be switched off just now
+            numbers = range(part.position, len(stack_of(self.inner)))
+        wrapper = self.model if self.model is not self.inner else None
         try:
-            with PartialRun(self.inner, numbers, self._wrapper, part.from_embeddings) as running:
+            with PartialRun(self.inner, numbers, wrapper, part.from_embeddings, self.prefix.find) as running:
                 self._running = running
                 if caching and not self.prefix.streams:
                     self._check_exact()
@@ -225,7 +220,7 @@ class PartTrainer(Trainer):
         ids, states = (row[name][None, :COMPARED_TOKENS].to(device) for name in ("input_ids", PREFIX_STATES))
         with eval_mode(self.model), self.autocast_smart_context_manager():
             partial = self.model(input_ids=ids, use_cache=False, **{PREFIX_STATES: states}).logits.float()
-            with self._whole():
+            with self.measuring():
                 whole = self.model(input_ids=ids, use_cache=False).logits.float()
         difference = float((partial - whole).norm() / whole.norm().clamp_min(1e-12))
         rounded = 10 if self.inner.dtype != torch.float32 or self.args.bf16 else 1
@@ -238,49 +233,28 @@ class PartTrainer(Trainer):
                 'Set cache_prefix="off" (--cache-prefix off).'
             )
 
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Let the whole model run, as it will be used."""
-        running = self._running
-        if running is None or (self.part is not None and self.part.from_embeddings):
-            yield
-            return
-        running.stop()
-        try:
-            yield
-        finally:
-            running.start()
-
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the whole model; for a standalone donor, the donor between embeddings and head."""
         with self.measuring():
             return super().evaluate(*args, **kwargs)
 
-    @property
-    def _wrapper(self) -> Any:
-        return self.model if self.model is not self.inner else None
-
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Let the model compute on held-out text as it will be used, inside a `with` block; blocks can be nested."""
-        if self._measuring:
+        running, part = self._running, self.part
+        if running is None and part is not None and self.prefix.streams:
+            with self._partial_run(part):  # of which the hidden states before the part are computed
+                yield
+        elif running is None or self.prefix.streams or (part is not None and part.from_embeddings):
             yield
-            return
-        self._measuring = True
-        try:
-            with self._rest(self.part) if self.prefix.streams and self.part is not None else self._whole():
+        else:
+            running.stop()
+            self._running = None
+            try:
                 yield
-        finally:
-            self._measuring = False
-
-    @contextmanager
-    def _rest(self, part: Part) -> Iterator[None]:
-        """Let all layers run that are not in files, from the hidden states of held-out text."""
-        self.prefix.fill(part.position)
-        with self._whole():
-            rest = range(part.position, len(stack_of(self.inner)))
-            with PartialRun(self.inner, rest, self._wrapper, find_states=self.prefix.find):
-                yield
+            finally:
+                running.start()
+                self._running = running
 
     # -- A step ---------------------------------------------------------------------------------------------------
 
@@ -313,8 +287,6 @@ class PartTrainer(Trainer):
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one batch; see `Trainer.prediction_step`."""
         inputs = {**inputs, _LOSS_ONLY: True} if prediction_loss_only else inputs
-        if self.prefix.streams:
-            inputs = {**inputs, PREFIX_STATES: self.prefix.find(inputs["input_ids"])}
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def _chunked_loss(self, model: Any, inputs: Mapping[str, Any]) -> ChunkedLoss | None:
@@ -364,16 +336,22 @@ class PartTrainer(Trainer):
         load_trained(Path(resume_from_checkpoint), self.model if model is None else model)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Give some parameters of the part learning rates of their own, unless the caller made the optimizer."""
-        rates = self.part.rates if self.part is not None and self.optimizer is None else {}
+        """Give some parameters learning rates of their own, unless the caller made the optimizer."""
+        alone = self.trained_alone() if self.optimizer is None else []
         optimizer = super().create_optimizer(*args, **kwargs)
-        for (number, name), factor in rates.items():
-            parameter = stack_of(self.inner)[number].get_parameter(name)
+        for parameter, options in alone:
             [group] = [one for one in optimizer.param_groups if any(other is parameter for other in one["params"])]
             group["params"] = [other for other in group["params"] if other is not parameter]
-            alone = {**group, "params": [parameter], "lr": group["lr"] * factor}
-            optimizer.add_param_group(alone)
+            optimizer.add_param_group({**group, "params": [parameter], **options})
         return optimizer
+
+    def trained_alone(self) -> list[tuple[nn.Parameter, dict[str, float]]]:
+        """Return the parameters with options of the optimizer of their own."""
+        rates = self.part.rates.items() if self.part is not None else ()
+        return [
+            (stack_of(self.inner)[number].get_parameter(name), {"lr": self.args.learning_rate * factor})
+            for (number, name), factor in rates
+        ]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:

@@ -33,10 +33,6 @@ class StderrProgress(TrainerCallback):
         if self._bar is not None and "loss" in (logs or {}):
             self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        self.close()
-
     def close(self) -> None:
         """Close the bar, also after an error."""
         if self._bar is not None:

@@ -50,8 +50,14 @@ class RecoveryTrainer(TransplantTrainer):
         """Return the transplant with neighbors as donors, the part that runs, and what identifies the run."""
         self.recovered = _donors_to_recover(data.model, args)
         model = data.model
-        if {"neighbors", "norms"} & set(args.parts):
-            _refuse_quantized(model, args.parts)
+        chosen = ", ".join(part for part in args.parts if part in ("neighbors", "norms"))
+        if chosen and is_quantized(model):
+            raise ConfigurationError(
+                f"the recipient is quantized ({quantization_method(model)}), and its layers cannot be trained: parts "
+                f'{chosen} need them in full precision. Recover the parts "donor" and "gate", or load the recipient '
+                "without quantization."
+            )
+        if chosen:
             model = _with_neighbors(model, self.recovered, args.neighbors)
         _require_gradients(model, args.parts, self.recovered)
         self._gates = list(self.recovered) if "gate" in args.parts else []
@@ -92,27 +98,10 @@ class RecoveryTrainer(TransplantTrainer):
         names = [name for name in _donor_names(self.transplant) if name in self.recovered or name.startswith(_PREFIX)]
         note_in_donors(self.transplant, {name: {"recovered": record} for name in names})
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Give gates a learning rate of their own: one number must change more than each of many."""
-        if self.optimizer is None and self._gate_names:
-            trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-            gates = [value for name, value in trained.items() if name in self._gate_names]
-            rest = [value for name, value in trained.items() if name not in self._gate_names]
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = [{"params": gates, "lr": self.args.gate_learning_rate, "weight_decay": 0.0}]
-            groups += [{"params": rest, "weight_decay": self.args.weight_decay}] if rest else []
-            self.optimizer = optimizer_class(groups, **options)
-        return super().create_optimizer(*args, **kwargs)
-
-
-def _refuse_quantized(model: Any, parts: Sequence[str]) -> None:
-    if is_quantized(model):
-        chosen = ", ".join(part for part in parts if part in ("neighbors", "norms"))
-        raise ConfigurationError(
-            f"the recipient is quantized ({quantization_method(model)}), and its layers cannot be trained: parts "
-            f'{chosen} need them in full precision. Recover the parts "donor" and "gate", or load the recipient '
-            "without quantization."
-        )
+    def trained_alone(self) -> list[tuple[nn.Parameter, dict[str, float]]]:
+        """Return the gates: one number must change more than each of many."""
+        options = {"lr": self.args.gate_learning_rate, "weight_decay": 0.0}
+        return [(value, options) for name, value in self.model.named_parameters() if name in self._gate_names]
 
 
 def _donor_names(model: Any) -> list[str]:

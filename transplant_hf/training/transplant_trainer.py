@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -99,23 +99,32 @@ class TransplantTrainer(PartTrainer):
         else:
             self.save(output_dir or str(self.args.output_dir))
 
+    @contextmanager
+    def whole_result(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Yield what is saved, not sharded inside the block, and how."""
+        with unsharded(self.transplant, needed=self.args.should_save):
+            yield self.transplant, {"thin": True}
+
     def save(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the thin transplant: its donors, and the pinned reference to the recipient.
+        """Write the result: a trained donor as a repo, or a thin transplant, that `from_pretrained` can load.
 
         Args:
             folder: The folder.
-            **kwargs: As in the model's `save_pretrained`.
+            **kwargs: As in `save_pretrained` of a donor or a transplant.
         """
-        with unsharded(self.transplant, needed=self.args.should_save):
+        with self.whole_result() as (made, how):
             if self.args.should_save:
-                self.transplant.save_pretrained(folder, thin=True, **kwargs)
+                made.save_pretrained(folder, **{**how, **kwargs})
 
     def push(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload what `save` writes, as one commit.
 
         Args:
             repo_id: The repository; created if it does not exist.
-            **kwargs: As in the model's `push_to_hub`.
+            **kwargs: As in `push_to_hub` of a donor or a transplant.
+
+        Returns:
+            The commit.
         """
-        with unsharded(self.transplant, needed=self.args.should_save):
-            return self.transplant.push_to_hub(repo_id, thin=True, **kwargs) if self.args.should_save else None
+        with self.whole_result() as (made, how):
+            return made.push_to_hub(repo_id, **{**how, **kwargs}) if self.args.should_save else None
