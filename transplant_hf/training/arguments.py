@@ -34,7 +34,7 @@ _CHOICES = {
     "cache_prefix": ("auto", "memory", "disk", "off"),
 }
 _PARTS = ("donor", "neighbors", "norms", "gate")
-# The best of three on a validation split, for Llamas of width 192 (docs/results.md).
+# The best of three on a validation split, for Llamas of width 192 (docs/toy_model.md).
 _MEASURED_WIDTH = 192
 LEARNING_RATES = {"in_place": 1e-2, "standalone": 3e-3}
 # Of replaced layers, as a part of the root mean square of their weights: 3e-4 was the best for SmolLM2-135M (0.19), and
