@@ -18,8 +18,9 @@ import transplant_hf
 from tests.cli.conftest import Run
 from transplant_hf import DonorSpec
 from transplant_hf.cli import _parser
-from transplant_hf.cli.values import donor_spec, layer_range
+from transplant_hf.cli.values import layer_range
 from transplant_hf.comparison import METHODS
+from transplant_hf.config import donor_specs
 from transplant_hf.errors import ConfigurationError
 
 
@@ -67,21 +68,22 @@ def test_a_donor_and_its_position(
     monkeypatch.chdir(tmp_path)
     for folder in ("folder@home", "law@3", "law"):
         (tmp_path / folder).mkdir()
-    assert donor_spec(text) == DonorSpec(donor, position)  # type: ignore[arg-type]
+    assert DonorSpec.parse(text) == DonorSpec(donor, position)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["user/law@", "user/law@x", "user/law@-1", "@3", "user/law@1.5", "user/law@²"])
 def test_what_is_no_donor_at_a_position(text: str) -> None:
     with pytest.raises(ConfigurationError, match="DONOR@POSITION, such as user/gpt2-law@10"):
-        donor_spec(text)
+        DonorSpec.parse(text)
 
 
 def test_every_command_reads_a_donor_the_same_way(called: Any) -> None:
-    assert called("check", "r", "d@3").arguments[1:] == ("d", 3)
-    assert called("check", "r", "d").arguments[1:] == ("d", None)
+    found = called("check", "r", "d@3")
+    assert (found.donor, found.position) == ("d", 3)
+    assert not hasattr(called("check", "r", "d"), "position")
     assert called("sweep", "r", "d@3", "e", "--text", "t.txt").arguments[1] == {"d": 3, "e": None}
     found = called("inspect", "d@3", "--recipient", "r")
-    assert (found.arguments, found.position) == (("d",), 3)
+    assert (found.what, found.position) == ("d", 3)
     wanted = [DonorSpec("d", 3), DonorSpec("e")]
     for command, *words in (
         ("export", "r", "out"),
@@ -89,7 +91,7 @@ def test_every_command_reads_a_donor_the_same_way(called: Any) -> None:
         ("evaluate", "r", "--text", "t.txt"),
         ("compare", "r", "t.txt", "--general", "t.txt"),
     ):
-        assert called(command, *words, "--donor", "d@3", "--donor", "e").donors == wanted
+        assert donor_specs(called(command, *words, "--donor", "d@3", "--donor", "e").donors) == wanted
 
 
 def test_a_donor_in_a_recipient_is_measured(family: Path, text: Path, run: Run) -> None:
@@ -159,7 +161,7 @@ def test_the_methods_of_compare(called: Any, run: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "old", "new", "found"),
     [
-        (["check", "r", "d"], ["--position", "3"], "DONOR@POSITION", {"arguments": ("r", "d", 3)}),
+        (["check", "r", "d"], ["--position", "3"], "DONOR@POSITION", {"donor": "d", "position": 3}),
         (["inspect", "d"], ["--position", "3"], "WHAT@POSITION", {"position": 3}),
         (
             ["export", "r", "out", "--donor", "d"],

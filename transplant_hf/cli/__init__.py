@@ -1,4 +1,4 @@
-"""The command line. Each command has a file that parses arguments, makes one call and prints the result."""
+"""The command line. Each command parses arguments, makes one call and prints the result."""
 
 from __future__ import annotations
 
@@ -10,44 +10,15 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import TransplantError
-from . import (
-    check,
-    compare,
-    convert,
-    demo,
-    evaluate,
-    export,
-    extract,
-    generate,
-    inspect,
-    plan,
-    push,
-    serve,
-    sign,
-    sweep,
-    train,
-)
 from .command import EXIT_STATUS
+from .describing import add_check, add_inspect, add_plan
+from .making import add_convert, add_extract, add_sign
+from .measuring import add_compare, add_evaluate, add_sweep
+from .publishing import add_export, add_push
+from .running import add_demo, add_generate, add_serve
+from .training import add_recover, add_train
 
 __all__ = ["main"]
-
-_COMMANDS = (
-    demo,
-    generate,
-    train,
-    sweep,
-    evaluate,
-    compare,
-    check,
-    inspect,
-    plan,
-    extract,
-    sign,
-    convert,
-    export,
-    push,
-    serve,
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"transplant_hf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for command in _COMMANDS:
-        command.add(commands)
+    for add in (add_demo, add_generate, add_train, add_recover, add_sweep, add_evaluate, add_compare, add_check):
+        add(commands)
+    for add in (add_inspect, add_plan, add_extract, add_sign, add_convert, add_export, add_push, add_serve):
+        add(commands)
     return parser

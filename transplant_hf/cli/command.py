@@ -6,17 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 EXIT_STATUS = "exit status: 0 success, 1 error, 2 usage error, 130 interrupted by Ctrl-C"
-
-
-class Result(Protocol):
-    """A result that prints itself and converts to JSON."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON."""
-        ...
 
 
 def command(
@@ -42,9 +34,8 @@ def command(
 
 
 def old_spelling(parser: argparse.ArgumentParser, old: str, new: str, dest: str, **arguments: Any) -> None:
-    """Accept an old option for one release, with a warning on standard error."""
-    hidden: Any = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    parser.add_argument(old, action=_OldSpelling, new=new, dest=dest, **hidden, **arguments)
+    """Accept an old option for one release, with a warning on standard error; it is added after the new one."""
+    parser.add_argument(old, action=_OldSpelling, new=new, dest=dest, help=argparse.SUPPRESS, **arguments)
 
 
 class _OldSpelling(argparse.Action):
@@ -59,11 +50,12 @@ class _OldSpelling(argparse.Action):
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), values] if self.append else values)
 
 
-def show(result: Result, options: argparse.Namespace) -> None:
-    """Print a result on standard output, for people or as JSON, and flush it."""
+def show(result: Any, options: argparse.Namespace) -> int:
+    """Print a result on standard output, for people or as JSON, and flush it; return the exit status."""
     from ..storage import writing
 
     options.printed = True  # no error is printed as JSON after it
     with writing("the result on standard output", "Files that the command wrote are complete."):
         print(json.dumps(result.to_dict(), indent=2) if options.json else result)
         sys.stdout.flush()
+    return 0 if result else 1

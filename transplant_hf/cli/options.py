@@ -8,13 +8,10 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ConfigurationError, DataError
-from .values import LayerNumbers, donor_spec, dtype, layer_range, number, whole
-
-if TYPE_CHECKING:
-    from ..config import DonorSpec
+from .values import LayerNumbers, dtype, layer_range, whole
 
 DONOR = "DONOR[@POSITION]"
 TEXT_HELP = (
@@ -25,9 +22,11 @@ Parser = argparse.ArgumentParser
 
 
 def arguments_for(function: Callable[..., Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that are given and have the names of a function's parameters."""
-    names = inspect.signature(function).parameters
-    return {name: value for name, value in vars(options).items() if name in names and value is not None}
+    """Return the options that are given and have the names of a function's parameters, or are for loading a model."""
+    parameters = inspect.signature(function).parameters
+    found = {name: value for name, value in vars(options).items() if name in parameters and value is not None}
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {**found, **loading_arguments(options)} if passes_on else found
 
 
 def add_number(
@@ -40,17 +39,13 @@ def add_number(
     **more: Any,
 ) -> None:
     """Add an option for a number, by default a whole number from 1; its help names the default value."""
-    suffix = "" if default is None else f" (default: {default:g})"
-    parser.add_argument(
-        flag, type=kind or whole(), default=default, metavar=metavar, help=f"{description}{suffix}", **more
-    )
+    described = description if default is None else f"{description} (default: {default:g})"
+    parser.add_argument(flag, type=kind or whole(), default=default, metavar=metavar, help=described, **more)
 
 
 def add_choice(parser: Parser, flag: str, choices: Sequence[str], description: str) -> None:
     """Add an option with a few values; the first is the default."""
-    parser.add_argument(
-        flag, choices=choices, default=choices[0], help=f"{description} (default: {choices[0]})".lstrip()
-    )
+    parser.add_argument(flag, choices=choices, default=choices[0], help=f"{description} (default: {choices[0]})")
 
 
 def add_seed(parser: Parser) -> None:
@@ -63,23 +58,11 @@ def add_layers(parser: Any, flag: str, description: str) -> None:
     parser.add_argument(flag, type=layer_range, action=LayerNumbers, nargs="+", metavar="N", help=description)
 
 
-# -- Donors --------------------------------------------------------------------------------------------------------
-
-
 def add_donors(parser: Parser) -> None:
     """Add `--donor`, which may be repeated."""
-    parser.add_argument(
-        "--donor",
-        action="append",
-        metavar=DONOR,
-        help="insert this donor (Hub id or folder) after POSITION recipient layers (default: the position that the "
-        "donor recommends). May be repeated",
-    )
-
-
-def donors_of(options: argparse.Namespace) -> list[DonorSpec] | None:
-    """Return the donors of `--donor`; `None` where there are none."""
-    return [donor_spec(text) for text in getattr(options, "donor", None) or ()] or None
+    description = "insert this donor (Hub id or folder) after POSITION recipient layers (default: the position that it "
+    description += "recommends). May be repeated"
+    parser.add_argument("--donor", action="append", dest="donors", metavar=DONOR, help=description)
 
 
 # -- Output --------------------------------------------------------------------------------------------------------
@@ -87,23 +70,17 @@ def donors_of(options: argparse.Namespace) -> list[DonorSpec] | None:
 
 def add_overwrite(parser: Parser) -> None:
     """Add the option of every command that writes files."""
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace files that transplant_hf wrote to the output before; other files stay (default: refuse an output "
-        "that is not empty)",
-    )
+    description = "replace files that transplant_hf wrote to the output before; other files stay (default: refuse an "
+    parser.add_argument("--overwrite", action="store_true", help=f"{description}output that is not empty)")
 
 
 def add_output(parser: Parser) -> None:
     """Add a folder to write and a repository to push to."""
-    parser.add_argument(
-        "output", metavar="OUTPUT", type=Path, nargs="?", help="folder to write; optional with --push-to-hub"
-    )
+    output = "folder to write; optional with --push-to-hub"
+    parser.add_argument("output", metavar="OUTPUT", type=Path, nargs="?", help=output)
     add_overwrite(parser)
-    parser.add_argument(
-        "--push-to-hub", metavar="REPO", dest="push_to", help="also upload the result to this repository, in one commit"
-    )
+    push = "also upload the result to this repository, in one commit"
+    parser.add_argument("--push-to-hub", metavar="REPO", dest="push_to", help=push)
     add_private(parser)
     license = "license for the card, such as apache-2.0 (default: the one that is recorded, or the recipient's)"
     parser.add_argument("--license", help=license)
@@ -173,45 +150,14 @@ def text_sources(specifications: Iterable[str], options: argparse.Namespace) -> 
     return texts
 
 
-# -- Measuring -----------------------------------------------------------------------------------------------------
-
-
-def add_measuring(parser: Parser, strengths: str, plot: str, **text: Any) -> None:
-    """Add the options of commands that measure perplexity."""
-    repeated = ". May be repeated" if text else ""
-    parser.add_argument(
-        "--text", required=True, metavar="TEXT", help=f"text to measure on: {TEXT_HELP}{repeated}", **text
-    )
-    add_number(parser, "--strengths", strengths, None, number(), "S", nargs="+")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help=plot)
-    parser.add_argument("--overwrite", action="store_true", help="replace the file of --plot if it exists")
-    add_text(parser)
-    add_number(parser, "--max-tokens", "stop after this many tokens of each text", None, whole(2))
-    add_number(parser, "--stride", "window stride in tokens (default: no overlap)")
-    add_number(parser, "--batch-size", "windows in a batch", 8)
-    stream = "leave the layers before the first donor in their files and read each of them once: they take no memory"
-    parser.add_argument("--stream", action="store_true", help=stream)
-    add_loading(parser)
-    add_quantization(parser)
-
-
-def measuring_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `evaluate` and `sweep` on how text is read and the model is loaded."""
-    names = ("max_tokens", "block_length", "stride", "batch_size", "stream")
-    return {name: getattr(options, name) for name in names} | loading_arguments(options)
-
-
 # -- Loading -------------------------------------------------------------------------------------------------------
 
 
 def add_dtype(parser: Parser, *more: str, note: str = "") -> None:
     """Add the dtype of the model."""
-    parser.add_argument(
-        "--dtype",
-        type=lambda text: text if text in more else dtype(text),
-        default="auto",
-        help=f"such as float32 or bfloat16 (default: as in the checkpoint{note})",
-    )
+    description = f"such as float32 or bfloat16 (default: as in the checkpoint{note})"
+    read = lambda text: text if text in more else dtype(text)  # noqa: E731
+    parser.add_argument("--dtype", type=read, default="auto", help=description)
 
 
 def add_trust(parser: Parser) -> None:
@@ -255,8 +201,8 @@ def _quantization(options: argparse.Namespace) -> Any:
 
 
 def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained`: those that are given, and the donors of `--donor`."""
-    names = ("revision", "dtype", "device_map", "gguf_file", "trust_remote_code")
-    arguments = {name: getattr(options, name) for name in names}
-    arguments |= {"donors": donors_of(options), "quantization_config": _quantization(options)}
+    """Return the arguments of `from_pretrained` that are given."""
+    names = ("revision", "dtype", "device_map", "gguf_file", "trust_remote_code", "donors")
+    arguments = {name: getattr(options, name, None) for name in names}
+    arguments["quantization_config"] = _quantization(options)
     return {name: value for name, value in arguments.items() if value is not None}

@@ -6,44 +6,15 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from ..config import DonorSpec
+from typing import Any
 
 _DTYPES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-    "f16": "float16",
-    "fp32": "float32",
-    "float": "float32",
-    "f32": "float32",
-    "fp64": "float64",
-    "double": "float64",
+    **dict.fromkeys(("bf16", "bfloat16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "half", "f16", "float16"), "float16"),
+    **dict.fromkeys(("fp32", "float", "f32", "float32"), "float32"),
+    **dict.fromkeys(("fp64", "double", "float64"), "float64"),
+    "auto": "auto",
 }
-_KNOWN = ("auto", *dict.fromkeys(_DTYPES.values()))
-
-
-def donor_spec(text: str, mode: str | None = None) -> DonorSpec:
-    """Read `DONOR@POSITION`, or `DONOR` for the position that the donor recommends; see `DonorSpec.parse`."""
-    from ..config import DonorSpec
-
-    return DonorSpec.parse(text, mode)
-
-
-def layer_range(text: str) -> range:
-    """Read the number of a layer, or the first and last number of several.
-
-    Example:
-        >>> layer_range("4"), layer_range("4-6")
-        (range(4, 5), range(4, 7))
-    """
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text, re.ASCII)
-    layers = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
-    if not layers:
-        raise argparse.ArgumentTypeError(f"must be layer numbers, such as 4 5 6 or 4-6, got {text!r}")
-    return layers
 
 
 class LayerNumbers(argparse.Action):
@@ -55,13 +26,17 @@ class LayerNumbers(argparse.Action):
         setattr(namespace, self.dest, [number for layers in ranges for number in layers])
 
 
-def whole(least: int = 1, most: float = math.inf) -> Callable[[str], int]:
-    """Return a reader of whole numbers.
+def layer_range(text: str) -> range:
+    """Read the number of a layer, such as 4, or the first and last number of several, such as 4-6."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text, re.ASCII)
+    layers = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    if not layers:
+        raise argparse.ArgumentTypeError(f"must be layer numbers, such as 4 5 6 or 4-6, got {text!r}")
+    return layers
 
-    Example:
-        >>> whole()("3")
-        3
-    """
+
+def whole(least: int = 1, most: float = math.inf) -> Callable[[str], int]:
+    """Return a reader of whole numbers."""
 
     def read(text: str) -> int:
         value = int(text)
@@ -96,24 +71,14 @@ def share(text: str) -> float:
     return value
 
 
-def dtype(text: str) -> str:
-    """Read a dtype, by its name in torch or a common short name.
-
-    Example:
-        >>> dtype("bf16")
-        'bfloat16'
-    """
-    name = torch_name(text)
-    if name not in _KNOWN:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(_KNOWN)}, or bf16, fp16, fp32, got {text!r}")
-    return name
-
-
-def torch_name(text: str) -> str:
-    """Return torch's name of a dtype for a common short one.
-
-    Example:
-        >>> torch_name("fp16"), torch_name("float8_e4m3fn")
-        ('float16', 'float8_e4m3fn')
-    """
+def any_dtype(text: str) -> str:
+    """Return torch's name of a dtype for a common short one, and other names as they are."""
     return _DTYPES.get(text.lower(), text.lower())
+
+
+def dtype(text: str) -> str:
+    """Read the dtype of a model, by its name in torch or a common short name."""
+    if text.lower() not in _DTYPES:
+        known = ", ".join(dict.fromkeys(["auto", *_DTYPES.values()]))
+        raise argparse.ArgumentTypeError(f"must be one of {known}, or bf16, fp16, fp32, got {text!r}")
+    return any_dtype(text)

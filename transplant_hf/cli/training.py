@@ -25,8 +25,8 @@ from .options import (
 from .values import number, share, whole
 
 
-def add(commands: Any) -> None:
-    """Add the commands."""
+def add_train(commands: Any) -> None:
+    """Add `train`."""
     train = command(
         commands,
         "train",
@@ -53,18 +53,17 @@ def add(commands: Any) -> None:
     old_spelling(train, "--layers", "--count", "donor_layers", type=whole())
     add_layers(train, "--start-layers", "recipient layers to start from, such as 4 5 6 or 4-6")
     train.add_argument("--name", dest="donor_name", help="name of the donor (default: the name of the output)")
-    train.add_argument(
-        "--stream-prefix",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="leave the layers before the donor in their files and read each of them once, so that they take no memory "
-        "(default: if the recipient does not fit into free memory)",
-    )
+    stream = "leave the layers before the donor in their files and read each of them once, so that they take no memory "
+    stream += "(default: if the recipient does not fit into free memory)"
+    train.add_argument("--stream-prefix", action=argparse.BooleanOptionalAction, help=stream)
     add_number(train, "--distillation", "weight of the KL divergence from the recipient", 0.0, number(), "W")
     strength = "strength to recommend (default: 1; 0.75 without general text); with --mode replace, weights are "
     strength += "interpolated: 0 for those before training, 1 (default) for the trained ones"
     add_number(train, "--strength", strength, None, number(), "S")
 
+
+def add_recover(commands: Any) -> None:
+    """Add `recover`."""
     recover = command(
         commands,
         "recover",
@@ -75,15 +74,11 @@ def add(commands: Any) -> None:
     )
     recover.add_argument("model", metavar="TRANSPLANT", help="Hub id or folder of a transplant or donor")
     _add_shared(recover, learning_rate=1e-3)
-    recover.add_argument(
-        "--parts",
-        nargs="+",
-        choices=("donor", "neighbors", "neighbours", "norms", "gate"),  # "neighbours" for one release
-        default=["donor", "neighbors"],
-        metavar="PART",
-        help="parts to train: donor, neighbors (recipient layers beside it), norms (only the norms of both), gate (the "
-        "donor's strength) (default: donor neighbors)",
-    )
+    known = ("donor", "neighbors", "neighbours", "norms", "gate")  # "neighbours" for one release
+    parts = "parts to train: donor, neighbors (recipient layers beside it), norms (only the norms of both), gate (the "
+    parts += "donor's strength) (default: donor neighbors)"
+    default = ["donor", "neighbors"]
+    recover.add_argument("--parts", nargs="+", choices=known, default=default, metavar="PART", help=parts)
     add_number(recover, "--neighbors", "recipient layers on each side", 1, whole(0))
     old_spelling(recover, "--neighbours", "--neighbors", "neighbors", type=whole(0))
     recover.add_argument("--donors", nargs="+", metavar="NAME", help="only these donors (default: all)")
@@ -93,12 +88,8 @@ def _add_shared(parser: argparse.ArgumentParser, learning_rate: float | None = N
     parser.add_argument("text", metavar="TEXT", help=f"text to train on: {TEXT_HELP}")
     add_output(parser)
     parser.add_argument("--general", metavar="TEXT", help="general text to replay, so that the model forgets less")
-    parser.add_argument(
-        "--held-out",
-        action="append",
-        metavar="TEXT",
-        help="measure perplexity on this text before and after, and record it. May be repeated",
-    )
+    held_out = "measure perplexity on this text before and after, and record it. May be repeated"
+    parser.add_argument("--held-out", action="append", metavar="TEXT", help=held_out)
     add_number(parser, "--held-out-blocks", "maximum number of blocks of each such text (default: all)")
     add_text(parser)
     add_number(parser, "--replay-share", "general text in each batch (default: 0.25)", None, share, "S")
@@ -106,8 +97,7 @@ def _add_shared(parser: argparse.ArgumentParser, learning_rate: float | None = N
     add_number(length, "--steps", "optimizer steps (default: as many as --epochs takes)", dest="max_steps")
     add_number(length, "--epochs", "passes over the text", 1.0, number(above=0), dest="num_train_epochs")
     add_number(parser, "--batch-size", "blocks per step and process", 8, dest="per_device_train_batch_size")
-    default = " (default: by method and width)" if learning_rate is None else ""
-    rate = f"peak learning rate{default}"
+    rate = "peak learning rate" if learning_rate else "peak learning rate (default: by method and width)"
     add_number(parser, "--learning-rate", rate, learning_rate, number(above=0), "LR")
     add_seed(parser)
     parser.add_argument("--bf16", action="store_true", help="train with bfloat16 autocast")
@@ -115,15 +105,10 @@ def _add_shared(parser: argparse.ArgumentParser, learning_rate: float | None = N
     add_number(parser, "--loss-chunk", chunk, None, whole(0))
     cache = "where to keep hidden states from before the trained layers"
     add_choice(parser, "--cache-prefix", ("auto", "memory", "disk", "off"), cache)
-    parser.add_argument(
-        "--prefix-cache-limit", default="20GB", metavar="SIZE", help="largest size of that cache (default: 20GB)"
-    )
-    parser.add_argument(
-        "--prefix-cache-dir",
-        metavar="DIR",
-        help="keep that cache on disk, in this folder, which later runs use again (default: beside the output, removed "
-        "at the end)",
-    )
+    limit = "largest size of that cache (default: 20GB)"
+    parser.add_argument("--prefix-cache-limit", default="20GB", metavar="SIZE", help=limit)
+    folder = "keep that cache on disk, in this folder, which later runs use again (default: beside the output, removed "
+    parser.add_argument("--prefix-cache-dir", metavar="DIR", help=f"{folder}at the end)")
     add_number(parser, "--save-steps", "steps between checkpoints", 200)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, also for more steps")
     parser.add_argument("--keep-checkpoints", action="store_true", help="keep checkpoints when training is done")
@@ -147,7 +132,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _recover(options: argparse.Namespace) -> int:
-    from ..training import RecoveryArguments, recover
+    from .. import recover
+    from ..training import RecoveryArguments
 
     return _run(options, recover, RecoveryArguments)
 
@@ -174,6 +160,4 @@ def _run(options: argparse.Namespace, run: Any, arguments_class: Any) -> int:
         license=options.license,
         **arguments_for(arguments_class, options),
     )
-    if PartialState().is_main_process:
-        show(report, options)
-    return 0
+    return show(report, options) if PartialState().is_main_process else 0

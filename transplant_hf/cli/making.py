@@ -1,0 +1,116 @@
+"""`transplant-hf extract`, `sign` and `convert`: donors from models and files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .command import command, old_spelling, show
+from .options import (
+    TEXT_HELP,
+    add_choice,
+    add_dtype,
+    add_layers,
+    add_loading,
+    add_number,
+    add_output,
+    add_shard_size,
+    add_text,
+    add_trust,
+    arguments_for,
+    check_output,
+    text_source,
+)
+from .values import whole
+
+
+def add_extract(commands: Any) -> None:
+    """Add `extract`."""
+    parser = command(
+        commands,
+        "extract",
+        _extract,
+        "copy layers out of a model and write them as a donor",
+        "extract openai-community/gpt2 gpt2-new --layers 4-6 --init identity",
+        check=check_output,
+    )
+    parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a model, a transplant or a donor")
+    add_output(parser)
+    which = parser.add_mutually_exclusive_group()
+    add_layers(which, "--layers", "consecutive layers, such as 4 5 6 or 4-6 (default: from a third of the way up)")
+    add_number(which, "--count", "number of layers", 3, metavar="K")
+    init = "copy the weights, or set the output projections to zero: then the layers change nothing before training"
+    add_choice(parser, "--init", ("copy", "identity"), init)
+    recommended = "position to recommend (default: right after the layers in their model)"
+    add_number(parser, "--position", recommended, None, whole(0), "P")
+    parser.add_argument("--name", help="name of the donor (default: the name of the output)")
+    parser.add_argument("--revision", help="branch, tag or commit of the model")
+    add_dtype(parser)
+    add_trust(parser)
+
+
+def _extract(options: argparse.Namespace) -> int:
+    from .. import extract
+
+    return show(extract(**arguments_for(extract, options)), options)
+
+
+def add_sign(commands: Any) -> None:
+    """Add `sign`."""
+    parser = command(
+        commands,
+        "sign",
+        _sign,
+        "record what the text of a donor's domain looks like, so that donors can choose themselves",
+        "sign gpt2-law --text cases.jsonl --general wikitext.txt",
+    )
+    parser.add_argument("donor", metavar="DONOR", help="folder of the donor, whose record is changed")
+    parser.add_argument("--text", required=True, metavar="TEXT", help=f"text of the donor's domain: {TEXT_HELP}")
+    parser.add_argument("--general", required=True, metavar="TEXT", help="general text, in the same forms")
+    parser.add_argument("--recipient", help="Hub id or folder (default: the donor's recipient)")
+    first = "how many recipient layers run before the first donor (default: the donor's own position)"
+    add_number(parser, "--position", first, None, whole(0), "P")
+    add_number(parser, "--max-rows", "rows of 32 tokens to use of each text", 512)
+    add_number(parser, "--batch-size", "rows in a batch", 16)
+    add_text(parser, block_length=False)
+    add_loading(parser)
+
+
+def _sign(options: argparse.Namespace) -> int:
+    from .. import sign
+
+    texts = {name: text_source(getattr(options, name), options) for name in ("text", "general")}
+    return show(sign(**{**arguments_for(sign, options), **texts}), options)
+
+
+def add_convert(commands: Any) -> None:
+    """Add `convert`."""
+    parser = command(
+        commands,
+        "convert",
+        _convert,
+        "convert a .pt file of decoder layers into a donor, without running code from the file",
+        "convert gpt2/donor_layers.pt gpt2-law --recipient openai-community/gpt2 --layers 4-6 --position 1",
+        check=check_output,
+    )
+    parser.add_argument("path", metavar="FILE", type=Path, help="the .pt file")
+    add_output(parser)
+    parser.add_argument("--to-revision", dest="revision", metavar="BRANCH", help="branch to push to")
+    old_spelling(parser, "--revision", "--to-revision", "revision")
+    parser.add_argument("--recipient", required=True, help="model of the layers: Hub id, folder or config.json")
+    parser.add_argument("--recipient-revision", metavar="REVISION", help="branch, tag or commit of the recipient")
+    metadata = "JSON file of the author (default: donor_metadata.json beside FILE)"
+    parser.add_argument("--metadata", type=Path, metavar="FILE", help=metadata)
+    add_layers(parser, "--layers", "numbers of the layers in their model, such as 4 5 6 or 4-6 (default: as recorded)")
+    recommended = "position to recommend (default: the best one that is recorded, or a quarter of the way up)"
+    add_number(parser, "--position", recommended, None, whole(0), "P")
+    parser.add_argument("--name", help="name of the donor (default: the name of the output)")
+    add_shard_size(parser)
+    parser.add_argument("--verify", action="store_true", help="also compare the outputs of a layer with both weights")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .. import convert
+
+    return show(convert(**arguments_for(convert, options)), options)
