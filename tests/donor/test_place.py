@@ -92,6 +92,21 @@ def test_a_position_alone_warns_of_another_recommendation(
     assert [record for record in caplog.records if "recommends" in record.getMessage()] == []
 
 
+def test_a_spread_donor_at_its_own_positions_runs_as_recommended(
+    family: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Donor.from_pretrained(family / "llama-law").save_pretrained(tmp_path / "apart", position=(1, 3), strength=0.5)
+    apart = str(tmp_path / "apart")
+    model = AutoModelWithTransplant.from_pretrained(family / "recipient", donors={apart: (1, 3)})
+    assert places(model) == [("apart", (1, 3), "insert", 0.5)] and "recommends" not in caplog.text
+    given = DonorSpec(apart, (1, 3), strength=0.25)
+    model = AutoModelWithTransplant.from_pretrained(family / "recipient", donors=[given])
+    assert places(model) == [("apart", (1, 3), "insert", 0.25)] and "recommends" not in caplog.text
+    model = AutoModelWithTransplant.from_pretrained(family / "recipient", donors=[f"{apart}@2,3"])
+    assert places(model) == [("apart", (2, 3), "insert", 1.0)]
+    assert "on the command line DONOR instead of DONOR@POSITION" in caplog.text
+
+
 def test_a_donor_in_memory_may_be_given_to_from_pretrained(family: Path) -> None:
     source = plain(family / "source")
     donor = Donor.from_model(source, [1, 2], name="law")

@@ -4,7 +4,8 @@ A name that is given is used. Without one, a donor that is named by its folder o
 of that, and a `Donor` object, or a donor loaded from its own repository, by the name in its record. (Saving gives a
 donor without a name that of its folder, so the two agree unless somebody renames one.) A position that is given is
 used. Without one, the donor's recommended position is used, and its recommended mode and strength too. A position alone
-means the mode "insert" and strength 1; a warning says so if the donor recommends others.
+means the mode "insert" and strength 1; a warning says so if the donor recommends others. A donor that is spread through
+its recipient also gets its recommended mode and strength if exactly its recommended positions are given.
 """
 
 from __future__ import annotations
@@ -64,8 +65,10 @@ def spec_of(donor: Donor, position: Position | None = None, **given: Any) -> Don
 def placed(spec: DonorSpec, donor: Donor) -> DonorSpec:
     """Return the spec with the donor's recommended position, mode and strength if it has no position."""
     if spec.position is not None:
-        _warn_of_recommendation(spec, donor)
-        return spec
+        if not isinstance(spec.position, tuple) or spec.position != donor.position:
+            _warn_of_recommendation(spec, donor)
+            return spec
+        return spec.replaced(**{name: vars(donor)[name] for name in _unsaid(spec)})
     if donor.position is None:
         raise ConfigurationError(
             f"donor {donor} recommends no position. Pass one: position=0..L, {{donor: position}} or "
@@ -77,13 +80,18 @@ def placed(spec: DonorSpec, donor: Donor) -> DonorSpec:
 
 def _warn_of_recommendation(spec: DonorSpec, donor: Donor) -> None:
     """Say that the donor recommends another mode or strength than a position alone means."""
-    others = [name for name in ("mode", "strength") if name in spec.defaults and vars(spec)[name] != vars(donor)[name]]
+    others = [name for name in _unsaid(spec) if vars(spec)[name] != vars(donor)[name]]
     if others:
         here, there = (", ".join(f"{name} {vars(one)[name]}" for name in others) for one in (spec, donor))
         logger.warning(
             f"donor {spec.name!r} recommends {there}, and runs with {here}: a position alone means this. Leave out the "
-            f"position to get what it recommends, or pass {' and '.join(f'{name}=' for name in others)} in a DonorSpec."
+            "position to get what it recommends (on the command line DONOR instead of DONOR@POSITION), or in Python "
+            f"pass {' and '.join(f'{name}=' for name in others)} in a DonorSpec."
         )
+
+
+def _unsaid(spec: DonorSpec) -> list[str]:
+    return [name for name in ("mode", "strength") if name in spec.defaults]
 
 
 def named(donors: Sequence[tuple[DonorSpec, Donor]], asked: str) -> list[tuple[DonorSpec, Donor]]:
