@@ -96,7 +96,8 @@ class TransplantMixin(NativeMethods):
 
         Args:
             name: The donor's name.
-            value: Any finite number. 0 is exactly the recipient; 1 is the donor as it is, at no extra cost.
+            value: Any finite number. 0 is exactly the recipient; 1 is the donor as it is, at no extra cost. Above 1 the
+                donor's change is enlarged, and below 0 it is subtracted.
 
         Raises:
             ConfigurationError: No such donor, a value that is not finite, or a donor that replaces layers.
