@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import ConfigurationError
 from .numeric import whole_number
+
+if TYPE_CHECKING:
+    from .config import DonorSpec
 
 RECIPIENT = "recipient"
 # Of a donor; several for one that is spread through the recipient.
@@ -130,6 +133,11 @@ class Placement:
                 f"donor {self.name!r} has {len(self.layer_indices)} layers, which cannot be divided into "
                 f"{len(self.positions)} parts of one size, for positions {list(self.positions)}."
             )
+
+    @classmethod
+    def of(cls, spec: DonorSpec, layer_indices: tuple[int, ...]) -> Placement:
+        """Return where a spec puts a donor."""
+        return cls(str(spec.name), spec.position, layer_indices, spec.mode == "replace")
 
     @property
     def positions(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from transplant_hf.inspection import headers
+from transplant_hf.inspection import files
 
 PIECE = bytes(range(256)) * 256
 PIECES = 2000
@@ -39,7 +39,7 @@ class _Endless(BaseHTTPRequestHandler):
 def endless(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Endless]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Endless)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setattr(headers, "hf_hub_url", lambda *_, **__: f"http://127.0.0.1:{server.server_port}/x")
+    monkeypatch.setattr(files, "hf_hub_url", lambda *_, **__: f"http://127.0.0.1:{server.server_port}/x")
     yield _Endless
     server.shutdown()
     server.server_close()
@@ -49,6 +49,6 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Endless]]:
 @pytest.mark.parametrize(("start", "count"), [(0, 100), (70_000, 1000), (5, 0)])
 def test_a_server_that_knows_no_ranges(endless: type[_Endless], start: int, count: int) -> None:
     _Endless.sent = 0
-    found = headers.fetch_range("alice/large", "model.safetensors", "main", start, count, None)
+    found = files.fetch_range("alice/large", "model.safetensors", "main", start, count, None)
     assert found == (PIECE * 3)[start : start + count]
     assert endless.sent < PIECES * len(PIECE) // 4

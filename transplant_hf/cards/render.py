@@ -210,10 +210,7 @@ def _drawn_map(
     config: TransplantConfig, records: Sequence[DonorRecord], recipient_files: Path | None
 ) -> tuple[str, bool]:
     """Draw the layers that run, and say whether these are all: the number of the recipient's layers may be unknown."""
-    placements = [
-        Placement(str(spec.name), spec.position, record.layer_indices, spec.mode == "replace")
-        for spec, record in zip(config.donors, records, strict=True)
-    ]
+    placements = [Placement.of(spec, record.layer_indices) for spec, record in zip(config.donors, records, strict=True)]
     last = max(placement.end for placement in placements)
     if recipient_files is not None and (recipient_files / "config.json").is_file():
         count = _layer_count(read_json(recipient_files / "config.json", "the recipient's config.json"))

@@ -141,9 +141,7 @@ def write_donor_repo(
     files = at_hand(donor.companions_in(recipient), revision or ("main" if recorded_on_hub else None))
     num_layers = _layers_of_recipient(donor, recipient, files)
     if num_layers is not None:  # a splice checks positions
-        Splice(
-            num_layers, [Placement(str(spec.name), spec.position, donor.record.layer_indices, spec.mode == "replace")]
-        )
+        Splice(num_layers, [Placement.of(spec, donor.record.layer_indices)])
     config = TransplantConfig(
         recipient=recipient if recorded_on_hub else written_reference(recipient, folder, revision),
         recipient_revision=revision,

@@ -30,7 +30,7 @@ from ..sources import HubArguments, HubOptions, locate, points_to_folder, readin
 from ..splice import Blueprint
 from ..storage import publish, sha256_of
 from .gguf import export_gguf
-from .result import Export, breaks_pattern, layer_types
+from .result import Export, breaks_pattern, layer_types, refuse_beyond_layers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -217,25 +217,12 @@ def _quantization_options(recipient: Recipient) -> dict[str, Any]:
 
 def refuse_beyond_native(blueprint: Blueprint) -> None:
     """Refuse what would load in plain Transformers as another model, or not at all."""
-    for part in blueprint.parts:
-        if part.spec.strength == 0:
-            raise ConfigurationError(
-                f"donor {part.name!r} has strength 0 and changes nothing: leave it out. If it is the only donor, use "
-                "the recipient itself."
-            )
-        if part.spec.strength != 1:
-            raise ConfigurationError(
-                f"donor {part.name!r} has strength {part.spec.strength}, which a plain checkpoint cannot express. "
-                "Export the donor at strength 1, by naming recipient, donor and position (transplant-hf export "
-                f"RECIPIENT OUTPUT --donor DONOR@POSITION). Or {_LOAD}: a donor of one layer with attention and MLP in "
-                "parallel (GPT-NeoX, Falcon, Phi) becomes a plain checkpoint, others are written as transplants."
-            )
-    if blueprint.side_by_side_groups:
-        raise ConfigurationError(
-            f"donors {', '.join(blueprint.side_by_side_groups[0])} run side by side at one position, and a plain "
-            f"checkpoint runs one layer after another. Either {_LOAD}, which writes the transplant format; or export "
-            'them stacked (composition="stacked", --composition stacked), which is another model.'
-        )
+    refuse_beyond_layers(
+        blueprint,
+        "a plain checkpoint",
+        f" Or {_LOAD}, which writes the transplant format; for a donor of one layer with attention and MLP in parallel "
+        "(GPT-NeoX, Falcon, Phi), it folds a strength into the weights of a plain checkpoint.",
+    )
     state = blueprint.state(())
     if not state.native:
         reason = state.reasons[0] if state.reasons else "its layers differ"
@@ -260,11 +247,10 @@ def _check_finite(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     with progress_bar(total, "Checking weights") as bar:
         for name, tensor in tensors.items():
             if not is_finite(tensor):
-                too_large = (
-                    f"If it is finite in its file, its numbers are too large for {dtype}: use bfloat16 or float32"
-                )
-                advice = too_large if dtype is not None else "Use a checkpoint from before its training diverged"
-                raise CheckpointError(f"{_origin(name, model)} holds NaN or infinity; nothing was exported. {advice}.")
+                advice = "Use a checkpoint from before its training diverged."
+                if dtype is not None:
+                    advice = f"If its file is finite, its numbers are too large for {dtype}: use bfloat16 or float32."
+                raise CheckpointError(f"{_origin(name, model)} holds NaN or infinity; nothing was exported. {advice}")
             bar.update(tensor.nbytes)
 
 

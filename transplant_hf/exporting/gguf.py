@@ -27,7 +27,7 @@ from ..splice import Blueprint, DonorPart
 from ..storage import check_output_file, publish_file, sha256_of
 from .gguf_file import GgufFile, GgufTensor, check_written, in_block, write_gguf
 from .gguf_layers import ARCHITECTURES, READS_KINDS, RECOGNIZED_COUNTS, UNDERSTOOD
-from .result import Export, breaks_pattern, layer_types
+from .result import Export, breaks_pattern, layer_types, refuse_beyond_layers
 
 _TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
 _SHORT = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "auto": "float16"}
@@ -108,7 +108,7 @@ def _plan(
         if source is None:
             if revision is not None:
                 raise ConfigurationError(
-                    "a GGUF file has no revision: leave out revision= (--revision). Those of donors go into "
+                    "a GGUF file has no revision: leave out revision= (--revision). In Python, those of donors go into "
                     "DonorSpec(revision=...)."
                 )
             request = read_request(folder, donors=donors, gguf_file=file.path.name, composition=composition, hub=hub)
@@ -232,21 +232,7 @@ def _refuse_recipient(file: GgufFile) -> None:
 
 def _refuse_transplant(file: GgufFile, blueprint: Blueprint) -> None:
     """Refuse what no GGUF file of the architecture can say."""
-    for part in blueprint.parts:
-        if part.spec.strength == 0:
-            raise ConfigurationError(f"donor {part.name!r} has strength 0 and changes nothing: leave it out.")
-        if part.spec.strength != 1:
-            raise ConfigurationError(
-                f"donor {part.name!r} has strength {part.spec.strength}, which a GGUF file cannot express, and which "
-                "cannot be folded into the weights: the MLP of a layer reads what its attention adds. Export it at "
-                "strength 1, by naming the donor and its position (DONOR@POSITION)."
-            )
-    if blueprint.side_by_side_groups:
-        raise ConfigurationError(
-            f"donors {', '.join(blueprint.side_by_side_groups[0])} run side by side at one position, and a GGUF file "
-            'runs one layer after another. Export them stacked (composition="stacked", --composition stacked), which '
-            "is another model."
-        )
+    refuse_beyond_layers(blueprint, "a GGUF file")
     state, architecture = blueprint.state(()), file.architecture
     if not state.native:
         raise ConfigurationError(f"no GGUF file of {architecture} describes these layers ({state.reasons[0]}).")

@@ -28,18 +28,11 @@ _BLOCK = re.compile(r"blk\.(\d{1,9})\.(.+)")
 
 @dataclasses.dataclass(frozen=True)
 class GgufTensor:
-    """A tensor of a file, read or to be written.
-
-    Args:
-        name: Its name.
-        type: Its type, a `GGMLQuantizationType`.
-        shape: Its shape, in the order of torch.
-        read: Returns its bytes.
-    """
+    """A tensor of a file, read or to be written."""
 
     name: str
-    type: Any
-    shape: tuple[int, ...]
+    type: Any  # a `GGMLQuantizationType`
+    shape: tuple[int, ...]  # in the order of torch
     read: Callable[[], memoryview]
 
     @property

@@ -9,7 +9,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..donor.record import FileStamp
+from ..errors import ConfigurationError
 from ..layer_map import LayerMap
+from ..splice import Blueprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +77,30 @@ class Export:
             return "not verified"
         if self.gguf:
             return "verified: all tensors equal, byte for byte"
-        equal = (
-            f"weights equal, logits within {self.difference:.2g}" if self.difference else "logits equal, bit for bit"
+        if self.difference:
+            return f"verified: weights equal, logits within {self.difference:.2g}"
+        return "verified: logits equal, bit for bit"
+
+
+def refuse_beyond_layers(blueprint: Blueprint, output: str, otherwise: str = "") -> None:
+    """Refuse strengths and donors side by side, which layers that run one after another cannot express."""
+    for part in blueprint.parts:
+        if part.spec.strength == 0:
+            raise ConfigurationError(
+                f"donor {part.name!r} has strength 0 and changes nothing: leave it out. If it is the only donor, use "
+                "the recipient itself."
+            )
+        if part.spec.strength != 1:
+            raise ConfigurationError(
+                f"donor {part.name!r} has strength {part.spec.strength}, which {output} cannot express. Export it at "
+                f"strength 1, by naming the recipient and DONOR@POSITION, in Python {{donor: position}}.{otherwise}"
+            )
+    if blueprint.side_by_side_groups:
+        raise ConfigurationError(
+            f"donors {', '.join(blueprint.side_by_side_groups[0])} run side by side at one position, and {output} runs "
+            'one layer after another. Export them stacked (composition="stacked", --composition stacked), which is '
+            f"another model.{otherwise}"
         )
-        return f"verified: {equal}"
 
 
 def layer_types(config: PreTrainedConfig) -> list[str]:

@@ -238,8 +238,5 @@ def _layer_map(
         return LayerMap(), [f"no layer map: {error}"]
     changed = ", ".join(sorted(overrides))
     notes = [f"it sets these fields of the recipient's configuration: {changed}."] if changed else []
-    placements = [
-        Placement(str(spec.name), spec.position, donor.record.layer_indices, spec.mode == "replace")
-        for spec, donor in donors
-    ]
+    placements = [Placement.of(spec, donor.record.layer_indices) for spec, donor in donors]
     return Splice(num_layers, placements).layer_map(), notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,27 +11,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, get_session, hf_hub_url
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from ..display import progress_bar
 from ..donor import DONOR_CONFIG
 from ..donor.record import FileStamp
 from ..donor.tensors import DONOR_FILE, DONOR_INDEX, FileTensors, TensorInfo, check_shards, read_shard_index
 from ..errors import CheckpointError
-from ..sources import HubOptions, Source, hub_errors, locate
+from ..sources import HubOptions, Source, at_revision, hub_errors, locate
 from ..storage import sha256_of
 from .findings import FileFinding, Weights
-from .headers import read_header
 
-__all__ = ["BIN_FILES", "MODEL_FILES", "Files", "HeaderTensors", "all_tensors", "summarize_weights"]
+__all__ = ["BIN_FILES", "MODEL_FILES", "Files", "HeaderTensors", "all_tensors", "fetch_range", "summarize_weights"]
 
 MODEL_INDEX = "model.safetensors.index.json"
 MODEL_FILES = ("model.safetensors", MODEL_INDEX)  # in the order in which Transformers looks for them
 BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _DOWNLOADED = ("config.json", DONOR_CONFIG, DONOR_INDEX, MODEL_INDEX)
 _AT_ONCE = 8  # headers of shards that are fetched at the same time
+_FIRST_READ = 1 << 15  # bytes: most headers are shorter
+_MAX_HEADER = 100_000_000  # bytes, by the definition of the format
 
 Headers = Mapping[str, Mapping[str, TensorInfo]]  # by file, then by tensor
 
@@ -131,7 +134,7 @@ class Files:
                 raise LocalEntryNotFoundError(f"{name} is not in the cache.")
             if size is None:
                 raise CheckpointError(f"weights are missing: there is no {name} in {source}.")
-            return read_header(source.reference, self._path_in_repo(name), source.revision, size, self._hub.token)
+            return _read_header(source.reference, self._path_in_repo(name), source.revision, size, self._hub.token)
 
 
 class HeaderTensors:
@@ -194,3 +197,59 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+# -- Headers on the Hub ----------------------------------------------------------------------------------------------
+#
+# `HfApi.parse_safetensors_file_metadata` multiplies the entries of a shape before anything is checked, so a header with
+# the shape `["a", 9999999999]` makes it allocate 10 GB. It also does not compare a header with the size of its file.
+
+
+def _read_header(
+    repo: str, path: str, revision: str | None, size: int, token: str | bool | None
+) -> dict[str, TensorInfo]:
+    """Read the header of a safetensors file in a repository."""
+    where = f"{at_revision(repo, revision)}/{path}"
+    start = fetch_range(repo, path, revision, 0, min(size, _FIRST_READ), token)
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or length > min(size - 8, _MAX_HEADER):
+        raise CheckpointError(
+            f"{where} is not a whole safetensors file: its header should have {length:,} bytes, the file has {size:,}. "
+            "Is it truncated, or a Git LFS pointer?"
+        )
+    start += fetch_range(repo, path, revision, len(start), 8 + length - len(start), token)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "header.safetensors")
+        try:
+            with file.open("wb") as out:
+                out.write(start[: 8 + length])
+                out.truncate(size)  # a hole in the place of the tensors, which takes no space on the disk
+            found = FileTensors([file]).infos()
+        except OSError as error:
+            raise CheckpointError(f"the header of {where} ({size:,} bytes) cannot be checked: {error}") from error
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(file), where)) from error
+    return {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in found.items()}
+
+
+def fetch_range(repo: str, path: str, revision: str | None, start: int, count: int, token: str | bool | None) -> bytes:
+    """Fetch some bytes of a file; fewer where the file ends. A server that ignores ranges is not read to the end."""
+    if count <= 0:
+        return b""
+    headers = {
+        **build_hf_headers(token=token),
+        "Range": f"bytes={start}-{start + count - 1}",
+        "Accept-Encoding": "identity",
+    }
+    url = hf_hub_url(repo, path, revision=revision)
+    found = bytearray()
+    with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
+        if answer.is_error:
+            answer.read()
+        hf_raise_for_status(answer)
+        skip = 0 if answer.status_code == 206 else start
+        for chunk in answer.iter_bytes():
+            found += chunk
+            if len(found) >= skip + count:
+                break
+    return bytes(found[skip : skip + count])

@@ -100,8 +100,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        as_json: dict[str, Any] = _plain({"kind": self.kind, **fields, "ok": bool(self)})
+        as_json: dict[str, Any] = _plain({"kind": self.kind, **vars(self), "ok": bool(self)})
         return as_json
 
 
@@ -235,12 +234,7 @@ class ModelInspection(Inspection):
 
 @dataclasses.dataclass(frozen=True)
 class PtTensorFinding:
-    """A tensor of a `.pt` file.
-
-    Args:
-        shape: Its dimensions.
-        dtype: Its type, as torch names it.
-    """
+    """A tensor of a `.pt` file: its shape, and its dtype as torch names it."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -248,17 +242,11 @@ class PtTensorFinding:
 
 @dataclasses.dataclass(frozen=True)
 class Numbering:
-    """Tensors of a `.pt` file whose names go on with a number.
+    """Tensors of a `.pt` file whose names go on with a number."""
 
-    Args:
-        prefix: What stands before the number; empty at the top.
-        numbers: The numbers.
-        tensors: How many tensors there are.
-    """
-
-    prefix: str
+    prefix: str  # what stands before the number; empty at the top
     numbers: tuple[int, ...]
-    tensors: int
+    tensors: int  # how many there are
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,24 +42,15 @@ logger = logging.get_logger(__name__)
 
 @dataclasses.dataclass(eq=False)
 class Row:
-    """A request in the batch.
+    """A request in the batch."""
 
-    Args:
-        choice: Its donors.
-        ids: Its tokens so far.
-        missing: How many tokens may follow.
-        last: The tokens that end it.
-        config: How its tokens are chosen.
-        ended: Whether no token follows.
-        found: Its new tokens; `None` says that no more come from the batch.
-    """
-
-    choice: dict[str, float]
-    ids: list[int]
-    missing: int
-    last: Collection[int | None]
-    config: Any
+    choice: dict[str, float]  # strengths by donor
+    ids: list[int]  # tokens so far
+    missing: int  # how many tokens may follow
+    last: Collection[int | None]  # tokens that end it
+    config: Any  # how its tokens are chosen
     ended: bool = False
+    # Its new tokens; `None` says that no more come from the batch.
     found: SimpleQueue[int | None] = dataclasses.field(default_factory=SimpleQueue)
 
     def add(self, token: int) -> None:
@@ -73,12 +64,7 @@ class Row:
 
 
 class Batches:
-    """Generates for the requests of a server.
-
-    Args:
-        model: The model.
-        submit: Runs a function in the thread of the batch.
-    """
+    """Generates for the requests of a server; `submit` runs a function in the thread of the batch."""
 
     def __init__(self, model: Any, submit: Callable[[Callable[[], None]], Future[None]]) -> None:
         self._model, self._submit, self._calls = model, submit, state_of(model).calls
@@ -91,13 +77,7 @@ class Batches:
         self._waiting: list[Row] = []
 
     def generate(self, choice: Choice, streamer: Any = None, **given: Any) -> torch.Tensor:
-        """Generate for one request, with others if possible; returns `[1, tokens]`.
-
-        Args:
-            choice: Its donors.
-            streamer: Gets its tokens, in this thread.
-            **given: The other arguments of `generate`.
-        """
+        """Generate for one request, with others if possible; returns `[1, tokens]`."""
         row = self._add(choice, **given) if self._possible else None
         if row is None:
             with self._beside, self._model.using(choice):
@@ -217,9 +197,8 @@ class Batches:
 def _settings(of_model: Any, of_request: Any) -> dict[str, Any] | None:
     """What rows of one call of `generate` must have in common; `None` for settings that no batch can have."""
     found = of_model.to_dict() | {name: value for name, value in of_request.to_dict().items() if value is not None}
-    left_out = {"max_length", "max_new_tokens", "transformers_version"} | (
-        _SAMPLING if not found["do_sample"] else set()
-    )
+    left_out = {"max_length", "max_new_tokens", "transformers_version"}
+    left_out |= set() if found["do_sample"] else _SAMPLING
     settings = {
         name: value
         for name, value in found.items()

@@ -25,15 +25,9 @@ from ..splice import Blueprint, checkpoint_files, merge_weights, open_checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class NativeTransplant:
-    """A transplant that a native configuration describes; no weight is read yet.
+    """A transplant that a native configuration describes; no weight is read yet."""
 
-    Args:
-        config: The transplant, every revision pinned.
-        recipient: The recipient.
-        blueprint: What runs.
-    """
-
-    config: TransplantConfig
+    config: TransplantConfig  # with every revision pinned
     recipient: Recipient
     blueprint: Blueprint
 
@@ -46,11 +40,7 @@ class NativeTransplant:
         return config
 
     def files(self) -> list[Path]:
-        """Return the recipient's weight files, downloaded if it is a repository.
-
-        Raises:
-            CheckpointError: One is missing.
-        """
+        """Return the recipient's weight files, downloaded if it is a repository."""
         files = checkpoint_files(self.recipient.reference, self.recipient.revision, self.recipient.hub)
         if not files:
             raise CheckpointError(
@@ -61,9 +51,7 @@ class NativeTransplant:
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each weight by the name that it has in an export, read when its turn comes.
 
-        Raises:
-            CheckpointError: At the end, if a donor's weight was NaN or infinite.
-            IntegrityError: At the end, if the sha256 of a donor's file is not the recorded one.
+        Errors of donors come at the end: weights that are not finite, and a sha256 that is not the recorded one.
         """
         names = LayerNames(self.blueprint.recipient.model, self.blueprint.recipient.stack_path)
         with FileChecks(part.donor for part in self.blueprint.parts) as checks:
@@ -88,15 +76,7 @@ def open_native(
 ) -> NativeTransplant:
     """Open a transplant or a donor by configurations and headers, and refuse what no native configuration describes.
 
-    Args:
-        asked: The transplant or donor, as Hub id or folder.
-        config: The transplant to load instead of the one that is written there.
-        revision: Branch, tag or commit of `asked`.
-        trust_remote_code: Whether code of the recipient's repository may run.
-        hub: How to reach the Hub.
-
-    Raises:
-        TransplantError: It cannot be loaded, or not without this package; the message says why.
+    A `config` is loaded instead of the one that is written there.
     """
     request = read_request(asked, config=config, revision=revision, hub=hub)
     parts = find_parts(request, hub, trust_remote_code)
@@ -125,13 +105,7 @@ def _refuse_quantization(recipient: Recipient, config: TransplantConfig) -> None
 def refuse_other_windows(config: PreTrainedConfig, windows: Mapping[int, int | None], engine: str) -> None:
     """Refuse a model whose layers do not have the kind of attention that their configuration says.
 
-    Args:
-        config: The native configuration.
-        windows: The sliding window of the engine's layers by number, `None` for full attention.
-        engine: The engine's name.
-
-    Raises:
-        ConfigurationError: A layer is full where it should be sliding, or the other way round.
+    The windows are the sliding windows of the engine's layers by number, `None` for full attention.
     """
     sliding = {"sliding_attention": True, "full_attention": False}
     kinds: list[Any] = [sliding.get(kind) for kind in getattr(config.get_text_config(), "layer_types", None) or ()]

@@ -34,6 +34,12 @@ from ..model.in_memory import transplant
 from ..model.routing import AUTO
 from .batches import Batches, Choice
 
+# What answers `/v1/chat/completions`, `/v1/completions` and `/v1/responses`.
+_SERVED = {
+    "chat_handler": ChatCompletionHandler,
+    "completion_handler": CompletionHandler,
+    "response_handler": ResponseHandler,
+}
 _THREADS = 256  # given to requests in turn; a request waits for an earlier one in its thread
 _STRENGTH = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
 # Fields that Transformers ignores, and the value that asks for nothing else than what is done.
@@ -44,26 +50,18 @@ _KNOWN_VALUES = {
 
 
 def build_app(model: Any, tokenizer: Any, name: str, token: str | None = None) -> FastAPI:
-    """Return the server of a loaded model.
+    """Return the server of a loaded transplant.
 
-    Args:
-        model: A transplant.
-        tokenizer: Its tokenizer.
-        name: What requests call the model without its donors.
-        token: Requests that add or remove donors need it; without a token they are refused.
-
-    Raises:
-        ConfigurationError: A donor that a request could not leave out.
+    Requests call the model without its donors by its name. Those that add or remove donors need the token; without one
+    they are refused.
     """
     models = DonorModels(model, tokenizer, name)
     state = Threads()
     # Each version of Transformers has handlers of its own for what generates no text.
-    handlers: dict[str, Any] = {
-        **{name: NotServed() for name in inspect.signature(build_server).parameters if name.endswith("handler")},
-        "chat_handler": Chats(models, state),
-        "completion_handler": Completions(models, state),
-        "response_handler": Responses(models, state),
-    }
+    parameters = inspect.signature(build_server).parameters
+    handlers: dict[str, Any] = {name: NotServed() for name in parameters if name.endswith("handler")}
+    for handler, served in _SERVED.items():
+        handlers[handler] = type(served.__name__, (Checked, served), {})(models, state)
     app = build_server(models, **handlers, generation_state=state)
 
     @app.exception_handler(TransplantError)
@@ -78,13 +76,7 @@ def build_app(model: Any, tokenizer: Any, name: str, token: str | None = None) -
 
 
 class DonorModels(ModelManager):
-    """The recipient and its donors as the models of a server.
-
-    Args:
-        model: The transplant.
-        tokenizer: Its tokenizer.
-        name: The name of the recipient.
-    """
+    """The recipient, by its name, and its donors as the models of a server."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         super().__init__(model_timeout=-1)
@@ -116,11 +108,7 @@ class DonorModels(ModelManager):
             )
 
     def choice(self, model: str) -> Choice:
-        """Return the donors that a request names, such as `law+code@0.5`; "auto" lets them choose themselves.
-
-        Raises:
-            HTTPException: No such donor (404).
-        """
+        """Return the donors that a request names, such as `law+code@0.5`; "auto" lets them choose themselves."""
         known = {str(spec.name): spec.strength for spec in self.donors}
         if model == self.name:
             return {}
@@ -233,18 +221,6 @@ class Checked:
             return await super().handle_request(body, request_id)  # type: ignore[misc]
         except (ValueError, TypeError) as error:  # by Transformers: no chat template, a seed that is no number, ...
             raise HTTPException(400, str(error)) from error
-
-
-class Chats(Checked, ChatCompletionHandler):
-    """Answers `/v1/chat/completions`."""
-
-
-class Completions(Checked, CompletionHandler):
-    """Answers `/v1/completions`."""
-
-
-class Responses(Checked, ResponseHandler):
-    """Answers `/v1/responses`."""
 
 
 class NotServed:

@@ -64,10 +64,7 @@ class Blueprint:
     @cached_property
     def splice(self) -> Splice:
         """The algebra of positions."""
-        placements = [
-            Placement(part.name, part.spec.position, part.donor.record.layer_indices, part.spec.mode == "replace")
-            for part in self.parts
-        ]
+        placements = [Placement.of(part.spec, part.donor.record.layer_indices) for part in self.parts]
         return Splice(self.recipient.num_layers, placements)
 
     @cached_property
