@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import refused
 from transplant_hf import ConfigurationError
-from transplant_hf.display import bytes_text, numbers_text, parse_size
+from transplant_hf.display import bytes_text, numbers_text, parse_size, position_text, some_of
 
 
 @pytest.mark.parametrize(
@@ -25,11 +25,16 @@ def test_sizes(count: int, text: str) -> None:
 
 
 def test_layer_numbers() -> None:
-    assert numbers_text([0]) == "0"
+    assert (numbers_text([]), numbers_text([0])) == ("none", "0")
     assert numbers_text([3, 4, 5]) == "3, 4, 5"
     assert numbers_text(range(7)) == "0..6"
     assert numbers_text([0, 2, 4, 6, 8, 10, 12]) == "0, 2, 4, 6, 8, 10, 12"
     assert numbers_text(range(0, 40, 2)).endswith("... and 8 more")
+
+
+def test_names_and_positions() -> None:
+    assert some_of(["d", "c", "b", "a"]) == "a, b, c and 1 more"
+    assert (position_text(3), position_text((10, 20, 29))) == ("position 3", "positions 10, 20, 29")
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)", re.IGNORECASE)
 
 
 def bytes_text(count: int) -> str:
-    """Return a size in bytes with its unit.
-
-    Example:
-        >>> bytes_text(85_053_440), bytes_text(812)
-        ('81.1 MiB', '812 bytes')
-    """
+    """Return a size in bytes with its unit, such as "81.1 MiB" or "812 bytes"."""
     size, unit = float(count), "bytes"
     for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":
@@ -45,12 +40,7 @@ def bytes_text(count: int) -> str:
 
 
 def numbers_text(numbers: Sequence[int]) -> str:
-    """Return layer numbers as a short list or a range.
-
-    Example:
-        >>> numbers_text([4, 5, 6]), numbers_text(range(24)), numbers_text([])
-        ('4, 5, 6', '0..23', 'none')
-    """
+    """Return layer numbers as a short list or a range, such as "4, 5, 6" or "0..23"."""
     if len(numbers) > _MAX_LISTED and list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
         return f"{numbers[0]}..{numbers[-1]}"
     listed = ", ".join(map(str, numbers[:_MAX_LISTED_NUMBERS]))
@@ -64,23 +54,13 @@ def dtype_name(dtype: Any) -> str:
 
 
 def some_of(names: Collection[str]) -> str:
-    """Return the first few names in alphabetical order, and how many others there are.
-
-    Example:
-        >>> some_of(["d", "c", "b", "a"])
-        'a, b, c and 1 more'
-    """
+    """Return the first few names in alphabetical order, and how many others there are: "a, b, c and 1 more"."""
     listed = ", ".join(sorted(names)[:_MAX_NAMES])
     return listed if len(names) <= _MAX_NAMES else f"{listed} and {len(names) - _MAX_NAMES} more"
 
 
 def position_text(position: int | Sequence[int]) -> str:
-    """Return a donor's position, or its positions, as text.
-
-    Example:
-        >>> position_text(3), position_text((10, 20, 29))
-        ('position 3', 'positions 10, 20, 29')
-    """
+    """Return a donor's position, or its positions, as text: "position 3" or "positions 10, 20, 29"."""
     return f"position{'' if isinstance(position, int) else 's'} {position_numbers(position)}"
 
 
@@ -135,12 +115,5 @@ def parse_size(text: str | int, what: str = "size") -> int:
 
 def progress_bar(total: int | None, description: str, *, unit: str = "B", quiet: bool = False) -> Any:
     """Return a progress bar on standard error that appears after one second."""
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        unit_scale=unit == "B",
-        delay=_PROGRESS_DELAY,
-        disable=quiet,
-        leave=False,
-    )
+    scale, delay = unit == "B", _PROGRESS_DELAY
+    return tqdm(total=total, desc=description, unit=unit, unit_scale=scale, delay=delay, disable=quiet, leave=False)

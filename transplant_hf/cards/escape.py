@@ -13,44 +13,24 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#!|<>~&$:])")
 
 
 def one_line(value: Any, max_length: int = _MAX_LENGTH) -> str:
-    r"""Return a text on one line, without characters that do not print, cut to a length.
-
-    Example:
-        >>> one_line("a\n---\n b")
-        'a --- b'
-    """
+    """Return a text on one line, without characters that do not print, cut to a length."""
     text = "".join(character if character.isprintable() else " " for character in str(value))
     text = " ".join(text.split())
     return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
 
 
 def code_span(value: Any) -> str:
-    """Return a JSON value as an inline code span, in which Markdown means nothing.
-
-    Example:
-        >>> code_span("[x](javascript:y)`"), code_span({"lr": 0.01})
-        ("`[x](javascript:y)'`", '`{"lr": 0.01}`')
-    """
+    """Return a JSON value as an inline code span, in which Markdown means nothing."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return f"`{one_line(text).replace('`', chr(39)) or ' '}`"
 
 
 def escape_markdown(value: Any) -> str:
-    r"""Return a text that Markdown shows as it is.
-
-    Example:
-        >>> escape_markdown("my_law <b>")
-        'my\\_law \\<b\\>'
-    """
+    """Return a text that Markdown shows as it is."""
     return _MARKDOWN.sub(r"\\\1", one_line(value))
 
 
 def python_literal(value: str) -> str:
-    r"""Return a string as Python writes it, on one line.
-
-    Example:
-        >>> python_literal('user/"law"')
-        '"user/\\"law\\""'
-    """
+    """Return a string as Python writes it, in double quotes and on one line."""
     literal = json.dumps(value, ensure_ascii=False)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in literal)

@@ -39,12 +39,7 @@ def check_license(identifier: str) -> dict[str, str]:
 
 
 def license_in(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Return the license fields of a card's header or of an author's record; empty if there is no license.
-
-    Example:
-        >>> license_in({"license": "Apache-2.0"}), license_in({"license": "see the file"})
-        ({'license': 'apache-2.0'}, {})
-    """
+    """Return the license fields of a card's header or of an author's record; empty if there is no license."""
     values = {name: fields.get(name) for name in _FIELDS}
     if isinstance(values["license"], str):
         values["license"] = values["license"].strip().lower()

@@ -16,7 +16,7 @@ from ..display import align_table
 from ..errors import CheckpointError
 from ..evaluation import perplexity
 from ..storage import check_output_folder, read_json, write_json
-from ..texts import Blocks, TextSource, documents, pack
+from ..texts import TextSource, documents, pack
 from ..training import train
 from .texts import write_texts
 
@@ -29,25 +29,11 @@ _NAMES = {"English": "english", "Python source": "source"}
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes and numbers of steps; the defaults take about four minutes on two CPU cores.
+    """Sizes and numbers of steps; the defaults take about four minutes on two CPU cores."""
 
-    Args:
-        train_characters: Characters of each training text.
-        test_characters: Characters of each test text.
-        vocab_size: Tokens of the vocabulary, at least 258.
-        hidden_size: The width of the recipient.
-        num_layers: Layers of the recipient.
-        block_length: Tokens in a block.
-        batch_size: Blocks in a step.
-        recipient_steps: Training steps of the recipient.
-        donor_layers: Layers of the donor.
-        donor_steps: Training steps of the donor.
-        new_tokens: Tokens to generate for each prompt.
-    """
-
-    train_characters: int = 1_500_000
+    train_characters: int = 1_500_000  # of each text
     test_characters: int = 40_000
-    vocab_size: int = 2048
+    vocab_size: int = 2048  # at least 258
     hidden_size: int = 128
     num_layers: int = 6
     block_length: int = 128
@@ -60,27 +46,16 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo made and measured; prints as a report.
+    """What the demo made and measured; prints as a report."""
 
-    Args:
-        recipient: The recipient's folder.
-        donor: The donor's folder.
-        recipient_parameters: Parameters of the recipient.
-        donor_parameters: Parameters of the donor.
-        layer_map: The layers that run, as a picture.
-        perplexities: `{model: {text: perplexity}}` on the test texts.
-        samples: `{text: (prompt, continuation by the recipient, continuation with the donor)}`.
-        seconds: Training times of recipient and donor, in seconds; also of earlier runs that were reused.
-    """
-
-    recipient: str
+    recipient: str  # its folder
     donor: str
     recipient_parameters: int
     donor_parameters: int
     layer_map: str
-    perplexities: Mapping[str, Mapping[str, float]]
-    samples: Mapping[str, tuple[str, str, str]]
-    seconds: Mapping[str, float]
+    perplexities: Mapping[str, Mapping[str, float]]  # by model, then by test text
+    samples: Mapping[str, tuple[str, str, str]]  # by text: a prompt, its continuation by the recipient, with the donor
+    seconds: Mapping[str, float]  # of training, also of earlier runs that were reused
 
     @property
     def recipient_unchanged(self) -> bool:
@@ -105,16 +80,9 @@ class DemoReport:
         lines += [*_heading("Layers, in running order"), self.layer_map, ""]
         lines += [f"recipient  {self.recipient_parameters:,} parameters, trained in {self.seconds['recipient']:.0f} s"]
         lines += [f"donor      {self.donor_parameters:,} parameters, trained in {self.seconds['donor']:.0f} s"]
-        lines += [*_heading("Files"), f"recipient  {self.recipient}", f"donor      {self.donor}"]
-        lines += [
-            "",
-            "Use the donor from Python:",
-            "",
-            "    import transplant_hf",
-            "    from transformers import pipeline",
-        ]
-        lines += [f'    generate = pipeline("text-generation", model={self.donor!r})']
-        return "\n".join(lines)
+        lines += [*_heading("Files"), f"recipient  {self.recipient}", f"donor      {self.donor}", ""]
+        lines += ["Use the donor from Python:", "", "    import transplant_hf", "    from transformers import pipeline"]
+        return "\n".join([*lines, f'    generate = pipeline("text-generation", model={self.donor!r})'])
 
 
 def run_demo(
@@ -134,19 +102,18 @@ def run_demo(
     record_file = folder / _RECORD
     check_output_folder(folder, overwrite or record_file.is_file())
     texts = write_texts(folder / "texts", settings.train_characters, settings.test_characters)
-    digest = hashlib.sha256(repr(settings).encode())
-    for path in texts.values():
-        digest.update(path.read_bytes())
+    content = b"".join(path.read_bytes() for path in texts.values())
+    fingerprint = hashlib.sha256(repr(settings).encode() + content).hexdigest()
     # `made` names the finished parts and their training times; it is written after each, so that a killed run resumes.
-    made = {} if fresh else _finished(record_file, digest.hexdigest())
+    made = {} if fresh else _finished(record_file, fingerprint)
     recipient, donor = folder / "recipient", folder / "donor"
     if "recipient" not in made:
         record_file.unlink(missing_ok=True)
         made = {"recipient": train_recipient(texts, settings, recipient, quiet)}
-        write_json(record_file, {"fingerprint": digest.hexdigest(), "seconds": made})
+        write_json(record_file, {"fingerprint": fingerprint, "seconds": made})
     if "donor" not in made:
         made["donor"] = _train_donor(texts, settings, recipient, donor, quiet)
-        write_json(record_file, {"fingerprint": digest.hexdigest(), "seconds": made})
+        write_json(record_file, {"fingerprint": fingerprint, "seconds": made})
     return _measure(texts, settings, recipient, donor, made)
 
 
@@ -276,7 +243,7 @@ def _measure(
     }
 
     def measured(of: Any) -> dict[str, float]:
-        return {text: _perplexity(of, blocks) for text, blocks in tests.items()}
+        return {text: perplexity(of, blocks, quiet=True).value for text, blocks in tests.items()}
 
     def continued(prompt: str) -> str:
         # Small models repeat themselves in greedy decoding, hence the penalty.
@@ -298,10 +265,6 @@ def _measure(
         samples={text: (prompt, before[text], after[text]) for text, prompt in _PROMPTS.items()},
         seconds=dict(seconds),
     )
-
-
-def _perplexity(model: Any, blocks: Blocks) -> float:
-    return perplexity(model, blocks, quiet=True).value
 
 
 def _heading(text: str) -> list[str]:

@@ -33,22 +33,17 @@ def write_texts(folder: Path, train_size: int, test_size: int) -> dict[str, Path
     of the last quarter. No paragraph of a test text occurs in a training text.
     """
     texts = {"english": {**_reference_topics(), **_library(source=False)}, "source": _library(source=True)}
-    test: dict[str, list[str]] = {}
-    train: dict[str, list[str]] = {}
-    remaining = {}
-    for name, documents in texts.items():
-        test[name], remaining[name] = _hold_out(documents, test_size)
-    seen = {key for documents in test.values() for text in documents for key in _paragraph_keys(text)}
-    for name, others in remaining.items():
-        train[name] = _without_repeats(others, seen, train_size)
-        if not train[name] or not test[name]:
-            raise DataError(f"this Python installation has too little {name} text for the demo.")
+    split = {name: _hold_out(documents, test_size) for name, documents in texts.items()}
+    seen = {key for test, _ in split.values() for text in test for key in _paragraph_keys(text)}
+    parts = {f"{name}-train": _without_repeats(others, seen, train_size) for name, (_, others) in split.items()}
+    parts |= {f"{name}-test": test for name, (test, _) in split.items()}
+    for name, documents in parts.items():
+        if not documents:
+            raise DataError(f"this Python installation has too little {name.partition('-')[0]} text for the demo.")
     folder.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for part, by_name in (("train", train), ("test", test)):
-        for name, written in by_name.items():
-            files[f"{name}-{part}"] = path = folder / f"{name}-{part}.jsonl"
-            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in written), encoding="utf-8")
+    files = {name: folder / f"{name}.jsonl" for name in parts}
+    for name, path in files.items():
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in parts[name]), encoding="utf-8")
     return files
 
 
@@ -112,13 +107,11 @@ def _hold_out(documents: dict[str, str], size: int) -> tuple[list[str], list[str
     # Neither one long document nor many nearly empty ones should make up the held-out text.
     shortest, longest = min(500, size), max(size // 4, 4000)
     held_out: list[str] = []
-    remaining = []
+    remaining: list[str] = []
     for name in sorted(documents, key=_digest):
         text = documents[name]
-        if sum(map(len, held_out)) < size and shortest <= len(text) <= longest:
-            held_out.append(text)
-        else:
-            remaining.append(text)
+        wanted = sum(map(len, held_out)) < size and shortest <= len(text) <= longest
+        (held_out if wanted else remaining).append(text)
     return held_out, remaining
 
 
