@@ -84,35 +84,26 @@ __all__ = [
     "transplant",
 ]
 
-# Imported on first use, because they import torch and model code: public name -> module:name.
-_LAZY = {
-    "AutoModelWithTransplant": "model.load:AutoModelWithTransplant",
-    "CompatibilityReport": "compatibility:CompatibilityReport",
-    "Donor": "donor:Donor",
-    "DonorSpec": "config:DonorSpec",
-    "DonorTrainer": "training:DonorTrainer",
-    "DonorTrainingArguments": "training:DonorTrainingArguments",
-    "LayerMap": "layer_map:LayerMap",
-    "TransplantConfig": "config:TransplantConfig",
-    "remove_transplants": "model.in_memory:remove_transplants",
-    # The verbs: each does what the command of the same name does.
-    "check": "model.check:check",
-    "compare": "comparison:compare",
-    "convert": "conversion:convert",
-    "evaluate": "evaluation:evaluate",
-    "export": "exporting:export",
-    "extract": "model.extracting:extract",
-    "generate": "generation:generate",
-    "inspect": "inspection:inspect",
-    "plan": "planning:plan",
-    "push": "pushing:push",
-    "recover": "training:recover",
-    "sign": "signing:sign",
-    "sweep": "evaluation:sweep",
-    "train": "training:train",
-    "transplant": "model.in_memory:transplant",
-    # Old names, for one release.
-    "check_compatibility": "model.check:check_compatibility",
+# Imported on first use, because they import torch and model code: module -> public names.
+_MODULES = {
+    "comparison": ["compare"],
+    "compatibility": ["CompatibilityReport"],
+    "config": ["DonorSpec", "TransplantConfig"],
+    "conversion": ["convert"],
+    "donor": ["Donor"],
+    "evaluation": ["evaluate", "sweep"],
+    "exporting": ["export"],
+    "generation": ["generate"],
+    "inspection": ["inspect"],
+    "layer_map": ["LayerMap"],
+    "model.check": ["check", "check_compatibility"],
+    "model.extracting": ["extract"],
+    "model.in_memory": ["remove_transplants", "transplant"],
+    "model.load": ["AutoModelWithTransplant"],
+    "planning": ["plan"],
+    "pushing": ["push"],
+    "signing": ["sign"],
+    "training": ["DonorTrainer", "DonorTrainingArguments", "recover", "train"],
 }
 
 
@@ -134,13 +125,12 @@ if not _is_the_command():
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    module = next((module for module, names in _MODULES.items() if name in names), None)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    module, _, attribute = _LAZY[name].partition(":")
-    value = getattr(import_module(f".{module}", __name__), attribute)
-    globals()[name] = value
+    value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
     return value
 
 

@@ -6,19 +6,15 @@ import argparse
 from typing import Any
 
 from .command import command, old_spelling, show
-from .options import DONOR, add_choice, add_donors, add_number, add_trust, arguments_for
+from .options import DONOR, add_choice, add_donors, add_number, add_trust, arguments_for, run_verb
 from .values import any_dtype, whole
 
 
 def add_check(commands: Any) -> None:
     """Add `check`."""
-    parser = command(
-        commands,
-        "check",
-        _check,
-        "say whether a donor fits a recipient, without reading weights",
-        "check openai-community/gpt2 user/gpt2-law@1",
-    )
+    summary = "say whether a donor fits a recipient, without reading weights"
+    example = "check openai-community/gpt2 user/gpt2-law@1"
+    parser = command(commands, "check", _check, summary, example)
     parser.add_argument("recipient", metavar="RECIPIENT", help="Hub id or folder")
     donor = "Hub id or folder of a donor, and how many recipient layers run before it (default: its recommendation)"
     parser.add_argument("donor", metavar=DONOR, help=donor)
@@ -27,25 +23,21 @@ def add_check(commands: Any) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from .. import DonorSpec, check
+    from .. import DonorSpec
 
     spec = DonorSpec.parse(options.donor)
     if options.position is not None and spec.position is not None:
         options.usage_error("the position is given twice, by DONOR@POSITION and by --position")
     options.donor = spec.donor
     options.position = spec.position if options.position is None else options.position
-    return show(check(**arguments_for(check, options)), options)
+    return run_verb(options)
 
 
 def add_inspect(commands: Any) -> None:
     """Add `inspect`."""
-    parser = command(
-        commands,
-        "inspect",
-        _inspect,
-        "describe a donor, a transplant, a model or a .pt file, from headers only",
-        "inspect user/gpt2-law@4 --recipient openai-community/gpt2",
-    )
+    summary = "describe a donor, a transplant, a model or a .pt file, from headers only"
+    example = "inspect user/gpt2-law@4 --recipient openai-community/gpt2"
+    parser = command(commands, "inspect", _inspect, summary, example)
     what = "Hub id, folder or .pt file; the position is for --recipient (default: the recommended one)"
     parser.add_argument("what", metavar="WHAT[@POSITION]", help=what)
     parser.add_argument("--recipient", help="also say whether it fits this model: Hub id or folder")
@@ -56,24 +48,22 @@ def add_inspect(commands: Any) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from .. import DonorSpec, inspect
+    from .. import DonorSpec
 
     spec = DonorSpec.parse(options.what)
     options.what = spec.donor
     options.position = spec.position if options.position is None else options.position
-    return show(inspect(**arguments_for(inspect, options)), options)
+    return run_verb(options)
 
 
 def add_plan(commands: Any) -> None:
     """Add `plan`."""
-    parser = command(
-        commands,
-        "plan",
-        _plan,
-        "estimate the memory that a transplant needs, without downloading weights",
+    summary = "estimate the memory that a transplant needs, without downloading weights"
+    examples = (
         "plan openai/gpt-oss-20b --count 3 --devices 2 --memory 24GiB --context 32768",
         "plan meta-llama/Llama-3.1-8B --train --stream-prefix --count 1 --context 512 --blocks 2000 --memory 12GiB",
     )
+    parser = command(commands, "plan", _plan, summary, *examples)
     parser.add_argument("what", metavar="MODEL", help="Hub id or folder of a recipient, a donor or a transplant")
     add_donors(parser)
     add_number(parser, "--count", "estimate for a donor of K layers that does not exist yet", metavar="K")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .command import command, old_spelling, show
+from .command import command, old_spelling
 from .options import (
     TEXT_HELP,
     add_choice,
@@ -18,8 +18,8 @@ from .options import (
     add_shard_size,
     add_text,
     add_trust,
-    arguments_for,
     check_output,
+    run_verb,
     text_source,
 )
 from .values import whole
@@ -27,14 +27,9 @@ from .values import whole
 
 def add_extract(commands: Any) -> None:
     """Add `extract`."""
-    parser = command(
-        commands,
-        "extract",
-        _extract,
-        "copy layers out of a model and write them as a donor",
-        "extract openai-community/gpt2 gpt2-new --layers 4-6 --init identity",
-        check=check_output,
-    )
+    summary = "copy layers out of a model and write them as a donor"
+    example = "extract openai-community/gpt2 gpt2-new --layers 4-6 --init identity"
+    parser = command(commands, "extract", run_verb, summary, example, check=check_output)
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a model, a transplant or a donor")
     add_output(parser)
     which = parser.add_mutually_exclusive_group()
@@ -50,21 +45,11 @@ def add_extract(commands: Any) -> None:
     add_trust(parser)
 
 
-def _extract(options: argparse.Namespace) -> int:
-    from .. import extract
-
-    return show(extract(**arguments_for(extract, options)), options)
-
-
 def add_sign(commands: Any) -> None:
     """Add `sign`."""
-    parser = command(
-        commands,
-        "sign",
-        _sign,
-        "record what the text of a donor's domain looks like, so that donors can choose themselves",
-        "sign gpt2-law --text cases.jsonl --general wikitext.txt",
-    )
+    summary = "record what the text of a donor's domain looks like, so that donors can choose themselves"
+    example = "sign gpt2-law --text cases.jsonl --general wikitext.txt"
+    parser = command(commands, "sign", _sign, summary, example)
     parser.add_argument("donor", metavar="DONOR", help="folder of the donor, whose record is changed")
     parser.add_argument("--text", required=True, metavar="TEXT", help=f"text of the donor's domain: {TEXT_HELP}")
     parser.add_argument("--general", required=True, metavar="TEXT", help="general text, in the same forms")
@@ -78,22 +63,15 @@ def add_sign(commands: Any) -> None:
 
 
 def _sign(options: argparse.Namespace) -> int:
-    from .. import sign
-
-    texts = {name: text_source(getattr(options, name), options) for name in ("text", "general")}
-    return show(sign(**{**arguments_for(sign, options), **texts}), options)
+    options.text, options.general = (text_source(text, options) for text in (options.text, options.general))
+    return run_verb(options)
 
 
 def add_convert(commands: Any) -> None:
     """Add `convert`."""
-    parser = command(
-        commands,
-        "convert",
-        _convert,
-        "convert a .pt file of decoder layers into a donor, without running code from the file",
-        "convert gpt2/donor_layers.pt gpt2-law --recipient openai-community/gpt2 --layers 4-6 --position 1",
-        check=check_output,
-    )
+    summary = "convert a .pt file of decoder layers into a donor, without running code from the file"
+    example = "convert gpt2/donor_layers.pt gpt2-law --recipient openai-community/gpt2 --layers 4-6 --position 1"
+    parser = command(commands, "convert", run_verb, summary, example, check=check_output)
     parser.add_argument("path", metavar="FILE", type=Path, help="the .pt file")
     add_output(parser)
     parser.add_argument("--to-revision", dest="revision", metavar="BRANCH", help="branch to push to")
@@ -108,9 +86,3 @@ def add_convert(commands: Any) -> None:
     parser.add_argument("--name", help="name of the donor (default: the name of the output)")
     add_shard_size(parser)
     parser.add_argument("--verify", action="store_true", help="also compare the outputs of a layer with both weights")
-
-
-def _convert(options: argparse.Namespace) -> int:
-    from .. import convert
-
-    return show(convert(**arguments_for(convert, options)), options)

@@ -41,13 +41,9 @@ _METHODS = {
 
 def add_sweep(commands: Any) -> None:
     """Add `sweep`."""
-    parser = command(
-        commands,
-        "sweep",
-        _sweep,
-        "measure the perplexity of donors, one at a time, at every position",
-        "sweep openai-community/gpt2 user/gpt2-law user/gpt2-code@4 --text cases.jsonl --strengths 1 0.5",
-    )
+    summary = "measure the perplexity of donors, one at a time, at every position"
+    example = "sweep openai-community/gpt2 user/gpt2-law user/gpt2-code@4 --text cases.jsonl --strengths 1 0.5"
+    parser = command(commands, "sweep", _sweep, summary, example)
     model = "Hub id or folder of the recipient, or of a transplant or donor"
     parser.add_argument("recipient", metavar="MODEL", help=model)
     donors = "Hub ids or folders; with @POSITION, measured only there (default: the donors of MODEL)"
@@ -84,15 +80,12 @@ def _sweep(options: argparse.Namespace) -> int:
 
 def add_evaluate(commands: Any) -> None:
     """Add `evaluate`."""
-    parser = command(
-        commands,
-        "evaluate",
-        _evaluate,
-        "measure the perplexity of a model on texts, with its donors and without",
+    summary = "measure the perplexity of a model on texts, with its donors and without"
+    examples = (
         "evaluate user/gpt2-law --text law=cases.jsonl --text general=wikitext.txt --stride 512",
         "evaluate openai-community/gpt2 --donor user/gpt2-law@10 --text cases.jsonl",
-        check=_check_evaluate,
     )
+    parser = command(commands, "evaluate", _evaluate, summary, *examples, check=_check_evaluate)
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a donor, a transplant or a model")
     add_donors(parser)
     parser.add_argument("--recipient", help="model to compare with (default: MODEL without its donors)")
@@ -151,13 +144,9 @@ def _measuring_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_compare(commands: Any) -> None:
     """Add `compare`."""
-    parser = command(
-        commands,
-        "compare",
-        _compare,
-        "train donors, LoRA and whole models on one text, and compare quality, forgetting and cost",
-        "compare openai-community/gpt2 law.txt --general wikitext.txt --steps 200 --output comparison",
-    )
+    summary = "train donors, LoRA and whole models on one text, and compare quality, forgetting and cost"
+    example = "compare openai-community/gpt2 law.txt --general wikitext.txt --steps 200 --output comparison"
+    parser = command(commands, "compare", _compare, summary, example)
     parser.add_argument("recipient", metavar="RECIPIENT", help="Hub id or folder")
     parser.add_argument("text", metavar="TEXT", help=f"text to train on: {TEXT_HELP}; the last fifth is held out")
     parser.add_argument("--general", metavar="TEXT", required=True, help="general text; the last fifth is held out")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, DataError
+from .command import show
 from .values import LayerNumbers, dtype, layer_range, whole
 
 DONOR = "DONOR[@POSITION]"
@@ -27,6 +28,14 @@ def arguments_for(function: Callable[..., Any], options: argparse.Namespace) -> 
     found = {name: value for name, value in vars(options).items() if name in parameters and value is not None}
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {**found, **loading_arguments(options)} if passes_on else found
+
+
+def run_verb(options: argparse.Namespace) -> int:
+    """Call the function that has the name of the command, with the options that are its arguments."""
+    import transplant_hf
+
+    verb = getattr(transplant_hf, options.command)
+    return show(verb(**arguments_for(verb, options)), options)
 
 
 def add_number(

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import command, old_spelling, show
-from .options import add_donors, add_dtype, add_overwrite, add_private, add_shard_size, arguments_for
+from .command import command, old_spelling
+from .options import add_donors, add_dtype, add_overwrite, add_private, add_shard_size, run_verb
 
 if TYPE_CHECKING:
     from .. import DonorSpec
@@ -17,15 +17,13 @@ if TYPE_CHECKING:
 
 def add_export(commands: Any) -> None:
     """Add `export`."""
-    parser = command(
-        commands,
-        "export",
-        _export,
-        "write a transplant as a plain checkpoint that loads without transplant_hf, or as a GGUF file",
+    summary = "write a transplant as a plain checkpoint that loads without transplant_hf, or as a GGUF file"
+    examples = (
         "export user/gpt2-law gpt2-law-full --dtype bfloat16",
         "export openai-community/gpt2 full --donor user/gpt2-law@4",
         "export --gguf gpt2.Q4_K_M.gguf user/gpt2-law@4 gpt2-law.gguf",
     )
+    parser = command(commands, "export", _export, summary, *examples)
     parser.add_argument("source", metavar="MODEL", help="Hub id or folder of a transplant, a donor or a recipient")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write; with --gguf, the file")
     gguf = "a GGUF file of the recipient: copy its tensors as they are, and write a GGUF file. MODEL is then a "
@@ -47,14 +45,14 @@ def add_export(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from .. import DonorSpec, export
+    from .. import DonorSpec
 
     words = options.donors or []
     if options.gguf and (words or options.mode or DonorSpec.parse(options.source).position is not None):
         words = [options.source, *words]
         options.source, options.gguf = options.gguf, None
     options.donors = _donors(words, options)
-    return show(export(**arguments_for(export, options)), options)
+    return run_verb(options)
 
 
 def _donors(words: Sequence[str], options: argparse.Namespace) -> list[DonorSpec] | None:
@@ -73,13 +71,9 @@ def _donors(words: Sequence[str], options: argparse.Namespace) -> list[DonorSpec
 
 def add_push(commands: Any) -> None:
     """Add `push`."""
-    parser = command(
-        commands,
-        "push",
-        _push,
-        "check a saved donor, transplant or model and upload it in one commit",
-        'push gpt2-law user/gpt2-law --private --message "First donor"',
-    )
+    summary = "check a saved donor, transplant or model and upload it in one commit"
+    example = 'push gpt2-law user/gpt2-law --private --message "First donor"'
+    parser = command(commands, "push", _push, summary, example)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with the saved files")
     parser.add_argument("repo_id", metavar="REPO", help="repository on the Hub; created if it does not exist")
     add_private(parser)
@@ -91,9 +85,8 @@ def add_push(commands: Any) -> None:
 
 
 def _push(options: argparse.Namespace) -> int:
-    from .. import push
-
-    return show(push(on_files=_list_files, **arguments_for(push, options)), options)
+    options.on_files = _list_files
+    return run_verb(options)
 
 
 def _list_files(files: Mapping[str, int], left_out: Sequence[str]) -> None:

@@ -47,14 +47,12 @@ def _demo(options: argparse.Namespace) -> int:
 
 def add_generate(commands: Any) -> None:
     """Add `generate`."""
-    parser = command(
-        commands,
-        "generate",
-        _generate,
-        "continue a prompt with the donors of a model and without, side by side, by greedy decoding",
+    summary = "continue a prompt with the donors of a model and without, side by side, by greedy decoding"
+    examples = (
         'generate user/gpt2-law "The court held that"',
         'generate openai-community/gpt2 "The court held that" --donor user/gpt2-law@10 --max-new-tokens 40',
     )
+    parser = command(commands, "generate", _generate, summary, *examples)
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a donor, a transplant or a model")
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or the message to a chat model")
     add_donors(parser)
@@ -77,14 +75,12 @@ def _generate(options: argparse.Namespace) -> int:
 
 def add_serve(commands: Any) -> None:
     """Add `serve`."""
-    parser = command(
-        commands,
-        "serve",
-        _serve,
-        "serve a model with the API of OpenAI; the field `model` of a request chooses donors",
+    summary = "serve a model with the API of OpenAI; the field `model` of a request chooses donors"
+    examples = (
         "serve user/gpt2-law",
         "serve openai-community/gpt2 --donor user/gpt2-law@10 --donor user/gpt2-code --port 8000",
     )
+    parser = command(commands, "serve", _serve, summary, *examples)
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a donor, a transplant or a model")
     add_donors(parser)
     name = "name of the model without donors in requests (default: the recipient's name, or that of its folder)"

@@ -27,14 +27,9 @@ from .values import number, share, whole
 
 def add_train(commands: Any) -> None:
     """Add `train`."""
-    train = command(
-        commands,
-        "train",
-        _train,
-        "train a donor on a text, inside a frozen recipient",
-        "train openai-community/gpt2 law.txt gpt2-law --general wikitext.txt --steps 1000",
-        check=_check,
-    )
+    summary = "train a donor on a text, inside a frozen recipient"
+    example = "train openai-community/gpt2 law.txt gpt2-law --general wikitext.txt --steps 1000"
+    train = command(commands, "train", _train, summary, example, check=_check)
     train.add_argument("model", metavar="RECIPIENT", help="Hub id or folder of a model or of a transplant")
     _add_shared(train)
     method = "train inside the recipient, or between its embeddings and its head as the paper does"
@@ -64,14 +59,9 @@ def add_train(commands: Any) -> None:
 
 def add_recover(commands: Any) -> None:
     """Add `recover`."""
-    recover = command(
-        commands,
-        "recover",
-        _recover,
-        "train some parts of a transplant together for a few steps",
-        "recover user/gpt2-law law.txt gpt2-law-recovered --parts donor neighbors --steps 50",
-        check=_check,
-    )
+    summary = "train some parts of a transplant together for a few steps"
+    example = "recover user/gpt2-law law.txt gpt2-law-recovered --parts donor neighbors --steps 50"
+    recover = command(commands, "recover", _recover, summary, example, check=_check)
     recover.add_argument("model", metavar="TRANSPLANT", help="Hub id or folder of a transplant or donor")
     _add_shared(recover, learning_rate=1e-3)
     known = ("donor", "neighbors", "neighbours", "norms", "gate")  # "neighbours" for one release
