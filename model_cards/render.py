@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transplant_hf import DonorSpec, TransplantConfig
+from transplant_hf.architecture import stated_layers
 from transplant_hf.cards import DONOR_TEMPLATE, render_card
 from transplant_hf.conversion import CHECKPOINTS, SEEDS, Seed
 from transplant_hf.donor import DonorRecord
@@ -67,6 +68,7 @@ def rendered(seed: Seed) -> str:
         seed.name,
         config,
         [record],
+        num_layers=stated_layers(CONFIGS[seed.folder]),
         license=LICENSE,
         quoted_from="what the author publishes about the checkpoints",
         origin=ORIGIN.format(folder=seed.folder, repository=CHECKPOINTS, name=seed.name),

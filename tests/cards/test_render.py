@@ -58,7 +58,7 @@ def card_of(
     """Render a card and read it as the Hub does."""
     specs, records = zip(*(pairs or [(SPEC, RECORD)]), strict=True)
     config = TransplantConfig(recipient=recipient, recipient_revision=revision, donors=list(specs))
-    card = render_card(template, repo, config, records, **{"license": "apache-2.0", **options})
+    card = render_card(template, repo, config, records, **{"license": "apache-2.0", "num_layers": 12, **options})
     again = ModelCard(str(card))
     assert str(again) == str(card)
     return again
@@ -150,7 +150,7 @@ def test_the_card_of_a_full_export_in_the_transplant_format() -> None:
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_what_is_not_known_is_left_out(template: str) -> None:
     bare = DonorSpec(".", 0, name="law"), DonorRecord("gpt2", {}, (4,))
-    card = card_of(template, bare, repo="law", recipient="", revision=None, license=None)
+    card = card_of(template, bare, repo="law", recipient="", revision=None, license=None, num_layers=None)
     assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
     assert_facts(card, "No license is recorded", "a model that was not loaded by name")
     for text in ("report", "## Files", "None", "\n\n\n"):

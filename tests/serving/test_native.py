@@ -20,8 +20,14 @@ from transplant_hf import (
     IntegrityError,
 )
 from transplant_hf.exporting import export
-from transplant_hf.serving.native import NativeTransplant, open_native, refuse_other_windows
-from transplant_hf.serving.vllm import parsed_config, planned, register
+from transplant_hf.serving.vllm import (
+    NativeTransplant,
+    open_native,
+    parsed_config,
+    planned,
+    refuse_other_windows,
+    register,
+)
 from transplant_hf.sources import HubOptions
 
 
@@ -119,12 +125,12 @@ def test_donors_that_are_not_finite(family: Path) -> None:
 def test_windows() -> None:
     kinds = ["sliding_attention", "full_attention", "full_attention", "linear_attention"]
     config = GptOssConfig(num_hidden_layers=4, layer_types=kinds)
-    refuse_other_windows(config, {0: 4, 1: None, 2: None, 3: 7}, "an engine")
-    refuse_other_windows(config, {2: None}, "an engine")  # a part of the layers, in a pipeline
-    with refused(ConfigurationError, "layer 0 would not have a sliding window", "2 more", "gpt_oss", "an engine"):
-        refuse_other_windows(config, {0: None, 1: 4, 2: 4}, "an engine")
+    refuse_other_windows(config, {0: 4, 1: None, 2: None, 3: 7})
+    refuse_other_windows(config, {2: None})  # a part of the layers, in a pipeline
+    with refused(ConfigurationError, "layer 0 would not have a sliding window", "2 more", "gpt_oss", "vLLM"):
+        refuse_other_windows(config, {0: None, 1: 4, 2: 4})
     with refused(ConfigurationError, "layer 2 would have a sliding window"):
-        refuse_other_windows(config, {2: 4}, "an engine")
+        refuse_other_windows(config, {2: 4})
 
 
 # -- What vLLM's plug-in does without vLLM ---------------------------------------------------------------------------

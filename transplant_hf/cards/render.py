@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..config import DonorSpec, TransplantConfig
 from ..display import position_numbers, position_text
 from ..errors import ConfigurationError
 from ..heads import CAUSAL_LM, Head
 from ..layer_map import RECIPIENT, LayerMap, Placement, Splice
-from ..storage import read_json
 from .authorship import sign_card
 from .escape import code_span, escape_markdown, one_line, python_literal
 from .licenses import check_license, choose_license
@@ -56,6 +54,7 @@ def render_card(
     records: Sequence[DonorRecord],
     layer_map: LayerMap | None = None,
     *,
+    num_layers: int | None = None,
     recipient_files: Path | None = None,
     license: str | None = None,
     with_tokenizer: bool = True,
@@ -64,7 +63,7 @@ def render_card(
     quoted_from: str = "`donor_config.json`",
     origin: str | None = None,
 ) -> ModelCard:
-    """Render the card of a donor, a thin transplant or a full save."""
+    """Render the card of a donor, a thin transplant or a full save, with the layer map or with what draws one."""
     full = template == FULL_TEMPLATE
     donors = [_donor_facts(spec, record, native) for spec, record in zip(config.donors, records, strict=True)]
     metadata = [record.metadata for record in records]
@@ -72,7 +71,7 @@ def render_card(
     recipient_id = str(recipient) if _is_hub_id(recipient, revision) else None
     chosen = check_license(license) if license is not None else choose_license(metadata, recipient_files, full=full)
     if layer_map is None:
-        picture, whole_map = _drawn_map(config, records, recipient_files)
+        picture, whole_map = _drawn_map(config, records, num_layers)
     else:
         picture, whole_map = str(_plain_map(layer_map)), True
     values: dict[str, Any] = {
@@ -206,28 +205,12 @@ def _plain_map(layer_map: LayerMap) -> LayerMap:
     return LayerMap((s.source if s.source == RECIPIENT else one_line(s.source, 60), s.index) for s in layer_map)
 
 
-def _drawn_map(
-    config: TransplantConfig, records: Sequence[DonorRecord], recipient_files: Path | None
-) -> tuple[str, bool]:
+def _drawn_map(config: TransplantConfig, records: Sequence[DonorRecord], num_layers: int | None) -> tuple[str, bool]:
     """Draw the layers that run, and say whether these are all: the number of the recipient's layers may be unknown."""
-    placements = [Placement.of(spec, record.layer_indices) for spec, record in zip(config.donors, records, strict=True)]
+    pairs = zip(config.donors, records, strict=True)
+    placements = [Placement.of(spec, record.layer_indices) for spec, record in pairs]
     last = max(placement.end for placement in placements)
-    if recipient_files is not None and (recipient_files / "config.json").is_file():
-        count = _layer_count(read_json(recipient_files / "config.json", "the recipient's config.json"))
-    else:
-        count = _layer_count(records[0].source_config) if records[0].source_id == config.recipient else None
-    known = count is not None and count >= last
-    picture = str(_plain_map(Splice(count if known and count else last, placements).layer_map()))
-    return (picture, True) if known else (picture.rpartition("\n")[0], False)
-
-
-def _layer_count(fields: Mapping[str, Any]) -> int | None:
-    """The number of layers in a `config.json`, under the name that its model type has for it."""
-    nested = fields.get("text_config")
-    if isinstance(nested, Mapping):
-        return _layer_count(nested)
-    model_type = fields.get("model_type")
-    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
-    names = (CONFIG_MAPPING[str(model_type)] if known else PreTrainedConfig).attribute_map
-    count = fields.get(names.get("num_hidden_layers", "num_hidden_layers"))
-    return count if isinstance(count, int) else None
+    if num_layers is not None and num_layers >= last:
+        return str(_plain_map(Splice(num_layers, placements).layer_map())), True
+    picture = str(_plain_map(Splice(last, placements).layer_map()))
+    return picture.rpartition("\n")[0], False

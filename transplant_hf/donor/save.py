@@ -157,6 +157,7 @@ def write_donor_repo(
         repo_id or folder.absolute().name,
         config,
         [record],
+        num_layers=num_layers,
         recipient_files=files,
         license=license,
         with_tokenizer=has_tokenizer(staging),
