@@ -10,18 +10,6 @@ from tqdm import tqdm
 
 from .errors import ConfigurationError
 
-__all__ = [
-    "align_table",
-    "bytes_text",
-    "dtype_name",
-    "numbers_text",
-    "parse_size",
-    "position_numbers",
-    "position_text",
-    "progress_bar",
-    "some_of",
-]
-
 _MAX_LISTED = 6  # a longer run of consecutive numbers is shown as a range
 _MAX_LISTED_NUMBERS = 12
 _MAX_NAMES = 3

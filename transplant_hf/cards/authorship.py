@@ -12,8 +12,6 @@ from transformers.utils import logging
 from ..storage import writing
 from .escape import python_literal
 
-__all__ = ["CARD_FILE", "began_as_ours", "name_in_card", "sign_card", "write_card", "written_by_us"]
-
 logger = logging.get_logger(__name__)
 
 CARD_FILE = "README.md"

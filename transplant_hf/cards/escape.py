@@ -6,8 +6,6 @@ import json
 import re
 from typing import Any
 
-__all__ = ["code_span", "escape_markdown", "one_line", "python_literal"]
-
 _MAX_LENGTH = 200
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#!|<>~&$:])")
 

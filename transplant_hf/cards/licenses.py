@@ -13,8 +13,6 @@ from yaml import YAMLError
 from ..errors import ConfigurationError
 from .authorship import CARD_FILE
 
-__all__ = ["TERMS", "check_license", "choose_license", "license_in"]
-
 # The files, by their whole names, that hold the terms of a model: LICENSE.key is not one of them.
 TERMS = (
     *(f"{name}{ending}" for name in ("LICENSE", "LICENCE", "NOTICE") for ending in ("", ".md", ".txt", ".pdf")),

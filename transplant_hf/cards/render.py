@@ -24,8 +24,6 @@ from .licenses import check_license, choose_license
 if TYPE_CHECKING:
     from ..donor.record import DonorRecord
 
-__all__ = ["DONOR_TEMPLATE", "FULL_TEMPLATE", "TRAINED_HERE", "render_card", "template_path"]
-
 DONOR_TEMPLATE, FULL_TEMPLATE = "donor.md", "full_export.md"
 # An installed package carries the templates inside; a source checkout has them at its top.
 PLACES = (Path(__file__).parent / "templates", Path(__file__).parents[2] / "model_cards")

@@ -20,8 +20,6 @@ from ..texts import TextSource, documents, pack
 from ..training import train
 from .texts import write_texts
 
-__all__ = ["DemoReport", "DemoSettings", "run_demo"]
-
 _RECORD = "demo.json"
 _PROMPTS = {"English": "If the value of the expression is", "Python source": "class Message:\n    def __init__(self,"}
 _NAMES = {"English": "english", "Python source": "source"}

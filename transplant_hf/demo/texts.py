@@ -14,8 +14,6 @@ from pathlib import Path
 
 from ..errors import DataError
 
-__all__ = ["write_texts"]
-
 # These folders hold tests, installed packages, generated tables, or what newer versions of Python have removed.
 _SKIPPED_FOLDERS = frozenset(
     "__pycache__ distutils encodings ensurepip idlelib lib-dynload lib2to3 msilib pydoc_data site-packages "  # noqa: SIM905

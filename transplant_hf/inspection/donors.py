@@ -19,16 +19,6 @@ from ..sources import HubOptions, Source, points_to_folder
 from .files import Files, HeaderTensors, summarize_weights
 from .findings import DonorInspection, PlacedDonor, TransplantInspection, Weights
 
-__all__ = [
-    "InspectArguments",
-    "OpenedDonor",
-    "has_recipient_inside",
-    "inspect_donor",
-    "inspect_transplant",
-    "open_donors",
-    "read_transplant_config",
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class InspectArguments:

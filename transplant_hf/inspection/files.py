@@ -25,8 +25,6 @@ from ..sources import HubOptions, Source, at_revision, hub_errors, locate
 from ..storage import sha256_of
 from .findings import FileFinding, Weights
 
-__all__ = ["BIN_FILES", "MODEL_FILES", "Files", "HeaderTensors", "all_tensors", "fetch_range", "summarize_weights"]
-
 MODEL_INDEX = "model.safetensors.index.json"
 MODEL_FILES = ("model.safetensors", MODEL_INDEX)  # in the order in which Transformers looks for them
 BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")

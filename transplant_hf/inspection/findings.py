@@ -12,19 +12,6 @@ from ..compatibility import CompatibilityReport
 from ..layer_map import LayerMap, Position
 from .text import inspection_text
 
-__all__ = [
-    "DonorInspection",
-    "FileFinding",
-    "Inspection",
-    "ModelInspection",
-    "Numbering",
-    "PlacedDonor",
-    "PtInspection",
-    "PtTensorFinding",
-    "TransplantInspection",
-    "Weights",
-]
-
 _DEEPEST = 32
 
 

@@ -30,8 +30,6 @@ from .findings import Inspection, ModelInspection, Numbering, PtInspection, PtTe
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["inspect"]
-
 _TORCH_SUFFIXES = (".pt", ".pth")
 _MAX_PROBLEMS = 8
 _NAME_THE_SOURCE = "name the source model (recipient=, --recipient) to see which of its layers these are."

@@ -10,8 +10,6 @@ from ..display import bytes_text, numbers_text
 from ..layer_map import LayerMap
 from ..sources import at_revision
 
-__all__ = ["inspection_text"]
-
 _MAX_ENTRIES = 12  # of a list or mapping
 _MAX_LISTED = 6  # equal numbers of a longer list are counted
 _MAX_WIDTH = 100  # of a text in a list or mapping
