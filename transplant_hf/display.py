@@ -58,14 +58,7 @@ def position_numbers(position: int | Sequence[int]) -> str:
 
 
 def align_table(rows: Sequence[Sequence[str]]) -> str:
-    """Align the cells of a table: the first column to the left, the others to the right.
-
-    Example:
-        >>> print(align_table([("text", "loss"), ("wiki", "4.1"), ("law", "12.25")]))
-        text   loss
-        wiki    4.1
-        law   12.25
-    """
+    """Align the cells of a table: the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for first, *others in rows:

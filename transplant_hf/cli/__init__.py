@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import TransplantError
-from .command import EXIT_STATUS
 from .describing import add_check, add_inspect, add_plan
 from .making import add_convert, add_extract, add_sign
 from .measuring import add_compare, add_evaluate, add_sweep
+from .options import EXIT_STATUS
 from .publishing import add_export, add_push
 from .running import add_demo, add_generate, add_serve
 from .training import add_recover, add_train

@@ -5,16 +5,25 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .command import command, old_spelling, show
-from .options import DONOR, add_choice, add_donors, add_number, add_trust, arguments_for, run_verb
+from .options import (
+    DONOR,
+    add_choice,
+    add_donors,
+    add_number,
+    add_trust,
+    arguments_for,
+    command,
+    old_spelling,
+    run_verb,
+    show,
+)
 from .values import any_dtype, whole
 
 
 def add_check(commands: Any) -> None:
     """Add `check`."""
     summary = "say whether a donor fits a recipient, without reading weights"
-    example = "check openai-community/gpt2 user/gpt2-law@1"
-    parser = command(commands, "check", _check, summary, example)
+    parser = command(commands, "check", _check, summary, "check openai-community/gpt2 user/gpt2-law@1")
     parser.add_argument("recipient", metavar="RECIPIENT", help="Hub id or folder")
     donor = "Hub id or folder of a donor, and how many recipient layers run before it (default: its recommendation)"
     parser.add_argument("donor", metavar=DONOR, help=donor)
@@ -43,8 +52,7 @@ def add_inspect(commands: Any) -> None:
     parser.add_argument("--recipient", help="also say whether it fits this model: Hub id or folder")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
     old_spelling(parser, "--position", "WHAT@POSITION", "position", type=int)
-    verify = "compare the sha256 of local weight files with the record"
-    parser.add_argument("--verify", action="store_true", help=verify)
+    parser.add_argument("--verify", action="store_true", help="compare local weight files with the recorded sha256")
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -89,8 +97,7 @@ def add_plan(commands: Any) -> None:
     stream = "put that donor where `train --stream-prefix` does (default: spread)"
     parser.add_argument("--stream-prefix", action="store_true", help=stream)
     add_number(parser, "--blocks", "blocks of text of --train, for the size of their hidden states")
-    checkpointing = "plan the training with gradient checkpointing"
-    parser.add_argument("--gradient-checkpointing", action="store_true", help=checkpointing)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="plan --train with it")
     parser.add_argument("--dequantize", action="store_true", help="estimate a quantized recipient as dequantized")
     parser.add_argument("--revision", help="branch, tag or commit of the model")
 

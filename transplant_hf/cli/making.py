@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .command import command, old_spelling
 from .options import (
     TEXT_HELP,
     add_choice,
@@ -19,6 +18,8 @@ from .options import (
     add_text,
     add_trust,
     check_output,
+    command,
+    old_spelling,
     run_verb,
     text_source,
 )
@@ -48,8 +49,7 @@ def add_extract(commands: Any) -> None:
 def add_sign(commands: Any) -> None:
     """Add `sign`."""
     summary = "record what the text of a donor's domain looks like, so that donors can choose themselves"
-    example = "sign gpt2-law --text cases.jsonl --general wikitext.txt"
-    parser = command(commands, "sign", _sign, summary, example)
+    parser = command(commands, "sign", _sign, summary, "sign gpt2-law --text cases.jsonl --general wikitext.txt")
     parser.add_argument("donor", metavar="DONOR", help="folder of the donor, whose record is changed")
     parser.add_argument("--text", required=True, metavar="TEXT", help=f"text of the donor's domain: {TEXT_HELP}")
     parser.add_argument("--general", required=True, metavar="TEXT", help="general text, in the same forms")

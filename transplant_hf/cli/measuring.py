@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .command import command, old_spelling, show
 from .options import (
     DONOR,
     TEXT_HELP,
@@ -18,7 +17,10 @@ from .options import (
     add_seed,
     add_text,
     arguments_for,
+    command,
     loading_arguments,
+    old_spelling,
+    show,
     text_source,
     text_sources,
 )
@@ -44,8 +46,7 @@ def add_sweep(commands: Any) -> None:
     summary = "measure the perplexity of donors, one at a time, at every position"
     example = "sweep openai-community/gpt2 user/gpt2-law user/gpt2-code@4 --text cases.jsonl --strengths 1 0.5"
     parser = command(commands, "sweep", _sweep, summary, example)
-    model = "Hub id or folder of the recipient, or of a transplant or donor"
-    parser.add_argument("recipient", metavar="MODEL", help=model)
+    parser.add_argument("recipient", metavar="MODEL", help="Hub id or folder of a recipient, a transplant or a donor")
     donors = "Hub ids or folders; with @POSITION, measured only there (default: the donors of MODEL)"
     parser.add_argument("swept", nargs="*", metavar=DONOR, help=donors)
     add_number(parser, "--positions", "positions to measure (default: all)", None, whole(0), "P", nargs="+")
@@ -90,8 +91,7 @@ def add_evaluate(commands: Any) -> None:
     add_donors(parser)
     parser.add_argument("--recipient", help="model to compare with (default: MODEL without its donors)")
     strengths = "measure with the donors at each of these strengths"
-    plot = "with --strengths: plot perplexity against strength"
-    _add_measuring(parser, strengths, plot, action="append")
+    _add_measuring(parser, strengths, "with --strengths: plot perplexity against strength", action="append")
 
 
 def _check_evaluate(options: argparse.Namespace) -> None:

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import command, old_spelling
-from .options import add_donors, add_dtype, add_overwrite, add_private, add_shard_size, run_verb
+from .options import add_donors, add_dtype, add_overwrite, add_private, add_shard_size, command, old_spelling, run_verb
 
 if TYPE_CHECKING:
     from .. import DonorSpec
@@ -72,8 +71,7 @@ def _donors(words: Sequence[str], options: argparse.Namespace) -> list[DonorSpec
 def add_push(commands: Any) -> None:
     """Add `push`."""
     summary = "check a saved donor, transplant or model and upload it in one commit"
-    example = 'push gpt2-law user/gpt2-law --private --message "First donor"'
-    parser = command(commands, "push", _push, summary, example)
+    parser = command(commands, "push", _push, summary, 'push gpt2-law user/gpt2-law --private --message "First donor"')
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with the saved files")
     parser.add_argument("repo_id", metavar="REPO", help="repository on the Hub; created if it does not exist")
     add_private(parser)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
-from .command import command, show
 from .options import (
     add_donors,
     add_loading,
@@ -20,7 +19,9 @@ from .options import (
     add_overwrite,
     add_quantization,
     arguments_for,
+    command,
     loading_arguments,
+    show,
 )
 from .values import whole
 

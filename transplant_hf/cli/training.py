@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .command import command, old_spelling, show
 from .options import (
     TEXT_HELP,
     add_choice,
@@ -18,7 +17,10 @@ from .options import (
     add_text,
     arguments_for,
     check_output,
+    command,
     loading_arguments,
+    old_spelling,
+    show,
     text_source,
     text_sources,
 )
@@ -29,7 +31,7 @@ def add_train(commands: Any) -> None:
     """Add `train`."""
     summary = "train a donor on a text, inside a frozen recipient"
     example = "train openai-community/gpt2 law.txt gpt2-law --general wikitext.txt --steps 1000"
-    train = command(commands, "train", _train, summary, example, check=_check)
+    train = command(commands, "train", _run, summary, example, check=_check)
     train.add_argument("model", metavar="RECIPIENT", help="Hub id or folder of a model or of a transplant")
     _add_shared(train)
     method = "train inside the recipient, or between its embeddings and its head as the paper does"
@@ -61,7 +63,7 @@ def add_recover(commands: Any) -> None:
     """Add `recover`."""
     summary = "train some parts of a transplant together for a few steps"
     example = "recover user/gpt2-law law.txt gpt2-law-recovered --parts donor neighbors --steps 50"
-    recover = command(commands, "recover", _recover, summary, example, check=_check)
+    recover = command(commands, "recover", _run, summary, example, check=_check)
     recover.add_argument("model", metavar="TRANSPLANT", help="Hub id or folder of a transplant or donor")
     _add_shared(recover, learning_rate=1e-3)
     known = ("donor", "neighbors", "neighbours", "norms", "gate")  # "neighbours" for one release
@@ -114,25 +116,15 @@ def _check(options: argparse.Namespace) -> None:
         options.usage_error("--held-out-blocks goes with --held-out")
 
 
-def _train(options: argparse.Namespace) -> int:
-    from .. import train
-    from ..training import DonorTrainingArguments
-
-    return _run(options, train, DonorTrainingArguments)
-
-
-def _recover(options: argparse.Namespace) -> int:
-    from .. import recover
-    from ..training import RecoveryArguments
-
-    return _run(options, recover, RecoveryArguments)
-
-
-def _run(options: argparse.Namespace, run: Any, arguments_class: Any) -> int:
+def _run(options: argparse.Namespace) -> int:
     from accelerate import PartialState
 
+    from .. import recover, train
+    from ..training import DonorTrainingArguments, RecoveryArguments
+
+    verb, kind = (train, DonorTrainingArguments) if options.command == "train" else (recover, RecoveryArguments)
     loading = loading_arguments(options)
-    report = run(
+    report = verb(
         options.model,
         text_source(options.text, options),
         options.output,
@@ -148,6 +140,6 @@ def _run(options: argparse.Namespace, run: Any, arguments_class: Any) -> int:
         overwrite=options.overwrite,
         keep_checkpoints=options.keep_checkpoints,
         license=options.license,
-        **arguments_for(arguments_class, options),
+        **arguments_for(kind, options),
     )
     return show(report, options) if PartialState().is_main_process else 0

@@ -17,29 +17,12 @@ READS_KINDS = ("gemma2", "gemma3")
 # The number of layers by which llama.cpp recognizes the one model that scales its attention differently.
 RECOGNIZED_COUNTS = {"gemma2": 46, "gemma3": 62}
 # Metadata of an architecture that is read here or by Transformers, or that does not change what a layer computes.
-UNDERSTOOD = frozenset(
-    (
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.layer_norm_epsilon",
-        "attention.layer_norm_rms_epsilon",
-        "attention.sliding_window",
-        "attention.sliding_window_pattern",
-        "attention.value_length",
-        "attn_logit_softcapping",
-        "block_count",
-        "context_length",
-        "embedding_length",
-        "expert_count",
-        "expert_used_count",
-        "feed_forward_length",
-        "final_logit_softcapping",
-        "rope.dimension_count",
-        "rope.freq_base",
-        "vocab_size",
-    )
-)
+_ATTENTION = ("head_count", "head_count_kv", "key_length", "value_length", "sliding_window", "sliding_window_pattern")
+_NORMS = ("layer_norm_epsilon", "layer_norm_rms_epsilon")
+_SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_length", "rope.dimension_count")
+_OTHERS = ("attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base", "vocab_size")
+_EXPERTS = ("expert_count", "expert_used_count")
+UNDERSTOOD = frozenset((*(f"attention.{name}" for name in _ATTENTION + _NORMS), *_SIZES, *_OTHERS, *_EXPERTS))
 
 
 def _unchanged(name: str, tensor: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
