@@ -11,13 +11,14 @@ from .options import (
     add_donors,
     add_number,
     add_trust,
+    any_dtype,
     arguments_for,
     command,
     old_spelling,
     run_verb,
     show,
+    whole,
 )
-from .values import any_dtype, whole
 
 
 def add_check(commands: Any) -> None:

@@ -22,8 +22,8 @@ from .options import (
     old_spelling,
     run_verb,
     text_source,
+    whole,
 )
-from .values import whole
 
 
 def add_extract(commands: Any) -> None:

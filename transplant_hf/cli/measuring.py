@@ -19,12 +19,14 @@ from .options import (
     arguments_for,
     command,
     loading_arguments,
+    number,
     old_spelling,
+    share,
     show,
     text_source,
     text_sources,
+    whole,
 )
-from .values import number, share, whole
 
 # Those of `comparison.METHODS`, which imports torch.
 _METHODS = {
@@ -86,7 +88,7 @@ def add_evaluate(commands: Any) -> None:
         "evaluate user/gpt2-law --text law=cases.jsonl --text general=wikitext.txt --stride 512",
         "evaluate openai-community/gpt2 --donor user/gpt2-law@10 --text cases.jsonl",
     )
-    parser = command(commands, "evaluate", _evaluate, summary, *examples, check=_check_evaluate)
+    parser = command(commands, "evaluate", _evaluate_texts, summary, *examples, check=_check_evaluate)
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a donor, a transplant or a model")
     add_donors(parser)
     parser.add_argument("--recipient", help="model to compare with (default: MODEL without its donors)")
@@ -101,7 +103,7 @@ def _check_evaluate(options: argparse.Namespace) -> None:
         options.usage_error("--recipient does not go with --strengths: strength 0 is the recipient")
 
 
-def _evaluate(options: argparse.Namespace) -> int:
+def _evaluate_texts(options: argparse.Namespace) -> int:
     from .. import evaluate
     from ..evaluation import strength_curve
     from ..plots import check_strengths_picture, plot_strengths

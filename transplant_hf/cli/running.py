@@ -22,8 +22,8 @@ from .options import (
     command,
     loading_arguments,
     show,
+    whole,
 )
-from .values import whole
 
 _TOKEN = "TRANSPLANT_HF_SERVE_TOKEN"
 _SECONDS_TO_END = 10  # of requests that run when the server is stopped

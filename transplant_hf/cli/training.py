@@ -19,12 +19,14 @@ from .options import (
     check_output,
     command,
     loading_arguments,
+    number,
     old_spelling,
+    share,
     show,
     text_source,
     text_sources,
+    whole,
 )
-from .values import number, share, whole
 
 
 def add_train(commands: Any) -> None:

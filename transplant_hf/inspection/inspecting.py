@@ -80,14 +80,6 @@ def inspect(
         >>> result = inspect(f"{folder}/donor", verify=True)
         >>> result.kind, result.layer_indices, result.weights.parameters, result.weights.sha256
         ('donor', (1, 2), 1744, 'verified')
-        >>> print(result.layer_map)
-        layer  from
-            0  recipient 0
-            1  |  tail 1
-            2  |  tail 2
-            3  recipient 1
-            4  recipient 2
-        5 layers run: 3 recipient, 2 tail
     """
     arguments = InspectArguments(
         what=os.fspath(what),
@@ -164,12 +156,13 @@ def _anatomy(files: Files, arguments: InspectArguments) -> tuple[Anatomy | None,
     source = files.source
     base = source if source.subfolder else None
     place = (".", None) if source.subfolder else (source.reference, source.revision)
-    found: Anatomy | None = None
+    anatomy: Anatomy | None = None
     try:
         found = open_recipient(*place, arguments.hub, relative_to=base).anatomy()
+        anatomy = found if found.num_layers else None  # finding layers may fail
         refuse_unsupported(found)
     except (CompatibilityError, ConfigurationError) as error:
-        return (found if found is not None and found.num_layers else None), str(error)
+        return anatomy, str(error)
     return found, None
 
 
