@@ -81,7 +81,7 @@ def push(
     Before anything is sent, every weight is read: donors must have their recorded sha256, no weight may be NaN or
     infinite, and nothing may refer to a folder that only this machine has. Only the files of what was saved are
     uploaded, with tokenizer, card and license. Files that the repository has already are not sent again, and files of
-    an earlier save in it are removed. A card that transplant_hf wrote is changed so that its examples load the repository.
+    an earlier save in it are removed. A card that transplant_hf wrote is changed: its examples load the repository.
 
     Args:
         folder: The folder.
