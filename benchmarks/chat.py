@@ -100,7 +100,7 @@ def main() -> None:
                 answers[f"{METHODS[name].what}, {strength:g}"] = answer(model, tokenizer, options.new_tokens)
             print(rows[-1], flush=True)
     head = ["method", "learning rate", "strength", "KL, nats per token", "same most likely token"]
-    print(f"{report.header(report.facts())}\n\n{report.table(head, rows)}\n")
+    print(f"{report.header(report.facts(torch.get_num_threads()))}\n\n{report.table(head, rows)}\n")
     for name, text in answers.items():
         print(f"- {name}: {text!r}")
 
