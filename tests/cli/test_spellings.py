@@ -18,7 +18,7 @@ import transplant_hf
 from tests.cli.conftest import Run
 from transplant_hf import DonorSpec
 from transplant_hf.cli import _parser
-from transplant_hf.cli.options import layer_range
+from transplant_hf.cli.parser import layer_range
 from transplant_hf.comparison import METHODS
 from transplant_hf.config import donor_specs
 from transplant_hf.errors import ConfigurationError

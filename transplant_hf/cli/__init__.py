@@ -13,7 +13,7 @@ from ..errors import TransplantError
 from .describing import add_check, add_inspect, add_plan
 from .making import add_convert, add_extract, add_sign
 from .measuring import add_compare, add_evaluate, add_sweep
-from .options import EXIT_STATUS
+from .parser import EXIT_STATUS, Parser
 from .publishing import add_export, add_push
 from .running import add_demo, add_generate, add_serve
 from .training import add_recover, add_train
@@ -70,8 +70,8 @@ def _flush_output() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="transplant-hf",
         description="Add trained transformer layers to a language model, and remove them again exactly.",
         epilog=EXIT_STATUS,

@@ -5,20 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import (
-    DONOR,
-    add_choice,
-    add_donors,
-    add_number,
-    add_trust,
-    any_dtype,
-    arguments_for,
-    command,
-    old_spelling,
-    run_verb,
-    show,
-    whole,
-)
+from .options import arguments_for, run_verb, show
+from .parser import DONOR, any_dtype, command, whole
 
 
 def add_check(commands: Any) -> None:
@@ -28,8 +16,8 @@ def add_check(commands: Any) -> None:
     parser.add_argument("recipient", metavar="RECIPIENT", help="Hub id or folder")
     donor = "Hub id or folder of a donor, and how many recipient layers run before it (default: its recommendation)"
     parser.add_argument("donor", metavar=DONOR, help=donor)
-    old_spelling(parser, "--position", "DONOR@POSITION", "position", type=int)
-    add_trust(parser)
+    parser.old_spelling("--position", "DONOR@POSITION", "position", type=int)
+    parser.add_trust()
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -52,7 +40,7 @@ def add_inspect(commands: Any) -> None:
     parser.add_argument("what", metavar="WHAT[@POSITION]", help=what)
     parser.add_argument("--recipient", help="also say whether it fits this model: Hub id or folder")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
-    old_spelling(parser, "--position", "WHAT@POSITION", "position", type=int)
+    parser.old_spelling("--position", "WHAT@POSITION", "position", type=int)
     parser.add_argument("--verify", action="store_true", help="compare local weight files with the recorded sha256")
 
 
@@ -74,31 +62,34 @@ def add_plan(commands: Any) -> None:
     )
     parser = command(commands, "plan", _plan, summary, *examples)
     parser.add_argument("what", metavar="MODEL", help="Hub id or folder of a recipient, a donor or a transplant")
-    add_donors(parser)
-    add_number(parser, "--count", "estimate for a donor of K layers that does not exist yet", metavar="K")
-    old_spelling(parser, "--layers", "--count", "count", type=whole())
+    parser.add_donors()
+    parser.add_number("--count", "estimate for a donor of K layers that does not exist yet", metavar="K")
+    parser.old_spelling("--layers", "--count", "count", type=whole())
     place = parser.add_mutually_exclusive_group()
-    add_number(place, "--position", "position of that donor (default: where `train` puts it)", None, whole(0), "P")
+    position = "position of that donor (default: where `train` puts it)"
+    parser.add_number("--position", position, None, whole(0), "P", group=place)
     spread = "positions of its parts, if it is spread through the recipient (with --train)"
     place.add_argument("--positions", nargs="+", type=whole(0), dest="position", metavar="P", help=spread)
-    add_number(parser, "--devices", "number of GPUs", 1)
+    parser.add_number("--devices", "number of GPUs", 1)
     parser.add_argument("--memory", metavar="SIZE", help="memory of each, such as 80GiB (default: no limit)")
     parser.add_argument("--cpu-memory", metavar="SIZE", help="CPU memory to offload to (default: none)")
     dtype = "such as float32 or bfloat16 (default: as in the checkpoint)"
     parser.add_argument("--dtype", type=any_dtype, default="auto", help=dtype)
-    add_number(parser, "--batch-size", "sequences in a batch (default: 1; 8 with --train)")
-    old_spelling(parser, "--batch", "--batch-size", "batch_size", type=whole())
+    parser.add_number("--batch-size", "sequences in a batch (default: 1; 8 with --train)")
+    parser.old_spelling("--batch", "--batch-size", "batch_size", type=whole())
     context = "tokens per sequence (default: 4096, with --train 1024, or the model's context length)"
-    add_number(parser, "--context", context)
+    parser.add_number("--context", context)
     train = "plan the training of a donor of --count layers (default: 3) as well"
     parser.add_argument("--train", action="store_true", help=train)
     optimizer = "optimizer of --train (default: adamw_torch)"
     parser.add_argument("--optim", metavar="NAME", default="adamw_torch", help=optimizer)
-    add_choice(parser, "--mode", ("insert", "replace"), "whether that donor is inserted or replaces layers")
+    parser.add_choice("--mode", ("insert", "replace"), "whether that donor is inserted or replaces layers")
     stream = "put that donor where `train --stream-prefix` does (default: spread)"
     parser.add_argument("--stream-prefix", action="store_true", help=stream)
-    add_number(parser, "--blocks", "blocks of text of --train, for the size of their hidden states")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="plan --train with it")
+    parser.add_number("--blocks", "blocks of text of --train, for the size of their hidden states")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="plan --train with gradient checkpointing"
+    )
     parser.add_argument("--dequantize", action="store_true", help="estimate a quantized recipient as dequantized")
     parser.add_argument("--revision", help="branch, tag or commit of the model")
 

@@ -6,27 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import (
-    DONOR,
-    TEXT_HELP,
-    add_donors,
-    add_loading,
-    add_number,
-    add_overwrite,
-    add_quantization,
-    add_seed,
-    add_text,
-    arguments_for,
-    command,
-    loading_arguments,
-    number,
-    old_spelling,
-    share,
-    show,
-    text_source,
-    text_sources,
-    whole,
-)
+from .options import arguments_for, loading_arguments, show, text_source, text_sources
+from .parser import DONOR, TEXT_HELP, Parser, command, number, share, whole
 
 # Those of `comparison.METHODS`, which imports torch.
 _METHODS = {
@@ -51,7 +32,7 @@ def add_sweep(commands: Any) -> None:
     parser.add_argument("recipient", metavar="MODEL", help="Hub id or folder of a recipient, a transplant or a donor")
     donors = "Hub ids or folders; with @POSITION, measured only there (default: the donors of MODEL)"
     parser.add_argument("swept", nargs="*", metavar=DONOR, help=donors)
-    add_number(parser, "--positions", "positions to measure (default: all)", None, whole(0), "P", nargs="+")
+    parser.add_number("--positions", "positions to measure (default: all)", None, whole(0), "P", nargs="+")
     how = "add the donor's layers, or replace as many (default: insert)"
     parser.add_argument("--mode", choices=("insert", "replace"), help=how)
     _add_measuring(parser, strengths="strengths to measure (default: 1)", plot="plot perplexity against position")
@@ -90,7 +71,7 @@ def add_evaluate(commands: Any) -> None:
     )
     parser = command(commands, "evaluate", _evaluate_texts, summary, *examples, check=_check_evaluate)
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a donor, a transplant or a model")
-    add_donors(parser)
+    parser.add_donors()
     parser.add_argument("--recipient", help="model to compare with (default: MODEL without its donors)")
     strengths = "measure with the donors at each of these strengths"
     _add_measuring(parser, strengths, "with --strengths: plot perplexity against strength", action="append")
@@ -120,22 +101,22 @@ def _evaluate_texts(options: argparse.Namespace) -> int:
     return status
 
 
-def _add_measuring(parser: Any, strengths: str, plot: str, **text: Any) -> None:
+def _add_measuring(parser: Parser, strengths: str, plot: str, **text: Any) -> None:
     """Add the options of `sweep` and `evaluate`."""
     repeated = ". May be repeated" if text else ""
     what = f"text to measure on: {TEXT_HELP}{repeated}"
     parser.add_argument("--text", required=True, metavar="TEXT", help=what, **text)
-    add_number(parser, "--strengths", strengths, None, number(), "S", nargs="+")
+    parser.add_number("--strengths", strengths, None, number(), "S", nargs="+")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=plot)
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --plot if it exists")
-    add_text(parser)
-    add_number(parser, "--max-tokens", "stop after this many tokens of each text", None, whole(2))
-    add_number(parser, "--stride", "window stride in tokens (default: no overlap)")
-    add_number(parser, "--batch-size", "windows in a batch", 8)
+    parser.add_text()
+    parser.add_number("--max-tokens", "stop after this many tokens of each text", None, whole(2))
+    parser.add_number("--stride", "window stride in tokens (default: no overlap)")
+    parser.add_number("--batch-size", "windows in a batch", 8)
     stream = "leave the layers before the first donor in their files and read each of them once: they take no memory"
     parser.add_argument("--stream", action="store_true", help=stream)
-    add_loading(parser)
-    add_quantization(parser)
+    parser.add_loading()
+    parser.add_quantization()
 
 
 def _measuring_arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -154,29 +135,29 @@ def add_compare(commands: Any) -> None:
     parser.add_argument("--general", metavar="TEXT", required=True, help="general text; the last fifth is held out")
     other = "text that is not trained on, to measure forgetting on. May be repeated"
     parser.add_argument("--other", metavar="TEXT", action="append", default=[], help=other)
-    add_text(parser)
-    add_donors(parser)
+    parser.add_text()
+    parser.add_donors()
     only = f"only these methods (default: all): {', '.join(f'{name} ({what})' for name, what in _METHODS.items())}"
     parser.add_argument("--methods", nargs="+", choices=_METHODS, metavar="NAME", help=only)
     rates = "learning rates to try (default: those of each method)"
-    add_number(parser, "--learning-rates", rates, None, number(above=0), "LR", nargs="+")
-    add_number(parser, "--steps", "optimizer steps", 200)
-    add_number(parser, "--batch-size", "blocks per step", 8)
-    add_number(parser, "--blocks", "blocks to train on, evenly spaced (default: all)")
-    add_number(parser, "--held-out-blocks", "maximum number of blocks of each test text", 192)
+    parser.add_number("--learning-rates", rates, None, number(above=0), "LR", nargs="+")
+    parser.add_number("--steps", "optimizer steps", 200)
+    parser.add_number("--batch-size", "blocks per step", 8)
+    parser.add_number("--blocks", "blocks to train on, evenly spaced (default: all)")
+    parser.add_number("--held-out-blocks", "maximum number of blocks of each test text", 192)
     shares = "shares of general text in each batch (default: 0 0.25)"
-    add_number(parser, "--replay-shares", shares, None, share, "S", nargs="+")
+    parser.add_number("--replay-shares", shares, None, share, "S", nargs="+")
     parser.add_argument("--no-equal-time", action="store_false", dest="equal_time", help="compare at equal steps only")
-    add_number(parser, "--count", "layers of a donor", 3, metavar="K", dest="layers")
-    old_spelling(parser, "--layers", "--count", "layers", type=whole())
-    add_number(parser, "--rank", "rank of LoRA", 16)
-    add_seed(parser)
+    parser.add_number("--count", "layers of a donor", 3, metavar="K", dest="layers")
+    parser.old_spelling("--layers", "--count", "layers", type=whole())
+    parser.add_number("--rank", "rank of LoRA", 16)
+    parser.add_seed()
     parser.add_argument("--bf16", action="store_true", help="train with bfloat16 autocast")
     output = "folder for comparison.json, comparison.txt, comparison.png, and runs/, with a file for each run"
     parser.add_argument("--output", type=Path, help=output)
     parser.add_argument("--resume", action="store_true", help="reuse the runs of the same setup in --output")
-    add_overwrite(parser)
-    add_loading(parser)
+    parser.add_overwrite()
+    parser.add_loading()
 
 
 def _compare(options: argparse.Namespace) -> int:

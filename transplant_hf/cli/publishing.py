@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_donors, add_dtype, add_overwrite, add_private, add_shard_size, command, old_spelling, run_verb
+from .options import run_verb
+from .parser import command
 
 if TYPE_CHECKING:
     from .. import DonorSpec
@@ -28,13 +29,13 @@ def add_export(commands: Any) -> None:
     gguf = "a GGUF file of the recipient: copy its tensors as they are, and write a GGUF file. MODEL is then a "
     gguf += "transplant or DONOR[@POSITION]"
     parser.add_argument("--gguf", metavar="FILE", type=Path, help=gguf)
-    add_overwrite(parser)
-    add_donors(parser)
-    old_spelling(parser, "--position", "--donor DONOR@POSITION", "position", type=int, append=True)
+    parser.add_overwrite()
+    parser.add_donors()
+    parser.old_spelling("--position", "--donor DONOR@POSITION", "position", type=int, append=True)
     mode = "mode of donors with a given position (default: insert)"
     parser.add_argument("--mode", choices=("insert", "replace"), help=mode)
-    add_dtype(parser, "q8_0", note="; q8_0 also for the donors in a GGUF file, which are float16 by default")
-    add_shard_size(parser)
+    parser.add_dtype("q8_0", note="; q8_0 also for the donors in a GGUF file, which are float16 by default")
+    parser.add_shard_size()
     no_verify = "do not load the result to compare logits (needed if it does not fit)"
     parser.add_argument("--no-verify", action="store_false", dest="verify", help=no_verify)
     composition = "how donors at one position are combined (default: as in the source)"
@@ -74,9 +75,9 @@ def add_push(commands: Any) -> None:
     parser = command(commands, "push", _push, summary, 'push gpt2-law user/gpt2-law --private --message "First donor"')
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with the saved files")
     parser.add_argument("repo_id", metavar="REPO", help="repository on the Hub; created if it does not exist")
-    add_private(parser)
+    parser.add_private()
     parser.add_argument("--to-revision", metavar="BRANCH", help="branch to push to; created if it does not exist")
-    old_spelling(parser, "--revision", "--to-revision", "to_revision")
+    parser.old_spelling("--revision", "--to-revision", "to_revision")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     message = "first line of the commit message (default: names what is uploaded)"
     parser.add_argument("--message", dest="commit_message", help=message)

@@ -12,18 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
-from .options import (
-    add_donors,
-    add_loading,
-    add_number,
-    add_overwrite,
-    add_quantization,
-    arguments_for,
-    command,
-    loading_arguments,
-    show,
-    whole,
-)
+from .options import arguments_for, loading_arguments, show
+from .parser import command, whole
 
 _TOKEN = "TRANSPLANT_HF_SERVE_TOKEN"
 _SECONDS_TO_END = 10  # of requests that run when the server is stopped
@@ -36,7 +26,7 @@ def add_demo(commands: Any) -> None:
     parser = command(commands, "demo", _demo, summary, "demo")
     folder = Path("transplant-demo")
     parser.add_argument("--folder", type=Path, default=folder, help=f"folder for the models (default: {folder})")
-    add_overwrite(parser)
+    parser.add_overwrite()
     parser.add_argument("--fresh", action="store_true", help="train again, even if the folder has trained models")
 
 
@@ -56,13 +46,13 @@ def add_generate(commands: Any) -> None:
     parser = command(commands, "generate", _generate, summary, *examples)
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a donor, a transplant or a model")
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or the message to a chat model")
-    add_donors(parser)
+    parser.add_donors()
     parser.add_argument("--off", action="store_true", help="generate only without the donors")
-    add_number(parser, "--max-new-tokens", "maximum number of tokens to generate", 60)
+    parser.add_number("--max-new-tokens", "maximum number of tokens to generate", 60)
     chat = "put the prompt into the chat template (default: if the tokenizer has one)"
     parser.add_argument("--chat", action=argparse.BooleanOptionalAction, help=chat)
-    add_loading(parser)
-    add_quantization(parser)
+    parser.add_loading()
+    parser.add_quantization()
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -83,13 +73,13 @@ def add_serve(commands: Any) -> None:
     )
     parser = command(commands, "serve", _serve, summary, *examples)
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a donor, a transplant or a model")
-    add_donors(parser)
+    parser.add_donors()
     name = "name of the model without donors in requests (default: the recipient's name, or that of its folder)"
     parser.add_argument("--name", help=name)
     parser.add_argument("--host", default="localhost", help="address to listen on (default: localhost)")
-    add_number(parser, "--port", "port to listen on", 8000, whole(0, 65535))
-    add_loading(parser)
-    add_quantization(parser)
+    parser.add_number("--port", "port to listen on", 8000, whole(0, 65535))
+    parser.add_loading()
+    parser.add_quantization()
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -5,28 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import (
-    TEXT_HELP,
-    add_choice,
-    add_layers,
-    add_loading,
-    add_number,
-    add_output,
-    add_quantization,
-    add_seed,
-    add_text,
-    arguments_for,
-    check_output,
-    command,
-    loading_arguments,
-    number,
-    old_spelling,
-    share,
-    show,
-    text_source,
-    text_sources,
-    whole,
-)
+from .options import arguments_for, check_output, loading_arguments, show, text_source, text_sources
+from .parser import TEXT_HELP, Parser, command, number, share, whole
 
 
 def add_train(commands: Any) -> None:
@@ -37,28 +17,28 @@ def add_train(commands: Any) -> None:
     train.add_argument("model", metavar="RECIPIENT", help="Hub id or folder of a model or of a transplant")
     _add_shared(train)
     method = "train inside the recipient, or between its embeddings and its head as the paper does"
-    add_choice(train, "--method", ("in_place", "standalone"), method)
-    add_choice(train, "--mode", ("insert", "replace"), "add layers, or train layers in the place of existing ones")
+    train.add_choice("--method", ("in_place", "standalone"), method)
+    train.add_choice("--mode", ("insert", "replace"), "add layers, or train layers in the place of existing ones")
     init = "initialize the donor so that it changes nothing, or as a copy of recipient layers"
     train.add_argument("--init", choices=("identity", "copy"), help=f"{init} (default: identity; copy to replace)")
     position = "number of recipient layers before the donor (default: spread evenly through a recipient of at least 12 "
     position += "layers; L-1 in others and with streamed layers, or L-K to replace)"
     place = train.add_mutually_exclusive_group()
-    add_number(place, "--position", position, None, whole(0), "P")
+    train.add_number("--position", position, None, whole(0), "P", group=place)
     spread = "spread the donor through the recipient: the position of each part, such as 10 20 29"
     place.add_argument("--positions", nargs="+", type=whole(0), dest="position", metavar="P", help=spread)
     count = "number of layers (default: 3, or as many as --start-layers or --positions)"
-    add_number(train, "--count", count, metavar="K", dest="donor_layers")
-    old_spelling(train, "--layers", "--count", "donor_layers", type=whole())
-    add_layers(train, "--start-layers", "recipient layers to start from, such as 4 5 6 or 4-6")
+    train.add_number("--count", count, metavar="K", dest="donor_layers")
+    train.old_spelling("--layers", "--count", "donor_layers", type=whole())
+    train.add_layers("--start-layers", "recipient layers to start from, such as 4 5 6 or 4-6")
     train.add_argument("--name", dest="donor_name", help="name of the donor (default: the name of the output)")
     stream = "leave the layers before the donor in their files and read each of them once, so that they take no memory "
     stream += "(default: if the recipient does not fit into free memory)"
     train.add_argument("--stream-prefix", action=argparse.BooleanOptionalAction, help=stream)
-    add_number(train, "--distillation", "weight of the KL divergence from the recipient", 0.0, number(), "W")
+    train.add_number("--distillation", "weight of the KL divergence from the recipient", 0.0, number(), "W")
     strength = "strength to recommend (default: 1; 0.75 without general text); with --mode replace, weights are "
     strength += "interpolated: 0 for those before training, 1 (default) for the trained ones"
-    add_number(train, "--strength", strength, None, number(), "S")
+    train.add_number("--strength", strength, None, number(), "S")
 
 
 def add_recover(commands: Any) -> None:
@@ -73,41 +53,41 @@ def add_recover(commands: Any) -> None:
     parts += "donor's strength) (default: donor neighbors)"
     default = ["donor", "neighbors"]
     recover.add_argument("--parts", nargs="+", choices=known, default=default, metavar="PART", help=parts)
-    add_number(recover, "--neighbors", "recipient layers on each side", 1, whole(0))
-    old_spelling(recover, "--neighbours", "--neighbors", "neighbors", type=whole(0))
+    recover.add_number("--neighbors", "recipient layers on each side", 1, whole(0))
+    recover.old_spelling("--neighbours", "--neighbors", "neighbors", type=whole(0))
     recover.add_argument("--donors", nargs="+", metavar="NAME", help="only these donors (default: all)")
 
 
-def _add_shared(parser: argparse.ArgumentParser, learning_rate: float | None = None) -> None:
+def _add_shared(parser: Parser, learning_rate: float | None = None) -> None:
     parser.add_argument("text", metavar="TEXT", help=f"text to train on: {TEXT_HELP}")
-    add_output(parser)
+    parser.add_output()
     parser.add_argument("--general", metavar="TEXT", help="general text to replay, so that the model forgets less")
     held_out = "measure perplexity on this text before and after, and record it. May be repeated"
     parser.add_argument("--held-out", action="append", metavar="TEXT", help=held_out)
-    add_number(parser, "--held-out-blocks", "maximum number of blocks of each such text (default: all)")
-    add_text(parser)
-    add_number(parser, "--replay-share", "general text in each batch (default: 0.25)", None, share, "S")
+    parser.add_number("--held-out-blocks", "maximum number of blocks of each such text (default: all)")
+    parser.add_text()
+    parser.add_number("--replay-share", "general text in each batch (default: 0.25)", None, share, "S")
     length = parser.add_mutually_exclusive_group()
-    add_number(length, "--steps", "optimizer steps (default: as many as --epochs takes)", dest="max_steps")
-    add_number(length, "--epochs", "passes over the text", 1.0, number(above=0), dest="num_train_epochs")
-    add_number(parser, "--batch-size", "blocks per step and process", 8, dest="per_device_train_batch_size")
+    parser.add_number("--steps", "optimizer steps (default: as many as --epochs takes)", dest="max_steps", group=length)
+    parser.add_number("--epochs", "passes over the text", 1.0, number(above=0), dest="num_train_epochs", group=length)
+    parser.add_number("--batch-size", "blocks per step and process", 8, dest="per_device_train_batch_size")
     rate = "peak learning rate" if learning_rate else "peak learning rate (default: by method and width)"
-    add_number(parser, "--learning-rate", rate, learning_rate, number(above=0), "LR")
-    add_seed(parser)
+    parser.add_number("--learning-rate", rate, learning_rate, number(above=0), "LR")
+    parser.add_seed()
     parser.add_argument("--bf16", action="store_true", help="train with bfloat16 autocast")
     chunk = "tokens in a chunk of the loss, 0 for the model's own loss (default: as many as have 128 MiB of logits)"
-    add_number(parser, "--loss-chunk", chunk, None, whole(0))
+    parser.add_number("--loss-chunk", chunk, None, whole(0))
     cache = "where to keep hidden states from before the trained layers"
-    add_choice(parser, "--cache-prefix", ("auto", "memory", "disk", "off"), cache)
+    parser.add_choice("--cache-prefix", ("auto", "memory", "disk", "off"), cache)
     limit = "largest size of that cache (default: 20GB)"
     parser.add_argument("--prefix-cache-limit", default="20GB", metavar="SIZE", help=limit)
     folder = "keep that cache on disk, in this folder, which later runs use again (default: beside the output, removed "
     parser.add_argument("--prefix-cache-dir", metavar="DIR", help=f"{folder}at the end)")
-    add_number(parser, "--save-steps", "steps between checkpoints", 200)
+    parser.add_number("--save-steps", "steps between checkpoints", 200)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, also for more steps")
     parser.add_argument("--keep-checkpoints", action="store_true", help="keep checkpoints when training is done")
-    add_loading(parser)
-    add_quantization(parser)
+    parser.add_loading()
+    parser.add_quantization()
 
 
 def _check(options: argparse.Namespace) -> None:
