@@ -138,6 +138,11 @@ def test_options_reach_the_arguments_of_training(called: Any) -> None:
     assert found.stream_prefix is False and not hasattr(found, "strength")
 
 
+def test_the_donors_of_a_recovery_are_names_of_donors(called: Any) -> None:
+    found = called("recover", "m", "t.txt", "out", "--donors", "law", "code")
+    assert found.donors == ["law", "code"] and "donors" not in found.model_kwargs
+
+
 def test_the_license_of_a_donor(called: Any) -> None:
     for words in (
         ["train", "m", "t.txt", "out"],

@@ -31,7 +31,7 @@ def add_sweep(commands: Any) -> None:
     parser = command(commands, "sweep", _sweep, summary, example)
     parser.add_argument("recipient", metavar="MODEL", help="Hub id or folder of a recipient, a transplant or a donor")
     donors = "Hub ids or folders; with @POSITION, measured only there (default: the donors of MODEL)"
-    parser.add_argument("swept", nargs="*", metavar=DONOR, help=donors)
+    parser.add_argument("donors", nargs="*", metavar=DONOR, help=donors)
     parser.add_number("--positions", "positions to measure (default: all)", None, whole(0), "P", nargs="+")
     how = "add the donor's layers, or replace as many (default: insert)"
     parser.add_argument("--mode", choices=("insert", "replace"), help=how)
@@ -44,8 +44,8 @@ def _sweep(options: argparse.Namespace) -> int:
 
     if options.plot is not None:
         check_picture(options.plot, options.overwrite)
-    donors = {spec.donor: spec.position for spec in map(DonorSpec.parse, options.swept)}
-    if len(donors) < len(options.swept):
+    donors = {spec.donor: spec.position for spec in map(DonorSpec.parse, options.donors)}
+    if len(donors) < len(options.donors):
         options.usage_error("a donor is given twice; give it once, with --positions")
     report = sweep(
         options.recipient,

@@ -43,9 +43,9 @@ def arguments_for(function: Callable[..., Any], options: argparse.Namespace) -> 
 
 def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that are given."""
-    names = ("revision", "dtype", "device_map", "gguf_file", "trust_remote_code", "donors")
+    names = ("revision", "dtype", "device_map", "gguf_file", "trust_remote_code")
     arguments = {name: getattr(options, name, None) for name in names}
-    arguments["quantization_config"] = _quantization(options)
+    arguments |= {"donors": getattr(options, "inserted", None), "quantization_config": _quantization(options)}
     return {name: value for name, value in arguments.items() if value is not None}
 
 

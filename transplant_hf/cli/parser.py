@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         """Add `--donor`, which may be repeated."""
         description = "insert this donor (Hub id or folder) after POSITION recipient layers (default: the position "
         description += "that it recommends). May be repeated"
-        self.add_argument("--donor", action="append", dest="donors", metavar=DONOR, help=description)
+        self.add_argument("--donor", action="append", dest="inserted", metavar=DONOR, help=description)
 
     def add_overwrite(self) -> None:
         """Add the option of every command that writes files."""
@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--revision", help="branch, tag or commit of the model")
         self.add_dtype()
         self.add_argument("--device-map", metavar="DEVICE", help='such as "cuda" or "auto" (default: the CPU)')
-        self.add_argument("--gguf-file", metavar="NAME", help="load the model from this GGUF file of its repository")
+        self.add_argument("--gguf-file", metavar="NAME", help="load this GGUF file of the model's folder or repo")
         self.add_trust()
 
     def add_quantization(self) -> None:

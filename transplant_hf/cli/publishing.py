@@ -47,11 +47,11 @@ def add_export(commands: Any) -> None:
 def _export(options: argparse.Namespace) -> int:
     from .. import DonorSpec
 
-    words = options.donors or []
+    words = options.inserted or []
     if options.gguf and (words or options.mode or DonorSpec.parse(options.source).position is not None):
         words = [options.source, *words]
         options.source, options.gguf = options.gguf, None
-    options.donors = _donors(words, options)
+    options.inserted = _donors(words, options)
     return run_verb(options)
 
 
