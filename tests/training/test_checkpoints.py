@@ -127,6 +127,10 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     other = trainer(tmp_path, learning_rate=3e-3, train_dataset=noise(seed=3))
     with refused(ConfigurationError, "learning_rate: 0.01 there, 0.003 now", "text_sha256", "start again"):
         other.train(resume_from_checkpoint=True)
+    for name, value in {"weight_decay": 0.5, "lr_scheduler_type": "constant", "adam_beta1": 0.5}.items():
+        other = trainer(tmp_path, **{name: value})
+        with refused(ConfigurationError, {"lr_scheduler_type": "schedule"}.get(name, name), f"{value!r} now"):
+            other.train(resume_from_checkpoint=True)
     with refused(ConfigurationError, "no complete checkpoint", "empty"):
         trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
 

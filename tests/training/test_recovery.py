@@ -109,3 +109,14 @@ def test_what_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
         RecoveryArguments(str(tmp_path), parts=["gate"], neighbors=2)
     with refused(ConfigurationError, "parts must be among", "'heads'"):
         recovery(tmp_path, tiny_llama / "donor", parts=["heads"])
+
+
+def test_a_checkpoint_of_other_rows_or_another_rate_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "parts": ["donor", "gate"]}
+    recovery(tmp_path, tiny_llama / "donor", **fields).train()
+    for name, value in {"seed": 7, "per_device_train_batch_size": 2, "gate_learning_rate": 1.0}.items():
+        other = recovery(tmp_path, tiny_llama / "donor", **{**fields, "max_steps": 8, name: value})
+        with refused(ConfigurationError, "another configuration", f"{value} now"):
+            other.train(resume_from_checkpoint=True)
+    again = recovery(tmp_path, tiny_llama / "donor", **{**fields, "max_steps": 8})
+    assert again.train(resume_from_checkpoint=True).global_step == 8

@@ -173,6 +173,8 @@ def test_another_strength_of_replaced_layers_takes_no_training(family: Path) -> 
     half = train_donor(*words, **{**known, "resume": True, "strength": 0.5})
     assert (whole.interpolation, half.interpolation, whole.steps) == (1.0, 0.5, half.steps)
     assert "interpolated        0.5 of the training" in str(half)
+    assert half.train_loss is None and "mean loss" not in str(half) and "mean loss" in str(whole)
+    assert "train_seconds" not in Donor.from_pretrained(family / "new").metadata
     recipient = AutoModelForCausalLM.from_pretrained(family / "recipient")
     before = Donor.from_model(recipient, [1, 2, 3]).tensors()
     for name, tensor in Donor.from_pretrained(family / "new").tensors().items():

@@ -25,7 +25,7 @@ from ..partial import stack_of
 from ..partial.streaming import layers_in_memory
 from .arguments import DonorTrainingArguments, default_init, default_learning_rate, default_strength
 from .checkpoints import trained_parameters
-from .data import RunData, rows_per_step
+from .data import RunData
 from .part_trainer import Part
 from .records import note_in_donors, training_record
 from .sharded import fill, gathered, unsharded
@@ -39,7 +39,7 @@ logger = logging.get_logger(__name__)
 _NORM_STEP = 0.2  # the best of 0.2 and 1 for Gemma 3 270M, at 1e-3 and 3e-3
 
 # Arguments that must be equal in a run that is resumed.
-_RUN = ("method", "mode", "donor_layers", "start_layers", "init", "distillation", "learning_rate", "seed")
+_RUN = ("method", "mode", "donor_layers", "start_layers", "init", "distillation")
 
 
 class DonorTrainer(TransplantTrainer):
@@ -124,10 +124,6 @@ class DonorTrainer(TransplantTrainer):
             "recipient": str(recipient.config.name_or_path),
             "position": self.position,
             **{name: getattr(args, name) for name in _RUN},
-            "batch": rows_per_step(args),
-            "dtype": str(recipient.dtype),
-            "torch": torch.__version__,
-            **({"quantization": self.quantization} if self.quantization else {}),
         }
         return transplanted, part, run
 

@@ -88,6 +88,7 @@ class PartTrainer(Trainer):
     model: Any
     state: Any
     lr_scheduler: Any
+    resumed = False  # whether the last call of `train` continued a run
     signs = False  # whether the hidden states before the part also make a donor's signature
 
     def __init__(
@@ -160,7 +161,7 @@ class PartTrainer(Trainer):
             TrainingError: The loss is not finite.
         """
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
-        completed = False
+        self.resumed, completed = checkpoint is not None, False
         try:
             with differentiable(self.inner), nullcontext() if self.part is None else self._partial_run(self.part):
                 result = super().train(checkpoint, *args, **kwargs)

@@ -16,19 +16,10 @@ from .data import rows_per_step
 if TYPE_CHECKING:
     from .donor_trainer import DonorTrainer
 
-__all__ = ["note_in_donors", "quantization_record", "training_record", "versions"]
+__all__ = ["note_in_donors", "quantization_record", "run_settings", "training_record", "versions"]
 
-_ARGUMENTS = (
-    "method",
-    "mode",
-    "init",
-    "learning_rate",
-    "weight_decay",
-    "warmup_steps",
-    "max_grad_norm",
-    "distillation",
-    "seed",
-)
+_METHOD = ("method", "mode", "init", "distillation")
+_SETTINGS = ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "seed")
 
 
 def versions() -> dict[str, str]:
@@ -41,6 +32,16 @@ def versions() -> dict[str, str]:
     }
 
 
+def run_settings(args: Any) -> dict[str, Any]:
+    """Return the settings that all runs have, and that change what is learned."""
+    return {
+        **{name: getattr(args, name) for name in _SETTINGS},
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "batch": rows_per_step(args),
+    }
+
+
 def training_record(trainer: DonorTrainer) -> dict[str, Any]:
     """Return the metadata of a trainer's donor; before the run, of the run as planned."""
     args, state = trainer.args, trainer.state
@@ -49,11 +50,9 @@ def training_record(trainer: DonorTrainer) -> dict[str, Any]:
         "position": trainer.position,
         "strength": trainer.recommended_strength,
         **({"interpolation": trainer.interpolation} if trainer.interpolation != 1 else {}),
-        **{name: getattr(args, name) for name in _ARGUMENTS},
-        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        **{name: getattr(args, name) for name in _METHOD},
+        **run_settings(args),
         "steps": state.global_step,
-        "batch": rows_per_step(args),
         **trainer.rows.described(),
         **quantization_record(trainer.quantization, trainer.started_from),
         "trainable_parameters": trainer.trainable_parameters,
@@ -61,6 +60,8 @@ def training_record(trainer: DonorTrainer) -> dict[str, Any]:
         "versions": versions(),
     }
     logged = {name: value for entry in state.log_history for name, value in entry.items()}  # the last of each
+    if trainer.resumed:
+        logged.pop("train_runtime", None)  # of the last part alone
     for key, name, digits in (
         ("train_seconds", "train_runtime", 3),
         ("train_loss_last", "loss", 4),

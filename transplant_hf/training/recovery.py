@@ -22,7 +22,7 @@ from ..partial import stack_of
 from .arguments import RecoveryArguments
 from .data import RunData
 from .part_trainer import Part
-from .records import note_in_donors, quantization_record, versions
+from .records import note_in_donors, quantization_record, run_settings, versions
 from .transplant_trainer import TransplantTrainer
 
 __all__ = ["RecoveryTrainer"]
@@ -67,7 +67,7 @@ class RecoveryTrainer(TransplantTrainer):
             "recipient": model.transplant_config.recipient,
             "parts": sorted(args.parts),
             "donors": self.recovered,
-            "learning_rate": args.learning_rate,
+            "gate_learning_rate": args.gate_learning_rate,
         }
         return model, Part(range(_first_trained(model), len(model.layer_map))), run
 
@@ -89,7 +89,7 @@ class RecoveryTrainer(TransplantTrainer):
         record = {
             "parts": sorted(self.args.parts),
             "steps": self.state.global_step,
-            "learning_rate": self.args.learning_rate,
+            **run_settings(self.args),
             **self.rows.described(),
             **quantization_record(quantization_fields(self.transplant)),
             "versions": versions(),

@@ -38,8 +38,8 @@ class TrainingReport:
         output: Where it was saved: a folder or a repository.
         layer_map: The layers that run, as text.
         steps: Optimizer steps.
-        train_loss: The mean loss over them.
-        seconds: The time of training.
+        train_loss: The mean loss; of a run that was resumed, over the steps since then, `None` if there were none.
+        seconds: The time of training, since the run was resumed.
         cache_seconds: The time of computing hidden states before the trained part.
         trainable_parameters: How many numbers were trained.
         learning_rate: The peak.
@@ -56,7 +56,7 @@ class TrainingReport:
     output: str
     layer_map: str
     steps: int
-    train_loss: float
+    train_loss: float | None
     seconds: float
     cache_seconds: float
     trainable_parameters: int
@@ -83,7 +83,7 @@ class TrainingReport:
             "",
             f"saved to            {self.output}",
             f"trained             {self.trainable_parameters:,} parameters in {self.steps} steps",
-            f"mean loss           {self.train_loss:.3f}",
+            *([] if self.train_loss is None else [f"mean loss           {self.train_loss:.3f}"]),
             f"seconds             {self.seconds:.1f} of training, {self.cache_seconds:.1f} for hidden states before it",
             f"learning rate       {self.learning_rate:g}",
             f"strength            {strengths}",
@@ -177,7 +177,7 @@ def train(
         output=str(output or push_to),
         layer_map=str(trainer.transplant.layer_map),
         steps=trainer.state.global_step,
-        train_loss=result.training_loss,
+        train_loss=result.training_loss or None,  # 0 if no step ran: a cross-entropy is positive
         seconds=result.metrics["train_runtime"],
         cache_seconds=trainer.cache_seconds,
         trainable_parameters=trainer.trainable_parameters,

@@ -8,17 +8,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
+from ..architecture import quantization_fields
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from .arguments import PartTrainingArguments
 from .data import RunData, read_run
 from .part_trainer import Part, PartTrainer
 from .prefix import CachePlan
+from .records import run_settings
 from .sharded import refuse_sharded, unsharded
 
 __all__ = ["TransplantTrainer"]
+
+# Arguments that must be equal in a run that is resumed, beside the settings that are recorded.
+_RUN = ("bf16", "fp16", "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor")
 
 
 class TransplantTrainer(PartTrainer):
@@ -45,7 +51,15 @@ class TransplantTrainer(PartTrainer):
         loading = {**(model_kwargs or {}), **self.streaming(model, args, model_kwargs)}
         data = read_run(model, args, train_dataset, replay_dataset, eval_dataset, processing_class, revision, loading)
         refuse_sharded(data.model)
+        before = {"dtype": str(data.model.dtype), "quantization": quantization_fields(data.model)}
         prepared, part, run = self.prepare(data, args)
+        run |= {
+            "revision": data.commit,
+            **before,
+            "torch": torch.__version__,
+            **run_settings(args),
+            **{name: getattr(args, name) for name in _RUN},
+        }
         super().__init__(
             prepared,
             args,
