@@ -22,7 +22,6 @@ from .context import max_context_length
 from .stack import text_config
 
 _BATCH, _TOKENS = 3, 8
-_SMALL = 2.0**-10
 
 Path = tuple[int | str, ...]
 Stream = tuple[Path, Path]
@@ -131,27 +130,8 @@ class Replay:
             if _is_all(parameter, 0.0) or _is_all(parameter, -1.0)
         }
 
-    def is_identity(self, values: Mapping[str, float], *, as_it_is: bool = False) -> bool:
-        """Whether the layer returns its input unchanged if some of its parameters have constant values."""
-        return not self.changed(values, as_it_is=as_it_is)
-
-    def adds_in_proportion(self, scaled: Collection[str], values: Mapping[str, float]) -> bool:
-        """Whether the layer adds about as much less as some of its parameters are smaller; others are constant."""
-        full = {name: self.layer.get_parameter(name).detach() for name in scaled}
-        full |= {name: tensor for name, tensor in self.nonzero_weights.items() if name in full}
-        small = {name: tensor * _SMALL for name, tensor in full.items()}
-        with torch.no_grad():
-            added, less = (self._added(values, {**self.nonzero_weights, **own}) for own in (full, small))
-        return less <= 10 * _SMALL * added
-
-    def _added(self, values: Mapping[str, float], others: Weights) -> float:
-        output = dict(_tensors(self._run(values, others)))
-        given = dict(_tensors((self.call.args, self.call.kwargs)))
-        changes = (output[to].float() - given[start].float() for start, to in self.call.streams)
-        return sum(float(change.norm()) for change in changes)
-
     def changed(self, values: Mapping[str, float], *, as_it_is: bool = False) -> list[Path]:
-        """Return the places in the output that differ from their arguments; see `is_identity`."""
+        """Return what the layer changes if some of its parameters have constant values, by its place in the output."""
         output = dict(_tensors(self._run(values, {} if as_it_is else self.nonzero_weights)))
         given = dict(_tensors((self.call.args, self.call.kwargs)))
         return [to for start, to in self.call.streams if not _same(given.get(start), output.get(to))]
@@ -182,15 +162,15 @@ class Replay:
             self._run({}, self.nonzero_weights)
         return list(order)
 
-    def is_silent(self, path: str, zeroed: Sequence[str]) -> bool:
-        """Whether a module inside the layer returns only zeros if some of its own parameters are zero."""
+    def is_silent(self, path: str, names: Sequence[str], value: float) -> bool:
+        """Whether a module inside the layer returns only zeros if its own parameters have a constant value."""
         given: list[bool] = []
 
         def note(output: Any) -> None:
             given.extend(bool(tensor.any()) for _, tensor in _tensors(output))
 
         with self.layer.get_submodule(path).register_forward_hook(lambda _, args, output: note(output)):
-            self._run({f"{path}.{name}": 0.0 for name in zeroed}, self.nonzero_weights)
+            self._run({f"{path}.{name}": value for name in names}, self.nonzero_weights)
         return bool(given) and not any(given)
 
     def _run(self, values: Mapping[str, float], others: Weights, flip: Path | None = None) -> Any:
