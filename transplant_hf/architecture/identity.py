@@ -18,12 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, CompatibilityError
-from .context import eval_mode
 from .fingerprint import Fingerprint, fingerprint, is_layer_number
-from .gguf import is_quantized
-from .quantized import is_packed
+from .quantized import is_packed, is_quantized
 from .replay import Call, Replay, own_parameters, record_calls
-from .stack import decoder_stack
+from .stack import decoder_stack, eval_mode
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _SEARCH_SEED, _CHECK_SEED = 0, 1

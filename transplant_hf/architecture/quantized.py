@@ -1,7 +1,9 @@
-"""Quantized models: their weights in full precision, and whether gradients pass through them."""
+"""Quantized models: what is quantized, their weights in full precision, and whether gradients pass through them."""
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +11,57 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
-from ..errors import CheckpointError, CompatibilityError
-from .gguf import is_quantized, quantization_method, was_gguf
+from ..errors import CheckpointError, CompatibilityError, ConfigurationError
 
 _TOLERANCE = 0.05  # of a gradient, relative; int8 kernels round activations to fp16
+_MARK = "transplant_was_gguf"
+
+
+def check_gguf_reader(gguf_file: str | None) -> None:
+    """Refuse a GGUF file if the package that reads it is missing."""
+    if gguf_file and importlib.util.find_spec("gguf") is None:
+        raise ConfigurationError(f"reading {gguf_file} needs the package gguf: pip install gguf")
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether a model stores weights in fewer bits than it computes with."""
+    return getattr(model, "hf_quantizer", None) is not None and not _is_unpacked(model)
+
+
+def was_gguf(model: Any) -> bool:
+    """Whether a model's weights were read from a GGUF file."""
+    return getattr(model, _MARK, False) or quantization_method(model) == "gguf"
+
+
+def config_of_weights(model: Any) -> PreTrainedConfig:
+    """Return a model's configuration, without the quantization of a GGUF file if its weights are unpacked."""
+    config: PreTrainedConfig = model.config
+    if _is_unpacked(model):
+        config = copy.deepcopy(config)
+        del config.quantization_config
+    return config
+
+
+def forget_gguf(model: Any) -> None:
+    """Make a model whose weights were unpacked a model in full precision, which can be saved."""
+    if was_gguf(model):
+        setattr(model, _MARK, True)
+    if _is_unpacked(model):
+        model.hf_quantizer.remove_quantization_config(model)
+
+
+def _is_unpacked(model: Any) -> bool:
+    """Whether Transformers unpacked every weight of a GGUF file; it calls the model quantized all the same."""
+    # A quantizer that leaves weights packed lists the modules that hold them.
+    return quantization_method(model) == "gguf" and not getattr(model.hf_quantizer, "packed_modules", None)
+
+
+def quantization_method(model: Any) -> str | None:
+    """Return the name of a model's quantization, such as "bitsandbytes"."""
+    method = getattr(getattr(getattr(model, "hf_quantizer", None), "quantization_config", None), "quant_method", None)
+    return getattr(method, "value", method)
 
 
 def is_packed(tensor: torch.Tensor) -> bool:
@@ -30,17 +78,7 @@ def quantization_fields(model: Any) -> dict[str, Any] | None:
 
 
 def dequantized_layer(layer: nn.Module, plain: nn.Module, what: str, method: str) -> dict[str, torch.Tensor]:
-    """Return the state dict that a layer would have in full precision.
-
-    Args:
-        layer: The quantized layer.
-        plain: The same layer on the meta device, not quantized.
-        what: The layer, for messages.
-        method: How it is quantized, for messages.
-
-    Raises:
-        CheckpointError: Weights that are offloaded, or that cannot be dequantized.
-    """
+    """Return the state dict that a layer would have in full precision; `plain` is the same layer on the meta device."""
     found = {}
     for name, wanted in plain.state_dict().items():
         path, _, last = name.rpartition(".")
@@ -108,11 +146,7 @@ def _unpack(module: Any) -> None:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Let gradients pass through a quantized model inside a `with` block.
-
-    Raises:
-        CompatibilityError: A kind of linear layer that computes no gradients, or wrong ones.
-    """
+    """Let gradients pass through a quantized model inside a `with` block; refuse one that computes wrong ones."""
     if not is_quantized(model):
         yield
         return

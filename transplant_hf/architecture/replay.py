@@ -18,8 +18,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..errors import BUILD_ERRORS, CompatibilityError
-from .context import max_context_length
-from .stack import text_config
+from .stack import max_context_length, text_config
 
 _BATCH, _TOKENS = 3, 8
 

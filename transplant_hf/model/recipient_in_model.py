@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..architecture import apply_overrides
-from ..architecture.overrides import NOT_SETTABLE
+from ..architecture.recipient import NOT_SETTABLE
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..splice import Blueprint
