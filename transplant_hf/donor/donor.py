@@ -80,10 +80,7 @@ class Donor:
             )
 
     def replaced(self, **changes: Any) -> Donor:
-        """Return a copy with other values for some arguments of `Donor`.
-
-        Args:
-            **changes: Arguments of `Donor`, such as `position=2`.
+        """Return a copy with other values for some arguments of `Donor`, such as `position=2`.
 
         Raises:
             ConfigurationError: No such argument, or a value that it cannot have.
@@ -122,17 +119,7 @@ class Donor:
 
     @classmethod
     def open(cls, source: Source, store: TensorStore | None = None) -> Donor:
-        """Open a donor whose files, or their headers, are on this machine.
-
-        Args:
-            source: The folder, and the name the donor was asked for by.
-            store: Its tensors, if only their headers are on this machine; by default those of the weight files, whose
-                sizes are compared with the record.
-
-        Raises:
-            CheckpointError: Files are missing or malformed.
-            IntegrityError: A weight file has another size than recorded, or no recorded sha256.
-        """
+        """Open a donor whose files are on this machine, or only their headers, which are then in `store`."""
         if not (source.folder / DONOR_CONFIG).exists():
             if source.from_hub:
                 why = ", or the local cache holds only a part of it. In that case load it once with a connection."
@@ -272,10 +259,7 @@ class Donor:
         return {name: part[...] for name, part in self.store.slices().items()}
 
     def part(self, layers: Sequence[int]) -> Donor:
-        """Return some consecutive layers of this donor, by its own order.
-
-        Args:
-            layers: Their numbers in the donor, 0..k-1.
+        """Return some consecutive layers of this donor, by their numbers in it, 0..k-1.
 
         Raises:
             ConfigurationError: It has no such layers.
@@ -292,20 +276,12 @@ class Donor:
         return [self.source.folder / name for name in self.record.files] if self.source else []
 
     def companions_in(self, recipient: str) -> str:
-        """Return the folder or name to take a recipient's tokenizer from.
-
-        Args:
-            recipient: Hub id or folder.
-        """
+        """Return the folder or name to take a recipient's tokenizer from."""
         known = self.companions
         return str(known.folder) if known is not None and known.reference == recipient else recipient
 
     def verify(self) -> None:
-        """Compare every weight file with its recorded sha256.
-
-        Raises:
-            IntegrityError: The bytes differ.
-        """
+        """Compare every weight file with its recorded sha256; raise an `IntegrityError` if the bytes differ."""
         for path in self.weight_files():
             self.record.files[path.name].check_bytes(path, str(self.source))
 
@@ -339,19 +315,9 @@ class Donor:
             ConfigurationError: No position or no recipient is known, or a strength that is not 1 with "replace".
             IntegrityError: The bytes of a weight file of the donor differ from its recorded sha256.
         """
-        self.verify()
-        target = Path(save_directory)
-        save_donor(
-            self,
-            target,
-            position=position,
-            recipient=recipient,
-            recipient_revision=recipient_revision,
-            max_shard_size=max_shard_size,
-            license=license,
-            mode=mode,
-            strength=strength,
-        )
+        about: dict[str, Any] = {"recipient": recipient, "recipient_revision": recipient_revision, "license": license}
+        place: dict[str, Any] = {"position": position, "mode": mode, "strength": strength}
+        save_donor(self, Path(save_directory), max_shard_size=max_shard_size, **about, **place)
 
     def push_to_hub(
         self,
@@ -384,7 +350,6 @@ class Donor:
             HubError: The repository is missing, gated or private, or the Hub cannot be reached.
             IntegrityError: The bytes of a weight file of the donor differ from its recorded sha256.
         """
-        self.verify()
         hub: dict[str, Any] = {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
         with output_folder(None, repo_id) as folder:
             files = save_donor(self, folder, position=position, repo_id=repo_id, **options)

@@ -44,13 +44,10 @@ def read_entry(folder: Path) -> dict[str, Any] | None:
 
 def write_entry(folder: Path, config: TransplantConfig) -> None:
     """Write `config.json` of a donor repo or another transplant that needs transplant_hf, and the code it names."""
-    write_json(folder / "config.json", transplant_fields(config))
-    (folder / CODE_FILE).write_text(_CODE, encoding="utf-8")
-
-
-def transplant_fields(config: TransplantConfig) -> dict[str, Any]:
-    """Return the content of a transplant's `config.json`, with the fields that matter most to a person first."""
     fields = config.to_diff_dict() | {"auto_map": AUTO_MAP}
+    # The fields that matter most to a person come first.
     order = ["architectures", "model_type", "format_version", "recipient", "recipient_revision", "donors"]
     full = {**config.to_dict(), **fields}
-    return {key: full[key] for key in order} | {key: fields[key] for key in sorted(fields) if key not in order}
+    ordered = {key: full[key] for key in order} | {key: fields[key] for key in sorted(fields) if key not in order}
+    write_json(folder / "config.json", ordered)
+    (folder / CODE_FILE).write_text(_CODE, encoding="utf-8")

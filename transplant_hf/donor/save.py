@@ -94,6 +94,7 @@ def vocabulary_of(fields: Mapping[str, Any]) -> int | None:
 
 def save_donor(donor: Donor, folder: Path, **options: Any) -> set[str]:
     """Write a donor repo into a folder, whole or not at all; see `Donor.save_pretrained`."""
+    donor.verify()
     refuse_foreign_model(folder)
     with publish(folder, replaced_in) as staging:
         write_donor_repo(donor, staging, folder, **options)
@@ -131,13 +132,8 @@ def write_donor_repo(
     name = donor.name or folder.name
     revision = recipient_revision or (donor.record.source_revision if recipient == donor.record.source_id else None)
     refuse_recipients_place(recipient, folder, revision)
-    spec = DonorSpec(
-        ".",
-        position=position,
-        mode=mode or donor.mode,
-        name=name,
-        strength=donor.strength if strength is None else strength,
-    )
+    strength = donor.strength if strength is None else strength
+    spec = DonorSpec(".", position, mode or donor.mode, name=name, strength=strength)
     files = at_hand(donor.companions_in(recipient), revision or ("main" if recorded_on_hub else None))
     num_layers = _layers_of_recipient(donor, recipient, files)
     if num_layers is not None:  # a splice checks positions

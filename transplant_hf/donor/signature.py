@@ -31,14 +31,9 @@ _VECTORS = ("domain", "general", "factor", "probe")
 
 
 def describe_rows(states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Describe rows of text.
+    """Describe rows of text by their states, `[rows, tokens, hidden]`; `mask` is 1 for tokens and 0 for padding.
 
-    Args:
-        states: `[rows, tokens, hidden]`.
-        mask: `[rows, tokens]`, 1 for tokens and 0 for padding.
-
-    Returns:
-        `[rows, hidden]` in float32; NaN for rows with fewer than `FEWEST_TOKENS` tokens.
+    Returns `[rows, hidden]` in float32; NaN for rows with fewer than `FEWEST_TOKENS` tokens.
     """
     if mask is None:
         states = states[:, :TOKENS].float()
@@ -54,37 +49,18 @@ def describe_rows(states: torch.Tensor, mask: torch.Tensor | None = None) -> tor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Signature:
-    """What a donor's domain and general text look like at a position.
+    """What a donor's domain and general text look like at a position."""
 
-    Args:
-        position: How many recipient layers ran.
-        domain: The mean of the domain's rows, `[hidden]`.
-        general: That of general text, `[hidden]`.
-        factor: The covariance within both is `factor.T @ factor + rest * I`; `[rank, hidden]`.
-        rest: The variance in all other directions.
-        probe: The description of tokens 0, 1, ... `PROBE_TOKENS` - 1, `[hidden]`.
-    """
-
-    position: int
-    domain: torch.Tensor
-    general: torch.Tensor
-    factor: torch.Tensor
-    rest: float
-    probe: torch.Tensor
+    position: int  # how many recipient layers ran
+    domain: torch.Tensor  # the mean of its rows, `[hidden]`
+    general: torch.Tensor  # that of general text
+    factor: torch.Tensor  # `[rank, hidden]`: the covariance within both is `factor.T @ factor + rest * I`
+    rest: float  # the variance in all other directions
+    probe: torch.Tensor  # the description of tokens 0, 1, ... `PROBE_TOKENS` - 1, `[hidden]`
 
     @classmethod
     def of_rows(cls, position: int, domain: torch.Tensor, general: torch.Tensor, probe: torch.Tensor) -> Signature:
-        """Make a signature.
-
-        Args:
-            position: How many recipient layers ran.
-            domain: Descriptions of rows of the domain, `[rows, hidden]`.
-            general: Of general text.
-            probe: Of the probe, `[hidden]`.
-
-        Raises:
-            DataError: Too few rows, or values that are not finite.
-        """
+        """Make a signature from descriptions of rows of the domain and of general text, and of the probe."""
         for name, rows in (("the text", domain), ("the general text", general)):
             if len(rows) < FEWEST_ROWS or not rows.isfinite().all():
                 raise DataError(
@@ -114,12 +90,7 @@ class Signature:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], what: str) -> Signature:
-        """Read what `to_dict` returned; `what` names the donor.
-
-        Raises:
-            ConfigurationError: A newer version.
-            CheckpointError: Malformed.
-        """
+        """Read what `to_dict` returned; `what` names the donor."""
         if content.get("version") != VERSION:
             raise ConfigurationError(
                 f"the signature of {what} has version {content.get('version')!r}; this version of transplant_hf reads "
@@ -156,11 +127,7 @@ def _decode(text: str, hidden: int) -> torch.Tensor:
 
 
 class Discriminant:
-    """Tells the domains of several donors from each other and from general text.
-
-    Args:
-        signatures: The donors' signatures, of one position and one recipient.
-    """
+    """Tells the domains of several donors, of one position and one recipient, from each other and from general text."""
 
     def __init__(self, signatures: Sequence[Signature]) -> None:
         general = torch.stack([one.general for one in signatures]).mean(0).double()
@@ -175,12 +142,5 @@ class Discriminant:
         self.bias = (-(weight * (domains + general)).sum(1) / 2).float()
 
     def scores(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return how much more each domain explains rows than general text does, as logarithms of odds.
-
-        Args:
-            rows: Descriptions, `[rows, hidden]`.
-
-        Returns:
-            `[rows, donors]`.
-        """
+        """Return how much more each domain explains rows than general text does, as log odds `[rows, donors]`."""
         return rows @ self.weight.to(rows.device).T + self.bias.to(rows.device)

@@ -201,23 +201,11 @@ def safe_name(name: str, suffix: str = ".safetensors") -> str:
     return name
 
 
-# The numbers of MXFP4 that are not negative, by their bits.
-_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
 def unpack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Unpack the weights of experts in MXFP4.
+    """Unpack the weights of experts in MXFP4: `[experts, inputs, outputs]` in bfloat16."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-    Args:
-        blocks: `[experts, outputs, groups, bytes]`; each byte has two numbers, the first in its lower bits.
-        scales: The exponent of each group, plus 127, `[experts, outputs, groups]`.
-
-    Returns:
-        `[experts, inputs, outputs]` in bfloat16.
-    """
-    values = torch.tensor([*_FP4, *(-value for value in _FP4)], device=blocks.device)
     made = blocks.new_empty(len(blocks), 2 * blocks.shape[2:].numel(), blocks.shape[1], dtype=torch.bfloat16)
-    for expert, packed, exponents in zip(made, blocks, scales, strict=True):  # of all at once, the indices are large
-        numbers = values[torch.stack([packed & 15, packed >> 4], dim=-1).int()].flatten(-2)
-        expert.copy_(torch.ldexp(numbers, exponents[..., None].int() - 127).flatten(-2).T)
+    for number, expert in enumerate(made):  # all experts at once take several times their memory
+        expert.copy_(convert_moe_packed_tensors(blocks[number : number + 1], scales[number : number + 1])[0])
     return made
