@@ -127,13 +127,10 @@ def test_a_legend_is_printed_and_changes_nothing_else() -> None:
     assert str(copy.deepcopy(layer_map)) == str(pickle.loads(pickle.dumps(layer_map))) == str(layer_map)  # noqa: S301
 
 
-def test_the_table_for_notebooks_is_escaped_and_says_the_same() -> None:
+def test_notebooks_show_the_same_escaped() -> None:
     layer_map = LayerMap(Splice(8, [Placement("a<b", 1, (4,))]).layer_map(), [("a<b", "strength 1 & on")])
-    table = layer_map._repr_html_()
-    assert "<tr><td>1</td><td>a&lt;b 4</td></tr>" in table and "a<b" not in table
-    assert "9 layers run: 8 recipient, 1 a&lt;b<br>a&lt;b: strength 1 &amp; on" in table
-    assert table.count("<tr>") == 1 + len(str(layer_map).splitlines()) - 3
-    ElementTree.fromstring(f"<div>{table.replace('<br>', '<br/>')}</div>")
+    (picture,) = ElementTree.fromstring(f"<div>{layer_map._repr_html_()}</div>")
+    assert picture.text == str(layer_map)
 
 
 @pytest.mark.parametrize(

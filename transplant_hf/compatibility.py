@@ -19,8 +19,9 @@ from .donor import Donor
 from .donor.tensors import layer_of
 from .errors import BUILD_ERRORS, CompatibilityError
 from .layer_map import LayerMap, Position
-from .numeric import is_whole
+from .numeric import is_whole, shown
 
+_SAME_SHAPE = "A donor needs a recipient with layers of the same shape."
 _MAX_TENSORS = 8  # further tensors are counted
 # Fields that do not change what a decoder layer computes: embeddings and heads, training, bookkeeping.
 _OUTSIDE_LAYERS = re.compile(
@@ -86,9 +87,7 @@ class CompatibilityReport:
             CompatibilityError: With every mismatch.
         """
         if self.mismatches:
-            raise CompatibilityError(
-                f"{self}\nA donor needs a recipient with layers of the same shape.", self.mismatches
-            )
+            raise CompatibilityError(f"{self}\n{_SAME_SHAPE}", self.mismatches)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON."""
@@ -107,17 +106,14 @@ def refuse_unsupported(recipient: Anatomy) -> None:
 
 def donor_anatomy(donor: Donor, recipient: Anatomy) -> Anatomy:
     """Build the donor's source model without memory, as the recipient's class."""
-    ours = text_config(recipient.config)
     fields = dict(donor.record.source_config)
     if recipient.config.model_type != donor.model_type:
         # The text part of a composite model has the same layers as the text model alone.
-        fields = next((part for part in fields.values() if _is_config_of(part, recipient.config)), fields)
+        parts = [part for part in fields.values() if isinstance(part, dict)]
+        fields = next((part for part in parts if part.get("model_type") == recipient.config.model_type), fields)
     if fields.get("model_type", donor.model_type) != recipient.config.model_type:
-        raise CompatibilityError(
-            f"donor {donor} does not fit {recipient.what}:\n  - model_type: donor {donor.model_type!r}, recipient "
-            f"{ours.model_type!r}\nA donor needs a recipient with layers of the same shape.",
-            [f"model_type: donor {donor.model_type!r}, recipient {ours.model_type!r}"],
-        )
+        line = f"model_type: donor {donor.model_type!r}, recipient {text_config(recipient.config).model_type!r}"
+        raise CompatibilityError(f"donor {donor} does not fit {recipient.what}:\n  - {line}\n{_SAME_SHAPE}", [line])
     try:
         config = type(recipient.config).from_dict(fields)
     except BUILD_ERRORS as error:
@@ -129,15 +125,10 @@ def donor_anatomy(donor: Donor, recipient: Anatomy) -> Anatomy:
     return Anatomy(recipient.model_class, config, f"donor {donor}")
 
 
-def _is_config_of(part: object, config: PreTrainedConfig) -> bool:
-    return isinstance(part, dict) and part.get("model_type") == config.model_type
-
-
 def _builds_the_same(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
     ignored = {"name_or_path", "transformers_version", "architectures", "dtype", "use_cache"}
     first, second = one.to_dict(), other.to_dict()
-    names = {name for name in {*first, *second} if name.lstrip("_") not in ignored}
-    return all(first.get(name) == second.get(name) for name in names)
+    return all(first.get(name) == second.get(name) for name in {*first, *second} if name.lstrip("_") not in ignored)
 
 
 def mismatches(donor: Donor, theirs: Anatomy, recipient: Anatomy) -> list[str]:
@@ -214,7 +205,7 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str
             # A nested configuration; all fields of other mappings, such as RoPE's, are compared.
             yield from _differences(old, new, f"{prefix}{name}.")
         elif not _same(old, new) and not (_per_layer(old) or _per_layer(new)):
-            yield f"{prefix}{name}: donor {_short(old)}, recipient {_short(new)}"
+            yield f"{prefix}{name}: donor {shown(old)}, recipient {shown(new)}"
 
 
 def _same(old: Any, new: Any) -> bool:
@@ -244,8 +235,3 @@ def _per_layer(value: Any) -> bool:
     # Whether a list with an entry for each layer fits is checked when the layers are built.
     by_number = isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
     return by_number or (isinstance(value, Sequence) and not isinstance(value, str))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 160 else f"{text[:157]}..."

@@ -22,8 +22,6 @@ FORMAT_VERSION = 1
 # The format of a `config.json` with `recipient_overrides`, or a donor at several positions: releases that do not know
 # these must not ignore them.
 NEWEST_FORMAT = 2
-# The first release of transplant_hf that reads each format.
-_RELEASE_OF_FORMAT = {1: "0.1.0"}
 _MODES = ("insert", "replace")
 STACKED, SIDE_BY_SIDE = "stacked", "side_by_side"
 _PLAIN_NAME = re.compile(r"(?!\.+$)[^/\\\x00-\x1f\x7f]+")
@@ -36,11 +34,9 @@ def check_format_version(found: Any, where: str, newest: int = FORMAT_VERSION) -
     if not is_whole(found) or found < 1:
         raise ConfigurationError(f"format_version in {where} must be a whole number from 1, got {shown(found)}.")
     if found > newest:
-        release = _RELEASE_OF_FORMAT.get(found)
-        needed = f"transplant_hf >= {release}" if release else "a newer transplant_hf"
         raise ConfigurationError(
-            f"{where} has format_version {found}, and this release reads versions up to {newest}. Install {needed} to "
-            "read it."
+            f"{where} has format_version {found}, and this release reads versions up to {newest}. Install a newer "
+            "transplant_hf to read it."
         )
     return found
 
@@ -122,11 +118,7 @@ class DonorSpec:
             )
 
     def replaced(self, **changes: Any) -> DonorSpec:
-        """Return a copy with other values for some fields. A default name follows the new values.
-
-        Args:
-            **changes: The fields, such as `position=2`.
-        """
+        """Return a copy with other values for some fields, such as `position=2`; a default name follows them."""
         return dataclasses.replace(self, **{**({"name": None} if "name" in self.defaults else {}), **changes})
 
     def _check_position(self) -> None:
@@ -199,14 +191,12 @@ class DonorSpec:
             ConfigurationError: Unknown or missing fields, or values of the wrong type.
         """
         known = [field.name for field in dataclasses.fields(cls) if field.init]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
+        if unknown := sorted(set(fields) - set(known)):
             raise ConfigurationError(
                 f"unknown donor field {', '.join(map(repr, unknown))} in donor {fields.get('donor', '?')!r}; "
                 f"known fields are {', '.join(known)}."
             )
-        missing = [name for name in ("donor", "position") if name not in fields]
-        if missing:
+        if missing := [name for name in ("donor", "position") if name not in fields]:
             raise ConfigurationError(f"donor {dict(fields)!r} lacks {' and '.join(map(repr, missing))}.")
         # A configuration says what runs: its defaults are meant.
         return cls(**({"mode": "insert", "strength": 1.0, **fields} if fields["position"] is not None else fields))
@@ -292,17 +282,14 @@ def _reference(donor: Any) -> str:
 
 
 def _check_unique_names(specs: list[DonorSpec]) -> None:
-    seen, rename = dict[str, DonorSpec](), "Give it another name, DonorSpec(..., name=...), or rename its folder."
+    seen, rename = dict[str | None, str](), "Give it another name, DonorSpec(..., name=...), or rename its folder."
     for spec in specs:
-        name = str(spec.name)
-        if name == "recipient":
-            raise ConfigurationError(f"donor {spec.donor!r} cannot be named 'recipient'. {rename}")
-        if name in seen:
-            raise ConfigurationError(
-                f"two donors are named {name!r}: {seen[name].donor!r} at position {seen[name].position} and "
-                f"{spec.donor!r} at position {spec.position}. {rename}"
-            )
-        seen[name] = spec
+        which = f"{spec.donor!r} at position {spec.position}"
+        if spec.name == "recipient":
+            raise ConfigurationError(f"donor {which} cannot be named 'recipient'. {rename}")
+        if spec.name in seen:
+            raise ConfigurationError(f"two donors are named {spec.name!r}: {seen[spec.name]} and {which}. {rename}")
+        seen[spec.name] = which
 
 
 class TransplantConfig(RecipientFields, PreTrainedConfig):
@@ -392,11 +379,7 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
         return tuple(tuple(run) for here in runs.values() for run in here if len(run) > 1)
 
     def replaced(self, **changes: Any) -> TransplantConfig:
-        """Return a copy with other values for some fields; this configuration stays as it is.
-
-        Args:
-            **changes: The fields, such as `donors=`.
-        """
+        """Return a copy with other values for some fields, such as `donors=`."""
         made = copy.deepcopy(self)
         for name, value in changes.items():
             setattr(made, name, value)

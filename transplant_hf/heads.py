@@ -24,8 +24,8 @@ class Head:
         return f"Transplant{self.auto_class.removeprefix('AutoModel') or 'Model'}"
 
     def find(self) -> Any:
-        """The Auto class; `None` if this release of Transformers does not have it."""
-        return getattr(transformers, self.auto_class, None)
+        """The Auto class."""
+        return getattr(transformers, self.auto_class)
 
 
 CAUSAL_LM = Head("AutoModelForCausalLM", "text-generation")
@@ -48,10 +48,8 @@ def auto_classes() -> list[Any]:
 
     Without `AutoModelForDecision`: the pipeline "decision" tries the other classes only if this one has no model.
     """
-    names = [name for name in _names() if name.startswith("AutoModelFor") and not name.endswith("Decision")]
-    others = [Head(name) for name in names]
-    found = [head.find() for head in dict.fromkeys(Head(head.auto_class) for head in (*HEADS, *others))]
-    return [one for one in found if one is not None]
+    others = [name for name in _names() if name.startswith("AutoModelFor") and not name.endswith("Decision")]
+    return [getattr(transformers, name) for name in dict.fromkeys([*(head.auto_class for head in HEADS), *others])]
 
 
 def model_mapping(auto_class: Any) -> Any:
@@ -80,8 +78,7 @@ def auto_classes_for(config: PreTrainedConfig) -> list[str]:
 def head_of(class_names: Collection[str], config: PreTrainedConfig) -> Head | None:
     """Return the head of a model: that of the first Auto class that has its class, else the one in its class's name."""
     for head in HEADS:
-        auto_class = head.find()
-        found = () if auto_class is None else model_mapping(auto_class).get(type(config), ())
+        found = model_mapping(head.find()).get(type(config), ())
         classes: Any = found if isinstance(found, list | tuple) else [found]
         if {one.__name__ for one in classes} & set(class_names):
             return head

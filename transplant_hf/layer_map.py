@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import ConfigurationError
@@ -58,26 +59,18 @@ class LayerMap(tuple[Slot, ...]):
 
     def __str__(self) -> str:
         lines = ["layer  from"]
-        for number, slot in self._rows():
-            if slot is None:
-                lines.append("    :  :")
-            else:
-                lines.append(f"{number:>5}  {'' if slot.source == RECIPIENT else '|  '}{slot.source} {slot.index}")
-        return "\n".join([*lines, self._counts(), *(f"{name}: {phrase}" for name, phrase in self.legend)])
+        for (source, _), run in itertools.groupby(enumerate(self), lambda row: (row[1].source, row[1].index - row[0])):
+            mark = "" if source == RECIPIENT else "|  "
+            rows = [f"{number:>5}  {mark}{source} {slot.index}" for number, slot in run]
+            # Only the ends of a long run of recipient layers are printed.
+            lines += [*rows[:2], "    :  :", *rows[-2:]] if source == RECIPIENT and len(rows) > 6 else rows
+        counts = ", ".join(f"{len(self.layers_of(source))} {source}" for source in self.sources)
+        lines.append(f"{len(self)} layers run: {counts}")
+        return "\n".join([*lines, *(f"{name}: {phrase}" for name, phrase in self.legend)])
 
     def _repr_html_(self) -> str:
-        """The map as a table, for notebooks."""
-        rows = [
-            "<tr><td>&#8942;</td><td>&#8942;</td></tr>"
-            if slot is None
-            else f"<tr><td>{number}</td><td>{html.escape(f'{slot.source} {slot.index}')}</td></tr>"
-            for number, slot in self._rows()
-        ]
-        below = [html.escape(line) for line in (self._counts(), *(f"{name}: {phrase}" for name, phrase in self.legend))]
-        return (
-            f"<table><thead><tr><th>layer</th><th>from</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
-            f"<p>{'<br>'.join(below)}</p>"
-        )
+        """The same picture, for notebooks."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -86,36 +79,8 @@ class LayerMap(tuple[Slot, ...]):
         return tuple(sorted(named, key=lambda source: source != RECIPIENT))
 
     def layers_of(self, source: str) -> list[int]:
-        """Return the running numbers of the layers that came from `source`.
-
-        Args:
-            source: "recipient", or a donor's name.
-        """
+        """Return the running numbers of the layers that came from `source`: "recipient", or a donor's name."""
         return [number for number, slot in enumerate(self) if slot.source == source]
-
-    def _runs(self) -> list[list[int]]:
-        runs: list[list[int]] = []
-        for number, slot in enumerate(self):
-            last = self[runs[-1][-1]] if runs else None
-            if last is not None and last == Slot(slot.source, slot.index - 1):
-                runs[-1].append(number)
-            else:
-                runs.append([number])
-        return runs
-
-    def _rows(self) -> Iterator[tuple[int, Slot | None]]:
-        """The layers that are printed; `None` for layers that are left out."""
-        for run in self._runs():
-            # Only the ends of a long run of recipient layers are printed.
-            long = self[run[0]].source == RECIPIENT and len(run) > 6
-            for number in [*run[:2], *run[-2:]] if long else run:
-                if long and number == run[-2]:
-                    yield number, None
-                yield number, self[number]
-
-    def _counts(self) -> str:
-        counts = ", ".join(f"{len(self.layers_of(source))} {source}" for source in self.sources)
-        return f"{len(self)} layers run: {counts}"
 
 
 @dataclasses.dataclass(frozen=True)

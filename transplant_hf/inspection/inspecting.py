@@ -20,7 +20,7 @@ from ..donor.tensors import TensorInfo
 from ..errors import CheckpointError, CompatibilityError, ConfigurationError
 from ..layer_map import Placement, Position, Splice
 from ..pt_files import PtFile
-from ..pt_files.layer_names import numbers_in
+from ..pt_files.layouts import numbers_in
 from ..sources import HubArguments, HubOptions
 from ..storage import read_json
 from .donors import InspectArguments, has_recipient_inside, inspect_donor, inspect_transplant, read_transplant_config

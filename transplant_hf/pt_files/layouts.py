@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from ..architecture import Anatomy
+from ..architecture import Anatomy, LayerNames
 from ..architecture.names import is_adapter
 from ..display import dtype_name
 from ..errors import CheckpointError, ConfigurationError
 from ..numeric import consecutive_layers
-from .layer_names import LayerTensor, NameReader
 from .pt_file import PtTensor
 
 _MAX_LISTED = 12
+# What wrappers add to names: DataParallel, torch.compile, FSDP, activation checkpointing, PEFT.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
+_NUMBER = re.compile(r"(.*?)([0-9]{1,9})")
+# What older versions of Transformers stored in layers besides weights, and compute today.
+_COMPUTED = re.compile(
+    r"(?:.*\.)?(?:masked_bias|inv_freq|original_inv_freq|cos_cached|sin_cached|attn\.bias|causal_mask)"
+)
+_PACKED = ("_blocks", "_scales")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +74,11 @@ def match_layers(
             + _listed(problems, "\n  - ")
             + "\nIs this the model that they came from, and are these the layers?"
         )
-    _refuse_adapters(tensors, file)
+    if adapters := [name for name in tensors if is_adapter(name)]:
+        raise CheckpointError(
+            f"{file} holds an adapter that was not merged into its layers ({len(adapters)} tensors, first "
+            f"{adapters[0]!r}); without it the layers are not what was trained. Merge it (merge_and_unload) and save."
+        )
     _refuse_unknown(stack, chosen, tensors, anatomy, file)
     names: dict[str, str | Packed] = {}
     for place, layer in enumerate(found.values()):
@@ -237,22 +249,13 @@ def _wrong_shape(
         yield f"{name}: found {list(tensor.shape)}, expected {list(shape)}"
 
 
-def _refuse_adapters(tensors: Mapping[str, PtTensor], file: str) -> None:
-    adapters = [name for name in tensors if is_adapter(name)]
-    if adapters:
-        raise CheckpointError(
-            f"{file} holds an adapter that was not merged into its layers ({len(adapters)} tensors, first "
-            f"{adapters[0]!r}); without it the layers are not what was trained. Merge it (merge_and_unload) and save."
-        )
-
-
 def _refuse_unknown(
     stack: _Stack, chosen: Mapping[int, int], tensors: Mapping[str, PtTensor], anatomy: Anatomy, file: str
 ) -> None:
     """Refuse tensors inside a chosen layer that its class does not have: it is then another layer."""
     known = {name for layer in stack.layers.values() for name in layer}
     starts = tuple({found.start for number in chosen for found in stack.weights(number).values()})
-    unknown = sorted(name for name in tensors if name not in known and name.startswith(starts) and not is_adapter(name))
+    unknown = sorted(name for name in tensors if name not in known and name.startswith(starts))
     if unknown:
         raise CheckpointError(
             f"{file}: layers of a {anatomy.config.model_type} model have no such tensors: {_listed(unknown)}. "
@@ -263,3 +266,80 @@ def _refuse_unknown(
 def _listed(lines: Sequence[str], between: str = ", ") -> str:
     more = f"{between}... and {len(lines) - _MAX_LISTED} more" if len(lines) > _MAX_LISTED else ""
     return between.join(lines[:_MAX_LISTED]) + more
+
+
+# -- Names ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTensor:
+    """A tensor of a layer, by its name in a file."""
+
+    start: str  # the names of all tensors of the layer begin with it
+    prefix: str  # before the layer's number
+    number: int  # 0 in a file of one layer without a number
+    rest: str  # inside the layer, as checkpoints name it
+    inside: str | None  # as the model names it; `None` for what the layer computes itself
+    packed: str = ""  # "_blocks" or "_scales" for a part of an MXFP4 tensor
+
+
+class NameReader:
+    """Finds the number of the layer in the names of an architecture's tensors."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.names = LayerNames(anatomy.model, anatomy.stack_path)
+        self._path = anatomy.stack_path
+        self._known = {name for layer in anatomy.layers for name in layer.state_dict()}
+
+    def read_numbered(self, name: str) -> LayerTensor | None:
+        """Split a name; `None` when no tensor of a layer follows a number in it."""
+        return self._first_match(name.split("."), list(numbers_in(name)))
+
+    def read_unnumbered(self, name: str) -> LayerTensor | None:
+        """Split a name in a file that holds one layer, without a number."""
+        pieces = name.split(".")
+        return self._first_match(pieces, [(at, ".".join(pieces[:at]), 0) for at in range(len(pieces))], 1)
+
+    def _first_match(
+        self, pieces: list[str], splits: list[tuple[int, str, int]], shared: int = 0
+    ) -> LayerTensor | None:
+        """The first split after which a tensor of a layer stands, else the first with one that layers compute."""
+        for read in (self._weight, self._computed):
+            for at, prefix, number in splits:
+                found = read(pieces[at:])
+                if found is not None:
+                    return LayerTensor(".".join(pieces[: at + shared]) + ".", prefix, number, *found)
+        return None
+
+    def _weight(self, pieces: list[str]) -> tuple[str, str, str] | None:
+        for rest in _without_wrappers(pieces):
+            packed = next((end for end in _PACKED if rest.endswith(end)), "")
+            plain = rest.removesuffix(packed)
+            inside = self.names.inside_layer(f"{self._path}.0.{plain}")
+            if inside in self._known:
+                return plain, inside, packed
+        return None
+
+    def _computed(self, pieces: list[str]) -> tuple[str, None] | None:
+        if not any(piece.isdigit() for piece in pieces):  # else the number of the layer may come later
+            for rest in _without_wrappers(pieces):
+                if _COMPUTED.fullmatch(rest) or self.names.is_ignored(f"{self._path}.0.{rest}"):
+                    return rest, None
+        return None
+
+
+def numbers_in(name: str) -> Iterator[tuple[int, str, int]]:
+    """Yield each number in a dotted name: how many pieces end with it, what stands before it, and the number."""
+    pieces = name.split(".")
+    for at, piece in enumerate(pieces):
+        match = _NUMBER.fullmatch(piece)
+        if match is not None:
+            yield at + 1, ".".join([*pieces[:at], *([match[1]] if match[1] else [])]), int(match[2])
+
+
+def _without_wrappers(pieces: list[str]) -> Iterator[str]:
+    if pieces:
+        yield ".".join(pieces)
+        clean = [piece for piece in pieces if piece not in _WRAPPERS]
+        if clean and clean != pieces:
+            yield ".".join(clean)
