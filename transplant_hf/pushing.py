@@ -174,7 +174,7 @@ def _check_weights(folder: Path) -> tuple[int, int]:
     """Read every weight file of what was saved in a folder; return the number of its tensors, and their bytes."""
     names = recorded_files(folder)
     for index in (name for name in names if name.endswith(".index.json")):
-        shards = read_shard_index(folder / index, suffix=Path(index.removesuffix(".index.json")).suffix).values()
+        shards = read_shard_index(folder / index).values()
         missing = [name for name in sorted(set(shards)) if Path(index).with_name(name).as_posix() not in names]
         if missing:
             raise CheckpointError(f"{folder / index} names {missing[0]}, which is missing.")

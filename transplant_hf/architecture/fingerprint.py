@@ -95,35 +95,24 @@ def differences(was: Standing, became: Standing, places: Places) -> list[str]:
     lines = []
     for name in dict.fromkeys([*was.fingerprint, *became.fingerprint]):
         old, new = was.fingerprint.get(name, "absent"), became.fingerprint.get(name, "absent")
-        if old == new or _both_nan(old, new) or _renumbered(name, old, new, was, became):
-            continue
-        if _one_for_each(old, was) and _one_for_each(new, became):
-            continue  # the model's own list, which follows the layers
-        if _numbers_moved(old, new, places):
-            continue
-        lines.append(f"{name}: {old} became {new}")
+        both_nan = old != old and new != new
+        # The model's own list, which follows the layers, has an entry for each.
+        lists = isinstance(old, list) and isinstance(new, list)
+        own_lists = lists and (len(old), len(new)) == (was.num_layers, became.num_layers)
+        same = old == new or both_nan or own_lists or _numbers_moved(old, new, places)
+        if not same and not _renumbered(name, old, new, was, became):
+            lines.append(f"{name}: {old} became {new}")
     return lines
-
-
-def _both_nan(old: Any, new: Any) -> bool:
-    return isinstance(old, float) and isinstance(new, float) and old != old and new != new
-
-
-def _one_for_each(value: Any, standing: Standing) -> bool:
-    return isinstance(value, list) and len(value) == standing.num_layers
 
 
 def _numbers_moved(old: Any, new: Any, places: Places) -> bool:
     """Whether both list the same layers, or key something by them, under the numbers they have in each model."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return list(old.values()) == list(new.values()) and _numbers_moved(_as_numbers(old), _as_numbers(new), places)
+        before, after = ([int(key) if key.isdigit() else key for key in keyed] for keyed in (old, new))
+        return list(old.values()) == list(new.values()) and _numbers_moved(before, after, places)
     if not (isinstance(old, list) and isinstance(new, list) and len(old) == len(new)):
         return False
-    return all(isinstance(n, int) and after in places.get(n, ()) for n, after in zip(old, new, strict=True))
-
-
-def _as_numbers(keyed: dict[str, Any]) -> list[Any]:
-    return [int(key) if key.isdigit() else key for key in keyed]
+    return all(isinstance(n, int) and now in places.get(n, ()) for n, now in zip(old, new, strict=True))
 
 
 def _renumbered(name: str, old: Any, new: Any, was: Standing, became: Standing) -> bool:

@@ -124,11 +124,8 @@ class Follower:
         return self._sources[id(origin.anatomy)].get(name)
 
     def _list(self, name: str) -> list[Any]:
-        values = []
-        for origin in self.origins:
-            per_layer = self._of(origin, name)
-            values.append(per_layer[origin.index] if isinstance(per_layer, list | tuple) else per_layer)
-        return values
+        per_layer = [(self._of(origin, name), origin.index) for origin in self.origins]
+        return [value[index] if isinstance(value, list | tuple) else value for value, index in per_layer]
 
     def _numbers(self, name: str) -> list[int]:
         return [n for n, origin in enumerate(self.origins) if origin.index in (self._of(origin, name) or ())]
@@ -152,12 +149,9 @@ class Follower:
         runs = groupby(origin.anatomy.kind(origin.index) for origin in self.origins)
         borders = list(itertools.accumulate(len(list(run)) for _, run in runs))
         for name, value in self.fields.items():
-            if not is_whole(value) or not is_rule(name):
-                continue
-            if 0 <= value <= self.num_layers:
-                for number in dict.fromkeys([*borders, *(border - 1 for border in borders), 0, 1, len(self.origins)]):
-                    if number != value:
-                        yield {**followed, name: number}
+            if is_whole(value) and is_rule(name) and 0 <= value <= self.num_layers:
+                numbers = dict.fromkeys([*borders, *(border - 1 for border in borders), 0, 1, len(self.origins)])
+                yield from ({**followed, name: number} for number in numbers if number != value)
 
     def _build(self, changed: Fields) -> PreTrainedConfig | None:
         # Configuration classes edit the lists they are given.
@@ -230,10 +224,6 @@ def _lists_of(text: PreTrainedConfig, length: int) -> set[str]:
 
 
 def _computed_lists(text: PreTrainedConfig, num_layers: int) -> list[str]:
-    names = []
-    for name in dir(type(text)):
-        if not name.startswith("_") and isinstance(getattr(type(text), name, None), property):
-            value = getattr(text, name, None)
-            if isinstance(value, list) and len(value) == num_layers:
-                names.append(name)
-    return names
+    names = [name for name in dir(type(text)) if isinstance(getattr(type(text), name, None), property)]
+    values = {name: getattr(text, name, None) for name in names if not name.startswith("_")}
+    return [name for name, value in values.items() if isinstance(value, list) and len(value) == num_layers]

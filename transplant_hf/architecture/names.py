@@ -95,11 +95,8 @@ class LayerNames:
 def unpacked_conversions(model: Any) -> list[Any] | None:
     """Return the conversions that saving a loaded model reverts, without those that pack weights for a quantizer."""
     rules = getattr(model, "_weight_conversions", None)
-    return rules and [rule for rule in rules if not _packs(rule)]
-
-
-def _packs(rule: Any) -> bool:
-    return any(hasattr(operation, "hf_quantizer") for operation in getattr(rule, "operations", ()))
+    packs = [any(hasattr(one, "hf_quantizer") for one in getattr(rule, "operations", ())) for rule in rules or ()]
+    return rules and [rule for rule, packing in zip(rules, packs, strict=True) if not packing]
 
 
 _ADAPTER = re.compile(r"(?:^|\.)(?:lora_|ia3_|hada_|lokr_|oft_|boft_|vera_|adalora)")

@@ -30,7 +30,10 @@ def splice_config(recipient: Anatomy, origins: Sequence[LayerOrigin], rejected: 
     """Find the configuration under which the recipient's class builds these layers."""
     reasons = list(rejected)
     for config in itertools.islice(_candidates(recipient, origins), 1 if rejected else 0, None):
-        found = _build_and_compare(recipient, config, origins)
+        try:
+            found = layer_differences(recipient, build_on_meta(recipient.model_class, config), origins)
+        except BUILD_ERRORS as error:
+            found = [build_failure(recipient, error)]
         if not found:
             return SplicedConfig(config, True)
         reasons = reasons or found
@@ -46,14 +49,6 @@ def first_candidate(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> PreTr
 def _candidates(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> Iterator[PreTrainedConfig]:
     _refuse_second_first(recipient, origins)
     yield from Follower(recipient, origins).candidates()
-
-
-def _build_and_compare(recipient: Anatomy, config: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> list[str]:
-    try:
-        model = build_on_meta(recipient.model_class, config)
-    except BUILD_ERRORS as error:
-        return [build_failure(recipient, error)]
-    return layer_differences(recipient, model, origins)
 
 
 def build_failure(recipient: Anatomy, error: Exception) -> str:

@@ -32,12 +32,13 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def stated_layers(fields: Mapping[str, Any]) -> int | None:
     """Return the number of decoder layers that a `config.json` states; `None` if Transformers cannot read it."""
-    kind = CONFIG_MAPPING[fields["model_type"]] if fields.get("model_type") in CONFIG_MAPPING else None
+    if fields.get("model_type") not in CONFIG_MAPPING:
+        return None
     try:
-        config = kind.from_dict(copy.deepcopy(dict(fields))) if kind is not None else None
+        config = CONFIG_MAPPING[fields["model_type"]].from_dict(copy.deepcopy(dict(fields)))
     except BUILD_ERRORS:
         return None
-    return getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) if config is not None else None
+    return getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -73,13 +74,8 @@ def find_stack(model: PreTrainedModel, what: str = "") -> str:
                 "that each token sees later ones."
             )
         return of_decoder[0]
-    if not of_decoder:
-        raise CompatibilityError(
-            f"{name} is not a decoder-only model with one stack of layers: no list of layers found."
-        )
-    raise CompatibilityError(
-        f"{name} is not a decoder-only model with one stack of layers: it has several, {', '.join(of_decoder)}."
-    )
+    which = f"it has several, {', '.join(of_decoder)}" if of_decoder else "no list of layers found"
+    raise CompatibilityError(f"{name} is not a decoder-only model with one stack of layers: {which}.")
 
 
 def decoder_stack(model: nn.Module, path: str) -> nn.ModuleList:
@@ -102,9 +98,8 @@ def _outer_lists(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Modul
 
 def _holds_layers(module: nn.ModuleList) -> bool:
     # Every decoder layer in Transformers can be checkpointed; lists of projections or norms cannot.
-    return len(module) > 0 and all(
-        isinstance(layer, GradientCheckpointingLayer) or _old_block(layer) for layer in module
-    )
+    layers = [isinstance(layer, GradientCheckpointingLayer) or _old_block(layer) for layer in module]
+    return bool(layers) and all(layers)
 
 
 def _old_block(layer: nn.Module) -> bool:

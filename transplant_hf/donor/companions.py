@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +53,7 @@ _GROUPS = {
 _PATTERNS = tuple(pattern for patterns in _GROUPS.values() for pattern in patterns)
 # `auto_map` in these files names the code of a tokenizer or processor that Transformers has no class for.
 _CODE_NAMED_IN = ("tokenizer_config.json", "*processor_config.json")
-_MODULE = re.compile(r"\w+")
+_CLASS = re.compile(r'"(\w+)\.\w+"')  # not one of another repository, "user/model--module.Class"
 _IMPORTED = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 _MAX_BYTES = 1 << 28  # the largest tokenizers have about 40 MB
 # At least one of these is in the cache if any file of a model is.
@@ -211,24 +212,15 @@ def code_named_in(folder: Path, configs: Sequence[Path] | None = None) -> set[st
         configs = [path for path in folder.iterdir() if _matches(path.name, _CODE_NAMED_IN)]
     named: set[str] = set()
     for path in configs:
-        for entry in _entries(read_json(path, "the configuration of a tokenizer or processor").get("auto_map")):
-            named.add(entry.rpartition(".")[0])  # a class of another repository, "user/model--module.Class"
+        auto_map = read_json(path, "the configuration of a tokenizer or processor").get("auto_map")
+        named |= set(_CLASS.findall(json.dumps(auto_map, ensure_ascii=False)))
     found: set[str] = set()
     while named:
-        files = {f"{name}.py" for name in named if _MODULE.fullmatch(name)} - found - {CODE_FILE}
+        files = {f"{name}.py" for name in named} - found - {CODE_FILE}
         found |= files
         there = [folder / name for name in files if (folder / name).is_file()]
         named = {name for path in there for name in _IMPORTED.findall(path.read_text("utf-8", errors="replace"))}
     return found
-
-
-def _entries(value: Any) -> list[str]:
-    """The class references in an `auto_map`, which has one or several for each class."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list):
-        return [entry for item in value for entry in _entries(item)]
-    return [value] if isinstance(value, str) else []
 
 
 def _users_groups(target: Path, cache_dir: str | None) -> _Groups:

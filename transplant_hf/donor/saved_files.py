@@ -142,8 +142,7 @@ def _model_files(folder: Path) -> set[str]:
         if index != weights and (folder / weights).is_file():
             return {*_MODEL_CONFIGS, weights}
         if (folder / index).is_file():
-            suffix = Path(index.removesuffix(".index.json")).suffix
-            return {*_MODEL_CONFIGS, index, *read_shard_index(folder / index, suffix=suffix).values()}
+            return {*_MODEL_CONFIGS, index, *read_shard_index(folder / index).values()}
     return _MODEL_CONFIGS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,18 +115,12 @@ class FileTensors:
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
-        self._infos = dict(self._read_headers())
-
-    def _read_headers(self) -> Iterator[tuple[str, TensorInfo]]:
-        seen: dict[str, Path] = {}
-        for path in self.files:
-            with open_safetensors(path) as file:
-                for name in file.keys():  # noqa: SIM118 - a safetensors file, not a dict
-                    if name in seen:
-                        raise CheckpointError(f"tensor {name!r} is in both {seen[name]} and {path}.")
-                    seen[name] = path
-                    part = file.get_slice(name)
-                    yield name, TensorInfo(tuple(part.get_shape()), part.get_dtype(), path, name)
+        self._infos: dict[str, TensorInfo] = {}
+        for path in files:
+            for name, part in slices_of(path).items():
+                if name in self._infos:
+                    raise CheckpointError(f"tensor {name!r} is in both {self._infos[name].file} and {path}.")
+                self._infos[name] = TensorInfo(tuple(part.get_shape()), part.get_dtype(), path, name)
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Return the header of every tensor."""
@@ -134,17 +128,14 @@ class FileTensors:
 
     def slices(self) -> Mapping[str, Any]:
         """Map the files again: a donor that is used twice must not share memory with itself."""
-        slices: dict[str, Any] = {}
-        for path in self.files:
-            file = open_safetensors(path)
-            slices.update({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
-        return slices
+        return {name: part for path in self.files for name, part in slices_of(path).items()}
 
 
-def open_safetensors(path: Path) -> Any:
-    """Open a safetensors file by its header."""
+def slices_of(path: Path) -> dict[str, Any]:
+    """Open a safetensors file by its header: a lazy tensor for each name."""
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        file = safe_open(path, framework="pt", device="cpu")
+        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - a safetensors file, not a dict
     except FileNotFoundError as error:
         raise CheckpointError(f"weights are missing: {path}") from error
     except SafetensorError as error:
@@ -156,22 +147,20 @@ def open_safetensors(path: Path) -> Any:
 def open_donor_files(folder: Path) -> FileTensors:
     """Open a donor's weight files, one or sharded, by their headers."""
     index = folder / DONOR_INDEX
-    if index.exists():
-        weight_map = read_shard_index(index)
-        store = FileTensors([folder / name for name in sorted(set(weight_map.values()))])
-        shards: dict[str, list[str]] = {}
-        for name, info in store.infos().items():
-            shards.setdefault(info.file.name if info.file else "", []).append(name)
-        check_shards(weight_map, shards, str(index))
-        return store
-    if not (folder / DONOR_FILE).exists():
-        raise CheckpointError(f"no donor weights in {folder}: neither {DONOR_FILE} nor {DONOR_INDEX}.")
-    return FileTensors([folder / DONOR_FILE])
+    if not index.exists():
+        if not (folder / DONOR_FILE).exists():
+            raise CheckpointError(f"no donor weights in {folder}: neither {DONOR_FILE} nor {DONOR_INDEX}.")
+        return FileTensors([folder / DONOR_FILE])
+    weight_map = read_shard_index(index)
+    store = FileTensors([folder / name for name in sorted(set(weight_map.values()))])
+    shards = {path.name: [name for name, info in store.infos().items() if info.file == path] for path in store.files}
+    check_shards(weight_map, shards, str(index))
+    return store
 
 
-def read_shard_index(path: Path, where: str | None = None, suffix: str = ".safetensors") -> dict[str, str]:
+def read_shard_index(path: Path, where: str | None = None) -> dict[str, str]:
     """Read the index of a sharded checkpoint: which file holds which tensor."""
-    where = where or str(path)
+    where, suffix = where or str(path), Path(path.name.removesuffix(".index.json")).suffix
     weight_map = read_json(path, "the shard index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where} has no weight_map.")

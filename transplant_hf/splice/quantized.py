@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import LayerNames
 from ..layer_map import RECIPIENT
-from .blueprint import Blueprint, DonorPart
+from .blueprint import Blueprint
 
 # Where quantizers keep the names of modules that stay in full precision.
 SKIP_FIELDS = ("modules_to_not_convert", "llm_int8_skip_modules")
@@ -24,8 +24,10 @@ def follow_quantization(config: PreTrainedConfig, blueprint: Blueprint) -> PreTr
     fields = getattr(config, "quantization_config", None)
     if not isinstance(fields, dict):
         return config
+    packed = [any(marker in name for name in part.donor.infos() for marker in QUANTIZED) for part in blueprint.parts]
+    plain = {part.name for part, is_packed in zip(blueprint.parts, packed, strict=True) if not is_packed}
     config = copy.deepcopy(config)
-    config.quantization_config = _renumbered(fields, blueprint, _full_precision(blueprint))
+    config.quantization_config = _renumbered(fields, blueprint, plain)
     return config
 
 
@@ -62,21 +64,12 @@ def _kept_by_default(model: PreTrainedModel) -> list[str]:
     return list(dict.fromkeys(name.removesuffix(".weight") for name in (*tied, *last, *heads)))
 
 
-def _full_precision(blueprint: Blueprint) -> set[str]:
-    return {part.name for part in blueprint.parts if not _is_quantized(part)}
-
-
-def _is_quantized(part: DonorPart) -> bool:
-    return any(marker in name for name in part.donor.infos() for marker in QUANTIZED)
-
-
 def _moved(name: str, names: LayerNames, blueprint: Blueprint) -> list[str]:
     """A module's name after renumbering; empty if its layer is gone, unchanged if it names no single layer."""
-    parts = names.split(f"{name}.weight")
+    parts, places = names.split(f"{name}.weight"), _places(blueprint)
     if parts is None:
         return [name]
-    place = _places(blueprint).get(parts.number)
-    return [] if place is None else [parts.at(place).removesuffix(".weight")]
+    return [parts.at(places[parts.number]).removesuffix(".weight")] if parts.number in places else []
 
 
 def _places(blueprint: Blueprint) -> dict[int, int]:
@@ -95,11 +88,6 @@ def renumber_metadata(metadata: Mapping[str, str], names: LayerNames, blueprint:
             moved[parts.at(places[parts.number])] = value
     if "tensor_names" in metadata:
         listed = [names.split(name) or name for name in json.loads(metadata["tensor_names"])]
-        moved["tensor_names"] = json.dumps(
-            [
-                name if isinstance(name, str) else name.at(places[name.number])
-                for name in listed
-                if isinstance(name, str) or name.number in places
-            ]
-        )
+        kept = [name for name in listed if isinstance(name, str) or name.number in places]
+        moved["tensor_names"] = json.dumps([n if isinstance(n, str) else n.at(places[n.number]) for n in kept])
     return moved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers.modeling_utils import load_state_dict
 
 from ..architecture import LayerNames
 from ..display import some_of
-from ..donor.tensors import layer_of, open_safetensors, read_shard_index
+from ..donor.tensors import layer_of, read_shard_index, slices_of
 from ..errors import CheckpointError
 from ..layer_map import RECIPIENT
 from ..numeric import is_finite
@@ -86,7 +87,7 @@ def checkpoint_files(reference: str, revision: str | None, hub: HubOptions) -> l
         source = locate(reference, files=("config.json", whole, index), revision=revision, hub=hub)
         names = [whole]
         if not (source.folder / whole).is_file() and (source.folder / index).is_file():
-            names = sorted(set(read_shard_index(source.folder / index, suffix=Path(whole).suffix).values()))
+            names = sorted(set(read_shard_index(source.folder / index).values()))
             if source.from_hub:
                 locate(reference, files=names, revision=source.revision, hub=hub)
         files = [source.folder / name for name in names]
@@ -107,10 +108,9 @@ def open_checkpoint(
         elif disable_mmap:
             tensors.update(load_safetensors_bytes(Path(path).read_bytes()))
         else:
-            file = open_safetensors(Path(path))
-            for name in file.keys():  # noqa: SIM118 - a safetensors file, not a dict
-                tensors[name] = file.get_slice(name)
-                provenance[name] = Provenance(path, name)
+            slices = slices_of(Path(path))
+            tensors.update(slices)
+            provenance.update({name: Provenance(path, name) for name in slices})
     return tensors, provenance
 
 
@@ -123,12 +123,12 @@ def merge_weights(
     """Renumber the recipient's layers and insert the donors'."""
     places = {stage.slot: number for number, stage in enumerate(blueprint.built)}
     merged = MergedWeights({}, {}, {}, [])
-    prefixes: dict[str, int] = {}
+    prefixes: Counter[str] = Counter()
     for raw, tensor in recipient.items():
         parts = names.split(raw)
         new = raw
         if parts is not None:
-            prefixes[parts.prefix] = prefixes.get(parts.prefix, 0) + 1
+            prefixes[parts.prefix] += 1
             place = places.get((RECIPIENT, parts.number))  # type: ignore[call-overload]
             if place is None and parts.number < blueprint.recipient.num_layers:
                 continue
@@ -143,8 +143,7 @@ def merge_weights(
             f"no tensor of the checkpoint of {blueprint.recipient.what} belongs to a layer of "
             f"{blueprint.recipient.stack_path}; is it the checkpoint of another model?"
         )
-    prefix = max(prefixes, key=lambda key: prefixes[key])
-    _add_donors(merged, blueprint, prefix)
+    _add_donors(merged, blueprint, prefix=prefixes.most_common(1)[0][0])
     return merged
 
 
