@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,26 +241,21 @@ def _empty_model(anatomy: Anatomy, donor: Donor) -> PreTrainedModel:
         )
     spliced.config.dtype = _main_dtype(donor.part([0]))
     model = build_on_meta(anatomy.model_class, spliced.config).to_empty(device="cpu")
-    large = {
-        id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None
-    }
-    with torch.no_grad():
-        parameter: Any
-        for parameter in model.parameters():
-            parameter._is_hf_initialized = True
-            if id(parameter) not in large:
-                parameter.zero_()
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    large = {id(part.weight) for part in ends if part is not None}
+    parameter: Any
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+        if id(parameter) not in large:
+            parameter.data.zero_()
     initialize(model, anatomy.model_class)  # the buffers
     model.tie_weights()
     return model.eval()
 
 
 def _main_dtype(donor: Donor) -> torch.dtype:
-    """The type of most numbers: some norms are kept in another, and the order of tensors says nothing."""
-    counts: Counter[str] = Counter()
-    for _, info in sorted(donor.infos().items()):
-        counts[info.dtype] += info.num_elements
-    dtype = loaded_dtype(counts.most_common(1)[0][0])
+    """The type of the largest tensor: some norms are kept in another, and the order of tensors says nothing."""
+    dtype = loaded_dtype(max(donor.infos().values(), key=lambda info: info.num_elements).dtype)
     if dtype.itemsize == 1:
         raise ConfigurationError(f"donor {donor}: no layer runs in {dtype}; convert it without verifying outputs.")
     return dtype
@@ -332,16 +326,10 @@ def convert_seeds(
         path = found.folder / seed.folder / _WEIGHTS
         if not path.exists():
             raise CheckpointError(f"{found} has no {files[0]}; the files must be as in {CHECKPOINTS}.")
-        conversion = convert(
-            path,
-            seed.recipient,
-            Path(output) / seed.name,
-            layers=seed.layers,
-            position=seed.position,
-            name=seed.name,
-            push_to=f"{push_to}/{seed.name}" if push_to else None,
-            overwrite=overwrite,
-            **options,
+        donor: dict[str, Any] = {"layers": seed.layers, "position": seed.position, "name": seed.name}
+        repo_id = f"{push_to}/{seed.name}" if push_to else None
+        place = Path(output) / seed.name
+        conversions.append(
+            convert(path, seed.recipient, place, push_to=repo_id, overwrite=overwrite, **donor, **options)
         )
-        conversions.append(conversion)
     return conversions

@@ -125,14 +125,13 @@ def _files_in(folder: Path, only: Collection[str] | None) -> dict[str, Path]:
         path = folder / name
         # A link to a folder may lead to files that are meant.
         meant = only is None or name in only or (path.is_symlink() and any(one.startswith(f"{name}/") for one in only))
-        if not meant or any(part.startswith(".") for part in name.split("/")):
-            continue
-        if path.is_symlink():
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if meant and not hidden and path.is_symlink():
             raise ConfigurationError(
                 f"{path} is a link to {path.readlink()}; links are not uploaded. Put a copy of the file in its place, "
                 "or remove it. Nothing was uploaded."
             )
-        if path.is_file():
+        if meant and not hidden and path.is_file():
             found[name] = path
     return found
 
@@ -145,12 +144,9 @@ def _changes(
     files: Mapping[str, Path], present: Mapping[str, RepoSibling], replaced: Callable[[Sequence[str]], set[str]]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """What turns a repository's files into those of a folder, by their hashes."""
-    gone = sorted(replaced(list(present)) - set(files))
+    gone = [CommitOperationDelete(name) for name in sorted(replaced(list(present)) - set(files))]
     changed = {name: path for name, path in files.items() if not _is_same(path, present.get(name))}
-    return [
-        *(CommitOperationDelete(name) for name in gone),
-        *(CommitOperationAdd(name, str(path)) for name, path in changed.items()),
-    ]
+    return [*gone, *(CommitOperationAdd(name, str(path)) for name, path in changed.items())]
 
 
 def _is_same(path: Path, sibling: RepoSibling | None) -> bool:
@@ -165,9 +161,5 @@ def _is_same(path: Path, sibling: RepoSibling | None) -> bool:
 
 def _present(api: HfApi, repo_id: str, found: ModelInfo, commit_message: str) -> CommitInfo:
     logger.info(f"{repo_id} holds all of this already, at {found.sha}; nothing was uploaded.")
-    return CommitInfo(
-        commit_url=f"{api.endpoint}/{repo_id}/commit/{found.sha}",
-        commit_message=commit_message,
-        commit_description="",
-        oid=str(found.sha),
-    )
+    url = f"{api.endpoint}/{repo_id}/commit/{found.sha}"
+    return CommitInfo(commit_url=url, commit_message=commit_message, commit_description="", oid=str(found.sha))

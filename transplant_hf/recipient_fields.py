@@ -14,15 +14,8 @@ from .errors import BUILD_ERRORS, ConfigurationError
 
 # The fields of a transplant's own configuration. Every other field is one of the recipient's configuration.
 OWN_FIELDS = {
-    *(
-        "recipient",
-        "recipient_revision",
-        "recipient_overrides",
-        "recipient_quantization",
-        "donors",
-        "format_version",
-        "composition",
-    ),
+    *("recipient", "recipient_revision", "recipient_overrides", "recipient_quantization"),
+    *("donors", "format_version", "composition"),
     *("architectures", "tokenizer_class", "transformers_version", "model_type", "auto_map", "name_or_path"),
 }
 _MISSING = object()
@@ -30,15 +23,12 @@ _MISSING = object()
 
 def checked_overrides(found: Any, where: str) -> dict[str, Any]:
     """Return fields of a recipient's configuration, after a check."""
-    wrong = (
-        [name for name in found if not isinstance(name, str) or name in OWN_FIELDS or name.startswith("_")]
-        if isinstance(found, Mapping)
-        else [found]
-    )
+    names = found if isinstance(found, Mapping) else [None]
+    wrong = [name for name in names if not isinstance(name, str) or name in OWN_FIELDS or name.startswith("_")]
     if wrong:
         raise ConfigurationError(
             f"recipient_overrides in {where} must be an object with fields of the recipient's configuration, got "
-            f"{wrong[0]!r}, which cannot be set there."
+            f"{wrong[0] if isinstance(found, Mapping) else found!r}, which cannot be set there."
         )
     return dict(found)
 

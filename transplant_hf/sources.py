@@ -67,10 +67,7 @@ class HubOptions:
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> HubOptions:
         """Pick the fields out of the keyword arguments of a `from_pretrained` call."""
-        named = {
-            field.name: kwargs[field.name] for field in dataclasses.fields(cls) if kwargs.get(field.name) is not None
-        }
-        return cls(**named)
+        return cls(**{name: kwargs[name] for name in vars(cls()) if kwargs.get(name) is not None})
 
     def as_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of huggingface_hub's download functions."""
@@ -108,24 +105,18 @@ def locate(
     hub = hub or HubOptions()
     folder = points_to_folder(reference, relative_to, revision)
     if folder is not None:
-        remote = relative_to is not None and relative_to.from_hub
-        if folder.is_file() and not remote:
-            hint = " Make a donor of it first: transplant-hf convert FILE OUTPUT --recipient RECIPIENT."
-            hint = hint if folder.suffix in (".pt", ".pth", ".bin") else ""
-            raise ConfigurationError(f"{reference!r} is a file; name a folder or a Hub id.{hint}")
-        if not folder.is_dir() and not remote:
-            raise ConfigurationError(f"{reference!r} is neither a folder (looked for {folder}) nor a Hub id.")
-        if relative_to is not None and remote:
+        if relative_to is not None and relative_to.from_hub:
             # A folder of the same repository, whose files may not have been downloaded yet.
             parts = [relative_to.subfolder, os.path.relpath(folder, relative_to.folder.resolve()), subfolder]
             inner = os.path.normpath(os.path.join(*filter(None, parts)))
-            return locate(
-                relative_to.reference,
-                files=files,
-                revision=relative_to.revision,
-                subfolder=None if inner == "." else inner,
-                hub=hub,
-            )
+            pinned, inside = relative_to.revision, None if inner == "." else inner
+            return locate(relative_to.reference, files=files, revision=pinned, subfolder=inside, hub=hub)
+        if folder.is_file():
+            hint = " Make a donor of it first: transplant-hf convert FILE OUTPUT --recipient RECIPIENT."
+            hint = hint if folder.suffix in (".pt", ".pth", ".bin") else ""
+            raise ConfigurationError(f"{reference!r} is a file; name a folder or a Hub id.{hint}")
+        if not folder.is_dir():
+            raise ConfigurationError(f"{reference!r} is neither a folder (looked for {folder}) nor a Hub id.")
         return Source(str(folder) if reference == "." else reference, _inside(folder, subfolder), subfolder=subfolder)
     patterns = [f"{subfolder}/{name}" for name in files] if subfolder else list(files)
     snapshot = _download(reference, revision, hub, patterns)
@@ -145,16 +136,8 @@ def _download(
 ) -> Path:
     """Download the files of a repository that match, and return the folder of its commit in the cache."""
     with _cache_errors(reference, revision, hub), hub_errors(reference, revision, or_folder=revision is None):
-        return Path(
-            snapshot_download(
-                reference,
-                revision=revision,
-                allow_patterns=list(patterns),
-                ignore_patterns=ignore,
-                tqdm_class=_Bar,
-                **hub.as_kwargs(),
-            )
-        )
+        which: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": ignore}
+        return Path(snapshot_download(reference, revision=revision, tqdm_class=_Bar, **which, **hub.as_kwargs()))
 
 
 def commit_of(reference: str, revision: str | None, hub: HubOptions, file: str | None = None) -> str:

@@ -63,10 +63,7 @@ _Groups = dict[str, dict[str, Path]]
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file belongs to a model's tokenizer, processor or generation, by its path in the model's folder.
-
-    The code of a tokenizer or processor is not known by its name: see `code_named_in`.
-    """
+    """Whether a file belongs to tokenizer, processor or generation, by its path; code has any name: `code_named_in`."""
     return _group_of(name) is not None
 
 
@@ -101,15 +98,13 @@ def copy_companions(
 
 def kept_in_repository(folder: Path, names: Sequence[str], fetch: Callable[[str], Path]) -> set[str]:
     """Return the files of a folder that a push must not send, because the repository has its own tokenizer."""
-    theirs = {group: [name for name in names if _group_of(name) == group] for group in ("tokenizer", "processor")}
-    if not any(theirs.values()):
-        return set()
-    before = _recipient_named_in(fetch("config.json"), None, None) if "config.json" in names else None
-    ours, kept = _groups_in(folder), set[str]()
-    for group, files in theirs.items():
+    kept: set[str] = set()
+    for group in ("tokenizer", "processor"):
+        files = [name for name in names if _group_of(name) == group]
+        before = _recipient_named_in(fetch("config.json"), None, None) if files and "config.json" in names else None
         # Copies of the recipient's files came with an earlier push.
         if files and (before is None or not _are_copies({name: fetch(name) for name in files}, before)):
-            kept |= set(ours.get(group, {})) if _is_whole(group, files) else set(files)
+            kept |= set(_groups_in(folder).get(group, {})) if _is_whole(group, files) else set(files)
     return kept
 
 
@@ -157,10 +152,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def tokenizer_class(model_type: str, folder: Path) -> str | None:
-    """Return the tokenizer's class if only the recipient's model type tells it, as for the original GPT-2.
-
-    A transplant has another model type, so its `config.json` must name the class.
-    """
+    """Return the tokenizer's class that a transplant must name, because only the recipient's model type tells it."""
     path = folder / "tokenizer_config.json"
     if path.exists() and read_json(path, "the tokenizer's configuration").get("tokenizer_class"):
         return None
@@ -255,15 +247,10 @@ def _without_stale_templates(files: dict[str, Path], recipients: Mapping[str, Pa
 
     An earlier save put them there, and a tokenizer that is saved to the folder does not remove them.
     """
-    own, theirs = files.get(_TEMPLATE), recipients.get(_TEMPLATE)
-    if own is None or theirs is None or _equal(own, theirs):
+    if not {_TEMPLATE} <= files.keys() & recipients.keys() or _equal(files[_TEMPLATE], recipients[_TEMPLATE]):
         return files
-    stale = [
-        name
-        for name, path in files.items()
-        if name.startswith(f"{NAMED_TEMPLATES}/") and name in recipients and _equal(path, recipients[name])
-    ]
-    if stale:
+    named = [name for name in files if name.startswith(f"{NAMED_TEMPLATES}/") and name in recipients]
+    if stale := [name for name in named if _equal(files[name], recipients[name])]:
         logger.warning(
             f"{target} has its own chat template, so the recipient's named templates are not copied: "
             f"{', '.join(stale)}. Copy them there if you need them."

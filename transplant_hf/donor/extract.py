@@ -48,16 +48,10 @@ def layers_of_model(
     count = len(decoder_stack(model, path))
     numbers = ascending_layers(layers, "layers", count=count)
     # A transplant's layers come from several models, which its configuration does not tell.
-    record_in_transplant = getattr(model, "_record_of_layers", None)
-    known = record_in_transplant(numbers, name) if record_in_transplant is not None else None
-    record, place = known or (
-        DonorRecord.of_layers(
-            config_of_weights(model),
-            layer_indices=tuple(numbers),
-            source_id=model.config.name_or_path or None,
-            source_revision=revision,
-            name=name,
-        ),
+    record_in_transplant: Any = getattr(model, "_record_of_layers", lambda numbers, name: None)
+    known = {"layer_indices": tuple(numbers), "source_id": model.config.name_or_path or None, "name": name}
+    record, place = record_in_transplant(numbers, name) or (
+        DonorRecord.of_layers(config_of_weights(model), source_revision=revision, **known),
         None,
     )
     constants: Mapping[int, Mapping[str, float]] = {}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..architecture import Anatomy, open_recipient
+from ..architecture import open_recipient
 from ..errors import CheckpointError, ConfigurationError
 from ..layer_map import check_position, paper_position
 from ..numeric import is_whole, shown
@@ -40,8 +39,7 @@ class PtTensors:
         infos = {}
         for name, stored in self._names.items():
             if isinstance(stored, Packed):
-                experts, outputs, groups, half = self._file.tensors[stored.blocks].shape
-                infos[name] = TensorInfo((experts, groups * half * 2, outputs), "BF16")
+                infos[name] = TensorInfo(_unpacked_shape(self._file.tensors[stored.blocks].shape), "BF16")
             else:
                 tensor = self._file.tensors[stored]
                 infos[name] = TensorInfo(tensor.shape, stored_dtype(tensor.dtype, name))
@@ -62,6 +60,11 @@ class PtTensors:
         return [name for pair in pairs for name in pair]
 
 
+def _unpacked_shape(blocks: Sequence[int]) -> tuple[int, int, int]:
+    experts, outputs, groups, half = blocks
+    return experts, groups * half * 2, outputs
+
+
 class _Unpacked:
     """A tensor in MXFP4, which becomes bf16 when it is read."""
 
@@ -72,8 +75,7 @@ class _Unpacked:
 
     def get_shape(self) -> list[int]:
         """Experts, inputs, outputs."""
-        experts, outputs, groups, half = self._blocks.shape
-        return [experts, groups * half * 2, outputs]
+        return list(_unpacked_shape(self._blocks.shape))
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         experts = index if isinstance(index, slice) else slice(None)
@@ -81,8 +83,7 @@ class _Unpacked:
         return unpacked.contiguous() if isinstance(index, slice) else unpacked[index].contiguous()
 
 
-@dataclasses.dataclass(frozen=True)
-class MatchedFile:
+class MatchedFile(NamedTuple):
     """A `.pt` file whose tensors were matched with the layers of its source model."""
 
     record: DonorRecord
@@ -106,11 +107,16 @@ def match_pt_file(
     """Open a `.pt` file and find the donor in it; see `Donor.from_pt`."""
     file = PtFile(path)
     recorded = _metadata(metadata, file.path)
-    source, fields, anatomy = _source_model(recipient, revision, hub)
+    reference = Path(recipient).expanduser()
+    source = locate_with_companions(
+        str(reference.absolute().parent) if reference.is_file() else os.fspath(recipient), revision=revision, hub=hub
+    )
+    model = open_recipient(source.reference, source.revision, hub)
+    anatomy = model.anatomy()
     layout = match_layers(file.tensors, anatomy, _recorded_layers(recorded, file), layers, str(file.path))
     record = DonorRecord(
         model_type=anatomy.config.model_type,
-        source_config=fields,
+        source_config=dict(model.fields),
         layer_indices=layout.layers,
         source_id=source.reference,
         source_revision=source.revision,
@@ -121,17 +127,6 @@ def match_pt_file(
     return MatchedFile(
         record, PtTensors(file, layout), position, anatomy.num_layers, layout, source, tuple(file.classes)
     )
-
-
-def _source_model(
-    recipient: str | os.PathLike[str], revision: str | None, hub: HubOptions
-) -> tuple[Source, dict[str, Any], Anatomy]:
-    reference = os.fspath(recipient)
-    if Path(reference).expanduser().is_file():
-        reference = str(Path(reference).expanduser().absolute().parent)
-    source = locate_with_companions(reference, revision=revision, hub=hub)
-    model = open_recipient(source.reference, source.revision, hub)
-    return source, dict(model.fields), model.anatomy()
 
 
 def _metadata(metadata: Mapping[str, Any] | str | os.PathLike[str] | None, file: Path) -> dict[str, Any]:

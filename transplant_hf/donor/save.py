@@ -54,11 +54,11 @@ def donor_folders(names: Sequence[str], foreign: Collection[str] = ()) -> list[s
     if len(names) == 1:
         return [None]
     found: list[str | None] = []
-    used = {RECIPIENT_FOLDER, *foreign}
+    used = {RECIPIENT_FOLDER, *COMPANION_FOLDERS, *foreign}
     for number, name in enumerate(names, start=1):
+        key = name.casefold()
         plain = _FOLDER.fullmatch(name) and len(name.encode()) <= _LONGEST_FOLDER
-        is_recipients = is_companion(name.casefold()) or name.casefold() in COMPANION_FOLDERS
-        if not plain or is_recipients or name.casefold() in used or name.partition(".")[0].casefold() in _DEVICES:
+        if not plain or is_companion(key) or key in used or key.partition(".")[0] in _DEVICES:
             name = f"donor-{number}"
             while name in used or name in {other.casefold() for other in names}:
                 name = f"{name}-{number}"
@@ -135,7 +135,12 @@ def write_donor_repo(
     strength = donor.strength if strength is None else strength
     spec = DonorSpec(".", position, mode or donor.mode, name=name, strength=strength)
     files = at_hand(donor.companions_in(recipient), revision or ("main" if recorded_on_hub else None))
-    num_layers = _layers_of_recipient(donor, recipient, files)
+    fields: Mapping[str, Any] = {}
+    if recipient == donor.record.source_id:
+        fields = donor.record.source_config
+    elif files is not None and (files / "config.json").exists():
+        fields = read_json(files / "config.json", "the recipient's config.json")
+    num_layers = stated_layers(fields)
     if num_layers is not None:  # a splice checks positions
         Splice(num_layers, [Placement.of(spec, donor.record.layer_indices)])
     config = TransplantConfig(
@@ -161,20 +166,10 @@ def write_donor_repo(
     write_card(card, staging, folder)
 
 
-def _layers_of_recipient(donor: Donor, recipient: str, files: Path | None) -> int | None:
-    """The number of layers of a recipient, if that is known without a download."""
-    if recipient == donor.record.source_id:
-        return stated_layers(donor.record.source_config)
-    path = files / "config.json" if files is not None else None
-    return stated_layers(read_json(path, "the recipient's config.json")) if path is not None and path.exists() else None
-
-
 def write_donor(folder: Path, record: DonorRecord, store: TensorStore, max_shard_size: int | str) -> DonorRecord:
     """Write a donor's weights and record into a folder, and return the record with the files' sha256."""
     infos, parts = store.infos(), store.slices()
-    shapes = {
-        name: torch.empty(info.shape, dtype=loaded_dtype(info.dtype), device="meta") for name, info in infos.items()
-    }
+    shapes = {name: torch.empty(one.shape, dtype=loaded_dtype(one.dtype), device="meta") for name, one in infos.items()}
     split = split_torch_state_dict_into_shards(
         shapes,
         filename_pattern="donor{suffix}.safetensors",
