@@ -10,19 +10,6 @@ from collections.abc import Iterable
 
 from huggingface_hub.errors import StrictDataclassError
 
-__all__ = [
-    "BUILD_ERRORS",
-    "CheckpointError",
-    "CompatibilityError",
-    "ConfigurationError",
-    "DataError",
-    "HubError",
-    "IntegrityError",
-    "TrainingError",
-    "TransplantError",
-]
-
-
 # What model and configuration classes raise for a configuration they cannot build: any of these, as their code differs.
 # The error is never dropped; it becomes the reason why a configuration was rejected.
 BUILD_ERRORS = (

@@ -2,7 +2,7 @@
 
 from .anatomy import Anatomy, LayerOrigin
 from .identity import output_weights
-from .names import LayerNames, LayerTensorName
+from .names import LayerNames
 from .native import SplicedConfig, build_failure, first_candidate, layer_differences, splice_config
 from .quantized import (
     check_gguf_reader,
@@ -32,7 +32,6 @@ __all__ = [
     "Anatomy",
     "LayerNames",
     "LayerOrigin",
-    "LayerTensorName",
     "Recipient",
     "SplicedConfig",
     "apply_overrides",
