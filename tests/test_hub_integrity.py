@@ -44,7 +44,7 @@ def outside(cache: Path) -> list[str]:
 
 def cached(donor: Donor) -> Path:
     """The blob that holds a donor's weights, made writable."""
-    path = donor.weight_files()[0].resolve()
+    path = (donor.source.folder / next(iter(donor.record.files))).resolve()
     path.chmod(0o644)
     return path
 

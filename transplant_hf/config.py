@@ -90,28 +90,29 @@ class DonorSpec:
     defaults: frozenset[str] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "donor", _text(self.donor, "donor", 'a Hub id, a folder or "."'))
+        own = vars(self)  # which a frozen object can be changed by
+        own["donor"] = _text(self.donor, "donor", 'a Hub id, a folder or "."')
         for field in ("revision", "subfolder", "name"):
-            if getattr(self, field) is not None:
-                object.__setattr__(self, field, _text(getattr(self, field), f"{field} of donor {self.donor!r}"))
-        defaults = {name for name in ("mode", "strength", "name") if getattr(self, name) is None}
+            if own[field] is not None:
+                own[field] = _text(own[field], f"{field} of donor {self.donor!r}")
+        defaults = {name for name in ("mode", "strength", "name") if own[name] is None}
         if (self.donor, self.name) == (".", "donor"):  # before the name of its repository is known
             defaults.add("name")
-        object.__setattr__(self, "defaults", frozenset(defaults))
+        own["defaults"] = frozenset(defaults)
         if self.position is not None:
-            for name, default in (("mode", "insert"), ("strength", 1.0)):
-                if getattr(self, name) is None:
-                    object.__setattr__(self, name, default)
-            self._check_position()
+            usual = {"mode": "insert", "strength": 1.0}
+            own.update({name: default for name, default in usual.items() if own[name] is None})
+            own["position"] = self._checked_position()
         if self.mode is not None and (not isinstance(self.mode, str) or self.mode not in _MODES):
             raise ConfigurationError(f"mode of donor {self.donor!r} must be one of {_MODES}, got {self.mode!r}.")
         if self.strength is not None:
+            own["strength"] = finite_number(self.strength, f"strength of donor {self.donor!r}")
             self._check_strength()
         if self.layers is not None:
             what = f"layers of donor {self.donor!r}, counted from 0 in the donor,"
-            object.__setattr__(self, "layers", tuple(consecutive_layers(self.layers, what, "[0, 1]")))
+            own["layers"] = tuple(consecutive_layers(self.layers, what, "[0, 1]"))
         if self.name is None:
-            object.__setattr__(self, "name", _default_name(self.donor, self.subfolder))
+            own["name"] = _default_name(self.donor, self.subfolder)
         elif not _PLAIN_NAME.fullmatch(self.name):
             raise ConfigurationError(
                 f"name of donor {self.donor!r} must also be a valid name of a folder, got '{self.name}'."
@@ -121,23 +122,20 @@ class DonorSpec:
         """Return a copy with other values for some fields, such as `position=2`; a default name follows them."""
         return dataclasses.replace(self, **{**({"name": None} if "name" in self.defaults else {}), **changes})
 
-    def _check_position(self) -> None:
+    def _checked_position(self) -> Position:
         what = f"position of donor {self.donor!r}"
-        if isinstance(self.position, list | tuple):
-            found = tuple(whole_number(value, what) for value in self.position)
-            if not found or list(found) != sorted(set(found)):
-                raise ConfigurationError(f"{what} must be a number, or several in ascending order, got {list(found)}.")
-        else:
-            found = (whole_number(self.position, what),)
+        several = self.position if isinstance(self.position, list | tuple) else [self.position]
+        found = tuple(whole_number(value, what) for value in several)
+        if not found or list(found) != sorted(set(found)):
+            raise ConfigurationError(f"{what} must be a number, or several in ascending order, got {list(found)}.")
         if found[0] < 0:
             raise ConfigurationError(
                 f"{what} is {found[0]}; it counts the recipient layers that run before the donor, so it must be in "
                 "0..L. Negative positions are not counted from the end."
             )
-        object.__setattr__(self, "position", found if len(found) > 1 else found[0])
+        return found if len(found) > 1 else found[0]
 
     def _check_strength(self) -> None:
-        object.__setattr__(self, "strength", finite_number(self.strength, f"strength of donor {self.donor!r}"))
         if self.mode == "replace" and self.strength != 1.0:
             raise ConfigurationError(
                 f"donor {self.donor!r} replaces recipient layers and has strength {self.strength}: a strength "

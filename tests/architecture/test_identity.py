@@ -14,7 +14,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from tests.helpers import BUILDERS, layers_of, logits_of, refused, tiny_gpt2_model, tiny_llama_model
 from transplant_hf import CheckpointError, CompatibilityError, Donor, transplant
-from transplant_hf.architecture import decoder_stack, find_stack, output_weights, replay
+from transplant_hf.architecture import decoder_stack, find_stack, identity, output_weights
 
 NAMES = {
     "gpt2": ("attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),
@@ -65,8 +65,8 @@ def test_values_that_are_zero_do_not_change_the_names(kind: str) -> None:
 
 def test_one_search_for_layers_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     searched = []
-    called = replay.Replay.called
-    monkeypatch.setattr(replay.Replay, "called", lambda self: searched.append(self) or called(self))
+    called = identity.Replay.called
+    monkeypatch.setattr(identity.Replay, "called", lambda self: searched.append(self) or called(self))
     model = tiny_llama_model(seed=1)
     wanted = dict.fromkeys(NAMES["llama"], 0.0)
     assert output_weights(model, "model.layers", [0, 1, 2, 3]) == dict.fromkeys(range(4), wanted)

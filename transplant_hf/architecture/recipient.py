@@ -126,9 +126,9 @@ def open_recipient(
     path = source.folder / "config.json"
     fields = read_json(path, "the recipient's config.json") if path.exists() else {}
     if not path.exists() and gguf_file is None:
-        raise ConfigurationError(
-            f"cannot load {what} {name}: there is no config.json in {source.folder}.{_gguf_hint(source)}"
-        )
+        found = sorted(file.name for file in source.folder.glob("*.gguf"))
+        hint = f" To read its GGUF file, pass gguf_file={found[0]!r} (--gguf-file)." if found else ""
+        raise ConfigurationError(f"cannot load {what} {name}: there is no config.json in {source.folder}.{hint}")
     if fields.get("model_type") == TransplantConfig.model_type:
         base = fields.get("recipient")
         raise ConfigurationError(
@@ -142,14 +142,8 @@ def open_recipient(
     where = for_transformers(reference, commit, hub, weights=False, file=gguf_file)
     with reading("the configuration", reference, commit):
         try:
-            config, unused = AutoConfig.from_pretrained(
-                where,
-                revision=commit,
-                return_unused_kwargs=True,
-                trust_remote_code=trust_remote_code,
-                **hub.as_kwargs(),
-                **kwargs,
-            )
+            how = {"trust_remote_code": trust_remote_code, "return_unused_kwargs": True, **hub.as_kwargs()}
+            config, unused = AutoConfig.from_pretrained(where, revision=commit, **how, **kwargs)
         except TransplantError:
             raise
         except BUILD_ERRORS as error:
@@ -163,11 +157,6 @@ def open_recipient(
             f"cannot load {what} {name}: its config.json has {layers:,} layers, more than {_MAX_LAYERS:,}."
         )
     return Recipient(reference, commit, source, fields, config, unused, bool(trust_remote_code), hub)
-
-
-def _gguf_hint(source: Source) -> str:
-    found = sorted(path.name for path in source.folder.glob("*.gguf")) if source.folder.is_dir() else []
-    return f" To read its GGUF file, pass gguf_file={found[0]!r} (--gguf-file)." if found else ""
 
 
 def _refuse_shadowed_code(source: Source, fields: Mapping[str, Any]) -> None:

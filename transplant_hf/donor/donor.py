@@ -69,8 +69,7 @@ class Donor:
             if not isinstance(getattr(self, name), kinds):
                 raise ConfigurationError(f"{name} of a donor cannot be {shown(getattr(self, name))}.")
         place = DonorSpec(str(self), self.position, self.mode, strength=self.strength)  # type: ignore[arg-type]
-        for name in ("position", "mode", "strength"):
-            object.__setattr__(self, name, getattr(place, name))
+        vars(self).update(recommendation(place))
         found = {layer_of(name)[0] for name in self.infos()}
         expected = set(range(self.num_layers))
         if found != expected:
@@ -271,10 +270,6 @@ class Donor:
         )
         return self.replaced(record=record, store=_PartOf(self.store, layers[0], len(layers)))
 
-    def weight_files(self) -> list[Path]:
-        """The weight files of a donor on disk that have a recorded sha256."""
-        return [self.source.folder / name for name in self.record.files] if self.source else []
-
     def companions_in(self, recipient: str) -> str:
         """Return the folder or name to take a recipient's tokenizer from."""
         known = self.companions
@@ -282,8 +277,8 @@ class Donor:
 
     def verify(self) -> None:
         """Compare every weight file with its recorded sha256; raise an `IntegrityError` if the bytes differ."""
-        for path in self.weight_files():
-            self.record.files[path.name].check_bytes(path, str(self.source))
+        for name, stamp in self.record.files.items() if self.source else ():
+            stamp.check_bytes(self.source.folder / name, str(self.source))  # type: ignore[union-attr]
 
     def save_pretrained(
         self,

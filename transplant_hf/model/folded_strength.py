@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..architecture import decoder_stack, eval_mode, output_weights
-from ..architecture.replay import Call, record_calls
+from ..architecture.identity import Call, record_calls
 from ..errors import CheckpointError, CompatibilityError
 from ..splice import Blueprint
 

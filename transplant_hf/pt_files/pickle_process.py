@@ -114,7 +114,9 @@ class InertUnpickler(pickle.Unpickler):
         key, _, elements, *view = rest
         if what != "storage" or any(part is not None for part in view):
             refuse("holds views of storages, as torch before 0.4 wrote them. Load it there and save it again.")
-        storage = Storage(_text(key), kind.made_of.rpartition(".")[2], _count(elements))
+        if not isinstance(key, str) or len(key) > _MAX_NAME:
+            raise ValueError("a storage has no name")
+        storage = Storage(key, kind.made_of.rpartition(".")[2], _count(elements))
         return self.storages.setdefault(storage.key, storage)
 
 
@@ -136,12 +138,6 @@ def answer(content: dict[str, Any]) -> NoReturn:
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < _MAX_COUNT:
         raise ValueError("a tensor or storage has an impossible size")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > _MAX_NAME:
-        raise ValueError("a storage has no name")
     return value
 
 
