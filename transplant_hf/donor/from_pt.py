@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from ..architecture import open_recipient
 from ..errors import CheckpointError, ConfigurationError
 from ..layer_map import check_position, paper_position
 from ..numeric import is_whole, shown
-from ..pt_files import Layout, Packed, PtFile, match_layers
+from ..pt_files import Layout, PtFile, match_layers
 from ..sources import HubOptions, Source
 from ..storage import read_json
 from .companions import locate_with_companions
@@ -31,33 +32,23 @@ class PtTensors:
     def __init__(self, file: PtFile, layout: Layout) -> None:
         self.path: Path = file.path
         self._file, self._names = file, layout.tensors
-        for name in self._file_names():
+        for name in itertools.chain(*self._names.values()):
             file.check_claims(name)
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Describe every tensor."""
         infos = {}
         for name, stored in self._names.items():
-            if isinstance(stored, Packed):
-                infos[name] = TensorInfo(_unpacked_shape(self._file.tensors[stored.blocks].shape), "BF16")
-            else:
-                tensor = self._file.tensors[stored]
-                infos[name] = TensorInfo(tensor.shape, stored_dtype(tensor.dtype, name))
+            tensor, packed = self._file.tensors[stored[0]], len(stored) > 1
+            dtype = "BF16" if packed else stored_dtype(tensor.dtype, name)
+            infos[name] = TensorInfo(_unpacked_shape(tensor.shape) if packed else tensor.shape, dtype)
         return infos
 
     def slices(self) -> Mapping[str, Any]:
         """Return the tensors, mapped from the file; those in MXFP4 are unpacked as they are read."""
-        opened = self._file.open_tensors(self._file_names())
-        return {
-            name: _Unpacked(opened[stored.blocks], opened[stored.scales])
-            if isinstance(stored, Packed)
-            else opened[stored]
-            for name, stored in self._names.items()
-        }
-
-    def _file_names(self) -> list[str]:
-        pairs = [(n.blocks, n.scales) if isinstance(n, Packed) else (n,) for n in self._names.values()]
-        return [name for pair in pairs for name in pair]
+        opened = self._file.open_tensors(itertools.chain(*self._names.values()))
+        tensors = {name: [opened[one] for one in stored] for name, stored in self._names.items()}
+        return {name: _Unpacked(*parts) if len(parts) > 1 else parts[0] for name, parts in tensors.items()}
 
 
 def _unpacked_shape(blocks: Sequence[int]) -> tuple[int, int, int]:

@@ -27,19 +27,11 @@ _PACKED = ("_blocks", "_scales")
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
-    """The two tensors of a file that hold one in MXFP4."""
-
-    blocks: str
-    scales: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Layout:
     """A donor found in a file."""
 
     layers: tuple[int, ...]
-    tensors: Mapping[str, str | Packed]  # names in the file by the donor's names
+    tensors: Mapping[str, Sequence[str]]  # names in the file by the donor's names; blocks and scales of MXFP4
     prefix: str
     dropped: tuple[str, ...]  # names in the file that belong to no layer of the donor
 
@@ -80,9 +72,11 @@ def match_layers(
             f"{adapters[0]!r}); without it the layers are not what was trained. Merge it (merge_and_unload) and save."
         )
     _refuse_unknown(stack, chosen, tensors, anatomy, file)
-    names: dict[str, str | Packed] = {}
+    names: dict[str, list[str]] = {}
     for place, layer in enumerate(found.values()):
-        names |= {f"layers.{place}.{rest}": name for rest, name in _by_rest(layer).items()}
+        for name in sorted(layer, key=lambda name: layer[name].packed):  # blocks before scales
+            plain = f"layers.{place}.{layer[name].rest}"
+            names[plain] = [*names.get(plain, []), name] if layer[name].packed else [name]
     used = {name for layer in found.values() for name in layer}
     return Layout(tuple(found), names, stack.prefix, tuple(name for name in tensors if name not in used))
 
@@ -189,12 +183,6 @@ def _content(stack: _Stack, tensors: Mapping[str, PtTensor]) -> dict[tuple[int, 
         for number, layer in stack.layers.items()
         for name, found in layer.items()
     }
-
-
-def _by_rest(layer: Mapping[str, LayerTensor]) -> dict[str, str | Packed]:
-    names: dict[str, str | Packed] = {found.rest: name for name, found in layer.items() if not found.packed}
-    parts = {(found.rest, found.packed): name for name, found in layer.items() if found.packed}
-    return names | {rest: Packed(parts[rest, "_blocks"], parts[rest, "_scales"]) for rest, _ in parts}
 
 
 # -- What does not fit ---------------------------------------------------------------------------------------------
