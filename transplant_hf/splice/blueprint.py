@@ -226,24 +226,18 @@ class Blueprint:
     ) -> tuple[DonorRecord, DonorSpec | None]:
         """The record of a donor made of running layers, and its spec if the layers are a donor's."""
         source, indices = slots[0].source, tuple(slot.index for slot in slots)
-        part = None if source == RECIPIENT else self.part(source)
         if {slot.source for slot in slots} != {source}:
             raise ConfigurationError(
                 f"layers {list(numbers)} come from {', '.join(map(str, map(tuple, slots)))}; a donor is made of layers "
                 "of one source."
             )
-        anatomy, known = (part.anatomy, part.donor.record) if part else (self.recipient, None)
-        record = DonorRecord.of_layers(
-            anatomy.config,
-            layer_indices=indices,
-            source_id=(known and known.source_id) or self.config.recipient or None,
-            source_revision=known.source_revision if known else self.config.recipient_revision,
-            name=name or (source if part else None),
-            metadata=dict(known.metadata) if known else {},
-            signature=known.signature if known else None,
-        )
-        if part is None:
-            return record, None
+        recipient, commit = self.config.recipient or None, self.config.recipient_revision
+        if source == RECIPIENT:
+            about: dict[str, Any] = {"source_id": recipient, "source_revision": commit, "name": name}
+            return DonorRecord.of_layers(self.recipient.config, layer_indices=indices, **about), None
+        part = self.part(source)
+        known, source_id = part.donor.record, part.donor.record.source_id or recipient
+        record = dataclasses.replace(known, layer_indices=indices, source_id=source_id, name=name or source, files={})
         placement = next(one for one in self.splice.placements if one.name == source)
         position = placement.position_of([placement.layer_indices.index(index) for index in indices])
         return record, None if position is None else dataclasses.replace(part.spec, position=position)
