@@ -135,7 +135,11 @@ def mismatches(donor: Donor, theirs: Anatomy, recipient: Anatomy) -> list[str]:
     """Return all mismatches of a donor with a recipient, one line each."""
     lines: list[str] = []
     if theirs is not recipient:
-        lines += field_mismatches(text_config(theirs.config), text_config(recipient.config))
+        # Each field that differs and changes what a layer computes.
+        config = text_config(recipient.config)
+        ours = config.to_dict()
+        known = {name: ours[name] for name in _class_fields(config, ours)}
+        lines += _differences(text_config(theirs.config).to_dict(), known)
     if donor.layer_indices[-1] >= theirs.num_layers:
         lines.append(f"layer_indices: donor {donor.layer_indices}, its source model has {theirs.num_layers} layers")
     else:
@@ -188,12 +192,6 @@ def take_recipient_fields(donor: PreTrainedConfig, recipient: PreTrainedConfig) 
                 take_recipient_fields(old, new)
         elif _TRAINING.search(name) or _same(theirs[name], value):
             setattr(donor, name, value)
-
-
-def field_mismatches(donor: PreTrainedConfig, recipient: PreTrainedConfig) -> Iterator[str]:
-    """Yield a line for each field that differs and changes what a layer computes."""
-    ours = recipient.to_dict()
-    yield from _differences(donor.to_dict(), {name: ours[name] for name in _class_fields(recipient, ours)})
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

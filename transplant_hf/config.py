@@ -112,7 +112,9 @@ class DonorSpec:
             what = f"layers of donor {self.donor!r}, counted from 0 in the donor,"
             own["layers"] = tuple(consecutive_layers(self.layers, what, "[0, 1]"))
         if self.name is None:
-            own["name"] = _default_name(self.donor, self.subfolder)
+            last = PurePath(self.subfolder or self.donor).name
+            # "." has no last part: the name of the repository is used once it is known.
+            own["name"] = last if last not in ("", "..") else "donor"
         elif not _PLAIN_NAME.fullmatch(self.name):
             raise ConfigurationError(
                 f"name of donor {self.donor!r} must also be a valid name of a folder, got '{self.name}'."
@@ -217,12 +219,6 @@ def _text(value: Any, what: str, kind: str = "text") -> str:
         note = " (an empty string)" if text == "" else " (it has a null byte)" if isinstance(text, str) else ""
         raise ConfigurationError(f"{what} must be {kind}, got {text!r}{note}.")
     return str(text)
-
-
-def _default_name(donor: str, subfolder: str | None) -> str:
-    last = PurePath(subfolder or donor).name
-    # "." has no last part: the name of the repository is used once it is known.
-    return last if last not in ("", "..") else "donor"
 
 
 def _checked_quantization(found: Any, where: str) -> dict[str, Any] | None:

@@ -185,17 +185,14 @@ def _compare_tensors(source: TensorStore, written: TensorStore, source_name: str
         raise CheckpointError(f"{written_name} and {source_name} hold different tensors, first {names[0]!r}.")
     with progress_bar(len(wanted), "Comparing", unit="tensor") as progress:
         for name in sorted(wanted):
-            if not _same_bits(wanted[name][...], found[name][...]):
+            one, other = wanted[name][...], found[name][...]
+            same_kind = (one.shape, one.dtype) == (other.shape, other.dtype)
+            if not same_kind or not torch.equal(*(bits.reshape(-1).view(torch.uint8) for bits in (one, other))):
                 raise CheckpointError(
                     f"{written_name}: {name} differs from that of {source_name}. The disk or the memory may be "
                     "faulty; nothing was kept."
                 )
             progress.update()
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    same_kind = (one.shape, one.dtype) == (other.shape, other.dtype)
-    return same_kind and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def _compare_outputs(one: Donor, other: Donor) -> None:

@@ -103,7 +103,9 @@ def writing(what: str | os.PathLike[str], kept: str = "Nothing was left behind."
     try:
         yield
     except (OSError, SafetensorError) as error:
-        code = error.errno if isinstance(error, OSError) else _code_in(str(error))
+        # The system's error number; safetensors has it in its message alone.
+        found = re.search(r"os error (\d+)", str(error))
+        code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
         file = getattr(error, "filename", None)
         # A file that is read, not written, may be what permission is denied for.
         elsewhere = isinstance(file, str) and not Path(file).absolute().is_relative_to(Path(what).absolute().parent)
@@ -113,12 +115,6 @@ def writing(what: str | os.PathLike[str], kept: str = "Nothing was left behind."
         raise CheckpointError(
             f"cannot write {os.fspath(what)}: {reason} ({error}). {kept} {advice}, and try again."
         ) from error
-
-
-def _code_in(message: str) -> int | None:
-    """The system's error number in a message of safetensors, which has it nowhere else."""
-    found = re.search(r"os error (\d+)", message)
-    return int(found[1]) if found else None
 
 
 @contextmanager

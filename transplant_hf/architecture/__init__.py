@@ -3,7 +3,7 @@
 from .anatomy import Anatomy, LayerOrigin
 from .identity import output_weights
 from .names import LayerNames
-from .native import SplicedConfig, build_failure, first_candidate, layer_differences, splice_config
+from .native import SplicedConfig, build_failure, candidates, layer_differences, splice_config
 from .quantized import (
     check_gguf_reader,
     config_of_weights,
@@ -36,6 +36,7 @@ __all__ = [
     "SplicedConfig",
     "apply_overrides",
     "build_failure",
+    "candidates",
     "check_gguf_reader",
     "choose_block_length",
     "config_of_weights",
@@ -44,7 +45,6 @@ __all__ = [
     "differentiable",
     "eval_mode",
     "find_stack",
-    "first_candidate",
     "forget_gguf",
     "is_packed",
     "is_quantized",

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import BUILD_ERRORS, CompatibilityError
 from .build import build_on_meta
-from .fingerprint import Fingerprint, Standing, fingerprint
+from .fingerprint import Fingerprint, fingerprint
 from .stack import decoder_stack, find_stack
 
 
@@ -60,10 +60,6 @@ class Anatomy:
     def fingerprints(self) -> list[Fingerprint]:
         """The fingerprint of each layer."""
         return [fingerprint(layer) for layer in self.layers]
-
-    def standing(self, index: int) -> Standing:
-        """A layer's fingerprint and number."""
-        return Standing(self.fingerprints[index], index, self.num_layers)
 
     def kind(self, index: int) -> Any:
         """A value that is equal for two layers of one kind."""

@@ -29,7 +29,7 @@ class SplicedConfig:
 def splice_config(recipient: Anatomy, origins: Sequence[LayerOrigin], rejected: Sequence[str] = ()) -> SplicedConfig:
     """Find the configuration under which the recipient's class builds these layers."""
     reasons = list(rejected)
-    for config in itertools.islice(_candidates(recipient, origins), 1 if rejected else 0, None):
+    for config in itertools.islice(candidates(recipient, origins), 1 if rejected else 0, None):
         try:
             found = layer_differences(recipient, build_on_meta(recipient.model_class, config), origins)
         except BUILD_ERRORS as error:
@@ -41,12 +41,8 @@ def splice_config(recipient: Anatomy, origins: Sequence[LayerOrigin], rejected: 
     return SplicedConfig(Follower(recipient, origins).running_config(), False, tuple(reasons))
 
 
-def first_candidate(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> PreTrainedConfig | None:
-    """Return the configuration that most likely builds these layers; `layer_differences` says whether it does."""
-    return next(_candidates(recipient, origins), None)
-
-
-def _candidates(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> Iterator[PreTrainedConfig]:
+def candidates(recipient: Anatomy, origins: Sequence[LayerOrigin]) -> Iterator[PreTrainedConfig]:
+    """Yield configurations that may build these layers, the most likely first; see `layer_differences`."""
     _refuse_second_first(recipient, origins)
     yield from Follower(recipient, origins).candidates()
 
@@ -70,7 +66,8 @@ def layer_differences(recipient: Anatomy, model: PreTrainedModel, origins: Seque
     for number, origin in enumerate(origins):
         places.setdefault(id(origin.anatomy), {}).setdefault(origin.index, set()).add(number)
     for number, (layer, origin) in enumerate(zip(layers, origins, strict=True)):
-        was, became = origin.anatomy.standing(origin.index), Standing(fingerprint(layer), number, len(layers))
+        was = Standing(origin.anatomy.fingerprints[origin.index], origin.index, origin.anatomy.num_layers)
+        became = Standing(fingerprint(layer), number, len(layers))
         lines += [f"layer {number}: {line}" for line in differences(was, became, places[id(origin.anatomy)])]
     return lines
 

@@ -196,7 +196,7 @@ def _apply(config: PreTrainedConfig, overrides: Mapping[str, Any], explicit: Map
         name = config.attribute_map.get(written, written)
         if name in known or known & set(_SETS.get(name, ())):
             continue
-        if name in _names_of_layer_count(config):
+        if name in _LAYER_COUNTS or name in {config.attribute_map.get(word) for word in _LAYER_COUNTS}:
             raise ConfigurationError(
                 f"{written}={value!r} cannot be set by a transplant's configuration (recipient_overrides): the number "
                 "of layers is that of the pinned recipient. Remove it; donors add and replace layers."
@@ -216,10 +216,6 @@ def _apply(config: PreTrainedConfig, overrides: Mapping[str, Any], explicit: Map
             config.dtype = _dtype(value)
         else:
             setattr(config, name, copy.deepcopy(value))
-
-
-def _names_of_layer_count(config: PreTrainedConfig) -> set[str]:
-    return {name for word in _LAYER_COUNTS for name in (word, config.attribute_map.get(word, word))}
 
 
 def _dtype(value: Any) -> torch.dtype | None:

@@ -51,19 +51,19 @@ def unwrapped(model: Any) -> PreTrainedModel:
             found = found._orig_mod
         elif isinstance(found, nn.Module) and hasattr(found, "get_base_model"):
             found = found.get_base_model()  # type: ignore[operator]
-        elif isinstance(found, str | os.PathLike):
+        else:
+            named = isinstance(found, str | os.PathLike)
+            what = f"the name {os.fspath(found)!r}" if named else f"a {type(found).__name__}"
             raise ConfigurationError(
-                f"a loaded model is needed here, got the name {os.fspath(found)!r}: load it first, for instance with "
+                f"a loaded model is needed here, got {what}: load it first, for instance with "
                 "AutoModelForCausalLM.from_pretrained."
             )
-        else:
-            raise ConfigurationError(f"a loaded model of Transformers is needed here, got a {type(found).__name__}.")
     return found
 
 
 def find_stack(model: PreTrainedModel, what: str = "") -> str:
     """Return the path of the `nn.ModuleList` that holds the decoder layers."""
-    found = [path for path, module in _outer_lists(model) if _holds_layers(module)]
+    found = [path for path, layers in _outer_lists(model) if len(layers) and all(map(_is_layer, layers))]
     text = text_config(model.config)
     of_decoder = [path for path in found if _owner_reads(model, path, text)] or found
     name = f"{what}: {type(model).__name__} ({model.config.model_type})".removeprefix(": ")
@@ -96,16 +96,13 @@ def _outer_lists(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Modul
     return lists
 
 
-def _holds_layers(module: nn.ModuleList) -> bool:
-    # Every decoder layer in Transformers can be checkpointed; lists of projections or norms cannot.
-    layers = [isinstance(layer, GradientCheckpointingLayer) or _old_block(layer) for layer in module]
-    return bool(layers) and all(layers)
-
-
-def _old_block(layer: nn.Module) -> bool:
-    """A layer class that predates `GradientCheckpointingLayer`: called a layer or block, with attention in it."""
-    named_so = type(layer).__name__.endswith(("Layer", "Block"))
-    return named_so and any("attention" in type(part).__name__.lower() for part in layer.modules() if part is not layer)
+def _is_layer(module: nn.Module) -> bool:
+    # Every decoder layer in Transformers can be checkpointed; projections and norms cannot.
+    if isinstance(module, GradientCheckpointingLayer):
+        return True
+    # Older classes are called a layer or block, with attention in it.
+    parts = [type(part).__name__.lower() for part in module.modules() if part is not module]
+    return type(module).__name__.endswith(("Layer", "Block")) and any("attention" in part for part in parts)
 
 
 def _owner_reads(model: PreTrainedModel, path: str, text: Any) -> bool:

@@ -150,19 +150,15 @@ def plain_json(value: Any, what: str) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
-        return {_key(key, what): plain_json(item, f"{what}[{key!r}]") for key, item in value.items()}
+        if wrong := [key for key in value if not isinstance(plain_number(key), str | int | float | None)]:
+            raise CheckpointError(f"{what} has the key {wrong[0]!r}, which JSON cannot hold; remove that entry.")
+        return {plain_number(key): plain_json(item, f"{what}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain_json(item, what) for item in value]
     printed = not isinstance(value, int) or value.bit_length() <= _MAX_BITS
     if value is not None and not (isinstance(value, str | bool | int) and printed) and not is_number(value):
         raise CheckpointError(f"{what} holds {shown(value)}, which JSON cannot hold; remove that entry.")
     return value
-
-
-def _key(key: Any, what: str) -> Any:
-    if isinstance(plain_number(key), str | int | float | None):
-        return plain_number(key)
-    raise CheckpointError(f"{what} has the key {key!r}, which JSON cannot hold; remove that entry.")
 
 
 def _typed(content: Mapping[str, Any], key: str, kind: type) -> Any:

@@ -102,7 +102,9 @@ def recorded_files(folder: Path) -> set[str]:
         if recipient is not None and (recipient / _CONFIG).is_file():
             named |= {recipient / name for name in _model_files(recipient)}
         for _, place in _donors_of(folder, fields):
-            named |= {place / name for name in _donor_files(place)}
+            if (place / DONOR_CONFIG).is_file():
+                files = DonorRecord.read(place).files
+                named |= {place / name for name in (DONOR_CONFIG, DONOR_FILE, DONOR_INDEX, *files)}
     return {path.relative_to(folder).as_posix() for path in named if path.is_relative_to(folder) and path.is_file()}
 
 
@@ -127,12 +129,6 @@ def _own_folders(folder: Path) -> set[str]:
         return set()
     own = {spec.subfolder for spec, _ in _donors_of(folder, fields) if spec.donor == "." and spec.subfolder}
     return own | ({RECIPIENT_FOLDER} if fields.get("recipient") == f"./{RECIPIENT_FOLDER}" else set())
-
-
-def _donor_files(folder: Path) -> set[str]:
-    if not (folder / DONOR_CONFIG).is_file():
-        return set()
-    return {DONOR_CONFIG, DONOR_FILE, DONOR_INDEX, *DonorRecord.read(folder).files}
 
 
 def _model_files(folder: Path) -> set[str]:

@@ -13,7 +13,7 @@ from ..architecture import (
     Anatomy,
     LayerOrigin,
     SplicedConfig,
-    first_candidate,
+    candidates,
     layer_differences,
     splice_config,
     text_config,
@@ -81,7 +81,7 @@ class Blueprint:
         """The configuration that most likely builds the layers; `None` if the right one is known."""
         if "built_config" in vars(self):
             return None
-        return first_candidate(self.recipient, self.origins(self.built))
+        return next(candidates(self.recipient, self.origins(self.built)), None)
 
     def differences(self, model: PreTrainedModel) -> list[str]:
         """How the layers of a model that was built from a candidate differ from those that should run."""
