@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .architecture import Anatomy, LayerOrigin, decoder_stack, native_class, splice_config
+from .architecture import Anatomy, LayerOrigin, decoder_stack, native_class
 from .architecture.build import build_on_meta, initialize
+from .architecture.native import splice_config
 from .cards import check_license
 from .display import bytes_text, numbers_text, position_text, progress_bar
 from .donor import Donor

@@ -22,7 +22,7 @@ from transplant_hf import (
     IntegrityError,
     export,
 )
-from transplant_hf.architecture import gguf as reader
+from transplant_hf.architecture import quantized as reader
 from transplant_hf.exporting import gguf as gguf_export
 
 gguf: Any = pytest.importorskip("gguf")

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.helpers import Graft, logits_of, reference_logits, refused, tiny_llama_model
 from tests.hub_server import HubServer
 from transplant_hf import AutoModelWithTransplant, CheckpointError, ConfigurationError, Donor, DonorSpec, transplant
-from transplant_hf.architecture import gguf as reader
+from transplant_hf.architecture import quantized as reader
 from transplant_hf.evaluation.models_and_texts import find_tokenizer, model_to_measure
 from transplant_hf.inspection import inspect
 from transplant_hf.model.in_memory import remove_transplants

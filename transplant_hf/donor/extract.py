@@ -12,17 +12,9 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..architecture import (
-    LayerNames,
-    config_of_weights,
-    decoder_stack,
-    find_stack,
-    is_packed,
-    is_quantized,
-    output_weights,
-    unwrapped,
-)
+from ..architecture import LayerNames, decoder_stack, find_stack, is_packed, is_quantized, output_weights, unwrapped
 from ..architecture.names import is_adapted, unpacked_conversions
+from ..architecture.quantized import config_of_weights
 from ..config import DonorSpec
 from ..errors import CheckpointError, ConfigurationError
 from ..numeric import ascending_layers

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import CommitInfo, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from ..architecture import stated_layers
+from ..architecture.stack import stated_layers
 from ..cards import DONOR_TEMPLATE, render_card, write_card
 from ..config import DonorSpec, TransplantConfig
 from ..display import parse_size, progress_bar

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..architecture import LayerNames, build_failure
+from ..architecture import LayerNames
+from ..architecture.native import build_failure
 from ..display import some_of
 from ..donor import Donor
 from ..errors import BUILD_ERRORS, CheckpointError, TransplantError

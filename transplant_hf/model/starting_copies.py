@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from ..architecture import Anatomy, LayerNames, decoder_stack, dequantized_layer, find_stack, quantization_method
+from ..architecture import Anatomy, LayerNames, decoder_stack, find_stack, quantization_method
+from ..architecture.quantized import dequantized_layer
 from ..donor import Donor
 from ..donor.extract import checkpoint_tensors
 from ..donor.record import DonorRecord

@@ -9,16 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..architecture import (
-    Anatomy,
-    LayerOrigin,
-    SplicedConfig,
-    candidates,
-    layer_differences,
-    splice_config,
-    text_config,
-)
+from ..architecture import Anatomy, LayerOrigin, text_config
 from ..architecture.exceptions import SEVERAL_STREAMS
+from ..architecture.native import SplicedConfig, candidates, layer_differences, splice_config
 from ..compatibility import CompatibilityReport, donor_anatomy, mismatches, refuse_unsupported
 from ..config import SIDE_BY_SIDE, STACKED, DonorSpec, TransplantConfig, donor_specs
 from ..donor import Donor

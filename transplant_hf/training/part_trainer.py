@@ -21,7 +21,8 @@ from transformers import (
     default_data_collator,
 )
 
-from ..architecture import differentiable, eval_mode, is_quantized
+from ..architecture import eval_mode, is_quantized
+from ..architecture.quantized import differentiable
 from ..errors import CompatibilityError, ConfigurationError, TrainingError
 from ..partial import PREFIX_STATES, PartialRun, stack_of
 from .checkpoints import OPTIMIZER_FILE, check_same_run, last_checkpoint, load_trained, save_trained, trained_parameters
