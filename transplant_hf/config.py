@@ -405,21 +405,10 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `config.json`, with donors as JSON objects, without fields at their default."""
-        donors, self.donors = self.donors, []
-        try:
-            fields = super().to_dict()
-        finally:
-            self.donors = donors
-        fields["donors"] = [spec.to_dict() for spec in donors]
-        if fields.get("composition") == STACKED:
-            del fields["composition"]
-        if fields.get("recipient_quantization") is None:
-            fields.pop("recipient_quantization", None)
-        fields = self._with_overrides(fields)
-        newest = (
-            self.recipient_overrides
-            or self.recipient_quantization
-            or any(isinstance(spec.position, tuple) for spec in donors)
-        )
-        fields["format_version"] = NEWEST_FORMAT if newest else FORMAT_VERSION
-        return fields
+        fields = super().to_dict() | {"donors": [spec.to_dict() for spec in self.donors]}
+        for name, default in (("composition", STACKED), ("recipient_quantization", None)):
+            if fields.get(name) == default:
+                fields.pop(name, None)
+        spread = any(isinstance(spec.position, tuple) for spec in self.donors)
+        newest = self.recipient_overrides or self.recipient_quantization or spread
+        return self._with_overrides(fields) | {"format_version": NEWEST_FORMAT if newest else FORMAT_VERSION}

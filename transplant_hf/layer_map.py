@@ -158,15 +158,11 @@ class Splice:
     def __init__(self, num_layers: int, placements: Sequence[Placement]) -> None:
         self.num_layers = num_layers
         self.placements = tuple(placements)
+        owners: dict[int, str] = {}
         for placement in self.placements:
             for position, layers in placement.parts:
                 replaced = len(layers) if placement.replaces else 0
                 check_position(position, num_layers, donor=placement.name, replaced=replaced)
-        self.stages = self._lay_out(self._owners())
-
-    def _owners(self) -> dict[int, str]:
-        owners: dict[int, str] = {}
-        for placement in self.placements:
             for layer in placement.replaced:
                 if layer in owners:
                     raise ConfigurationError(
@@ -174,9 +170,6 @@ class Splice:
                         "Replacements may not overlap; move or shorten one of them."
                     )
                 owners[layer] = placement.name
-        return owners
-
-    def _lay_out(self, owners: dict[int, str]) -> tuple[Stage, ...]:
         stages: list[Stage] = []
         for position in range(self.num_layers + 1):
             stages += [
@@ -188,7 +181,7 @@ class Splice:
             ]
             if position < self.num_layers:
                 stages.append(Stage(Slot(RECIPIENT, position), replaced_by=owners.get(position)))
-        return tuple(stages)
+        self.stages = tuple(stages)
 
     @property
     def names(self) -> tuple[str, ...]:

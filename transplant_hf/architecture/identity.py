@@ -62,24 +62,21 @@ def output_weights(model: PreTrainedModel, stack_path: str, numbers: Sequence[in
 
 def _refuse_unreadable(model: PreTrainedModel, stack_path: str, numbers: Sequence[int]) -> None:
     """Refuse weights that are not there, and layers that are quantized; others may be."""
+    chosen = tuple(f"{stack_path}.{number}." for number in numbers)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise CheckpointError(
                 f"{name} is offloaded or was never loaded; the model must run for its output weights to be found. "
                 "Load it without offload first."
             )
-    for number in numbers:
-        for name, parameter in decoder_stack(model, stack_path)[number].named_parameters():
-            if is_packed(parameter) and (is_quantized(model) or not parameter.is_floating_point()):
-                raise CheckpointError(
-                    f"{stack_path}.{number}.{name} is quantized ({parameter.dtype}); a donor needs full precision."
-                )
+        packed = is_packed(parameter) and (is_quantized(model) or not parameter.is_floating_point())
+        if packed and name.startswith(chosen):
+            raise CheckpointError(f"{name} is quantized ({parameter.dtype}); a donor needs full precision.")
 
 
 def _kind(layer: nn.Module, number: int) -> Fingerprint:
     """The structure of a layer without its number: equal for two layers of one kind."""
-    made_of = fingerprint(layer)
-    return {name: value for name, value in made_of.items() if not is_layer_number(name, value, number)}
+    return {name: value for name, value in fingerprint(layer).items() if not is_layer_number(name, value, number)}
 
 
 def _no_identity(what: str, reason: str) -> CompatibilityError:

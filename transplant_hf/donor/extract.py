@@ -81,15 +81,14 @@ def checkpoint_tensors(
                     f"{path}.{number} has an adapter ({key}), which a donor cannot hold. Merge it into the layers "
                     "(merge_and_unload) or remove it (unload) first."
                 )
+            name = f"{path}.{number}.{key}"
             if tensor.is_meta:
-                raise CheckpointError(f"{path}.{number}.{key} is offloaded; load the model without offload first.")
+                raise CheckpointError(f"{name} is offloaded; load the model without offload first.")
             packed = is_packed(tensor) if is_quantized(model) else not tensor.is_floating_point()
             if packed and key.endswith("weight"):
-                raise CheckpointError(
-                    f"{path}.{number}.{key} is quantized ({tensor.dtype}); a donor needs full precision."
-                )
+                raise CheckpointError(f"{name} is quantized ({tensor.dtype}); a donor needs full precision.")
             value = (constants or {}).get(number, {}).get(key)
-            state[f"{path}.{number}.{key}"] = tensor.detach() if value is None else torch.full_like(tensor, value)
+            state[name] = tensor.detach() if value is None else torch.full_like(tensor, value)
     names = LayerNames(model, path)
     tensors = {}
     written: Any = _WithoutPacking(model)
