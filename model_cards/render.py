@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transplant_hf import DonorSpec, TransplantConfig
-from transplant_hf.architecture import stated_layers
+from transplant_hf.architecture.stack import stated_layers
 from transplant_hf.cards import DONOR_TEMPLATE, render_card
 from transplant_hf.conversion import CHECKPOINTS, SEEDS, Seed
 from transplant_hf.donor import DonorRecord
