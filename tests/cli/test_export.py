@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from tests.cli.conftest import Run
 from tests.helpers import Shelf, copied, edit_json, edit_weights, logits_of, plain
 from tests.hub_server import ALICE, BOB
-from transplant_hf import AutoModelWithTransplant, DonorSpec
+from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec
 
 load = AutoModelWithTransplant.from_pretrained
 
@@ -42,6 +42,18 @@ def test_export_of_named_donors(family: Path, tmp_path: Path, run: Run) -> None:
     assert status == 0 and [source for source, _ in json.loads(out)["layer_map"]].index("donor") == 1
     status, again, _ = run(*words, f"{family / 'donor'}@1", "--no-verify", "--overwrite")
     assert status == 0 and json.loads(again)["layer_map"] == json.loads(out)["layer_map"]
+
+
+def test_export_of_a_spread_donor_at_strength_1(family: Path, tmp_path: Path, run: Run) -> None:
+    """At exactly its own positions too, where it otherwise runs with the strength that it recommends."""
+    place = {"position": (1, 3), "strength": 0.5, "recipient": str(family / "recipient")}
+    Donor.from_pretrained(family / "donor").save_pretrained(tmp_path / "apart", **place)
+    status, _, err = run("export", tmp_path / "apart", tmp_path / "full")
+    assert status == 1 and "strength 0.5" in err
+    status, out, _ = run("export", family / "recipient", tmp_path / "full", "--donor", f"{tmp_path / 'apart'}@1,3")
+    assert status == 0 and "bit for bit" in out
+    expected = load(family / "recipient", donors=[DonorSpec(str(tmp_path / "apart"), (1, 3), strength=1.0)])
+    assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(expected))
 
 
 def test_wrong_usage(family: Path, tmp_path: Path, run: Run) -> None:

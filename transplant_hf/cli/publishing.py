@@ -64,6 +64,11 @@ def _donors(words: Sequence[str], options: argparse.Namespace) -> list[DonorSpec
     if positions:  # one for each donor, in order
         words = [f"{word}@{position}" for word, position in zip(words, positions, strict=True)]
     donors = [DonorSpec.parse(word, options.mode) for word in words]
+    # Donors with a given position have strength 1 in an export, also spread donors at the positions they recommend.
+    donors = [
+        DonorSpec(one.donor, one.position, options.mode, strength=1.0) if isinstance(one.position, tuple) else one
+        for one in donors
+    ]
     if options.mode and not any(donor.position is not None for donor in donors):
         options.usage_error("--mode goes with --donor DONOR@POSITION")
     return donors or None

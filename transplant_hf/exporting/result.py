@@ -93,7 +93,8 @@ def refuse_beyond_layers(blueprint: Blueprint, output: str, otherwise: str = "")
         if part.spec.strength != 1:
             raise ConfigurationError(
                 f"donor {part.name!r} has strength {part.spec.strength}, which {output} cannot express. Export it at "
-                f"strength 1, by naming the recipient and DONOR@POSITION, in Python {{donor: position}}.{otherwise}"
+                "strength 1: name the recipient and DONOR@POSITION, in Python DonorSpec(donor, position, strength=1)."
+                f"{otherwise}"
             )
     if blueprint.side_by_side_groups:
         raise ConfigurationError(
