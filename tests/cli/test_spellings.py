@@ -205,8 +205,9 @@ def test_positions_of_several_donors(called: Any, run: Run) -> None:
     assert called(*words).donors == [DonorSpec("d", 3), DonorSpec("e", 4)]
     status, _, err = run("export", "r", "out", "--donor", "d", "--donor", "e", "--position", "3")
     assert status == 2 and "1 --position for 2 --donor" in err
-    status, _, err = run("check", "r", "d@3", "--position", "3")
-    assert status == 2 and "given twice" in err
+    for words in (("check", "r", "d@3"), ("inspect", "d@3")):
+        status, _, err = run(*words, "--position", "3")
+        assert status == 2 and "given twice" in err
 
 
 # -- Every command -----------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def render_card(
     else:
         picture, whole_map = str(_plain_map(layer_map)), True
     values: dict[str, Any] = {
-        "title": escape_markdown(_last_part(repo) if full or len(donors) > 1 else config.donors[0].name),
+        "title": escape_markdown((Path(repo).name or repo) if full or len(donors) > 1 else config.donors[0].name),
         "repo": python_literal(repo),
         "recipient": _model_name(recipient, revision),
         "recipient_revision": code_span(revision) if revision else None,
@@ -189,11 +189,7 @@ def _model_name(reference: str | None, revision: str | None = None) -> str:
     if not reference:
         return "a model that was not loaded by name"
     hub_id = _is_hub_id(reference, revision)
-    return code_span(reference) if hub_id else f"the local folder {code_span(_last_part(reference))}"
-
-
-def _last_part(reference: str) -> str:
-    return Path(reference).name or reference
+    return code_span(reference) if hub_id else f"the local folder {code_span(Path(reference).name or reference)}"
 
 
 # -- Which layers run -----------------------------------------------------------------------------------------------

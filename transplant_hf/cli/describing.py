@@ -21,14 +21,19 @@ def add_check(commands: Any) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
+    options.donor = _without_position(options.donor, options)
+    return run_verb(options)
+
+
+def _without_position(text: str, options: argparse.Namespace) -> str:
+    """Return the donor of DONOR@POSITION; its position becomes an option."""
     from .. import DonorSpec
 
-    spec = DonorSpec.parse(options.donor)
+    spec = DonorSpec.parse(text)
     if options.position is not None and spec.position is not None:
-        options.usage_error("the position is given twice, by DONOR@POSITION and by --position")
-    options.donor = spec.donor
+        options.usage_error("the position is given twice, by @POSITION and by --position")
     options.position = spec.position if options.position is None else options.position
-    return run_verb(options)
+    return spec.donor
 
 
 def add_inspect(commands: Any) -> None:
@@ -45,11 +50,7 @@ def add_inspect(commands: Any) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from .. import DonorSpec
-
-    spec = DonorSpec.parse(options.what)
-    options.what = spec.donor
-    options.position = spec.position if options.position is None else options.position
+    options.what = _without_position(options.what, options)
     return run_verb(options)
 
 

@@ -51,16 +51,14 @@ def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 def _quantization(options: argparse.Namespace) -> Any:
     """Return the quantization that the options name."""
-    in_4bit, in_8bit = (getattr(options, f"load_in_{width}bit", False) for width in (4, 8))
-    if not (in_4bit or in_8bit):
+    bits = getattr(options, "bits", None)
+    if bits is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigurationError(
-            "--load-in-4bit and --load-in-8bit need the package bitsandbytes: pip install bitsandbytes."
-        )
+        raise ConfigurationError(f"--load-in-{bits}bit needs the package bitsandbytes: pip install bitsandbytes.")
     from transformers import BitsAndBytesConfig
 
-    if in_8bit:
+    if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     computed_in = None if options.dtype == "auto" else options.dtype
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed_in)

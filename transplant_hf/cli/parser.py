@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_layers(self, flag: str, description: str, group: Any = None) -> None:
         """Add an option that says which layers, such as 4 5 6 or 4-6."""
-        several: Any = {"action": LayerNumbers, "nargs": "+"}
+        several: Any = {"action": _LayerNumbers, "nargs": "+"}
         (group or self).add_argument(flag, type=layer_range, metavar="N", help=description, **several)
 
     def add_donors(self) -> None:
@@ -123,7 +123,7 @@ class Parser(argparse.ArgumentParser):
         bits = self.add_mutually_exclusive_group()
         for width, how in ((4, "NF4"), (8, "LLM.int8")):
             description = f"quantize the model to {width} bits ({how}) while it is loaded; needs bitsandbytes"
-            bits.add_argument(f"--load-in-{width}bit", action="store_true", help=description)
+            bits.add_argument(f"--load-in-{width}bit", action="store_const", const=width, dest="bits", help=description)
 
 
 class _OldSpelling(argparse.Action):
@@ -163,13 +163,11 @@ def command(
 # -- Values: a wrong one is a usage error, before any work is done -----------------------------------------------------
 
 
-class LayerNumbers(argparse.Action):
+class _LayerNumbers(argparse.Action):
     """Store the numbers of one or several ranges of layers as one list."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        """Store them."""
-        ranges: Sequence[range] = values
-        setattr(namespace, self.dest, [number for layers in ranges for number in layers])
+        setattr(namespace, self.dest, [number for layers in values for number in layers])
 
 
 def layer_range(text: str) -> range:

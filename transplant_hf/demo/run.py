@@ -117,11 +117,9 @@ def run_demo(
 
 def _finished(record_file: Path, fingerprint: str) -> dict[str, float]:
     """The parts that an earlier run with the same settings and texts finished, with their training times."""
-    if not record_file.is_file():
-        return {}
     try:
         record = read_json(record_file, "the demo's record")
-    except CheckpointError:  # of another version, or damaged: train again
+    except CheckpointError:  # missing, of another version, or damaged: train again
         return {}
     return dict(record.get("seconds", {})) if record.get("fingerprint") == fingerprint else {}
 

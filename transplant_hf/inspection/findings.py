@@ -93,8 +93,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON."""
-        as_json: dict[str, Any] = _plain({"kind": self.kind, **vars(self), "ok": bool(self)})
-        return as_json
+        return dict(_plain({"kind": self.kind, **vars(self), "ok": bool(self)}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
