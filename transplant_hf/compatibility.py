@@ -81,11 +81,7 @@ class CompatibilityReport:
         return "\n".join([f"{head.format('fits')}, {kind}.", *(f"  - {line}" for line in self.notes)])
 
     def raise_for_mismatches(self) -> None:
-        """Raise an error if the donor does not fit.
-
-        Raises:
-            CompatibilityError: With every mismatch.
-        """
+        """Raise a `CompatibilityError` with every mismatch if the donor does not fit."""
         if self.mismatches:
             raise CompatibilityError(f"{self}\n{_SAME_SHAPE}", self.mismatches)
 

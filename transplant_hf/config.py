@@ -156,9 +156,6 @@ class DonorSpec:
             text: The text.
             mode: "insert" or "replace"; by default what the donor recommends, and with a position "insert".
 
-        Returns:
-            The spec.
-
         Raises:
             ConfigurationError: There is something else than a position behind the @.
 
@@ -179,13 +176,7 @@ class DonorSpec:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> DonorSpec:
-        """Create a spec from JSON fields; an unknown field is an error.
-
-        Args:
-            fields: The JSON object.
-
-        Returns:
-            The spec.
+        """Create a spec from JSON fields.
 
         Raises:
             ConfigurationError: Unknown or missing fields, or values of the wrong type.

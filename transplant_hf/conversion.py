@@ -133,9 +133,6 @@ def convert(
         revision: The branch to push to.
         **hub: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `from_pretrained`.
 
-    Returns:
-        What was written.
-
     Raises:
         CheckpointError: The file is damaged, or holds no such layers.
         ConfigurationError: Unknown layer indices, a position outside 0..L, or an output that is not empty.
@@ -305,9 +302,6 @@ def convert_seeds(
         push_to: A user or organization; each donor is pushed to a repository of its own there.
         overwrite: As in `convert`, for each donor.
         **options: `max_shard_size`, `verify`, `private`, and how to reach the Hub, as in `convert`.
-
-    Returns:
-        What was written, for each donor.
 
     Raises:
         HubError: No access to the repository, or out of reach.

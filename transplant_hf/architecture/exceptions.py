@@ -1,6 +1,6 @@
 """Facts that introspection cannot find: the few exceptions, each with its reason and a test.
 
-Everything else about an architecture is found by introspection (`stack.py`, `fingerprint.py`, `native.py`).
+Everything else about an architecture is found by introspection (`stack.py`, `anatomy.py`, `native.py`).
 """
 
 from __future__ import annotations

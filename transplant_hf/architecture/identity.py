@@ -25,7 +25,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..errors import BUILD_ERRORS, CheckpointError, CompatibilityError
-from .fingerprint import Fingerprint, fingerprint, is_layer_number
+from .anatomy import Fingerprint, fingerprint, is_layer_number
 from .quantized import is_packed, is_quantized
 from .stack import decoder_stack, eval_mode, max_context_length, text_config
 

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import BUILD_ERRORS, CompatibilityError
-from .anatomy import Anatomy, LayerOrigin
+from .anatomy import Anatomy, LayerOrigin, Standing, differences, fingerprint
 from .build import build_on_meta
 from .exceptions import FIRST_STAYS_FIRST
-from .fingerprint import Standing, differences, fingerprint
 from .follow import Follower
 from .stack import decoder_stack, text_config
 

@@ -105,9 +105,6 @@ class Donor:
             subfolder: Folder inside the repo.
             **hub: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `from_pretrained` of Transformers.
 
-        Returns:
-            The donor.
-
         Raises:
             HubError: The repository is missing, gated or private, or the Hub cannot be reached.
             CheckpointError: Files are missing or malformed.
@@ -337,9 +334,6 @@ class Donor:
             revision: The branch to push to.
             create_pr: Open a pull request instead.
             **options: The other arguments of `save_pretrained`.
-
-        Returns:
-            The commit.
 
         Raises:
             HubError: The repository is missing, gated or private, or the Hub cannot be reached.

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import decoder_stack
+from ..architecture.anatomy import structural_attributes
 from ..architecture.build import build_on_meta
-from ..architecture.fingerprint import structural_attributes
 from ..layer_map import RECIPIENT, Stage
 from ..splice import Blueprint, insert_layers, renumber, use_config
 from ..splice.surgery import outer_modules, set_differing

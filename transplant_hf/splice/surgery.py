@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import Anatomy, LayerOrigin, decoder_stack, text_config
+from ..architecture.anatomy import is_layer_number, plain, structural_attributes
 from ..architecture.build import build_on_meta, inner_models
-from ..architecture.fingerprint import is_layer_number, plain, structural_attributes
 from ..architecture.follow import RUNTIME
 from ..architecture.native import SplicedConfig
 from ..errors import BUILD_ERRORS
