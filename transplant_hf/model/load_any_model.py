@@ -119,7 +119,7 @@ def _without_donors(found: Recipient, config: PreTrainedConfig) -> Blueprint:
     recipient = dataclasses.replace(found.anatomy(), config=config)
     refuse_unsupported(recipient)
     own = TransplantConfig(recipient=found.reference, recipient_revision=found.revision)
-    return Blueprint(recipient, own).with_native_config(config)
+    return Blueprint(recipient, own).with_built_config(config)
 
 
 def load_tokenizer(reference: str, revision: str | None, hub: HubOptions, gguf_file: str | None = None) -> Any:

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import LayerNames
-from ..architecture.native import build_failure
+from ..architecture.native import build_failure, layer_differences
 from ..display import some_of
 from ..donor import Donor
 from ..errors import BUILD_ERRORS, CheckpointError, TransplantError
@@ -80,7 +80,7 @@ def from_pretrained(
             try:
                 return load(WeightLoader(blueprint, checks, from_memory, candidate, held_back), candidate)
             except _CandidateError as error:
-                blueprint = blueprint.without_candidate(error.reasons)
+                blueprint = blueprint.with_built_config(None, error.reasons)
         spliced = blueprint.built_config
         config = spliced.config if spliced.native else blueprint.recipient.config
         return load(WeightLoader(blueprint, checks, from_memory, held_back=held_back), config)
@@ -163,10 +163,11 @@ class WeightLoader:
             raise
         except BUILD_ERRORS as error:
             raise _CandidateError([build_failure(self.blueprint.recipient, error)]) from error
-        reasons = self.blueprint.differences(model)
+        blueprint = self.blueprint
+        reasons = layer_differences(blueprint.recipient, model, blueprint.origins(blueprint.built))
         if reasons:
             raise _CandidateError(reasons)
-        self.blueprint = self.blueprint.with_native_config(self._candidate)
+        self.blueprint = blueprint.with_built_config(self._candidate)
 
     def loads(self, model: Any) -> bool:
         """Whether the weights of a model are still to be loaded: adapters are loaded by the same steps, later."""

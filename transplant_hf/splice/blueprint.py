@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import Anatomy, LayerOrigin, text_config
 from ..architecture.exceptions import SEVERAL_STREAMS
-from ..architecture.native import SplicedConfig, candidates, layer_differences, splice_config
+from ..architecture.native import SplicedConfig, candidates, splice_config
 from ..compatibility import CompatibilityReport, donor_anatomy, mismatches, refuse_unsupported
 from ..config import SIDE_BY_SIDE, STACKED, DonorSpec, TransplantConfig, donor_specs
 from ..donor import Donor
@@ -76,21 +76,11 @@ class Blueprint:
             return None
         return next(candidates(self.recipient, self.origins(self.built)), None)
 
-    def differences(self, model: PreTrainedModel) -> list[str]:
-        """How the layers of a model that was built from a candidate differ from those that should run."""
-        return layer_differences(self.recipient, model, self.origins(self.built))
-
-    def with_native_config(self, config: PreTrainedConfig) -> Blueprint:
-        """The same blueprint with a candidate that was found to build the layers."""
-        return self._with_built_config(SplicedConfig(config, True))
-
-    def without_candidate(self, reasons: Sequence[str]) -> Blueprint:
-        """The same blueprint with another configuration than the candidate, which builds other layers."""
-        return self._with_built_config(splice_config(self.recipient, self.origins(self.built), reasons))
-
-    def _with_built_config(self, spliced: SplicedConfig) -> Blueprint:
-        blueprint = self._with()
-        vars(blueprint)["built_config"] = spliced
+    def with_built_config(self, config: PreTrainedConfig | None, rejected: Sequence[str] = ()) -> Blueprint:
+        """The same blueprint with a configuration that builds the layers; `None` for another than the candidate."""
+        origins, blueprint = self.origins(self.built), self._with()
+        found = SplicedConfig(config, True) if config is not None else splice_config(self.recipient, origins, rejected)
+        vars(blueprint)["built_config"] = found
         return blueprint
 
     @cached_property
