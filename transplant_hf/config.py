@@ -121,7 +121,11 @@ class DonorSpec:
             )
 
     def replaced(self, **changes: Any) -> DonorSpec:
-        """Return a copy with other values for some fields, such as `position=2`; a default name follows them."""
+        """Return a copy with other values for some fields. A default name follows the new values.
+
+        Args:
+            **changes: The fields, such as `position=2`.
+        """
         return dataclasses.replace(self, **{**({"name": None} if "name" in self.defaults else {}), **changes})
 
     def _checked_position(self) -> Position:
@@ -177,6 +181,9 @@ class DonorSpec:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> DonorSpec:
         """Create a spec from JSON fields.
+
+        Args:
+            fields: The JSON object.
 
         Raises:
             ConfigurationError: Unknown or missing fields, or values of the wrong type.
@@ -364,7 +371,11 @@ class TransplantConfig(RecipientFields, PreTrainedConfig):
         return tuple(tuple(run) for here in runs.values() for run in here if len(run) > 1)
 
     def replaced(self, **changes: Any) -> TransplantConfig:
-        """Return a copy with other values for some fields, such as `donors=`."""
+        """Return a copy with other values for some fields.
+
+        Args:
+            **changes: The fields, such as `donors=`.
+        """
         made = copy.deepcopy(self)
         for name, value in changes.items():
             setattr(made, name, value)

@@ -79,7 +79,11 @@ class LayerMap(tuple[Slot, ...]):
         return tuple(sorted(named, key=lambda source: source != RECIPIENT))
 
     def layers_of(self, source: str) -> list[int]:
-        """Return the running numbers of the layers that came from `source`: "recipient", or a donor's name."""
+        """Return the running numbers of the layers that came from `source`.
+
+        Args:
+            source: "recipient", or a donor's name.
+        """
         return [number for number, slot in enumerate(self) if slot.source == source]
 
 

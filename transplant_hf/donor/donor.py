@@ -21,7 +21,7 @@ from ..sources import HubArguments, HubOptions, Source, locate
 from .extract import layers_of_model
 from .from_pt import PtTensors, match_pt_file
 from .place import recommendation, recommended_in
-from .record import DONOR_CONFIG, DonorRecord
+from .record import DONOR_CONFIG, DonorRecord, without_sha256
 from .save import output_folder, push_saved, save_donor
 from .tensors import FileTensors, TensorInfo, TensorStore, layer_of, open_donor_files
 
@@ -79,7 +79,10 @@ class Donor:
             )
 
     def replaced(self, **changes: Any) -> Donor:
-        """Return a copy with other values for some arguments of `Donor`, such as `position=2`.
+        """Return a copy with other values for some arguments of `Donor`.
+
+        Args:
+            **changes: Arguments of `Donor`, such as `position=2`.
 
         Raises:
             ConfigurationError: No such argument, or a value that it cannot have.
@@ -115,7 +118,12 @@ class Donor:
 
     @classmethod
     def open(cls, source: Source, store: TensorStore | None = None) -> Donor:
-        """Open a donor whose files are on this machine, or only their headers, which are then in `store`."""
+        """Open a donor whose files, or their headers, are on this machine.
+
+        Args:
+            source: The folder, and the name the donor was asked for by.
+            store: Its tensors, if only their headers are on this machine.
+        """
         if not (source.folder / DONOR_CONFIG).exists():
             if source.from_hub:
                 why = ", or the local cache holds only a part of it. In that case load it once with a connection."
@@ -126,7 +134,7 @@ class Donor:
         record = DonorRecord.read(source.folder)
         if store is None:
             store = _open_files(source, record)
-            unrecorded = record.without_sha256({path.name for path in store.files}, source.from_hub)
+            unrecorded = without_sha256(record, {path.name for path in store.files}, source.from_hub)
             if unrecorded:
                 raise IntegrityError(
                     f"{', '.join(unrecorded)} of donor {source} has no sha256 in {DONOR_CONFIG}, so that its bytes "
@@ -255,7 +263,10 @@ class Donor:
         return {name: part[...] for name, part in self.store.slices().items()}
 
     def part(self, layers: Sequence[int]) -> Donor:
-        """Return some consecutive layers of this donor, by their numbers in it, 0..k-1.
+        """Return some consecutive layers of this donor.
+
+        Args:
+            layers: Their numbers in the donor, 0..k-1.
 
         Raises:
             ConfigurationError: It has no such layers.
@@ -266,11 +277,6 @@ class Donor:
             self.record, layer_indices=tuple(self.record.layer_indices[number] for number in layers)
         )
         return self.replaced(record=record, store=_PartOf(self.store, layers[0], len(layers)))
-
-    def companions_in(self, recipient: str) -> str:
-        """Return the folder or name to take a recipient's tokenizer from."""
-        known = self.companions
-        return str(known.folder) if known is not None and known.reference == recipient else recipient
 
     def verify(self) -> None:
         """Compare every weight file with its recorded sha256; raise an `IntegrityError` if the bytes differ."""

@@ -77,13 +77,22 @@ class DonorRecord:
 
     @classmethod
     def of_layers(cls, config: PreTrainedConfig, **known: Any) -> DonorRecord:
-        """Create the record of layers of a model with this configuration; `known` has the other fields."""
+        """Create the record of layers of a model.
+
+        Args:
+            config: The model's configuration.
+            **known: The other fields.
+        """
         fields = {name: value for name, value in config.to_dict().items() if name not in RUNTIME}
         return cls(config.model_type, fields, **known)
 
     @classmethod
     def read(cls, folder: Path) -> DonorRecord:
-        """Read the `donor_config.json` of a donor's folder."""
+        """Read `donor_config.json`.
+
+        Args:
+            folder: The donor's folder.
+        """
         path = folder / DONOR_CONFIG
         config = folder / "config.json"
         kind = read_json(config, "config.json").get("model_type") if config.exists() and not path.exists() else None
@@ -113,15 +122,12 @@ class DonorRecord:
         except (KeyError, TypeError, AttributeError, ConfigurationError) as error:
             raise CheckpointError(f"{path} is malformed: {error}") from error
 
-    def without_sha256(self, names: Collection[str], from_hub: bool) -> list[str]:
-        """Return which of these weight files should have a recorded sha256 and have none.
-
-        A record of the user's own making, in a local folder, may name no file at all.
-        """
-        return sorted(set(names) - set(self.files)) if self.files or from_hub else []
-
     def write(self, folder: Path) -> None:
-        """Write `donor_config.json` into a donor's folder."""
+        """Write `donor_config.json`.
+
+        Args:
+            folder: The donor's folder.
+        """
         write_json(
             folder / DONOR_CONFIG,
             {
@@ -136,6 +142,12 @@ class DonorRecord:
                 **({"signature": dict(self.signature)} if self.signature is not None else {}),
             },
         )
+
+
+def without_sha256(record: DonorRecord, names: Collection[str], from_hub: bool) -> list[str]:
+    """Return which of these weight files should have a recorded sha256 and have none."""
+    # A record of the user's own making, in a local folder, may name no file at all.
+    return sorted(set(names) - set(record.files)) if record.files or from_hub else []
 
 
 def _describe(path: Path, where: str) -> str:

@@ -134,7 +134,9 @@ def write_donor_repo(
     refuse_recipients_place(recipient, folder, revision)
     strength = donor.strength if strength is None else strength
     spec = DonorSpec(".", position, mode or donor.mode, name=name, strength=strength)
-    files = at_hand(donor.companions_in(recipient), revision or ("main" if recorded_on_hub else None))
+    known = donor.companions
+    place = str(known.folder) if known is not None and known.reference == recipient else recipient
+    files = at_hand(place, revision or ("main" if recorded_on_hub else None))
     fields: Mapping[str, Any] = {}
     if recipient == donor.record.source_id:
         fields = donor.record.source_config

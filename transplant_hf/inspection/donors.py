@@ -11,6 +11,7 @@ from ..compatibility import CompatibilityReport
 from ..config import DonorSpec, TransplantConfig
 from ..donor import Donor
 from ..donor.place import named, placed
+from ..donor.record import without_sha256
 from ..donor.tensors import layer_of
 from ..errors import BUILD_ERRORS, ConfigurationError, TransplantError
 from ..layer_map import LayerMap, Placement, Position, Splice
@@ -90,7 +91,7 @@ def _open_donor(files: Files, verify: bool) -> tuple[Donor, Weights, list[str]]:
     for name, tensor in donor.infos().items():
         per_layer[layer_of(name)[0]] += tensor.num_elements
     weights, problems = summarize_weights(files, store.headers, donor.record.files, verify, per_layer)
-    unrecorded = donor.record.without_sha256(store.headers, files.source.from_hub)
+    unrecorded = without_sha256(donor.record, store.headers, files.source.from_hub)
     if unrecorded:
         problems.append(
             f"{', '.join(unrecorded)}: no sha256 is recorded, so that its bytes cannot be checked on loading"
