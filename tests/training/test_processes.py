@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from tests.helpers import refused, write_tokenizer
 from tests.training.helpers import arguments, recipient, trainer
 from transplant_hf import ConfigurationError
-from transplant_hf.training.sharded import check_sharding
+from transplant_hf.training.checkpoints import check_sharding
 
 _SCRIPT = """
 import json, sys

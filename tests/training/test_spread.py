@@ -99,5 +99,5 @@ def test_a_recipient_that_does_not_fit_has_the_donor_before_its_last_layer(
 ) -> None:
     tiny_llama_model(0, num_hidden_layers=12).save_pretrained(tmp_path / "deep")
     write_tokenizer(tmp_path / "deep")
-    monkeypatch.setattr("transplant_hf.training.streaming.free_memory", lambda device: 1000)
+    monkeypatch.setattr("transplant_hf.training.prefix._free_memory", lambda device: 1000)
     assert DonorTrainer(str(tmp_path / "deep"), arguments(tmp_path / "run"), blocks).position == 11

@@ -245,7 +245,7 @@ def test_automatic_where_memory_is_short(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warned: list[str]
 ) -> None:
     assert trainer(tmp_path / "one", folder).model._layers_in_files is None
-    monkeypatch.setattr("transplant_hf.training.streaming.free_memory", lambda device: 100_000)
+    monkeypatch.setattr("transplant_hf.training.prefix._free_memory", lambda device: 100_000)
     made = trainer(tmp_path / "two", folder)
     assert held(made).count == 3
     assert any("97.7 KiB are free" in line and "stream_prefix" in line for line in warned)

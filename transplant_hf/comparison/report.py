@@ -144,7 +144,7 @@ class Runs:
     def __init__(self, folder: Path | None, setup: Mapping[str, Any], resume: bool) -> None:
         self.folder, self.setup = folder and folder / _RUNS, json.loads(json.dumps(dict(setup)))
         found: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for path in _run_files(self.folder):
+        for path in sorted(filter(_is_run, self.folder.glob("*.json"))) if self.folder is not None else ():
             if not resume:
                 path.unlink()
                 continue
@@ -185,10 +185,6 @@ class Runs:
     def all(self) -> tuple[RunResult, ...]:
         """All of them."""
         return tuple(result for results in self._of.values() for result in results)
-
-
-def _run_files(folder: Path | None) -> list[Path]:
-    return sorted(path for path in folder.glob("*.json") if _is_run(path)) if folder and folder.is_dir() else []
 
 
 def check_comparison_folder(folder: Path, overwrite: bool) -> None:

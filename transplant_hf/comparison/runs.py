@@ -179,12 +179,7 @@ def train_once(
 
 
 def run_method(
-    method: Method,
-    setting: Setting,
-    learning_rate: float,
-    budget: Budget,
-    texts: Texts,
-    untouched: Mapping[str, float],
+    method: Method, setting: Setting, learning_rate: float, budget: Budget, texts: Texts, untouched: Mapping[str, float]
 ) -> list[RunResult]:
     """Train once and measure every view."""
     prepared = method.prepare(setting)

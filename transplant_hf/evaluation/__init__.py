@@ -1,7 +1,7 @@
 """Perplexity of a model, of the untouched recipient, and of a donor at every position and strength."""
 
 from .losses import Perplexity, document_perplexity, perplexity
-from .model_states import evaluate, strength_curve
+from .measurement import evaluate, strength_curve
 from .positions import sweep
 from .reports import EvaluationReport, EvaluationRow, StrengthCurve, SweepReport, SweepRow
 

@@ -42,10 +42,7 @@ class LoadedModel:
 
 
 def model_to_measure(
-    model: Any,
-    revision: str | None = None,
-    kwargs: Mapping[str, Any] | None = None,
-    held_back: HeldBack | None = None,
+    model: Any, revision: str | None = None, kwargs: Mapping[str, Any] | None = None, held_back: HeldBack | None = None
 ) -> LoadedModel:
     """Load a model by its name; a model that is already loaded is returned unchanged."""
     kwargs = dict(kwargs or {})

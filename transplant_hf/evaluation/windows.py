@@ -69,10 +69,16 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
             begins = range(0, len(self._stream), step)
             self._windows = [_Window(begin, begin + step - 1, begin) for begin in begins]
         else:
-            self.block_length, stride = _check_sizes(block_length, stride)
+            self.block_length = length = _DEFAULT_LENGTH if block_length is None else block_length
+            step = length if stride is None else stride
+            if length < 1 or not 1 <= step <= length:
+                raise ConfigurationError(
+                    "block_length (--block-length) must be at least 1, and stride (--stride) in 1..block_length; got "
+                    f"block_length={length} and stride={step}."
+                )
             self._start = start
             self._stream = text if start is None else torch.cat([text.new_tensor([start]), text])
-            self._windows = _cut(self._stream, self.block_length, stride)
+            self._windows = _cut(self._stream, length, step)
         if self._stream.min() < 0:
             raise DataError(f"{self.name} contains the token number {int(self._stream.min())}; they start at 0.")
 
@@ -150,14 +156,3 @@ def _cut(stream: torch.Tensor, length: int, stride: int) -> list[_Window]:
         if end == predicted:
             break
     return windows
-
-
-def _check_sizes(block_length: int | None, stride: int | None) -> tuple[int, int]:
-    length = _DEFAULT_LENGTH if block_length is None else block_length
-    step = length if stride is None else stride
-    if length < 1 or not 1 <= step <= length:
-        raise ConfigurationError(
-            "block_length (--block-length) must be at least 1, and stride (--stride) in 1..block_length; got "
-            f"block_length={length} and stride={step}."
-        )
-    return length, step

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from accelerate import infer_auto_device_map
+from accelerate.utils import get_balanced_memory
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..architecture import decoder_stack, max_context_length
 from ..config import TransplantConfig
-from ..display import dtype_name, parse_size
+from ..display import bytes_text, dtype_name, parse_size
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..sources import HubArguments, HubOptions
 from ..splice import Blueprint
 from ..training import DonorTrainingArguments
 from .cache import LayerCache, layer_caches
-from .devices import place_model
-from .models import find_models
-from .results import CacheKind, Cost, Hardware, Plan, PlannedDonor
+from .models import find_models, loaded_transplant, quantization
+from .results import CacheKind, Cost, Hardware, Plan, PlannedDonor, Share
 from .training import check_training, training_cost
-from .weights import loaded_transplant, quantization, weights_by_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,6 +32,8 @@ __all__ = ["plan"]
 
 _CONTEXT = 4096
 _BLOCK = 1024  # tokens in a block, as in training
+_CPU, _DISK = "cpu", "disk"
+_Device = int | str
 
 
 def plan(
@@ -189,11 +192,14 @@ def _cost(
     for number, layer in enumerate(layers):
         by_kind.setdefault(layer.kind, []).append(number)
     sizes = [batch_size * layer.total for layer in layers] if known else None
-    shares, problems = place_model(model, stack_path, sizes, hardware)
+    weights: Counter[str] = Counter()  # tied ones counted once
+    for parameter in model.parameters():
+        weights[dtype_name(parameter.dtype)] += parameter.nbytes
+    shares, problems = _place(model, stack_path, sizes, hardware)
     return Cost(
         layers=len(decoder_stack(model, stack_path)),
         parameters=parameters,
-        weights=weights_by_dtype(model),
+        weights=dict(weights),
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
         cache=tuple(
             CacheKind(
@@ -219,8 +225,78 @@ def _donors(blueprint: Blueprint, layers: nn.ModuleList) -> tuple[PlannedDonor, 
             mode=part.spec.mode,
             layer_indices=tuple(part.donor.layer_indices),
             weights=sum(
-                sum(weights_by_dtype(layers[number]).values()) for number in blueprint.layer_map().layers_of(part.name)
+                parameter.nbytes
+                for number in blueprint.layer_map().layers_of(part.name)
+                for parameter in layers[number].parameters()
             ),
         )
         for part in blueprint.parts
     )
+
+
+# -- How `device_map="auto"` places a model on devices -----------------------------------------------------------------
+
+
+def _place(
+    model: PreTrainedModel, stack_path: str, cache: Sequence[int] | None, hardware: Hardware
+) -> tuple[tuple[Share, ...], list[str]]:
+    """Place a model on devices; return what each holds, and why it does not fit."""
+    alone = hardware.devices == 1 and hardware.memory is None
+    device_map = {"": 0} if alone else _device_map(model, stack_path, cache, hardware)
+    order: list[_Device] = [*range(hardware.devices), *(d for d in (_CPU, _DISK) if d in device_map.values())]
+    weights = dict.fromkeys(order, 0)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        weights[_device_of(name, device_map)] += tensor.nbytes
+    numbers = range(len(decoder_stack(model, stack_path)))
+    homes = [_device_of(f"{stack_path}.{number}", device_map) for number in numbers]
+    # An offloaded layer runs on the first device, and its cache stays there.
+    cached = [home if isinstance(home, int) else 0 for home in homes]
+    limits: Mapping[_Device, int | None] = {_CPU: hardware.cpu_memory, _DISK: None}
+    shares = tuple(
+        Share(
+            device=str(device),
+            layers=tuple(number for number in numbers if homes[number] == device),
+            weights=weights[device],
+            cache=None if cache is None else sum(cache[number] for number in numbers if cached[number] == device),
+            memory=limits.get(device, hardware.memory),
+        )
+        for device in order
+    )
+    problems = [
+        f"{share.title} needs {bytes_text(share.needed)} and has {bytes_text(share.memory or 0)}"
+        for share in shares
+        if not share.fits
+    ]
+    if weights.get(_DISK):
+        problems.append(f"{bytes_text(weights[_DISK])} of weights do not fit and would be read from disk at every step")
+    return shares, problems
+
+
+class _DeviceNumber(int):
+    """A device number that accelerate does not compare with the devices of this machine: it would log a warning."""
+
+    def __ge__(self, count: int) -> bool:
+        return False
+
+
+def _device_map(
+    model: PreTrainedModel, stack_path: str, cache: Sequence[int] | None, hardware: Hardware
+) -> Mapping[str, _Device]:
+    limit = hardware.memory or 2 * model.get_memory_footprint()
+    if cache:  # the device map leaves no room for it: reserve an equal part on each device, and one layer more
+        limit = max(1, limit - sum(cache) // hardware.devices - max(cache))
+    limits: dict[_Device, _Device] = {_DeviceNumber(device): limit for device in range(hardware.devices)}
+    if hardware.cpu_memory is not None:
+        limits[_CPU] = hardware.cpu_memory
+    undivided = sorted({type(layer).__name__ for layer in decoder_stack(model, stack_path)})
+    balanced = get_balanced_memory(model, max_memory=limits, no_split_module_classes=undivided)
+    found: Mapping[str, _Device] = infer_auto_device_map(
+        model, max_memory=balanced, no_split_module_classes=undivided, offload_buffers=True
+    )
+    return found
+
+
+def _device_of(name: str, device_map: Mapping[str, _Device]) -> _Device:
+    while name and name not in device_map:
+        name = name.rpartition(".")[0]
+    return device_map.get(name, 0)  # a device map does not name buffers of the outermost module

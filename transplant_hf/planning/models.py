@@ -1,27 +1,33 @@
-"""What is planned, found by configurations and headers: a recipient and its donors, or layers that do not exist yet."""
+"""The models of a plan, on the meta device: found by configurations and headers, and as they are after loading."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..architecture import Anatomy, open_recipient, text_config
+from ..architecture import Anatomy, decoder_stack, open_recipient, text_config
 from ..config import DonorSpec, TransplantConfig, donor_specs
 from ..donor import Donor, DonorRecord
 from ..donor.tensors import MemoryTensors, loaded_dtype
 from ..errors import ConfigurationError
 from ..inspection.donors import open_donors, read_transplant_config
 from ..inspection.files import MODEL_FILES, Files, all_tensors
-from ..layer_map import Position, starting_layers, trained_placement
+from ..layer_map import RECIPIENT, Position, starting_layers, trained_placement
 from ..sources import HubOptions, Source
 from ..splice import Blueprint, draw_blueprint
 from ..storage import read_json
 
-__all__ = ["find_models"]
+__all__ = ["find_models", "loaded_model", "loaded_transplant", "quantization"]
+
+# MXFP4 stores 32 numbers in 17 bytes: 16 for the numbers and one for their common scale.
+_BLOCK, _BLOCK_BYTES = 32, 17
 
 
 def find_models(
@@ -106,3 +112,57 @@ def _saved_dtype(config: PreTrainedConfig, source: Source, hub: HubOptions) -> t
     tensors = all_tensors(files.headers(MODEL_FILES)) if known else {}
     dtypes = (loaded_dtype(tensor.dtype) for tensor in tensors.values())
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def loaded_model(anatomy: Anatomy, quantized: bool) -> PreTrainedModel:
+    """Return a model as it is after loading, its tied weights tied and, if asked for, its experts in MXFP4."""
+    model = copy.deepcopy(anatomy.model)
+    model.tie_weights(recompute_mapping=False)
+    fields = quantization(anatomy.config, anatomy.what) if quantized else None
+    if fields is not None:
+        _pack_experts(model, fields.get("modules_to_not_convert") or ())
+    return model
+
+
+def loaded_transplant(blueprint: Blueprint, quantized: bool) -> PreTrainedModel:
+    """Return a transplant as it is after loading: donors stay in full precision, unless their files are in MXFP4."""
+    path = blueprint.recipient.stack_path
+    model = loaded_model(blueprint.recipient, quantized)
+    stacks = {RECIPIENT: decoder_stack(model, path)}
+    for part in blueprint.parts:
+        is_packed = any(name.endswith(("_blocks", "_scales")) for name in part.donor.infos())
+        source = loaded_model(part.anatomy, quantized and is_packed)
+        stacks[part.name] = decoder_stack(source, part.anatomy.stack_path)
+    parent, _, name = path.rpartition(".")
+    layers = nn.ModuleList(stacks[source][index] for source, index in blueprint.layer_map())
+    setattr(model.get_submodule(parent), name, layers)
+    return model
+
+
+def quantization(config: PreTrainedConfig, what: str) -> dict[str, Any] | None:
+    """Return the `quantization_config` of a recipient, if it has one."""
+    fields = getattr(config, "quantization_config", None)
+    if not fields:
+        return None
+    found: dict[str, Any] = fields if isinstance(fields, dict) else fields.to_dict()
+    method = found.get("quant_method")
+    if method != "mxfp4":
+        raise ConfigurationError(
+            f"{what} is quantized with {method}, and only its library knows its size in memory. Plan it as if it were "
+            "dequantized: dequantize=True, or --dequantize."
+        )
+    return found
+
+
+def _pack_experts(model: PreTrainedModel, kept: Sequence[str]) -> None:
+    """Replace matrices of experts by bytes of the size that they have in MXFP4, except in modules that are kept."""
+    kept_modules = re.compile("|".join(rf"(?:{pattern})(?:\..*)?" for pattern in kept) or r"(?!)")
+    for path, module in model.named_modules():
+        if kept_modules.fullmatch(path):
+            continue
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if name.endswith("_proj") and parameter.dim() == 3:
+                experts, inner, outer = parameter.shape  # blocks run along the inner dimension
+                size = experts * outer * -(-inner // _BLOCK) * _BLOCK_BYTES
+                packed = torch.empty(size, dtype=torch.uint8, device="meta")
+                setattr(module, name, nn.Parameter(packed, requires_grad=False))

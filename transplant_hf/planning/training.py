@@ -23,8 +23,8 @@ from ..training.chunked_loss import ChunkedLoss, tokens_per_chunk
 from ..training.part_trainer import COMPARED_TOKENS
 from .cache import prepare_to_run
 from .live_bytes import LiveBytes, OrdinaryText
+from .models import loaded_model
 from .results import TrainingCost
-from .weights import loaded_model
 
 __all__ = ["check_training", "training_cost"]
 

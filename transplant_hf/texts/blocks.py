@@ -172,12 +172,7 @@ def pack(
 
 
 def encode(
-    documents: Iterable[str],
-    tokenizer: Any,
-    *,
-    max_tokens: int | None = None,
-    name: str = "text",
-    quiet: bool = False,
+    documents: Iterable[str], tokenizer: Any, *, max_tokens: int | None = None, name: str = "text", quiet: bool = False
 ) -> torch.Tensor:
     """Encode documents as one stream of tokens, separated by the end-of-text token if the tokenizer has one.
 
@@ -292,7 +287,7 @@ def read_stream(
 
 
 def _given_documents(data: Any, name: str) -> Iterator[str]:
-    """Return documents that are given as strings, or as rows with a column of text."""
+    """Yield documents that are given as strings, or as rows with a column of text."""
     if not isinstance(data, Iterable):
         raise DataError(
             "a text is Blocks, a stream of tokens, a TextSource or the name of one, documents, or rows with a column "
@@ -302,11 +297,9 @@ def _given_documents(data: Any, name: str) -> Iterator[str]:
     first = next(items, None)
     items = itertools.chain([] if first is None else [first], items)
     if isinstance(first, Mapping):
-        return row_documents(items, None, name)
-    return (_checked_document(text, number, name) for number, text in enumerate(items))
-
-
-def _checked_document(text: Any, number: int, name: str) -> str:
-    if not isinstance(text, str):
-        raise DataError(f"document {number} of {name} is a {type(text).__name__}, not a string.")
-    return text
+        yield from row_documents(items, None, name)
+        return
+    for number, text in enumerate(items):
+        if not isinstance(text, str):
+            raise DataError(f"document {number} of {name} is a {type(text).__name__}, not a string.")
+        yield text

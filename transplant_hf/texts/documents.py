@@ -221,7 +221,8 @@ def _files_of_split(path: Path, split: str) -> list[Path]:
     files = {
         file: _split_of(file.relative_to(path))
         for file in sorted(path.rglob("*"))
-        if file.suffix in _FORMATS and file.is_file() and not _is_hidden(file.relative_to(path))
+        if file.suffix in _FORMATS and file.is_file()
+        if not any(part.startswith(".") for part in file.relative_to(path).parts)
     }
     if not files:
         raise DataError(f"{path} contains no text: no file name ends in one of {suffixes}.")
@@ -234,10 +235,6 @@ def _files_of_split(path: Path, split: str) -> list[Path]:
 def _split_of(path: Path) -> str:
     words = re.split(r"[^a-z]+", str(path).lower())
     return next((_SPLIT_OF_WORD[word] for word in reversed(words) if word in _SPLIT_OF_WORD), "train")
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _file_documents(files: Sequence[Path], column: str | None) -> Iterator[str]:

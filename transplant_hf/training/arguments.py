@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from ..config import DonorSpec
 from ..display import parse_size
 from ..errors import ConfigurationError
-from .sharded import ZERO_3
+from .checkpoints import ZERO_3
 
 __all__ = [
     "LEARNING_RATES",

@@ -71,11 +71,7 @@ class ChunkedLoss:
         return logits[0].float()
 
     def __call__(
-        self,
-        model: Any,
-        reference: torch.Tensor | None = None,
-        rows: torch.Tensor | None = None,
-        **inputs: Any,
+        self, model: Any, reference: torch.Tensor | None = None, rows: torch.Tensor | None = None, **inputs: Any
     ) -> dict[str, torch.Tensor]:
         """Return the loss of a batch, as a model does.
 

@@ -88,10 +88,9 @@ def read_run(
         held = {name: cut(name, text) for name, text in held_out.items()}
     elif held_out is not None:
         held = cut(None, held_out)
-    blocks = packed(domain, "text")
-    return RunData(
-        loaded, tokenizer, commit, blocks, None if general is None else packed(general, "general text"), held
-    )
+    learned = packed(domain, "text")
+    replayed = None if general is None else packed(general, "general text")
+    return RunData(loaded, tokenizer, commit, learned, replayed, held)
 
 
 def model_and_tokenizer(

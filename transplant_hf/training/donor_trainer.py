@@ -24,12 +24,11 @@ from ..model.starting_copies import FROM_DEQUANTIZED, STARTED_FROM, full_precisi
 from ..partial import stack_of
 from ..partial.streaming import layers_in_memory
 from .arguments import DonorTrainingArguments, default_init, default_learning_rate, default_strength
-from .checkpoints import trained_parameters
-from .data import RunData
+from .checkpoints import fill, gathered, trained_parameters, unsharded
+from .data import RunData, rows_per_step
 from .part_trainer import Part
+from .prefix import held_back_layers
 from .records import note_in_donors, training_record
-from .sharded import fill, gathered, unsharded
-from .streaming import held_back_layers
 from .transplant_trainer import TransplantTrainer
 
 __all__ = ["DonorTrainer"]
@@ -88,9 +87,8 @@ class DonorTrainer(TransplantTrainer):
         recipient = data.model
         self.donor_name = args.donor_name or (data.domain.name if data.domain.name not in ("", RECIPIENT) else "donor")
         self.held_out_perplexity: Mapping[str, Mapping[str, float | None]] = {}
-        # What the domain looks like where the donor begins, and of how many rows of each text that was made.
+        # What the domain looks like where the donor begins; `signed_rows`: of how many rows of each text it was made.
         self.signature: Signature | None = None
-        self.signed_rows: tuple[int, int] | None = None
         state = getattr(recipient, "_transplant", None)
         layers = state.blueprint.splice.num_layers if state is not None else len(stack_of(recipient))
         self.position = _position(layers, args, layers_in_files(recipient) is not None)
@@ -119,7 +117,7 @@ class DonorTrainer(TransplantTrainer):
         before = trained if self.interpolation != 1 else {}
         self._before = {name: parameter.detach().clone() for name, parameter in before.items()}
         untrained = transplanted._transplant.blueprint.part(self.donor_name).donor
-        self.started_from: str | None = untrained.metadata.get(STARTED_FROM)
+        self.started_from = untrained.metadata.get(STARTED_FROM)
         run = {
             "recipient": str(recipient.config.name_or_path),
             "position": self.position,
@@ -133,10 +131,10 @@ class DonorTrainer(TransplantTrainer):
         return {} if held_back is None else {"held_back": held_back}
 
     @contextmanager
-    def _partial_run(self, part: Part) -> Iterator[None]:
-        with super()._partial_run(part):
-            first = self.transplant.layer_map[: part.position]
-            made = self.prefix.signature(part.position) if {source for source, _ in first} == {RECIPIENT} else None
+    def _partial_run(self) -> Iterator[None]:
+        with super()._partial_run():
+            first = self.transplant.layer_map[: self.part.position]
+            made = self.prefix.signature(self.part.position) if {source for source, _ in first} == {RECIPIENT} else None
             self.signature, self.signed_rows = made or (None, None)
             yield
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,24 +13,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, default_data_collator
 
 from ..architecture import eval_mode, is_quantized
 from ..architecture.quantized import differentiable
 from ..errors import CompatibilityError, ConfigurationError, TrainingError
 from ..partial import PREFIX_STATES, PartialRun, stack_of
-from .checkpoints import OPTIMIZER_FILE, check_same_run, last_checkpoint, load_trained, save_trained, trained_parameters
+from .checkpoints import (
+    OPTIMIZER_FILE,
+    check_same_run,
+    check_sharding,
+    gathered,
+    last_checkpoint,
+    load_optimizer,
+    load_trained,
+    optimizer_state,
+    save_trained,
+    trained_parameters,
+)
 from .chunked_loss import ChunkedLoss, check_liger, divergence_of, reason_against, tokens_per_chunk
 from .data import REPLAYED, Rows, rows_per_step
 from .prefix import CachePlan, PrefixStates
 from .progress import StderrProgress
-from .sharded import check_sharding, gathered, load_optimizer, optimizer_state
 
 __all__ = ["COMPARED_TOKENS", "Part", "PartTrainer"]
 
@@ -130,7 +134,7 @@ class PartTrainer(Trainer):
         self._progress = StderrProgress(quiet=bool(args.disable_tqdm))
         self.add_callback(self._progress)
         self.rows = rows
-        self.part = part
+        self.part = part or Part(range(len(stack_of(self.inner))), from_embeddings=True)
         self.prefix = PrefixStates(self, cache or CachePlan())
         self.distillation = distillation
         self._chunked: ChunkedLoss | None = None
@@ -164,20 +168,20 @@ class PartTrainer(Trainer):
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         self.resumed, completed = checkpoint is not None, False
         try:
-            with differentiable(self.inner), nullcontext() if self.part is None else self._partial_run(self.part):
+            with differentiable(self.inner), self._partial_run():
                 result = super().train(checkpoint, *args, **kwargs)
             completed = True
             return result
         finally:
-            if self.part is not None:
-                self.prefix.release(completed)
+            self.prefix.release(completed)
             self._progress.close()  # a run that was stopped too: messages after it start on a line of their own
             # Accelerate leaves its autocast around `forward`: the model computes as before from here on.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     @contextmanager
-    def _partial_run(self, part: Part) -> Iterator[None]:
+    def _partial_run(self) -> Iterator[None]:
         """Let only the part run, from hidden states that are computed now if they are not there yet."""
+        part = self.part
         caching = part.position > 0 and self.prefix.plan.kind != "off"
         if caching:
             self.prefix.fill(part.position)
@@ -230,7 +234,7 @@ class PartTrainer(Trainer):
         if not difference <= _TOLERANCE * (100 if is_quantized(self.inner) else rounded):
             raise CompatibilityError(
                 f"{type(self.inner).__name__} computes something else when the layers before "
-                f"{min(self.part.numbers) if self.part else 0} are left out (relative difference of the logits "
+                f"{min(self.part.numbers)} are left out (relative difference of the logits "
                 f"{difference:.2g}): they pass on more than a hidden state. "
                 'Set cache_prefix="off" (--cache-prefix off).'
             )
@@ -243,11 +247,11 @@ class PartTrainer(Trainer):
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Let the model compute on held-out text as it will be used, inside a `with` block; blocks can be nested."""
-        running, part = self._running, self.part
-        if running is None and part is not None and self.prefix.streams:
-            with self._partial_run(part):  # of which the hidden states before the part are computed
+        running = self._running
+        if running is None and self.prefix.streams:
+            with self._partial_run():  # of which the hidden states before the part are computed
                 yield
-        elif running is None or self.prefix.streams or (part is not None and part.from_embeddings):
+        elif running is None or self.prefix.streams or self.part.from_embeddings:
             yield
         else:
             running.stop()
@@ -273,7 +277,7 @@ class PartTrainer(Trainer):
         loss_only = inputs.pop(_LOSS_ONLY, model.training and not return_outputs)
         chunked = self._chunked_loss(model, inputs) if loss_only else None
         reference = None
-        if self.distillation and self._running is not None and self.part is not None and model.training:
+        if self.distillation and self._running is not None and model.training:
             plain = {name: value for name, value in inputs.items() if name != "labels"}
             with torch.no_grad(), self._running.without(self.part.donor):
                 reference = chunked.hidden_states(model, plain) if chunked else model(**plain).logits
@@ -349,10 +353,9 @@ class PartTrainer(Trainer):
 
     def trained_alone(self) -> list[tuple[nn.Parameter, dict[str, float]]]:
         """Return the parameters with options of the optimizer of their own."""
-        rates = self.part.rates.items() if self.part is not None else ()
         return [
             (stack_of(self.inner)[number].get_parameter(name), {"lr": self.args.learning_rate * factor})
-            for (number, name), factor in rates
+            for (number, name), factor in self.part.rates.items()
         ]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

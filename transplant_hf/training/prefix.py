@@ -1,33 +1,48 @@
-"""The hidden states before the trained part of a model: computed once, kept in memory or in files."""
+"""The hidden states before the trained part of a model: computed once, kept in memory or in files.
+
+The layers that compute them may stay in their files, too.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import get_int_from_env
+from transformers.utils import logging
 
-from ..architecture import eval_mode
-from ..display import parse_size
+from ..architecture import decoder_stack, eval_mode
+from ..display import bytes_text, parse_size
 from ..donor.signature import FEWEST_ROWS, PROBE_TOKENS, TOKENS, Signature, describe_rows
+from ..errors import ConfigurationError
 from ..evaluation.windows import Windows
+from ..layer_map import RECIPIENT, Position
 from ..model.layers_in_files import layers_in_files
+from ..model.load_weights import HeldBack
 from ..partial import PrefixCache, fill_cache
 from ..partial.cache import MOST_IN_MEMORY, refuse_small_disk
 from ..partial.running import block_ids, block_states
-from ..partial.streaming import StreamedStates, Text, stream_prefix
+from ..partial.streaming import StreamedStates, Text, reason_against_streaming, stream_prefix
+from ..splice import Blueprint
 from ..texts import Blocks
 
-__all__ = ["CACHE_FOLDER", "CachePlan", "PrefixStates", "held_out_texts"]
+__all__ = ["CACHE_FOLDER", "CachePlan", "PrefixStates", "held_back_layers", "held_out_texts"]
+
+logger = logging.get_logger(__name__)
 
 CACHE_FOLDER = "prefix-cache"
 _MOST_ROWS = 512  # of each text in a signature
+_COPIES = 4  # of a donor: weights, gradients and two numbers of Adam
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -119,7 +134,8 @@ class PrefixStates:
         with args.main_process_first(desc="hidden states before the part"):
             caches = [filled(share) for share in range(count)]
         self.seconds = self.seconds or caches[0].seconds
-        rows.prefix = caches[0] if count == 1 else _Joined(caches, shares)
+        joined: Any = ChainMap(*caches)  # type: ignore[arg-type]
+        rows.prefix = caches[0] if count == 1 else joined
 
     def _stream(self, position: int, identity: list[Any], how: Mapping[str, Any]) -> None:
         rows = self._trainer.rows
@@ -175,17 +191,82 @@ def _probe() -> Blocks:
     return Blocks(torch.arange(PROBE_TOKENS)[None], "probe")
 
 
-class _Joined:
-    """The caches of several processes, indexed as one."""
-
-    def __init__(self, caches: Sequence[PrefixCache], shares: Sequence[Sequence[int]]) -> None:
-        self._cache_of = {number: cache for cache, share in zip(caches, shares, strict=True) for number in share}
-
-    def __getitem__(self, number: int) -> torch.Tensor:
-        return self._cache_of[number][number]
-
-
 def held_out_texts(trainer: Any) -> dict[str, Windows]:
     """Return the texts that a trainer measures on, by name."""
     held = trainer.eval_dataset
     return dict(held) if isinstance(held, Mapping) else {held.name: held} if isinstance(held, Windows) else {}
+
+
+# -- Layers that stay in their files -----------------------------------------------------------------------------------
+
+
+def held_back_layers(
+    model: Any, args: Any, model_kwargs: Mapping[str, Any], position_in: Callable[[int], Position]
+) -> HeldBack | None:
+    """Return how many layers of a named recipient stay in their files, as a function of its blueprint.
+
+    `position_in` returns the donor's position or positions for the number of the recipient's layers.
+    """
+    if args.stream_prefix is False:
+        return None
+
+    def refuse(reason: str | None) -> bool:
+        if args.stream_prefix and reason is not None:
+            raise ConfigurationError(f"stream_prefix=True (--stream-prefix) is not possible: {reason}.")
+        return reason is not None
+
+    reason = reason_against_streaming(model, model_kwargs)
+    if args.method == "standalone":
+        reason = 'method="standalone" (--method) runs the donor alone, between the embeddings and the head'
+    elif args.cache_prefix == "off":
+        reason = 'cache_prefix="off" (--cache-prefix) runs the layers before the donor in every step'
+    if refuse(reason):
+        return None
+
+    def count(blueprint: Blueprint) -> int:
+        position = position_in(blueprint.splice.num_layers)
+        position = min(position) if isinstance(position, tuple) else position
+        slots = (tuple(stage.slot) for stage in blueprint.built)
+        before = len(list(itertools.takewhile(lambda slot: slot != (RECIPIENT, position), slots)))
+        reason = None
+        if before == 0:
+            reason = f"no layer runs before position {position}, so that there is nothing to stream"
+        elif any(part.spec.mode == "replace" for part in blueprint.parts):
+            reason = "the recipient has donors that replace layers"
+        if refuse(reason) or not (args.stream_prefix or _is_too_large(blueprint, args, model_kwargs)):
+            return 0
+        return before
+
+    return count
+
+
+def _is_too_large(blueprint: Blueprint, args: Any, model_kwargs: Mapping[str, Any]) -> bool:
+    """Whether a recipient with a donor in training does not fit into free memory; says so."""
+    recipient = blueprint.recipient
+    if model_kwargs.get("quantization_config") or getattr(recipient.config, "quantization_config", None):
+        return False  # only its library knows its size
+    dtype = model_kwargs.get("dtype") or model_kwargs.get("torch_dtype") or "auto"
+    dtype = recipient.config.dtype or torch.get_default_dtype() if dtype == "auto" else dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    layers = decoder_stack(recipient.model, recipient.stack_path)
+    donor = args.donor_layers * max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+    needed = (sum(parameter.numel() for parameter in recipient.model.parameters()) + _COPIES * donor) * dtype.itemsize
+    free = _free_memory(args.device)
+    if needed <= free:
+        return False
+    logger.warning(
+        f"{blueprint.config.recipient} and a donor in training take {bytes_text(needed)}, and {bytes_text(free)} are "
+        "free: the layers before the donor stay in their files (stream_prefix)."
+    )
+    return True
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:  # no container
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))

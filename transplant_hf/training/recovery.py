@@ -69,7 +69,11 @@ class RecoveryTrainer(TransplantTrainer):
             "donors": self.recovered,
             "gate_learning_rate": args.gate_learning_rate,
         }
-        return model, Part(range(_first_trained(model), len(model.layer_map))), run
+        layers = list(enumerate(stack_of(model)))
+        trained = [number for number, layer in layers if any(one.requires_grad for one in layer.parameters())]
+        if not trained:
+            raise ConfigurationError("there is nothing to train: no layer next to the donors, or no norm in them.")
+        return model, Part(range(trained[0], len(layers))), run
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; afterwards gates are strengths again."""
@@ -153,20 +157,7 @@ def _require_gradients(model: Any, parts: Sequence[str], donors: Sequence[str]) 
         if ("donor" if number in of_donors else "neighbors") in parts:
             stack[number].requires_grad_(True)
         elif "norms" in parts:
-            for norm in _norms(stack[number]):
-                norm.requires_grad_(True)
-
-
-def _norms(layer: nn.Module) -> Iterator[nn.Module]:
-    """Modules that have only gains and biases."""
-    for module in layer.modules():
-        own = list(module.parameters(recurse=False))
-        if own and all(parameter.dim() == 1 for parameter in own) and not list(module.children()):
-            yield module
-
-
-def _first_trained(model: Any) -> int:
-    for number, layer in enumerate(stack_of(model)):
-        if any(parameter.requires_grad for parameter in layer.parameters()):
-            return number
-    raise ConfigurationError("there is nothing to train: no layer next to the donors, or no norm in them.")
+            for module in stack[number].modules():
+                own = list(module.parameters(recurse=False))
+                if all(parameter.dim() == 1 for parameter in own) and not list(module.children()):
+                    module.requires_grad_(True)  # it has only gains and biases

@@ -77,27 +77,24 @@ class TrainingReport:
         return {**dataclasses.asdict(self), "perplexity": dict(self.perplexity)}
 
     def __str__(self) -> str:
-        strengths = ", ".join(f"{name} {value:g}" for name, value in self.strength.items())
-        lines = [
-            self.layer_map,
-            "",
-            f"saved to            {self.output}",
-            f"trained             {self.trainable_parameters:,} parameters in {self.steps} steps",
-            *([] if self.train_loss is None else [f"mean loss           {self.train_loss:.3f}"]),
-            f"seconds             {self.seconds:.1f} of training, {self.cache_seconds:.1f} for hidden states before it",
-            f"learning rate       {self.learning_rate:g}",
-            f"strength            {strengths}",
-        ]
+        rows = {
+            "saved to": self.output,
+            "trained": f"{self.trainable_parameters:,} parameters in {self.steps} steps",
+            **({} if self.train_loss is None else {"mean loss": f"{self.train_loss:.3f}"}),
+            "seconds": f"{self.seconds:.1f} of training, {self.cache_seconds:.1f} for hidden states before it",
+            "learning rate": f"{self.learning_rate:g}",
+            "strength": ", ".join(f"{name} {value:g}" for name, value in self.strength.items()),
+        }
         if self.interpolation != 1:
-            lines.append(f"interpolated        {self.interpolation:g} of the training is in the weights")
-        lines += [f"started from        {self.started_from}"] if self.started_from else []
+            rows["interpolated"] = f"{self.interpolation:g} of the training is in the weights"
+        if self.started_from:
+            rows["started from"] = self.started_from
         if self.signed is not None:
-            lines.append(
-                f"signed              from {self.signed[0]} rows of the text and {self.signed[1]} of general text"
-            )
+            rows["signed"] = f"from {self.signed[0]} rows of the text and {self.signed[1]} of general text"
+        lines = [self.layer_map, "", *(f"{name:<20}{value}" for name, value in rows.items())]
         for text, numbers in self.held_out.items():
             measured = ", ".join(f"{name} {value:.2f}" for name, value in numbers.items())
-            lines.append(f"perplexity          {text}: {measured}")
+            lines.append(f"{'perplexity':<20}{text}: {measured}")
         return "\n".join(lines)
 
 
@@ -184,9 +181,9 @@ def train(
         learning_rate=trainer.args.learning_rate,
         strength=dict(trainer.transplant.strengths),
         held_out=perplexities,
-        started_from=getattr(trainer, "started_from", None),
-        signed=getattr(trainer, "signed_rows", None),
-        interpolation=getattr(trainer, "interpolation", 1.0),
+        started_from=trainer.started_from,
+        signed=trainer.signed_rows,
+        interpolation=trainer.interpolation,
     )
 
 

@@ -15,11 +15,11 @@ from ..architecture import quantization_fields
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from .arguments import PartTrainingArguments
+from .checkpoints import refuse_sharded, unsharded
 from .data import RunData, read_run
 from .part_trainer import Part, PartTrainer
 from .prefix import CachePlan
 from .records import run_settings
-from .sharded import refuse_sharded, unsharded
 
 __all__ = ["TransplantTrainer"]
 
@@ -32,6 +32,9 @@ class TransplantTrainer(PartTrainer):
 
     arguments_class: type[PartTrainingArguments] = PartTrainingArguments
     label_after = "after"  # of the perplexity after training
+    started_from: str | None = None
+    signed_rows: tuple[int, int] | None = None
+    interpolation = 1.0
 
     def __init__(
         self,
