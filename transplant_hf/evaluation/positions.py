@@ -336,9 +336,6 @@ def _logits(
     place: _Place, part: PartialRun, ids: torch.Tensor, entering: torch.Tensor, strengths: tuple[float, ...]
 ) -> Iterator[tuple[float, torch.Tensor]]:
     """Yield each strength and its logits; the donor runs once for all strengths."""
-    if strengths == (1.0,):
-        yield 1.0, part(input_ids=ids, prefix_states=entering, use_cache=False).logits
-        return
     after = place.layers[-1] + 1
     leaving = hidden_states(place.model, ids, [after], prefix_states=entering)[after]
     with part.without(place.layers):

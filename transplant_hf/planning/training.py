@@ -30,21 +30,12 @@ __all__ = ["check_training", "training_cost"]
 
 # Numbers that an optimizer keeps for each parameter, and the bytes of each; 0 is the dtype of the parameter.
 _STATES = {
-    "adamw_torch": (2, 0),
-    "adamw_torch_fused": (2, 0),
-    "adamw_torch_8bit": (2, 1),
-    "adamw_8bit": (2, 1),
-    "adamw_bnb_8bit": (2, 1),
-    "paged_adamw": (2, 4),
-    "paged_adamw_32bit": (2, 4),
-    "paged_adamw_8bit": (2, 1),
-    "lion": (1, 4),
-    "lion_32bit": (1, 4),
-    "lion_8bit": (1, 1),
-    "paged_lion_32bit": (1, 4),
-    "paged_lion_8bit": (1, 1),
-    "adagrad": (1, 0),
-    "rmsprop": (1, 0),
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), (2, 0)),
+    **dict.fromkeys(("adamw_torch_8bit", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), (2, 1)),
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), (2, 4)),
+    **dict.fromkeys(("lion", "lion_32bit", "paged_lion_32bit"), (1, 4)),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), (1, 1)),
+    **dict.fromkeys(("adagrad", "rmsprop"), (1, 0)),
     "sgd": (0, 0),
     "adafactor": (0, 4),
 }

@@ -24,7 +24,6 @@ __all__ = [
     "RecoveryArguments",
     "default_init",
     "default_learning_rate",
-    "default_strength",
 ]
 
 _CHOICES = {
@@ -269,8 +268,3 @@ def width_scaled(rate: float, width: int) -> float:
 def default_init(mode: str) -> str:
     """Return how a donor starts: layers that replace others are those layers at first."""
     return "copy" if mode == "replace" else "identity"
-
-
-def default_strength(mode: str, replayed: bool) -> float:
-    """Return the strength to recommend: 1 where general text was replayed, less without it."""
-    return 1.0 if replayed or mode == "replace" else 0.75

@@ -25,7 +25,6 @@ from ..numeric import is_finite
 from ..storage import read_json, write_json, writing
 
 __all__ = [
-    "OPTIMIZER_FILE",
     "ZERO_3",
     "check_same_run",
     "check_sharding",
@@ -35,9 +34,9 @@ __all__ = [
     "last_checkpoint",
     "load_optimizer",
     "load_trained",
-    "optimizer_state",
     "refuse_sharded",
     "remove_checkpoints",
+    "save_optimizer",
     "save_trained",
     "trained_parameters",
     "unsharded",
@@ -46,7 +45,8 @@ __all__ = [
 _TRAINED_FILE = "trained.safetensors"
 _RUN_FILE = "transplant_run.json"
 _STATE_FILE = "trainer_state.json"
-OPTIMIZER_FILE = "optimizer.pt"
+_OPTIMIZER_FILE = "optimizer.pt"
+_SCHEDULER_FILE = "scheduler.pt"
 _DEEPSPEED_FILE = "latest"  # names the folder with the optimizer
 # What may differ when a run is resumed: the first rows of a longer run are those of a shorter one.
 _LENGTH = {"rows", "max_steps"}
@@ -115,7 +115,7 @@ def remove_checkpoints(output: Path) -> None:
 
 def _is_complete(folder: Path, step: int) -> bool:
     # The state is written last: if it can be read, everything is there.
-    optimizer = any((folder / name).is_file() for name in (OPTIMIZER_FILE, _DEEPSPEED_FILE))
+    optimizer = any((folder / name).is_file() for name in (_OPTIMIZER_FILE, _DEEPSPEED_FILE))
     if not optimizer or not all((folder / name).is_file() for name in (_TRAINED_FILE, _RUN_FILE, _STATE_FILE)):
         return False
     try:
@@ -211,18 +211,22 @@ def unsharded(module: nn.Module, needed: bool) -> Iterator[None]:
             owner._parameters[name] = parameter
 
 
-def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Return the whole state of an optimizer of sharded parameters, on the CPU."""
+def save_optimizer(trainer: Any, folder: Path) -> None:
+    """Write the whole state of an optimizer of sharded parameters: Trainer's own way writes the whole model too."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer.optimizer, options=options)
-    return state
+    state = get_optimizer_state_dict(trainer.model, trainer.optimizer.optimizer, options=options)
+    if trainer.args.should_save:
+        torch.save(state, folder / _OPTIMIZER_FILE)
+        torch.save(trainer.lr_scheduler.state_dict(), folder / _SCHEDULER_FILE)
 
 
-def load_optimizer(path: Path, model: nn.Module, optimizer: Any) -> None:
-    """Read what `optimizer_state` returned back into an optimizer."""
+def load_optimizer(trainer: Any, folder: Path) -> None:
+    """Read what `save_optimizer` wrote."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    set_optimizer_state_dict(model, optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True))
+    state = torch.load(folder / _OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(trainer.model, trainer.optimizer.optimizer, state, options=options)
+    trainer.lr_scheduler.load_state_dict(torch.load(folder / _SCHEDULER_FILE, weights_only=True))

@@ -23,7 +23,7 @@ from ..model.layers_in_files import layers_in_files
 from ..model.starting_copies import FROM_DEQUANTIZED, STARTED_FROM, full_precision_copies
 from ..partial import stack_of
 from ..partial.streaming import layers_in_memory
-from .arguments import DonorTrainingArguments, default_init, default_learning_rate, default_strength
+from .arguments import DonorTrainingArguments, default_init, default_learning_rate
 from .checkpoints import fill, gathered, trained_parameters, unsharded
 from .data import RunData, rows_per_step
 from .part_trainer import Part
@@ -93,8 +93,8 @@ class DonorTrainer(TransplantTrainer):
         layers = state.blueprint.splice.num_layers if state is not None else len(stack_of(recipient))
         self.position = _position(layers, args, layers_in_files(recipient) is not None)
         strength = args.strength
-        if strength is None:
-            strength = default_strength(args.mode, data.replay_share(args) > 0)
+        if strength is None:  # less without general text
+            strength = 1.0 if args.mode == "replace" or data.replay_share(args) > 0 else 0.75
         # Layers that replace others have no strength at run time: it goes into their weights.
         self.interpolation = strength if args.mode == "replace" else 1.0
         self.recommended_strength = 1.0 if args.mode == "replace" else strength

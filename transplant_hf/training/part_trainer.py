@@ -20,14 +20,13 @@ from ..architecture.quantized import differentiable
 from ..errors import CompatibilityError, ConfigurationError, TrainingError
 from ..partial import PREFIX_STATES, PartialRun, stack_of
 from .checkpoints import (
-    OPTIMIZER_FILE,
     check_same_run,
     check_sharding,
     gathered,
     last_checkpoint,
     load_optimizer,
     load_trained,
-    optimizer_state,
+    save_optimizer,
     save_trained,
     trained_parameters,
 )
@@ -40,7 +39,6 @@ __all__ = ["COMPARED_TOKENS", "Part", "PartTrainer"]
 
 COMPARED_TOKENS = 64  # whose logits by the part are compared with those of the whole model before the first step
 _TOLERANCE = 1e-3
-_SCHEDULER_FILE = "scheduler.pt"
 _LOSS_ONLY = "loss_only"  # marks a batch of an evaluation that needs no logits
 _NOT_IN_CHUNKS = "the loss cannot be computed in chunks: {}. Leave out loss_chunk (--loss-chunk)."
 
@@ -359,20 +357,16 @@ class PartTrainer(Trainer):
         ]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
+            save_optimizer(self, Path(output_dir))
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = optimizer_state(self.model, self.optimizer)  # Trainer's own way writes the whole model too
-        if self.args.should_save:
-            torch.save(state, Path(output_dir, OPTIMIZER_FILE))
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, _SCHEDULER_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_fsdp_enabled:
+        if checkpoint is not None and self.is_fsdp_enabled:
+            load_optimizer(self, Path(checkpoint))
+        else:
             super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        load_optimizer(Path(checkpoint, OPTIMIZER_FILE), self.model, self.optimizer)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, _SCHEDULER_FILE), weights_only=True))
 
     def _load_best_model(self) -> None:
         load_trained(Path(str(self.state.best_model_checkpoint)), self.model)

@@ -150,7 +150,13 @@ def train(
         args = trainer_class.arguments_class(str(folder), **arguments)
         trainer = trainer_class(recipient, args, text, general, held_out, revision=revision, model_kwargs=model_kwargs)
         if push_to is not None:
-            _check_push(trainer.transplant.transplant_config, push_to, (push_kwargs or {}).get("token"))
+            config = trainer.transplant.transplant_config
+            if points_to_folder(config.recipient, revision=config.recipient_revision) is not None:
+                raise ConfigurationError(
+                    f"a pushed donor must name a recipient on the Hub, and {config.recipient} is a folder. Push the "
+                    "recipient first and train from there, or write to a folder only."
+                )
+            check_can_push(push_to, (push_kwargs or {}).get("token"))
         trainer.checkpoint_to_resume(resume)
         perplexities: _HeldOut = {}
         for label, state in trainer.states_before():
@@ -245,15 +251,6 @@ def _checkpoint_folder(
     finally:
         with suppress(OSError):  # not empty: there are checkpoints to resume from
             folder.rmdir()
-
-
-def _check_push(config: Any, repo_id: str, token: str | bool | None) -> None:
-    if points_to_folder(config.recipient, revision=config.recipient_revision) is not None:
-        raise ConfigurationError(
-            f"a pushed donor must name a recipient on the Hub, and {config.recipient} is a folder. Push the recipient "
-            "first and train from there, or write to a folder only."
-        )
-    check_can_push(repo_id, token)
 
 
 # -- Perplexity on held-out texts ------------------------------------------------------------------------------------
