@@ -12,7 +12,7 @@ from torch import nn
 from tests.helpers import BUILDERS, NUM_LAYERS, plain, refused, tiny_llama_model
 from transplant_hf import ConfigurationError, DonorTrainer, DonorTrainingArguments
 from transplant_hf.planning import TrainingCost, plan
-from transplant_hf.planning.live_bytes import LiveBytes, OrdinaryText
+from transplant_hf.planning.training import LiveBytes, OrdinaryText
 from transplant_hf.texts import Blocks
 
 TOKENS = 16

@@ -183,19 +183,13 @@ class DonorTrainingArguments(PartTrainingArguments):
 
 @dataclass
 class RecoveryArguments(PartTrainingArguments):
-    """`TrainingArguments` of Transformers with fields for recovery.
+    """`TrainingArguments` of Transformers with fields for recovery; others are as in `DonorTrainingArguments`.
 
     Args:
         parts: What is trained: "donor" (all of its layers), "neighbors" (the recipient's layers next to it), "norms"
             (only the norms of both), "gate" (the donor's strength); one or several.
         neighbors: How many recipient layers on either side are neighbors.
         donors: The donors to recover, by name; by default all that are inserted.
-        block_length: As in `DonorTrainingArguments`.
-        held_out_blocks: As in `DonorTrainingArguments`.
-        replay_share: As in `DonorTrainingArguments`.
-        cache_prefix: As in `DonorTrainingArguments`.
-        prefix_cache_limit: As in `DonorTrainingArguments`.
-        prefix_cache_dir: As in `DonorTrainingArguments`.
         learning_rate: The learning rate of all parts except gates.
         gate_learning_rate: The learning rate of gates.
         neighbours: The old name of `neighbors`.

@@ -41,6 +41,7 @@ logger = logging.get_logger(__name__)
 
 CACHE_FOLDER = "prefix-cache"
 _MOST_ROWS = 512  # of each text in a signature
+_PROBE = Blocks(torch.arange(PROBE_TOKENS)[None], "probe")
 _COPIES = 4  # of a donor: weights, gradients and two numbers of Adam
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -121,7 +122,7 @@ class PrefixStates:
             trainer.accelerator.wait_for_everyone()  # before one of them writes
         if self._can_sign:
             with eval_mode(model):
-                self._probe = block_states(model, block_ids(model, _probe(), [0]), position, how["autocast"])
+                self._probe = block_states(model, block_ids(model, _PROBE, [0]), position, how["autocast"])
 
         def filled(share: int) -> PrefixCache:
             file = files[share] if on_disk else None
@@ -142,7 +143,7 @@ class PrefixStates:
         if self._streamed is None:
             held_out = list(held_out_texts(self._trainer).values())
             texts = [Text(rows.blocks, rows.used), *(part for text in held_out for part in text.texts())]
-            texts += [Text(_probe(), [0])] * self._can_sign
+            texts += [Text(_PROBE, [0])] * self._can_sign
             about = {"run": identity, "held_out": [text.fingerprint for text in held_out]}
             # On disk also where they are small: a run that is stopped goes on from there.
             folder = None if self.plan.kind == "memory" else self.folder
@@ -185,10 +186,6 @@ class PrefixStates:
         if not self.plan.kept and (completed or not self.streams) and self._trainer.is_world_process_zero():
             # Files that are mapped can be read until they are no longer used.
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _probe() -> Blocks:
-    return Blocks(torch.arange(PROBE_TOKENS)[None], "probe")
 
 
 def held_out_texts(trainer: Any) -> dict[str, Windows]:

@@ -98,19 +98,11 @@ class TransplantTrainer(PartTrainer):
         """Bring the model into the state in which it is measured and saved."""
 
     def note_measured(self, held_out: Mapping[str, Mapping[str, float | None]]) -> None:
-        """Record in the donors' metadata what was measured on held-out text.
-
-        Args:
-            held_out: `{text: {state of the model: perplexity}}`.
-        """
+        """Record in the donors' metadata what was measured: `{text: {state of the model: perplexity}}`."""
         raise NotImplementedError
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the result, as `save` does; inside a run, a checkpoint.
-
-        Args:
-            output_dir: The folder; by default the trainer's own.
-        """
+        """Write the result, as `save` does; inside a run, a checkpoint."""
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
         else:
