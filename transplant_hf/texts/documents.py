@@ -103,10 +103,6 @@ class TextSource:
         names = ("config", "revision", *in_tables) if path.exists() else ()
         return [name for name in names if getattr(self, name) is not None]
 
-    def __str__(self) -> str:
-        parts = [self.data, *([f"config {self.config}"] if self.config else []), f"split {self.split}"]
-        return ", ".join(parts) + (f" @{self.revision}" if self.revision else "")
-
 
 def documents(source: TextSource, token: str | bool | None = None) -> Iterator[str]:
     r"""Read the documents of a text lazily.
