@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
-from transformers.training_args import OptimizerNames
 
 from ..architecture import decoder_stack
 from ..errors import BUILD_ERRORS, ConfigurationError
@@ -51,8 +50,9 @@ def check_training(args: DonorTrainingArguments) -> None:
     """Refuse arguments whose memory is not known."""
     if args.optim not in _STATES:
         known = ", ".join(_STATES)
-        name = OptimizerNames(args.optim).value
-        raise ConfigurationError(f"the memory of optim={name!r} (--optim) is not known. Known are {known}.")
+        raise ConfigurationError(
+            f"the memory of optim={_optimizer_name(args)!r} (--optim) is not known. Known are {known}."
+        )
     refused = {
         "method": args.method != "in_place",
         "distillation": bool(args.distillation),
@@ -94,7 +94,7 @@ def training_cost(
     width = model.config.get_text_config(decoder=True).hidden_size
     trained = [parameter for layer in donor for parameter in layer.parameters()]
     gradients = sum(parameter.nbytes for parameter in trained)
-    state, temporary = _optimizer(OptimizerNames(args.optim).value, trained)
+    state, temporary = _optimizer(_optimizer_name(args), trained)
     batch = args.per_device_train_batch_size
     sizes = {name: _bytes(some) for name, some in (("before", before), ("donor", donor), ("after", after))}
     rest = _bytes([model]) - _bytes(layers)
@@ -121,7 +121,7 @@ def training_cost(
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     compared = 3 * 4 * min(block_length, COMPARED_TOKENS) * vocab_size if before else 0
     return TrainingCost(
-        optimizer=OptimizerNames(args.optim).value,
+        optimizer=_optimizer_name(args),
         batch_size=batch,
         block_length=block_length,
         gradient_checkpointing=bool(args.gradient_checkpointing),
@@ -138,6 +138,10 @@ def training_cost(
         states_on_disk=not in_memory,
         notes=tuple(notes),
     )
+
+
+def _optimizer_name(args: Any) -> str:
+    return str(args.optim.value)
 
 
 def _bytes(layers: Iterable[nn.Module]) -> int:

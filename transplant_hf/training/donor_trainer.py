@@ -25,7 +25,7 @@ from ..partial import stack_of
 from ..partial.streaming import layers_in_memory
 from .arguments import DonorTrainingArguments, default_init, default_learning_rate
 from .checkpoints import fill, gathered, trained_parameters, unsharded
-from .data import RunData, rows_per_step
+from .data import RunData
 from .part_trainer import Part
 from .prefix import held_back_layers
 from .records import note_in_donors, training_record
