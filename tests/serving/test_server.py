@@ -166,6 +166,8 @@ def test_a_position_is_no_strength(client: Any, name: str) -> None:
         ({"n": 2}, "n=2 is not supported"),
         ({"logprobs": 3}, "logprobs=3"),
         ({"seed": "x"}, "seed|int|str"),
+        ({"temperature": -1}, "from 0 to 100, got -1"),
+        ({"top_p": 5}, "from 0 to 1, got 5"),
         ({"prompt": "x" * 100}, "100 tokens, and the model reads at most"),
         ({"messages": [{"role": "user", "content": 5}]}, "."),
     ],
@@ -177,6 +179,37 @@ def test_bad_requests_are_refused(address: str, fields: dict[str, Any], fact: st
         urllib.request.urlopen(request)
     assert error.value.code in (400, 422)
     assert re.search(fact, error.value.read().decode())
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {"tool_choice": "required"}),
+        ("responses", {"previous_response_id": "resp_1"}),
+        ("responses", {"text": {"format": {"type": "json_object"}}}),
+    ],
+)
+def test_fields_that_would_be_ignored_are_refused(client: Any, path: str, fields: dict[str, Any]) -> None:
+    words = {"input": PROMPT} if path == "responses" else {"messages": [{"role": "user", "content": PROMPT}]}
+    with pytest.raises(openai.BadRequestError, match=f"{next(iter(fields))}=.* is not supported"):
+        client.post(f"/{path}", body={"model": "law", **words, **fields}, cast_to=object)
+
+
+def test_a_temperature_samples_where_the_model_does_not(client: Any, expected: Any, model: Any) -> None:
+    assert not model.generation_config.do_sample
+    for options in ({"temperature": 2.0}, {"top_p": 0.99}):
+        found = {completed_with(client, seed=seed, **options) for seed in range(4)}
+        assert found != {expected({"law": 1.0})}
+
+
+def test_a_bias_on_a_token(client: Any, tokenizer: Any) -> None:
+    (wanted,) = tokenizer("q")["input_ids"]
+    assert completed_with(client, temperature=0.0, logit_bias={str(wanted): 100}) == "qqqqqq"
+
+
+def completed_with(client: Any, **options: Any) -> str:
+    text: str = client.completions.create(model="law", prompt=PROMPT, max_tokens=6, **options).choices[0].text
+    return text
 
 
 def test_as_many_tokens_as_the_model_reads(client: Any) -> None:

@@ -42,11 +42,19 @@ _SERVED = {
 }
 _THREADS = 256  # given to requests in turn; a request waits for an earlier one in its thread
 _STRENGTH = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
-# Fields that Transformers ignores, and the value that asks for nothing else than what is done.
-_KNOWN_VALUES = {
-    **{"n": 1, "best_of": 1, "presence_penalty": 0, "response_format": {"type": "text"}},
-    **{"logprobs": False, "top_logprobs": 0, "echo": False},
+# Fields that Transformers ignores, and the values that ask for nothing else than what is done.
+_PLAIN_TEXT = {"type": "text"}
+_KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("n", "best_of"), (1,)),
+    **dict.fromkeys(("presence_penalty", "top_logprobs"), (0,)),
+    **dict.fromkeys(("logprobs", "echo", "background"), (False,)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("auto", "none")),
+    **dict.fromkeys(("functions", "previous_response_id", "audio", "web_search_options"), ([],)),
+    "response_format": (_PLAIN_TEXT,),
+    "text": ({}, {"format": _PLAIN_TEXT}),
+    "modalities": (["text"],),
 }
+_LARGEST = {"temperature": 100, "top_p": 1}  # from 0
 
 
 def build_app(model: Any, tokenizer: Any, name: str, token: str | None = None) -> FastAPI:
@@ -212,8 +220,11 @@ class Checked:
         if not any(body.get(name) for name in ("prompt", "messages", "input")):
             raise HTTPException(400, "there is no prompt.")
         for name, known in _KNOWN_VALUES.items():
-            if body.get(name) not in (None, known):
+            if body.get(name) not in (None, *known):
                 raise HTTPException(400, f"{name}={body[name]!r} is not supported; leave it out.")
+        for name, most in _LARGEST.items():
+            if body.get(name) is not None and not (isinstance(body[name], int | float) and 0 <= body[name] <= most):
+                raise HTTPException(400, f"{name} must be a number from 0 to {most}, got {body[name]!r}.")
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if body.get(name) is not None and not (isinstance(body[name], int) and body[name] > 0):
                 raise HTTPException(400, f"{name} must be a number of tokens from 1, got {body[name]!r}.")
@@ -221,6 +232,18 @@ class Checked:
             return await super().handle_request(body, request_id)  # type: ignore[misc]
         except (ValueError, TypeError) as error:  # by Transformers: no chat template, a seed that is no number, ...
             raise HTTPException(400, str(error)) from error
+
+    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the settings of a request; Transformers keeps a greedy model greedy at any temperature."""
+        settings = super()._build_generation_config(body, *args, **kwargs)  # type: ignore[misc]
+        temperature, top_p, bias = (body.get(name) for name in ("temperature", "top_p", "logit_bias"))
+        if temperature is not None:
+            settings.do_sample = temperature > 0
+        elif top_p is not None and top_p < 1:
+            settings.do_sample = True
+        if bias:  # which Transformers reads for chats alone
+            settings.sequence_bias = {(int(token),): float(value) for token, value in bias.items()}
+        return settings
 
 
 class NotServed:
