@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from tests.helpers import BUILDERS
 from transplant_hf.texts import Blocks
 from transplant_hf.training import DonorTrainer, DonorTrainingArguments
 
-__all__ = ["arguments", "losses", "noise", "recipient", "trainer"]
+__all__ = ["StopAt", "arguments", "losses", "noise", "recipient", "trainer"]
 
 
 def noise(count: int = 24, length: int = 16, seed: int = 0, name: str = "law") -> Blocks:
@@ -53,3 +54,14 @@ def trainer(folder: Path, model: Any = None, **fields: Any) -> DonorTrainer:
 def losses(made: DonorTrainer) -> list[float]:
     """The loss of each step."""
     return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+
+
+class StopAt(TrainerCallback):
+    """Stops a run after a step, as Ctrl-C does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.global_step == self.step:
+            raise KeyboardInterrupt

@@ -14,23 +14,14 @@ import torch
 from transformers import TrainerCallback
 
 from tests.helpers import logits_of, refused
-from tests.training.helpers import losses, noise, recipient, trainer
+from tests.training.helpers import StopAt, losses, noise, recipient, trainer
 from transplant_hf import CheckpointError, ConfigurationError, TrainingError
 from transplant_hf.training.checkpoints import last_checkpoint
 
 
-class _StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 def _stopped(folder: Path, step: int = 5, **fields: object) -> None:
     made = trainer(folder, save_strategy="steps", save_steps=2, **fields)
-    made.add_callback(_StopAt(step))
+    made.add_callback(StopAt(step))
     with pytest.raises(KeyboardInterrupt):
         made.train()
 
@@ -104,7 +95,7 @@ def test_a_killed_run_goes_on_from_a_whole_checkpoint(tmp_path: Path) -> None:
     folder = last_checkpoint(tmp_path)
     assert folder is not None and int(folder.name.rpartition("-")[2]) >= 2
     resumed = trainer(tmp_path, save_strategy="no", max_steps=400)
-    resumed.add_callback(_StopAt(int(folder.name.rpartition("-")[2]) + 2))
+    resumed.add_callback(StopAt(int(folder.name.rpartition("-")[2]) + 2))
     with pytest.raises(KeyboardInterrupt):
         resumed.train(resume_from_checkpoint=True)
 

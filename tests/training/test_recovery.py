@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import copied, logits_of, refused
-from tests.training.helpers import noise
+from tests.training.helpers import StopAt, noise
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, DonorSpec
 from transplant_hf.training import RecoveryArguments, RecoveryTrainer
 
@@ -91,6 +91,7 @@ def test_a_trained_gate_becomes_the_strength(tiny_llama: Path, tmp_path: Path) -
     family = copied(tiny_llama, tmp_path / "family")
     made = recovery(tmp_path / "run", family / "donor", parts=["gate"], gate_learning_rate=0.1)
     made.train()
+    assert made.trainable_parameters == 1
     strength = made.model.strengths["donor"]
     assert strength != 1.0
     after = logits_of(made.model.eval())
@@ -120,3 +121,19 @@ def test_a_checkpoint_of_other_rows_or_another_rate_is_refused(tiny_llama: Path,
             other.train(resume_from_checkpoint=True)
     again = recovery(tmp_path, tiny_llama / "donor", **{**fields, "max_steps": 8})
     assert again.train(resume_from_checkpoint=True).global_step == 8
+
+
+def test_a_stopped_run_leaves_a_model_that_can_be_used_and_trained(tiny_llama: Path, tmp_path: Path) -> None:
+    model = AutoModelWithTransplant.from_pretrained(tiny_llama / "donor")
+    fields: dict[str, Any] = {"parts": ["gate"], "gate_learning_rate": 0.1, "save_strategy": "steps", "save_steps": 1}
+    whole = recovery(tmp_path / "whole", tiny_llama / "donor", **fields)
+    whole.train()
+    recovery(tmp_path / "never", model, **fields)
+    made = recovery(tmp_path / "run", model, **fields)
+    made.add_callback(StopAt(3))
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    model.set_strength("donor", 0.5)
+    made.remove_callback(StopAt)
+    made.train(resume_from_checkpoint=True)
+    assert model.strengths == whole.transplant.strengths

@@ -148,6 +148,7 @@ class PartTrainer(Trainer):
             self._run["replay_drawn"] = 2  # version 1 drew both texts with one generator
         self._running: PartialRun | None = None
         self._frozen = list(_frozen_modules(model, stack_of(self.inner)))
+        self.trainable_parameters = sum(parameter.numel() for parameter in trained_parameters(model).values())
 
     # -- The run --------------------------------------------------------------------------------------------------
 
@@ -375,11 +376,6 @@ class PartTrainer(Trainer):
     def cache_seconds(self) -> float:
         """How long the computation of the hidden states before the part took."""
         return self.prefix.seconds
-
-    @property
-    def trainable_parameters(self) -> int:
-        """How many numbers are trained."""
-        return sum(parameter.numel() for parameter in trained_parameters(self.model).values())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ..architecture import is_packed, is_quantized, quantization_fields, quantiz
 from ..donor import Donor
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
+from ..model.active_donors import state_of
 from ..model.gates import attach_gate, detach_gate
 from ..model.in_memory import transplant
 from ..partial import stack_of
@@ -50,6 +51,8 @@ class RecoveryTrainer(TransplantTrainer):
         """Return the transplant with neighbors as donors, the part that runs, and what identifies the run."""
         self.recovered = _donors_to_recover(data.model, args)
         model = data.model
+        for name in state_of(model).hooks.gates():  # of a trainer that was made and did not train
+            detach_gate(model, name)
         chosen = ", ".join(part for part in args.parts if part in ("neighbors", "norms"))
         if chosen and is_quantized(model):
             raise ConfigurationError(
@@ -76,10 +79,16 @@ class RecoveryTrainer(TransplantTrainer):
         return model, Part(range(trained[0], len(layers))), run
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; afterwards gates are strengths again."""
-        output = super().train(*args, **kwargs)
-        while self._gates:
-            detach_gate(self.transplant, self._gates.pop())
+        """Train; afterwards gates are strengths again, also after an exception."""
+        for name in self._gates:
+            if name not in state_of(self.transplant).hooks.gates():  # it has trained before
+                attach_gate(self.transplant, name)
+                self.optimizer = self.lr_scheduler = None
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            for name in self._gates:
+                detach_gate(self.transplant, name)
         self.note_measured({})
         return output
 
