@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
 from .errors import BUILD_ERRORS, ConfigurationError
+from .numeric import shown
 
 # The fields of a transplant's own configuration. Every other field is one of the recipient's configuration.
 OWN_FIELDS = {
@@ -75,7 +75,7 @@ class RecipientFields:
                     setattr(self, name, value)
                 except BUILD_ERRORS as error:
                     raise ConfigurationError(
-                        f"{name}={reprlib.repr(value)} cannot be set in a configuration: {error}. Correct it, or "
+                        f"{name}={shown(value)} cannot be set in a configuration: {error}. Correct it, or "
                         "remove it from config.json or its recipient_overrides."
                     ) from error
 

@@ -66,11 +66,9 @@ class Follower:
         fields = self._follow()
         config = self._build(fields) or copy.deepcopy(self.recipient)
         text = text_config(config)
-        for name, value in fields.items():
-            if isinstance(getattr(type(text), name, None), property):
-                continue
-            # Bypasses rules of the class, such as a last layer that must have full attention.
-            text.__dict__[text.attribute_map.get(name, name)] = value
+        # Bypasses rules of the class, such as a last layer that must have full attention.
+        plain = [name for name in fields if not isinstance(getattr(type(text), name, None), property)]
+        vars(text).update({text.attribute_map.get(name, name): fields[name] for name in plain})
         computed = {
             name: [getattr(text_config(origin.anatomy.config), name)[origin.index] for origin in self.origins]
             for name in _computed_lists(self.text, self.num_layers)

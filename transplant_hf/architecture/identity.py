@@ -122,9 +122,6 @@ def _silencing_value(replay: Replay, path: str, names: Sequence[str]) -> float:
     return -1.0 if not replay.is_silent(path, names, 0.0) and replay.is_silent(path, names, -1.0) else 0.0
 
 
-# -- A layer is called as its model called it, with other weights for one call; its own never change ------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Call:
     """How a model called a layer."""

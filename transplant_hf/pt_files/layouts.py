@@ -81,9 +81,6 @@ def match_layers(
     return Layout(tuple(found), names, stack.prefix, tuple(name for name in tensors if name not in used))
 
 
-# -- Which layers ------------------------------------------------------------------------------------------------
-
-
 def choose_layers(
     numbers: Sequence[int], num_layers: int, recorded: Sequence[int] | None, wanted: Sequence[int] | None, file: str
 ) -> dict[int, int]:
@@ -135,9 +132,6 @@ def _source_numbers(
     return {number: number for number in numbers}
 
 
-# -- Which tensors -----------------------------------------------------------------------------------------------
-
-
 def _find_stack(tensors: Mapping[str, PtTensor], reader: NameReader, anatomy: Anatomy, file: str) -> _Stack:
     stacks = _stacks(tensors, reader, anatomy)
     if not stacks:
@@ -183,9 +177,6 @@ def _content(stack: _Stack, tensors: Mapping[str, PtTensor]) -> dict[tuple[int, 
         for number, layer in stack.layers.items()
         for name, found in layer.items()
     }
-
-
-# -- What does not fit ---------------------------------------------------------------------------------------------
 
 
 def _misfits(
@@ -254,9 +245,6 @@ def _refuse_unknown(
 def _listed(lines: Sequence[str], between: str = ", ") -> str:
     more = f"{between}... and {len(lines) - _MAX_LISTED} more" if len(lines) > _MAX_LISTED else ""
     return between.join(lines[:_MAX_LISTED]) + more
-
-
-# -- Names ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,9 +141,6 @@ def _count(value: Any) -> int:
     return value
 
 
-# -- The tree of objects ---------------------------------------------------------------------------------------
-
-
 class Tree:
     """Tensors and plain values under dotted names; the same object may be in many places, itself included."""
 
@@ -233,9 +230,6 @@ def _described(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, m
         raise ValueError("a tensor's description is malformed")
     dtype = rest[2].made_of if metadata_at == 3 else None
     return *storage, dtype, _count(offset), tuple(map(_count, shape)), tuple(map(_count, stride))
-
-
-# -- The file ----------------------------------------------------------------------------------------------------
 
 
 def _read_zip(file: BinaryIO) -> tuple[Any, dict[str, type[Inert]], dict[str, Any]]:
