@@ -40,6 +40,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo, load_state_dict
 from transformers.utils.output_capturing import _active_collector, maybe_install_capturing_hooks
 
@@ -67,6 +68,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
         "architecture/names.py",
     ),
     (revert_weight_conversion, "(model, state_dict)", "donor/extract.py"),
+    (convert_moe_packed_tensors, "(blocks, scales, dtype, rows_per_chunk)", "donor/tensors.py"),
     (get_model_conversion_mapping, "(model, key_mapping, hf_quantizer, add_legacy)", "architecture/names.py"),
     (
         PreTrainedModel.get_init_context.__func__,  # type: ignore[attr-defined]

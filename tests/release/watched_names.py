@@ -36,6 +36,7 @@ WATCHED: dict[str, Watched] = {
     "revert_weight_conversion": Watched("names in checkpoints, of a model in memory", SIGNED),
     "_weight_conversions": Watched("reverted when a loaded model is saved", "test_a_loaded_model_keeps_its_rules"),
     "_keys_to_ignore_on_load_unexpected": Watched("tensors in files that no model has", _MODEL),
+    "convert_moe_packed_tensors": Watched("experts in MXFP4, of .pt files and of recipients", SIGNED),
     "get_class_from_dynamic_module": Watched("recipients with code of their own, when asked for", SIGNED),
     # Models.
     "maybe_install_capturing_hooks": Watched("hidden states of layers that come later are recorded", SIGNED),
