@@ -14,12 +14,7 @@ __all__ = ["EvaluationReport", "EvaluationRow", "StrengthCurve", "SweepReport", 
 
 
 def label_of(donors: Iterable[str]) -> str:
-    """Return what a model with these donors is called in reports.
-
-    Example:
-        >>> label_of([]), label_of(["law", "code"])
-        ('recipient', 'with law, code')
-    """
+    """Return what a model with these donors is called in reports, such as "with law, code"."""
     names = ", ".join(donors)
     return f"with {names}" if names else RECIPIENT
 

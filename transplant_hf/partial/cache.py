@@ -28,7 +28,6 @@ __all__ = [
     "StatesInMemory",
     "check_limit",
     "fill_cache",
-    "num_bytes",
     "refuse_small_disk",
 ]
 
@@ -116,7 +115,7 @@ def fill_cache(
     with eval_mode(model):
         sample = states_of(numbers[:1])
         shape = (len(numbers), *sample.shape[1:])
-        check_limit(len(numbers) * sample.nbytes, limit)
+        check_limit([shape], sample.dtype, limit)
         if file is None:
             rows = torch.empty(shape, dtype=sample.dtype)
             fill(lambda start, states: rows[start : start + len(states)].copy_(states))
@@ -170,7 +169,7 @@ class StateFiles:
     def __init__(self, folder: Path, shapes: _Shapes, dtype: torch.dtype, last: int, temporary: bool = False) -> None:
         self.folder, self._last, self._temporary = folder, last, temporary
         self._shapes, self._dtype = shapes, dtype
-        self._sizes = [num_bytes([shape], dtype) for shape in shapes]
+        self._sizes = [_num_bytes([shape], dtype) for shape in shapes]
         self.layers_done = 0
 
     def make_folder(self) -> Path:
@@ -244,13 +243,13 @@ def _mapped(file: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tenso
     return torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
 
 
-def num_bytes(shapes: _Shapes, dtype: torch.dtype) -> int:
-    """Return the size of hidden states of several texts."""
+def _num_bytes(shapes: _Shapes, dtype: torch.dtype) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
 
 
-def check_limit(needed: int, limit: int | None) -> None:
+def check_limit(shapes: _Shapes, dtype: torch.dtype, limit: int | None) -> None:
     """Refuse hidden states that take more bytes than the limit."""
+    needed = _num_bytes(shapes, dtype)
     if limit is not None and needed > limit:
         raise ConfigurationError(
             f"the hidden states take {needed:,} bytes, the limit of the prefix cache is {limit:,}. Raise "

@@ -27,7 +27,7 @@ from ..errors import BUILD_ERRORS, CompatibilityError, DataError, TransplantErro
 from ..model.layers_in_files import layers_in_files
 from ..model.strength import is_entrance
 from ..storage import locked
-from .cache import PrefixCache, StateFiles, StatesInMemory, check_limit, num_bytes
+from .cache import PrefixCache, StateFiles, StatesInMemory, check_limit
 from .running import PREFIX_STATES, PartialRun, block_ids, block_states, refuse_not_finite, stack_of
 
 __all__ = ["StreamedStates", "Text", "layers_in_memory", "reason_against_streaming", "stream_prefix"]
@@ -139,7 +139,7 @@ def stream_prefix(
             first = block_states(model, run.sample[:, :2], 0, run.autocast)
             lengths = (text.blocks[text.numbers[0]]["input_ids"].numel() for text in texts)
             shapes = [(len(text.numbers), length, first.shape[2]) for text, length in zip(texts, lengths, strict=True)]
-            check_limit(num_bytes(shapes, first.dtype), limit)
+            check_limit(shapes, first.dtype, limit)
             states: StatesInMemory | StateFiles
             if folder is None:
                 states = StatesInMemory(shapes, first.dtype)
