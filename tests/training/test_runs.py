@@ -71,7 +71,7 @@ def test_every_line_of_the_summary_has_a_value() -> None:
 def test_numbers_are_refused_before_a_model_is_loaded(
     wrong: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("transplant_hf.training.data.load_model", lambda *a, **k: pytest.fail("it was loaded"))
+    monkeypatch.setattr("transplant_hf.training.data.model_to_measure", lambda *a, **k: pytest.fail("it was loaded"))
     for run in (train_donor, recover_transplant):
         with refused(ConfigurationError, told):
             run("recipient", "text.txt", tmp_path / "out", **{**SHORT, **wrong})
@@ -159,7 +159,7 @@ def test_text_is_there_before_a_model_is_loaded(
     argument: str, name: str, family: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (family / "empty.txt").touch()
-    monkeypatch.setattr("transplant_hf.training.data.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr("transplant_hf.training.data.model_to_measure", lambda *args, **kwargs: pytest.fail("loaded"))
     texts = {"text": str(family / "text.txt"), argument: str(family / name)}
     with refused(DataError, name):
         train_donor(family / "recipient", texts.pop("text"), family / "new", **texts, **SHORT)

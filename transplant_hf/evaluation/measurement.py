@@ -66,8 +66,10 @@ class Measurement:
 
     def load(self, model: Any, revision: str | None = None) -> LoadedModel:
         """Load a model by its name, as the one that is measured; a model that is loaded is returned unchanged."""
-        held_back = None if self._positions is None else _layers_to_stream(model, self.kwargs, self._positions)
-        return model_to_measure(model, revision, self.kwargs, held_back)
+        kwargs = self.kwargs
+        if self._positions is not None:
+            kwargs = {**kwargs, "held_back": _layers_to_stream(model, kwargs, self._positions)}
+        return model_to_measure(model, revision, kwargs)
 
     def perplexities(self, model: Any = None) -> dict[str, Perplexity]:
         """Measure a model on all texts, by default the one that was loaded, in the state it is in."""

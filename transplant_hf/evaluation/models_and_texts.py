@@ -14,7 +14,6 @@ from ..architecture import choose_block_length
 from ..config import gguf_file_of
 from ..errors import ConfigurationError
 from ..model.load_any_model import load_model, load_tokenizer
-from ..model.load_weights import HeldBack
 from ..sources import HubOptions
 from ..texts import Blocks, starting_token
 from ..texts.blocks import read_stream
@@ -41,14 +40,12 @@ class LoadedModel:
         return os.path.basename(known.rstrip("/\\")) or known
 
 
-def model_to_measure(
-    model: Any, revision: str | None = None, kwargs: Mapping[str, Any] | None = None, held_back: HeldBack | None = None
-) -> LoadedModel:
+def model_to_measure(model: Any, revision: str | None = None, kwargs: Mapping[str, Any] | None = None) -> LoadedModel:
     """Load a model by its name; a model that is already loaded is returned unchanged."""
     kwargs = dict(kwargs or {})
     if isinstance(model, str | os.PathLike):
         reference = os.fspath(model)
-        loaded = load_model(reference, revision=revision, keep_replaced=True, held_back=held_back, **kwargs)
+        loaded = load_model(reference, revision=revision, keep_replaced=True, **kwargs)
         return LoadedModel(loaded, reference, revision, HubOptions.from_kwargs(kwargs), kwargs.get("gguf_file"))
     if revision is not None or kwargs:
         names = ", ".join([*(["revision"] if revision is not None else []), *kwargs])

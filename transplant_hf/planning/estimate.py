@@ -91,15 +91,8 @@ def plan(
         >>> import tempfile
         >>> from transformers import LlamaConfig
         >>> folder = tempfile.mkdtemp()
-        >>> config = LlamaConfig(
-        ...     hidden_size=64,
-        ...     intermediate_size=96,
-        ...     num_hidden_layers=6,
-        ...     num_attention_heads=4,
-        ...     vocab_size=100,
-        ...     architectures=["LlamaForCausalLM"],
-        ...     dtype="bfloat16",
-        ... )
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4}
+        >>> config = LlamaConfig(**sizes, vocab_size=100, architectures=["LlamaForCausalLM"], dtype="bfloat16")
         >>> config.save_pretrained(folder)
         >>> result = plan(folder, count=2, context=1000)
         >>> result.before.layers, result.after.layers, result.after.parameters - result.before.parameters

@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 from ..architecture import choose_block_length
 from ..errors import ConfigurationError, DataError
 from ..evaluation.losses import check_tokenizer_of
-from ..evaluation.models_and_texts import LoadedModel, find_tokenizer, read_windows
+from ..evaluation.models_and_texts import LoadedModel, find_tokenizer, model_to_measure, read_windows
 from ..evaluation.windows import Windows
-from ..model.load_any_model import load_model, pinned_commit
+from ..model.load_any_model import pinned_commit
 from ..partial import PREFIX_STATES
-from ..sources import HubOptions
 from ..texts import Blocks, TextSource, pack
 from ..texts.documents import check_texts
 
@@ -101,11 +100,8 @@ def model_and_tokenizer(
         return model, tokenizer, None
     reference, loading = os.fspath(model), dict(kwargs or {})
     commit = pinned_commit(reference, revision, loading)
-    loaded = load_model(reference, revision=commit, keep_replaced=True, quantize_donors=False, **loading)
-    if tokenizer is None:
-        hub, gguf_file = HubOptions.from_kwargs(loading), loading.get("gguf_file")
-        tokenizer = find_tokenizer(LoadedModel(loaded, reference, commit, hub, gguf_file))
-    return loaded, tokenizer, commit
+    loaded = model_to_measure(reference, commit, {**loading, "quantize_donors": False})
+    return loaded.model, find_tokenizer(loaded) if tokenizer is None else tokenizer, commit
 
 
 def as_blocks(
