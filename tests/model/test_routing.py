@@ -374,9 +374,13 @@ def test_generate_with_a_static_cache(signed: Path) -> None:
 
 
 def test_a_prompt_that_is_read_in_pieces_is_refused(signed: Path) -> None:
-    ids, _ = mixed()
-    with refused(ConfigurationError, "Leave out prefill_chunk_size"):
-        routed(both(signed), ids, prefill_chunk_size=4)
+    ids, wanted = mixed()
+    for name, value in {"prefill_chunk_size": 4, "guidance_scale": 1.5}.items():
+        with refused(ConfigurationError, f"Leave out {name}"):
+            routed(both(signed), ids, **{name: value})
+    unguided = both(signed)
+    routed(unguided, ids, guidance_scale=1)
+    assert names(unguided) == wanted
     model = both(signed, strength="auto")
     model.generation_config.prefill_chunk_size = 4
     with refused(ConfigurationError, "prefill_chunk_size"):

@@ -29,6 +29,8 @@ NOT_COMPILED = (
 
 # A compiled call cannot tell which of several tasks or generators of its thread it belongs to.
 _AMBIGUOUS = Choice({}, "ambiguous")
+# Settings of `generate` with calls that begin with a part of a prompt, or with another prompt.
+_OTHER_PROMPTS = ("prefill_chunk_size", "guidance_scale")
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
@@ -275,11 +277,14 @@ def generating(generate: Any) -> Any:
         found = (*args[:1], *(kwargs.get(name) for name in names), *kwargs.values())
         texts = next((value.shape[0] for value in found if isinstance(value, torch.Tensor)), 1)
         choice = self._transplant.current_choice
-        if choice is not None and choice.router is not None and generation_setting(self, kwargs, "prefill_chunk_size"):
-            raise ConfigurationError(
-                'using("auto") reads the beginning of each prompt in one call. Leave out prefill_chunk_size, or name '
-                "the donors of each row: using(rows=[...])."
-            )
+        if choice is not None and choice.router is not None:
+            for name in _OTHER_PROMPTS:
+                # Transformers does nothing for a guidance_scale of 1.
+                if generation_setting(self, kwargs, name) not in (None, 0, 1):
+                    raise ConfigurationError(
+                        f'using("auto") reads the beginning of each prompt in one call, and with {name} there are '
+                        f"others. Leave out {name}, or name the donors of each row: using(rows=[...])."
+                    )
         with self._transplant.choices.generation(texts):
             return generate(self, *args, **kwargs)
 
