@@ -18,10 +18,10 @@ from ..errors import ConfigurationError
 from ..sources import HubOptions, for_transformers, reading
 from ..splice import follow_quantization, quantization_beside_donors
 from .active_donors import attach_state
-from .as_loaded import AsLoaded
 from .load_adapters import find_adapter, load_adapter_beside
 from .load_request import find_parts, read_request
 from .load_weights import FileChecks, HeldBack, WeightLoader, from_pretrained, use_loader
+from .recipient_in_model import AsLoaded
 from .routing import AUTO, routed_choice
 from .surface import transplant_class
 
