@@ -25,9 +25,9 @@ class _Loader:
 
     @classmethod
     def _from_config(cls, config: TransplantConfig, **kwargs: Any) -> Any:
-        from .model.load import config_to_model
+        from .model.load import AutoModelWithTransplant
 
-        return config_to_model(cls.auto_class, config, **kwargs)
+        return AutoModelWithTransplant.from_config(config, cls.auto_class, **kwargs)
 
 
 def _loader(auto_class: Any) -> type[_Loader]:

@@ -188,8 +188,8 @@ def test_a_folder_without_a_model_is_one_sentence(command: str, text: Path, tmp_
         "extract": (tmp_path / "out",),
     }[command]
     for content, told in (
-        (None, f"there is no model in {folder}: no config.json (it is empty)."),
-        ("model.gguf", f"there is no model in {folder}: no config.json (it holds model.gguf)."),
+        (None, f"cannot load model {folder}: there is no config.json in {folder}."),
+        ("model.gguf", f"there is no config.json in {folder}. To read its GGUF file, pass gguf_file='model.gguf'"),
         ("config.json", f"cannot load model {folder}: Unrecognized model"),
     ):
         if content is not None:

@@ -242,7 +242,7 @@ def test_options_of_one_name_mean_the_same_in_every_command() -> None:
 # Their messages are for calls that no command makes.
 ONLY_IN_PYTHON = {
     **dict.fromkeys(["architecture/recipient.py", "evaluation/windows.py", "model/active_donors.py", "model/load.py"]),
-    **dict.fromkeys(["model/save_arguments.py", "model/using.py", "training/arguments.py", "training/part_trainer.py"]),
+    **dict.fromkeys(["model/save.py", "model/using.py", "training/arguments.py", "training/part_trainer.py"]),
 }
 
 

@@ -20,8 +20,7 @@ from ..donor.saved_files import check_artifact_folder, replaced_in
 from ..errors import CheckpointError, ConfigurationError
 from ..heads import CAUSAL_LM, Head, head_of
 from ..model.load import load_transplant
-from ..model.load_adapters import ADAPTER_CONFIG
-from ..model.load_request import LoadRequest, read_request, recipient_of
+from ..model.load_request import ADAPTER_CONFIG, LoadRequest, read_request, recipient_of
 from ..model.native_methods import recipient_class
 from ..model.save_parts import write_full_card
 from ..model.surface import transplant_class

@@ -59,15 +59,13 @@ class Extraction:
     def __str__(self) -> str:
         size = sum(stamp["size"] for stamp in self.files.values())
         recipient = at_revision(self.recipient, self.recipient_revision)
+        numbers = ", ".join(map(str, self.layer_indices))
         start = "copied" if self.init == "copy" else "started as the identity: they add nothing until they are trained"
-        return "\n".join(
-            [
-                f"{self.source} -> {self.commit or self.folder}",
-                f"  {len(self.layer_indices)} layers ({self.model_type}): {', '.join(map(str, self.layer_indices))}, "
-                f"{start}",
-                f"  for {recipient}, recommended {position_text(self.position)}; "
-                f"{len(self.files)} weight file{'s' if len(self.files) > 1 else ''}, {size:,} bytes",
-            ]
+        return (
+            f"{self.source} -> {self.commit or self.folder}\n"
+            f"  {len(self.layer_indices)} layers ({self.model_type}): {numbers}, {start}\n"
+            f"  for {recipient}, recommended {position_text(self.position)}; "
+            f"{len(self.files)} weight file{'s' if len(self.files) > 1 else ''}, {size:,} bytes"
         )
 
 

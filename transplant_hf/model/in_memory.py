@@ -18,7 +18,6 @@ from ..errors import ConfigurationError, TransplantError
 from ..layer_map import Position
 from ..splice import Blueprint
 from .active_donors import attach_state
-from .live import add_donor
 from .native_methods import recipient_class
 from .surface import TransplantMixin, transplant_class
 
@@ -65,10 +64,30 @@ def transplant(
         >>> model.lm_head.weight.data_ptr() == recipient.lm_head.weight.data_ptr()
         True
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigurationError(
+            f"donors go into Transformers models, and a {type(model).__name__} is not a PreTrainedModel: unwrap it, or "
+            "load the recipient with AutoModelWithTransplant.from_pretrained(recipient, donors=...)."
+        )
     if not in_place:
         _check_shareable(model)
         model = _sharing_copy(model)
-    return _transplant_into(model, donor, position, mode, name, strength, composition)
+    if composition is not None:
+        check_composition(composition, "this model")
+    made: Any = model  # its class changes below
+    was = (type(made), getattr(made, "_transplant", None))
+    if was[1] is None:
+        _hold_none(made)
+    try:
+        made.add_donor(donor, position, mode, name=name, strength=strength)
+    except TransplantError:
+        if was[1] is None:
+            made._transplant.detach()
+        made.__class__, made._transplant = was
+        raise
+    if composition is not None:
+        made.set_composition(composition)
+    return made
 
 
 def _sharing_copy(model: Any) -> Any:
@@ -78,37 +97,6 @@ def _sharing_copy(model: Any) -> Any:
         shared |= {id(one): nn.Parameter(one.detach(), one.requires_grad) for one in module.parameters()}
         shared |= {id(one): one.detach() for one in module.buffers()}
     return copy.deepcopy(model, shared)
-
-
-def _transplant_into(
-    model: Any,
-    donor: Donor | str,
-    position: Position | None,
-    mode: str | None,
-    name: str | None,
-    strength: float | None,
-    composition: str | None,
-) -> Any:
-    if not isinstance(model, PreTrainedModel):
-        raise ConfigurationError(
-            f"donors go into a PreTrainedModel, not into a {type(model).__name__}: unwrap it first."
-        )
-    if composition is not None:
-        check_composition(composition, "this model")
-    made: Any = model  # its class changes below
-    was = (type(made), getattr(made, "_transplant", None))
-    if was[1] is None:
-        _hold_none(made)
-    try:
-        add_donor(made, donor, position, mode, name, strength)
-    except TransplantError:
-        if was[1] is None:
-            made._transplant.detach()
-        made.__class__, made._transplant = was
-        raise
-    if composition is not None:
-        made._transplant.set_strengths({}, composition)
-    return made
 
 
 def _hold_none(model: Any) -> None:
@@ -146,10 +134,8 @@ def _refuse_edited(model: Any, recipient: Anatomy) -> None:
 
 
 def _check_shareable(model: Any) -> None:
-    reason = None
-    if not isinstance(model, PreTrainedModel):
-        reason = f"it is a {type(model).__name__}, not a PreTrainedModel (unwrap it first)"
-    elif is_quantized(model):
+    reason, state = None, getattr(model, "_transplant", None)
+    if is_quantized(model):
         reason = "it is quantized"
     elif any(parameter.is_meta for parameter in model.parameters()):
         reason = "some of its weights are offloaded or not loaded"
@@ -157,9 +143,9 @@ def _check_shareable(model: Any) -> None:
         reason = "its weights are on several devices"
     elif any(is_adapted(name) for name, _ in model.named_parameters()):
         reason = "it has adapters attached (merge_and_unload or unload ends that)"
-    elif isinstance(model, TransplantMixin) and model._transplant and model._transplant.disabled:
+    elif state is not None and state.disabled:
         reason = "some of its donors are switched off just now"
-    elif isinstance(model, TransplantMixin) and model._transplant and model._transplant.hooks.gates():
+    elif state is not None and state.hooks.gates():
         reason = "the strength of some of its donors is being trained (detach_gate ends that)"
     if reason is not None:
         raise ConfigurationError(
@@ -186,10 +172,9 @@ def remove_transplants(model: Any) -> PreTrainedModel:
         state.remove()
         model.config.name_or_path = model.name_or_path = state.blueprint.config.recipient
     if isinstance(model, TransplantMixin):
-        made: Any = model
-        made._transplant = None
+        model._transplant = None
         native = recipient_class(type(model))
         # A class that others made of the model's stays, as that of FSDP2: without donors it is the recipient's, too.
         if type(model) is transplant_class(native):
-            made.__class__ = native
+            model.__class__ = native
     return model

@@ -27,15 +27,9 @@ _PAGE = 4096  # bytes, or a fraction of a page
 class LayersInFiles:
     """The first layers of a model, in files.
 
-    Args:
-        model: The model, before its weights are loaded.
-        path: The path of its list of layers.
-        count: How many of its layers stay in files.
-        merged: The weights of the whole model; those of these layers are taken out.
-        names: The names of layers in the checkpoint.
-        files: The files of the recipient's checkpoint.
-        load: Loads tensors by their checkpoint names into the model, for some of its own names, on a device; returns
-            what is missing or wrong.
+    It is made before the model's weights are loaded, and takes those of its layers out of `merged`. `load` loads
+    tensors by their checkpoint names into the model, for some of its own names, on a device; it returns what is missing
+    or wrong.
     """
 
     def __init__(
@@ -65,20 +59,17 @@ class LayersInFiles:
             os.path.abspath(file): _stamp(file)
             for file in sorted({*files, *(origin.file for origin in self._origins.values())})
         }
-        self._weights = [_weights(layer) for layer in self._layers]
+        self._weights = [_weights(layer, f"{path}.{number}") for number, layer in enumerate(self._layers)]
         self._loaded: set[int] = set(range(count))  # until `drop`: the loader needs placeholders
         for number, layer in enumerate(self._layers):
-            for _, _, _, placeholder, _ in self._weights[number]:
+            for _, _, placeholder, _ in self._weights[number]:
                 placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
             layer.register_forward_pre_hook(lambda layer, args, number=number: self._refuse_call(layer, number))
 
     @property
     def own_names(self) -> set[str]:
         """The names of the weights in these layers, in the model."""
-        starts = tuple(f"{self._path}.{number}." for number in range(self.count))
-        return {
-            f"{start}{path}" for start, weights in zip(starts, self._weights, strict=True) for path in _paths(weights)
-        }
+        return {path for weights in self._weights for *_, path in weights}
 
     @property
     def absent(self) -> list[int]:
@@ -86,12 +77,7 @@ class LayersInFiles:
         return [number for number in range(self.count) if number not in self._loaded]
 
     def load(self, number: int, device: torch.device) -> None:
-        """Read the weights of a layer; does nothing if it has them.
-
-        Raises:
-            CheckpointError: A file is missing or has changed since the model was loaded, or tensors are missing,
-                mis-shaped or not finite.
-        """
+        """Read the weights of a layer; does nothing if it has them."""
         if number in self._loaded:
             return
         _fill(self._weights[number])
@@ -104,7 +90,7 @@ class LayersInFiles:
         self._layers[number].requires_grad_(False)
 
     def _load_checked(self, number: int, device: torch.device) -> None:
-        wanted = {f"{self._path}.{number}.{path}" for path in _paths(self._weights[number])}
+        wanted = {path for *_, path in self._weights[number]}
         info = self._load(self._read(number), sorted(wanted), device)
         for verb, keys in (
             ("lacks", info.missing_keys & wanted),
@@ -189,40 +175,26 @@ def layers_in_files(model: Any) -> LayersInFiles | None:
     return getattr(model, "_layers_in_files", None)
 
 
-def refuse_layers_in_files(model: Any, what: str) -> None:
-    """Refuse what needs the weights of all layers."""
-    held = layers_in_files(model)
-    if held is not None:
-        raise ConfigurationError(
-            f"{what} needs all weights, and layers 0..{held.count - 1} of this model stayed in their files "
-            "(stream_prefix). Save the donor, and load it with its recipient."
-        )
+# Of each: its module, its name there, a placeholder, and its path in the model.
+_Weights = list[tuple[nn.Module, str, torch.Tensor, str]]
 
 
-_Weights = list[tuple[nn.Module, str, bool, torch.Tensor, str]]
+def _weights(layer: nn.Module, path: str) -> _Weights:
+    modules = [(".".join(filter(None, (path, name))), module) for name, module in layer.named_modules()]
+    return [(module, name, one, f"{place}.{name}") for place, module in modules for name, one in saved_tensors(module)]
 
 
-def _weights(layer: nn.Module) -> _Weights:
-    """List the parameters of a layer and the buffers that are in checkpoints: where they are, and placeholders."""
-    found: _Weights = []
-    for path, module in layer.named_modules():
-        dot = f"{path}." if path else ""
-        found += [(module, name, True, value, f"{dot}{name}") for name, value in module.named_parameters(recurse=False)]
-        found += [
-            (module, name, False, value, f"{dot}{name}")
-            for name, value in module.named_buffers(recurse=False)
-            if name not in module._non_persistent_buffers_set
-        ]
-    return found
-
-
-def _paths(weights: _Weights) -> Iterator[str]:
-    return (path for *_, path in weights)
+def saved_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters of a module itself, and its buffers that are in checkpoints."""
+    yield from module.named_parameters(recurse=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
 
 
 def _fill(weights: _Weights, remove: bool = False) -> None:
-    for module, name, is_parameter, placeholder, _ in weights:
-        places: Any = module._parameters if is_parameter else module._buffers
+    for module, name, placeholder, _ in weights:
+        places: Any = module._parameters if isinstance(placeholder, nn.Parameter) else module._buffers
         places[name] = None if remove else placeholder
         # No parameter, but its shape can be read: `print(model)` shows it.
         vars(module).update({name: placeholder} if remove else {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,8 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.utils import logging
 
-from ..architecture import Anatomy, decoder_stack, text_config
+from ..architecture import decoder_stack, text_config
 from ..config import DonorSpec
 from ..donor import Donor
 from ..donor.place import donor_and_position, spec_of
@@ -27,64 +26,9 @@ from .active_donors import TransplantState, state_of
 from .load_weights import from_pretrained
 from .structure import Attributes, structure_of
 
-logger = logging.get_logger(__name__)
-
-
-def add_donor(
-    model: Any,
-    donor: Donor | str,
-    position: Position | None,
-    mode: str | None,
-    name: str | None,
-    strength: float | None,
-) -> None:
-    """Implement `model.add_donor`."""
-    with _changing(model, "add_donor()") as state:
-        new = open_donor(donor, position=position, mode=mode, name=name, strength=strength)
-        _change(model, state, [*state.blueprint.parts, new], "add_donor()")
-
-
-def remove_donor(model: Any, name: str) -> None:
-    """Implement `model.remove_donor`."""
-    with _changing(model, "remove_donor()", name) as state:
-        state.hooks.refuse_gates([name])
-        _change(model, state, [part for part in state.blueprint.parts if part.name != name], "remove_donor()")
-
-
-def move_donor(model: Any, name: str, position: Position) -> None:
-    """Implement `model.move_donor`."""
-    with _changing(model, "move_donor()", name) as state:
-        part = state.blueprint.part(name)
-        spec = dataclasses.replace(part.spec, position=position)
-        moved = dataclasses.replace(part, spec=spec)
-        parts = [moved if other is part else other for other in state.blueprint.parts]
-        _change(model, state, parts, "move_donor()")
-
-
-def swap_donor(
-    model: Any, name: str, donor: Donor | str, position: Position | None, new_name: str | None, strength: float | None
-) -> None:
-    """Implement `model.swap_donor`."""
-    with _changing(model, "swap_donor()", name) as state:
-        state.hooks.refuse_gates([name])
-        old = state.blueprint.part(name).spec
-        new = open_donor(
-            donor,
-            position=old.position if position is None else position,
-            mode=old.mode,
-            name=new_name or name,
-            strength=old.strength if strength is None else strength,
-        )
-        if (old.mode, new[1].mode) == ("insert", "replace"):
-            logger.warning(
-                f"donor {new[0].name!r} recommends mode replace, and runs with mode insert, as {name!r} did."
-            )
-        parts = [new if part.name == name else part for part in state.blueprint.parts]
-        _change(model, state, parts, "swap_donor()")
-
 
 def open_donor(
-    donor: Donor | str, *, position: Position | None, mode: str | None, name: str | None, strength: float | None
+    donor: Donor | str, position: Position | None, mode: str | None, name: str | None, strength: float | None
 ) -> tuple[DonorSpec, Donor]:
     """Open a donor for a loaded model; arguments that are `None` come from its recommendation."""
     donor, position = donor_and_position(donor, position)
@@ -93,7 +37,7 @@ def open_donor(
 
 
 @contextmanager
-def _changing(model: Any, what: str, name: str | None = None) -> Iterator[TransplantState]:
+def changing(model: Any, what: str, name: str | None = None) -> Iterator[TransplantState]:
     """Let no other thread change a model's donors; refuse a model that cannot change, and an unknown donor."""
     state = state_of(model)
     with state.calls.turn(what):
@@ -112,10 +56,9 @@ def _changing(model: Any, what: str, name: str | None = None) -> Iterator[Transp
         yield state
 
 
-def _change(
-    model: Any, state: TransplantState, donors: Sequence[DonorPart | tuple[DonorSpec, Donor]], what: str
-) -> None:
+def change(model: Any, donors: Sequence[DonorPart | tuple[DonorSpec, Donor]], what: str) -> None:
     """Let a model hold these donors. Everything that can fail is done before the model is touched."""
+    state = state_of(model)
     kept = {donor.name for donor in donors if isinstance(donor, DonorPart)}
     blueprint = state.blueprint.with_donors(donors, _keeps_replaced(state.blueprint, donors))
     layers = {stage.slot: layer for stage, layer in state.layers.items() if stage.slot.source in {RECIPIENT, *kept}}
@@ -159,7 +102,16 @@ def _load_layers(
     model: Any, blueprint: Blueprint, part: DonorPart
 ) -> tuple[dict[Slot, nn.Module], dict[Slot, Attributes]]:
     """Load the layers of one donor, in the model's dtype and on the device where they are going to run."""
-    shell = _shell_with(model, blueprint, part)
+    # Loaded as always, into a recipient whose own weights are placeholders: each has the memory of one number.
+    spec = dataclasses.replace(part.spec, strength=1.0, layers=None)
+    alone = dataclasses.replace(part, spec=spec, donor=own_tensors(part.donor))
+    plan, dtype = blueprint.with_donors([alone], spec.mode == "replace"), model.dtype
+    weights = {
+        name: torch.zeros((), dtype=dtype if tensor.is_floating_point() else tensor.dtype).expand(tensor.shape)
+        for name, tensor in plan.recipient.model.state_dict().items()
+    }
+    how: dict[str, Any] = {"from_memory": True, "adapt_config": without_quantization}
+    shell = from_pretrained(type(model), plan, None, state_dict=weights, dtype=dtype, **how)
     state = shell._transplant
     own = {stage: layer for stage, layer in state.layers.items() if stage.slot.source == part.name}
     attributes = {stage.slot: state.attributes_of(stage) for stage in own}
@@ -169,16 +121,6 @@ def _load_layers(
         _use_config_of(model, shell, layer)
         _set_up_like(neighbor, layer)
     return {stage.slot: layer for stage, layer in own.items()}, attributes
-
-
-def _shell_with(model: Any, blueprint: Blueprint, part: DonorPart) -> Any:
-    """Load a donor as always, into a recipient whose own weights are placeholders without memory."""
-    spec = dataclasses.replace(part.spec, strength=1.0, layers=None)
-    alone = dataclasses.replace(part, spec=spec, donor=own_tensors(part.donor))
-    shell = blueprint.with_donors([alone], spec.mode == "replace")
-    weights = _placeholders(shell.recipient, model.dtype)
-    how: dict[str, Any] = {"from_memory": True, "adapt_config": without_quantization}
-    return from_pretrained(type(model), shell, None, state_dict=weights, dtype=model.dtype, **how)
 
 
 def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -200,14 +142,6 @@ def own_tensors(donor: Donor) -> Donor:
     return donor.replaced(store=copies)
 
 
-def _placeholders(recipient: Anatomy, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors of the recipient's shapes; each has the memory of one number."""
-    return {
-        name: torch.zeros((), dtype=dtype if tensor.is_floating_point() else tensor.dtype).expand(tensor.shape)
-        for name, tensor in recipient.model.state_dict().items()
-    }
-
-
 def _neighbor(model: Any, part: DonorPart) -> nn.Module:
     """The running layer of the recipient before the donor; at position 0 the one after it."""
     blueprint = model._transplant.blueprint
@@ -220,15 +154,9 @@ def _neighbor(model: Any, part: DonorPart) -> nn.Module:
 
 def _use_config_of(model: Any, shell: Any, layer: nn.Module) -> None:
     """Let a layer read the live model's configuration instead of the one that it was built with."""
-    pairs: list[tuple[PreTrainedConfig, PreTrainedConfig]] = [
-        (shell.config, model.config),
-        (text_config(shell.config), text_config(model.config)),
-    ]
+    live = {id(shell.config): model.config, id(text_config(shell.config)): text_config(model.config)}
     for module in layer.modules():
-        for name, value in list(vars(module).items()):
-            for built, live in pairs:
-                if value is built:
-                    vars(module)[name] = live
+        vars(module).update({name: live[id(value)] for name, value in vars(module).items() if id(value) in live})
 
 
 def _set_up_like(neighbor: nn.Module, layer: nn.Module) -> None:
@@ -242,6 +170,6 @@ def _set_up_like(neighbor: nn.Module, layer: nn.Module) -> None:
         add_hook_to_module(layer, AlignDevicesHook(execution_device=device))
     if getattr(neighbor, "gradient_checkpointing", False):
         layer.gradient_checkpointing = True  # type: ignore[assignment]
-        # The checkpointing function, which Transformers sets on each layer.
-        functions: Mapping[str, Any] = {n: v for n, v in vars(neighbor).items() if isinstance(v, functools.partial)}
-        vars(layer).update({name: value for name, value in functions.items() if name not in vars(layer)})
+        for name, value in vars(neighbor).items():  # the checkpointing function, which Transformers sets on each layer
+            if isinstance(value, functools.partial):
+                vars(layer).setdefault(name, value)

@@ -18,8 +18,7 @@ from ..errors import ConfigurationError
 from ..sources import HubOptions, for_transformers, reading
 from ..splice import follow_quantization, quantization_beside_donors
 from .active_donors import attach_state
-from .load_adapters import find_adapter, load_adapter_beside
-from .load_request import find_parts, read_request
+from .load_request import find_adapter, find_parts, load_adapter_beside, read_request
 from .load_weights import FileChecks, HeldBack, WeightLoader, from_pretrained, use_loader
 from .recipient_in_model import AsLoaded
 from .routing import AUTO, routed_choice
@@ -146,7 +145,18 @@ class AutoModelWithTransplant:
             auto_class: The Auto class whose head is wanted.
             **kwargs: As in `AutoModel.from_config`.
         """
-        return config_to_model(auto_class, config, **kwargs)
+        config = _checked_config(config)
+        hub, trust = HubOptions.from_kwargs(kwargs), kwargs.pop("trust_remote_code", None)
+        kwargs = {name: value for name, value in kwargs.items() if name not in hub.as_kwargs()}
+        parts = find_parts(read_request(config.name_or_path or os.curdir, config=config, hub=hub), hub, trust)
+        parts = dataclasses.replace(parts, config=parts.config.replaced(name_or_path=config.name_or_path))
+        blueprint = parts.blueprint(auto_class)
+        recipient, spliced = blueprint.recipient, blueprint.built_config
+        with use_loader(WeightLoader(blueprint, FileChecks(()))):  # no file of a donor is read
+            built_from = spliced.config if spliced.native else recipient.config
+            model: Any = build_random(transplant_class(recipient.model_class), built_from, **kwargs)
+        attach_state(model, blueprint)
+        return model
 
 
 def load_transplant(
@@ -250,19 +260,3 @@ def _checked_config(config: Any) -> TransplantConfig:
             "configuration pass its fields as keyword arguments."
         )
     return config
-
-
-def config_to_model(auto_class: Any, config: TransplantConfig, **kwargs: Any) -> TransplantedModel:
-    """Build a transplant with random weights; see `AutoModelWithTransplant.from_config`."""
-    config = _checked_config(config)
-    hub, trust = HubOptions.from_kwargs(kwargs), kwargs.pop("trust_remote_code", None)
-    kwargs = {name: value for name, value in kwargs.items() if name not in hub.as_kwargs()}
-    parts = find_parts(read_request(config.name_or_path or os.curdir, config=config, hub=hub), hub, trust)
-    parts = dataclasses.replace(parts, config=parts.config.replaced(name_or_path=config.name_or_path))
-    blueprint = parts.blueprint(auto_class)
-    recipient, spliced = blueprint.recipient, blueprint.built_config
-    with use_loader(WeightLoader(blueprint, FileChecks(()))):  # no file of a donor is read
-        built_from = spliced.config if spliced.native else recipient.config
-        model: Any = build_random(transplant_class(recipient.model_class), built_from, **kwargs)
-    attach_state(model, blueprint)
-    return model

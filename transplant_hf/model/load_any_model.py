@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..architecture import check_gguf_reader, forget_gguf, open_recipient
-from ..architecture.recipient import Recipient
 from ..compatibility import refuse_unsupported
 from ..config import TransplantConfig
-from ..display import some_of
 from ..donor.companions import has_tokenizer, locate_with_companions
 from ..errors import CompatibilityError, ConfigurationError
 from ..sources import HubOptions, commit_of, for_transformers, locate, points_to_folder, reading, revision_for
@@ -39,48 +37,29 @@ def load_model(
     quantize_donors: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """Load a causal language model from any kind of repository.
-
-    Args:
-        reference: Hub id or folder.
-        donors: As in `AutoModelWithTransplant.from_pretrained`.
-        revision: Branch, tag or commit.
-        keep_replaced: Also load layers that donors replace.
-        held_back: Returns how many of the first layers stay in their files.
-        quantize_donors: Whether a `quantization_config` is for donors too.
-        **kwargs: As in `from_pretrained`.
-    """
-    check_device_map(kwargs.get("device_map"))
+    """Load a causal language model from any kind of repository; arguments as in `load_transplant`."""
+    _check_device_map(kwargs.get("device_map"))
     name, gguf_file, hub = os.fspath(reference), kwargs.pop("gguf_file", None), HubOptions.from_kwargs(kwargs)
     check_gguf_reader(gguf_file)
     revision = revision_for(name, revision)
     if gguf_file is None:
-        _refuse_without_model(name, revision)
         path = locate(name, files=("config.json",), revision=revision, hub=hub).folder / "config.json"
         fields = read_json(path, "config.json") if path.exists() else {}
         if fields.get("model_type") == TransplantConfig.model_type:
             donors = donors or ()
     if donors is not None:
-        how: dict[str, Any] = {
-            "gguf_file": gguf_file,
-            "revision": revision,
-            "keep_replaced": keep_replaced,
-            "held_back": held_back,
-            "quantize_donors": quantize_donors,
-        }
-        return load_transplant(AutoModelForCausalLM, name, donors=donors or None, **how, **kwargs)
-    return _load_plain(name, revision, gguf_file, hub, held_back, kwargs)
-
-
-def _load_plain(
-    name: str,
-    revision: str | None,
-    gguf_file: str | None,
-    hub: HubOptions,
-    held_back: HeldBack | None,
-    kwargs: dict[str, Any],
-) -> Any:
-    """Load a model without donors as a transplant is loaded: for this thread only, without changing the process."""
+        return load_transplant(
+            AutoModelForCausalLM,
+            name,
+            donors=donors or None,
+            gguf_file=gguf_file,
+            revision=revision,
+            keep_replaced=keep_replaced,
+            held_back=held_back,
+            quantize_donors=quantize_donors,
+            **kwargs,
+        )
+    # Without donors, a model is loaded as a transplant is: for this thread only, without changing the process.
     trust = kwargs.pop("trust_remote_code", None)
     for_model = {key: kwargs.pop(key) for key in FOR_MODEL if key in kwargs}
     for_config = {key: value for key, value in kwargs.items() if key not in hub.as_kwargs()}
@@ -100,11 +79,16 @@ def _load_plain(
         **found.unused_kwargs,
         **for_model,
     }
-    blueprint = _without_donors(found, config) if held_back is not None else None
-    count = held_back(blueprint) if held_back is not None and blueprint is not None else 0
+    count = 0
+    if held_back is not None:  # for donors that are added later
+        recipient = dataclasses.replace(found.anatomy(), config=config)
+        refuse_unsupported(recipient)
+        own = TransplantConfig(recipient=found.reference, recipient_revision=found.revision)
+        blueprint = Blueprint(recipient, own).with_built_config(config)
+        count = held_back(blueprint)
     with reading("the model", *where):
         place = for_transformers(*where, hub, weights=True, file=gguf_file)
-        if blueprint is not None and count:
+        if count:
             model = from_pretrained(made_class, blueprint, place, held_back=lambda _: count, **arguments)
         else:
             model = made_class.from_pretrained(place, config=config, **arguments)
@@ -112,14 +96,6 @@ def _load_plain(
     model.config.name_or_path = model.name_or_path = name
     forget_gguf(model)
     return model
-
-
-def _without_donors(found: Recipient, config: PreTrainedConfig) -> Blueprint:
-    """The blueprint of a recipient to which donors are added later."""
-    recipient = dataclasses.replace(found.anatomy(), config=config)
-    refuse_unsupported(recipient)
-    own = TransplantConfig(recipient=found.reference, recipient_revision=found.revision)
-    return Blueprint(recipient, own).with_built_config(config)
 
 
 def load_tokenizer(reference: str, revision: str | None, hub: HubOptions, gguf_file: str | None = None) -> Any:
@@ -138,24 +114,7 @@ def load_tokenizer(reference: str, revision: str | None, hub: HubOptions, gguf_f
         return AutoTokenizer.from_pretrained(source.folder)
 
 
-def _refuse_without_model(name: str, revision: str | None) -> None:
-    folder = points_to_folder(name, revision=revision)
-    if folder is None or (folder / "config.json").is_file():
-        return
-    if not folder.is_dir():
-        raise ConfigurationError(f"{name!r} is neither a folder (looked for {folder}) nor a Hub id.")
-    held = sorted(path.name for path in folder.iterdir())
-    what = f"it holds {some_of(held)}" if held else "it is empty"
-    hint = (
-        ", or name its GGUF file with gguf_file= (--gguf-file)" if any(file.endswith(".gguf") for file in held) else ""
-    )
-    raise ConfigurationError(
-        f"there is no model in {name}: no config.json ({what}). Name a folder that save_pretrained wrote, or a Hub "
-        f"id{hint}."
-    )
-
-
-def check_device_map(device_map: Any) -> None:
+def _check_device_map(device_map: Any) -> None:
     """Refuse a device that is not there, before anything is downloaded or read."""
     if not isinstance(device_map, str | int | torch.device) or device_map in _SPREAD:
         return
@@ -174,10 +133,7 @@ def check_device_map(device_map: Any) -> None:
 
 
 def pinned_commit(reference: str, revision: str | None, kwargs: Mapping[str, Any]) -> str | None:
-    """Return the commit that a model on the Hub is at; `None` for a folder.
-
-    Transformers forgets it once a model is loaded.
-    """
+    """Return the commit that a model on the Hub is at, which Transformers forgets; `None` for a folder."""
     revision = revision_for(reference, revision)
     if points_to_folder(reference, revision=revision) is not None:
         return None

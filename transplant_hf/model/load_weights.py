@@ -7,9 +7,8 @@ it, so that the class itself stays like the native one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,24 +33,21 @@ from ..splice import (
 )
 from .layers_in_files import LayersInFiles
 
+# Returns how many of the first layers stay in their files.
 HeldBack = Callable[[Blueprint], int]
 
-_current: ContextVar[WeightLoader | None] = ContextVar("transplant_hf_loader", default=None)
-
-
-def current_loader() -> WeightLoader | None:
-    """The loader of the transplant that is being loaded in this context, if any."""
-    return _current.get()
+# The loader of the transplant that is being loaded in this context, if any.
+CURRENT: ContextVar[WeightLoader | None] = ContextVar("transplant_hf_loader", default=None)
 
 
 @contextmanager
 def use_loader(loader: WeightLoader) -> Iterator[None]:
     """Build and load one model as a transplant."""
-    token = _current.set(loader)
+    token = CURRENT.set(loader)
     try:
         yield
     finally:
-        _current.reset(token)
+        CURRENT.reset(token)
 
 
 def from_pretrained(
@@ -80,30 +76,22 @@ def from_pretrained(
             try:
                 return load(WeightLoader(blueprint, checks, from_memory, candidate, held_back), candidate)
             except _CandidateError as error:
-                blueprint = blueprint.with_built_config(None, error.reasons)
+                blueprint = blueprint.with_built_config(None, error.args)
         spliced = blueprint.built_config
         config = spliced.config if spliced.native else blueprint.recipient.config
         return load(WeightLoader(blueprint, checks, from_memory, held_back=held_back), config)
 
 
 class _CandidateError(Exception):
-    """The model that was built from a candidate configuration has other layers."""
-
-    def __init__(self, reasons: Sequence[str]) -> None:
-        super().__init__(*reasons)
-        self.reasons = tuple(reasons)
+    """The model that was built from a candidate configuration has other layers; its arguments are the reasons."""
 
 
 class FileChecks:
-    """Compares donor files with their recorded sha256 in a thread, while the weights are loaded.
-
-    Args:
-        donors: The donors whose files are hashed.
-    """
+    """Compares donor files with their recorded sha256 in a thread, while the weights are loaded."""
 
     def __init__(self, donors: Iterable[Donor]) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._checks: list[Future[None]] = [self._pool.submit(donor.verify) for donor in donors]
+        self.checks: list[Future[None]] = [self._pool.submit(donor.verify) for donor in donors]
 
     def __enter__(self) -> FileChecks:
         return self
@@ -113,37 +101,22 @@ class FileChecks:
 
     def result(self) -> None:
         """Wait for every file."""
-        for check in self._checks:
+        for check in self.checks:
             check.result()
 
 
+@dataclasses.dataclass(eq=False)
 class WeightLoader:
-    """Loads the weights of one transplant.
+    """Loads the weights of one transplant."""
 
-    Args:
-        blueprint: What is going to run.
-        checks: The checks of the donors' files, in progress.
-        from_memory: Whether the recipient's weights come from a model in memory, under the model's own names.
-        candidate: A configuration that the model is built from, not yet compared with the layers.
-        held_back: Returns how many of the first layers stay in their files; by default none.
-    """
-
-    def __init__(
-        self,
-        blueprint: Blueprint,
-        checks: FileChecks,
-        from_memory: bool = False,
-        candidate: PreTrainedConfig | None = None,
-        held_back: HeldBack | None = None,
-    ) -> None:
-        self.blueprint = blueprint
-        self.model: Any = None
-        self._checks = checks
-        self._from_memory = from_memory
-        self._candidate = candidate
-        self._held_back = held_back
-        self._merged: MergedWeights | None = None
-        self._layers_in_files: LayersInFiles | None = None
+    blueprint: Blueprint
+    checks: FileChecks
+    from_memory: bool = False  # the recipient's weights come from a model in memory, under the model's own names
+    candidate: PreTrainedConfig | None = None  # what the model is built from, not yet compared with the layers
+    held_back: HeldBack | None = None
+    model: Any = None
+    _merged: MergedWeights | None = None
+    _layers_in_files: LayersInFiles | None = None
 
     @contextmanager
     def building(self, model: Any) -> Iterator[None]:
@@ -152,7 +125,7 @@ class WeightLoader:
             yield
             return
         self.model = model
-        if self._candidate is None:
+        if self.candidate is None:
             yield
             if not self.blueprint.built_config.native:
                 insert_layers(model, self.blueprint, self.blueprint.built)
@@ -162,12 +135,12 @@ class WeightLoader:
         except TransplantError:
             raise
         except BUILD_ERRORS as error:
-            raise _CandidateError([build_failure(self.blueprint.recipient, error)]) from error
+            raise _CandidateError(build_failure(self.blueprint.recipient, error)) from error
         blueprint = self.blueprint
         reasons = layer_differences(blueprint.recipient, model, blueprint.origins(blueprint.built))
         if reasons:
-            raise _CandidateError(reasons)
-        self.blueprint = blueprint.with_built_config(self._candidate)
+            raise _CandidateError(*reasons)
+        self.blueprint = blueprint.with_built_config(self.candidate)
 
     def loads(self, model: Any) -> bool:
         """Whether the weights of a model are still to be loaded: adapters are loaded by the same steps, later."""
@@ -177,19 +150,18 @@ class WeightLoader:
         self, model: PreTrainedModel, state_dict: dict[str, Any] | None, files: list[str] | None, config: Any, load: Any
     ) -> Any:
         """Do the work of `_load_pretrained_model` with the merged weights."""
-        path = self.blueprint.recipient.stack_path
-        if self._from_memory:
-            return self._read_from_memory(model, state_dict or {}, path, config, load)
+        if self.from_memory:
+            return self._read_from_memory(model, state_dict or {}, config, load)
         if state_dict is not None:
             tensors, provenance = state_dict, dict[str, Provenance]()
         else:
             tensors, provenance = open_checkpoint(files or [], config.disable_mmap, config.weights_only)
-        names = LayerNames(model, path, config.weight_mapping or [])
+        names = LayerNames(model, self.blueprint.recipient.stack_path, config.weight_mapping or [])
         self._merged = merge_weights(self.blueprint, tensors, provenance, names)
         quantizer = config.hf_quantizer
         if getattr(quantizer, "metadata", None):
             quantizer.metadata = renumber_metadata(quantizer.metadata, names, self.blueprint)
-        keys = self._hold_back(model, names, files or [], load, config) if self._held_back is not None else None
+        keys = self._hold_back(model, names, files or [], load, config) if self.held_back is not None else None
         config = dataclasses.replace(config, sharded_metadata={"weight_map": self._merged.weight_map()})
         info, offloaded = load(self._merged.tensors, files, config, *([] if keys is None else [keys]))
         if keys is not None:
@@ -201,8 +173,8 @@ class WeightLoader:
         self, model: PreTrainedModel, names: LayerNames, files: list[str], load: Any, config: Any
     ) -> list[str] | None:
         """Take the weights of the first layers out of those to load; returns the names that are left in the model."""
-        assert self._merged is not None and self._held_back is not None
-        count, path = self._held_back(self.blueprint), self.blueprint.recipient.stack_path
+        assert self._merged is not None and self.held_back is not None
+        count, path = self.held_back(self.blueprint), self.blueprint.recipient.stack_path
         if count == 0:
             return None
 
@@ -213,14 +185,12 @@ class WeightLoader:
         self._layers_in_files = LayersInFiles(model, path, count, self._merged, names, files, load_some)
         return [name for name in model.state_dict() if name not in self._layers_in_files.own_names]
 
-    def _read_from_memory(
-        self, model: PreTrainedModel, state_dict: dict[str, Any], path: str, config: Any, load: Any
-    ) -> Any:
+    def _read_from_memory(self, model: PreTrainedModel, state_dict: dict[str, Any], config: Any, load: Any) -> Any:
         """Load the recipient's tensors under the model's names, then the donors' under their checkpoint names."""
-        merged = merge_weights(self.blueprint, state_dict, {}, LayerNames(model, path, []))
+        names = LayerNames(model, self.blueprint.recipient.stack_path, [])
+        self._merged = merged = merge_weights(self.blueprint, state_dict, {}, names)
         own = {name: tensor for name, tensor in merged.tensors.items() if name not in merged.donor_names}
         donors = {name: merged.tensors[name] for name in merged.donor_names}
-        self._merged = merged
         first, _ = load(own, None, dataclasses.replace(config, weight_mapping=[]))
         second, offloaded = load(donors, None, config)
         second.missing_keys &= first.missing_keys
@@ -232,46 +202,36 @@ class WeightLoader:
         """Refuse donor tensors that are mis-shaped, not finite or could not be converted."""
         bad = self._merged.not_finite if self._merged else []
         if bad or info.mismatched_keys or info.conversion_errors:
-            self._checks.result()  # changed bytes look like any of these
-        for number, name in self._donor_layers():
-            start = f"{self.blueprint.recipient.stack_path}.{number}."
-            for key, found, expected in sorted(info.mismatched_keys, key=str):
+            self.checks.result()  # changed bytes look like any of these
+        wrong = [
+            (key, f"has shape {list(found)}, its layer needs {list(expected)}.")
+            for key, found, expected in sorted(info.mismatched_keys, key=str)
+        ]
+        wrong += [(key, f"could not be converted: {error}") for key, error in sorted(info.conversion_errors.items())]
+        for start, name in self._donor_layers():
+            for key, what in wrong:
                 if key.startswith(start):
-                    raise CheckpointError(
-                        f"donor {name}: {key.removeprefix(start)} has shape {list(found)}, its layer needs "
-                        f"{list(expected)}."
-                    )
-            for key, error in sorted(info.conversion_errors.items()):
-                if key.startswith(start):
-                    raise CheckpointError(f"donor {name}: {key.removeprefix(start)} could not be converted: {error}")
+                    raise CheckpointError(f"donor {name}: {key.removeprefix(start)} {what}")
         if self._merged:
             self._merged.refuse_not_finite()
 
-    def check_after_finish(self, info: Any) -> None:
-        """Refuse a donor with missing or unexpected tensors, or with changed files."""
-        for number, name in self._donor_layers():
-            start = f"{self.blueprint.recipient.stack_path}.{number}."
+    def check_after_finish(self, model: Any, info: Any) -> None:
+        """Refuse a donor with missing or unexpected tensors, or with changed files; free layers that stay in files."""
+        for start, name in self._donor_layers():
             for verb, keys in (("lacks", info.missing_keys), ("has unexpected tensors", info.unexpected_keys)):
                 wrong = [key.removeprefix(start) for key in keys if key.startswith(start)]
                 if wrong:
                     raise CheckpointError(f"donor {name} {verb} {some_of(wrong)}.")
-        self._checks.result()
-
-    def finish(self, model: Any) -> None:
-        """Free the placeholders of layers that stay in files."""
+        self.checks.result()
         if self._layers_in_files is not None:
             self._layers_in_files.drop()
             model._layers_in_files = self._layers_in_files
 
-    def _donor_layers(self) -> list[tuple[int, str]]:
+    def _donor_layers(self) -> list[tuple[str, str]]:
+        """The start of the names of each donor layer's weights, and what the layer is."""
+        path = self.blueprint.recipient.stack_path
         return [
-            (number, f"{stage.slot.source} (layer {stage.donor_layer} of it)")
+            (f"{path}.{number}.", f"{stage.slot.source} (layer {stage.donor_layer} of it)")
             for number, stage in enumerate(self.blueprint.built)
             if stage.donor_layer is not None
         ]
-
-
-def building(model: Any) -> contextlib.AbstractContextManager[None]:
-    """The context in which a transplanted class builds its native part."""
-    loader = current_loader()
-    return contextlib.nullcontext() if loader is None else loader.building(model)

@@ -43,9 +43,8 @@ def _home(config: TransplantConfig) -> Source | None:
     """Where the configuration was read from."""
     name = config.name_or_path
     folder = at_hand(name, None) if name else None
-    if folder is None:
-        return None
-    return Source(str(name), folder, None if Path(str(name)).expanduser().is_dir() else folder.name)
+    commit = None if folder is None or Path(str(name)).expanduser().is_dir() else folder.name
+    return None if folder is None else Source(str(name), folder, commit)
 
 
 def _recipient(config: TransplantConfig, home: Source | None) -> tuple[PreTrainedConfig | None, bool]:

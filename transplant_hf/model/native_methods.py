@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import nn
 
 from ..architecture.build import initialize, inner_models, settle, thread_contexts
 from .active_donors import attach_state
-from .load_adapters import refuse_replaced
-from .load_weights import building, current_loader
+from .load_request import refuse_replaced
+from .load_weights import CURRENT
 
 _IDLE = "_transplant_idle"
 
@@ -23,7 +24,8 @@ class NativeMethods:
     _layers_in_files: Any = None  # LayersInFiles where some layers stay in files
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        with building(self), inner_models(config):
+        loader = CURRENT.get()
+        with loader.building(self) if loader else nullcontext(), inner_models(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         settle(self)  # type: ignore[arg-type]
 
@@ -41,7 +43,7 @@ class NativeMethods:
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Load a PEFT adapter; see `PreTrainedModel.load_adapter`."""
         native = super().load_adapter  # type: ignore[misc]
-        loader = current_loader()
+        loader = CURRENT.get()
         if loader is None or loader.model is not self:
             return native(peft_model_id, *args, **kwargs)
         # The adapter is stored with the recipient's weights and was trained on the recipient's layers.
@@ -55,7 +57,7 @@ class NativeMethods:
     ) -> Any:
         """Transformers' step from files to weights (private there; `tests/test_private_names.py` watches it)."""
         native = recipient_class(type(model))._load_pretrained_model
-        loader = current_loader()
+        loader = CURRENT.get()
         if loader is None or not loader.loads(model):
             return native(model, state_dict, checkpoint_files, load_config, expected_keys)
         return loader.read(
@@ -70,14 +72,13 @@ class NativeMethods:
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         """Transformers' step from weights to a complete model (private there and watched, too)."""
         native = recipient_class(type(model))._finalize_model_loading
-        loader = current_loader()
+        loader = CURRENT.get()
         if loader is None or not loader.loads(model):
             return native(model, load_config, loading_info)
         loader.check_before_finish(loading_info)
         loading_info = native(model, load_config, loading_info)
-        loader.check_after_finish(loading_info)
+        loader.check_after_finish(model, loading_info)
         attach_state(model, loader.blueprint)
-        loader.finish(model)
         return loading_info
 
     # -- Idle layers: held by the model, but not running -----------------------------------------------------------

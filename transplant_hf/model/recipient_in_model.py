@@ -27,7 +27,7 @@ from ..sources import at_revision, for_transformers, hub_errors, locate
 from ..splice import Blueprint, draw_blueprint
 from ..splice.quantized import SKIP_FIELDS
 from ..splice.surgery import outer_modules
-from .layers_in_files import layers_in_files
+from .layers_in_files import layers_in_files, saved_tensors
 
 # How a model is run, and what Transformers records: not part of what a model computes.
 _RUNTIME = re.compile(
@@ -193,12 +193,8 @@ def _recipient_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if stage.slot.source == RECIPIENT:
             modules += [(f"{path}.{stage.slot.index}.{name}".rstrip("."), part) for name, part in layer.named_modules()]
     for name, module in modules:
-        dot = f"{name}." if name else ""
-        for key, parameter in module.named_parameters(recurse=False):
-            yield f"{dot}{key}", parameter
-        for key, buffer in module.named_buffers(recurse=False):
-            if key not in module._non_persistent_buffers_set:
-                yield f"{dot}{key}", buffer
+        for key, tensor in saved_tensors(module):
+            yield f"{name}.{key}" if name else key, tensor
 
 
 def _version(tensor: torch.Tensor) -> int | None:

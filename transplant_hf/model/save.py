@@ -22,7 +22,7 @@ from ..errors import ConfigurationError
 from ..storage import publish, write_json
 from .folded_strength import folded_strengths
 from .gates import gates_aside
-from .layers_in_files import refuse_layers_in_files
+from .layers_in_files import layers_in_files
 from .save_parts import copy_model_companions, write_full_card, write_thin, write_with_recipient
 
 logger = logging.get_logger(__name__)
@@ -58,8 +58,12 @@ def save_transplant(
 ) -> Any:
     """Implement `save_pretrained`; `native` is that of the recipient's class."""
     state = model._transplant
-    if not thin:
-        refuse_layers_in_files(model, "save_pretrained")
+    held = layers_in_files(model)
+    if held is not None and not thin:
+        raise ConfigurationError(
+            f"save_pretrained needs all weights, and layers 0..{held.count - 1} of this model stayed in their files "
+            "(stream_prefix). Save the donor, and load it with its recipient."
+        )
     adapters_only = getattr(model, "_hf_peft_config_loaded", False)
     if thin and (state is None or not state.blueprint.parts):
         raise ConfigurationError("thin=True saves donors, but this model holds no transplant.")

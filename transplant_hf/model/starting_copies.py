@@ -31,14 +31,8 @@ def full_precision_copies(
 ) -> tuple[Donor, str]:
     """Return a donor with copies of recipient layers of a quantized model, and where their weights are from.
 
-    Args:
-        model: The model; its recipient's checkpoint is read where it is on this machine and in full precision.
-        numbers: Running numbers of the layers.
-        name: The donor's name.
-        revision: The commit that a model without donors was loaded from.
-
-    Raises:
-        CheckpointError: Weights that cannot be dequantized.
+    The recipient's checkpoint is read where it is on this machine and in full precision. `revision` is the commit that
+    a model without donors was loaded from.
     """
     state = getattr(model, "_transplant", None)
     known = state.blueprint.config if state is not None else None
@@ -49,29 +43,20 @@ def full_precision_copies(
     plain = Anatomy(native, config, f"recipient {reference or native.__name__}")
     indices = [slot.index for slot in (model.layer_map[n] for n in numbers)] if state is not None else list(numbers)
     record = DonorRecord.of_layers(
-        config,
-        layer_indices=tuple(indices),
-        source_id=reference or None,
-        source_revision=revision,
-        name=name,
+        config, layer_indices=tuple(indices), source_id=reference or None, source_revision=revision, name=name
     )
     hub = HubOptions(cache_dir=None if state is None else state.hub.cache_dir, local_files_only=True)
-    tensors = _from_checkpoint(reference, revision, hub, plain, indices) if reference else None
-    where = FROM_DEQUANTIZED if tensors is None else FROM_CHECKPOINT
-    if tensors is None:
-        tensors = _from_memory(model, numbers, plain, indices)
-    return Donor(record, MemoryTensors(tensors)), where
-
-
-def _from_memory(model: Any, numbers: Sequence[int], plain: Anatomy, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Dequantize layers of a model."""
+    read = _from_checkpoint(reference, revision, hub, plain, indices) if reference else None
+    if read is not None:
+        return Donor(record, MemoryTensors(read)), FROM_CHECKPOINT
     path, method = find_stack(model), str(quantization_method(model))
     stack = decoder_stack(model, path)
     weights: dict[str, torch.Tensor] = {}
     for number, index in zip(numbers, indices, strict=True):
         layer = dequantized_layer(stack[number], plain.layers[index], f"{path}.{number}", method)
         weights |= {f"{plain.stack_path}.{index}.{name}": tensor for name, tensor in layer.items()}
-    return checkpoint_tensors(plain.model, plain.stack_path, list(indices), state_dict=weights)
+    tensors = checkpoint_tensors(plain.model, plain.stack_path, indices, state_dict=weights)
+    return Donor(record, MemoryTensors(tensors)), FROM_DEQUANTIZED
 
 
 def _from_checkpoint(

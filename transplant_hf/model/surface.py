@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging
 
 from ..config import DonorSpec, TransplantConfig, check_composition
 from ..display import position_text
@@ -18,7 +21,7 @@ from ..sources import at_revision
 from .active_donors import state_of
 from .calls import counted, deep_copy
 from .generate_each import generate_each
-from .live import add_donor, move_donor, remove_donor, swap_donor
+from .live import change, changing, open_donor
 from .native_methods import NativeMethods, recipient_class
 from .routing import Route
 from .save import push_transplant, save_transplant
@@ -26,6 +29,8 @@ from .using import DisableBlock, UsingBlock, generating
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 _COUNTED = ("generate", "state_dict", "load_state_dict", "_apply", "requires_grad_")
 
@@ -240,7 +245,9 @@ class TransplantMixin(NativeMethods):
             CompatibilityError: The donor does not fit; lists every mismatch.
             CheckpointError: The donor's weights are malformed.
         """
-        add_donor(self, donor, position, mode, name, strength)
+        with changing(self, "add_donor()") as state:
+            new = open_donor(donor, position, mode, name, strength)
+            change(self, [*state.blueprint.parts, new], "add_donor()")
 
     def remove_donor(self, name: str) -> None:
         """Remove a donor from this model and free its memory.
@@ -251,7 +258,9 @@ class TransplantMixin(NativeMethods):
         Raises:
             ConfigurationError: No such donor, or one that replaced layers which were not kept.
         """
-        remove_donor(self, name)
+        with changing(self, "remove_donor()", name) as state:
+            state.hooks.refuse_gates([name])
+            change(self, [part for part in state.blueprint.parts if part.name != name], "remove_donor()")
 
     def move_donor(self, name: str, position: Position) -> None:
         """Move a donor to another position. No weight is read or copied.
@@ -263,7 +272,10 @@ class TransplantMixin(NativeMethods):
         Raises:
             ConfigurationError: No such donor, or a position out of range.
         """
-        move_donor(self, name, position)
+        with changing(self, "move_donor()", name) as state:
+            old = state.blueprint.part(name)
+            moved = dataclasses.replace(old, spec=dataclasses.replace(old.spec, position=position))
+            change(self, [moved if part is old else part for part in state.blueprint.parts], "move_donor()")
 
     def swap_donor(
         self,
@@ -288,7 +300,17 @@ class TransplantMixin(NativeMethods):
             CompatibilityError: The donor does not fit.
             CheckpointError: The donor's weights are malformed.
         """
-        swap_donor(self, name, donor, position, new_name, strength)
+        with changing(self, "swap_donor()", name) as state:
+            state.hooks.refuse_gates([name])
+            old = state.blueprint.part(name).spec
+            position = old.position if position is None else position
+            strength = old.strength if strength is None else strength
+            new = open_donor(donor, position, old.mode, new_name or name, strength)
+            if (old.mode, new[1].mode) == ("insert", "replace"):
+                logger.warning(
+                    f"donor {new[0].name!r} recommends mode replace, and runs with mode insert, as {name!r} did."
+                )
+            change(self, [new if part.name == name else part for part in state.blueprint.parts], "swap_donor()")
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, thin: bool = False, **kwargs: Any
