@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from transplant_hf import AutoModelWithTransplant, Donor, DonorSpec, train
 from transplant_hf.donor.signature import Discriminant, Signature, describe_rows
-from transplant_hf.model.routing import SURE, WEIGHT
+from transplant_hf.model.routing import odds_of
 from transplant_hf.partial import hidden_states
 from transplant_hf.texts import Blocks, pack
 
@@ -122,13 +122,13 @@ class _Measured:
         with torch.no_grad(), model.disable_transplants():
             states = [hidden_states(model, some, [read[0].position])[read[0].position] for some in ids.split(16)]
         # By the signatures alone, as logarithms of odds against general text.
-        self.odds = WEIGHT * Discriminant(read).scores(describe_rows(torch.cat(states)))
+        self.odds, self._unsure, self._excess = odds_of(Discriminant(read), describe_rows(torch.cat(states)))
 
     @property
     def choices(self) -> dict[str, torch.Tensor]:
         """The number of the chosen way for each row, by rule."""
         none = torch.zeros(len(self.ids), 1)
-        capped = self.odds - (self.odds.amax(1, keepdim=True) - SURE).clamp(min=0)
+        capped = self.odds - self._excess
         losses = self.losses[:, :, : _SEEN - 1].sum(2)
         return {
             "nearest": self.odds.argmax(1),
@@ -141,8 +141,7 @@ class _Measured:
     @property
     def sure(self) -> float:
         """The share of rows whose signatures decide alone."""
-        first, second = torch.nn.functional.pad(self.odds, (0, 1)).topk(2).values.unbind(1)
-        return float((first - second > SURE).float().mean())
+        return float((~self._unsure).float().mean())
 
     def perplexity(self, chosen: torch.Tensor) -> float:
         """Of the tokens after those that the router looks at."""

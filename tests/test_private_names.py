@@ -236,7 +236,7 @@ def test_what_a_call_records() -> None:
 
 
 def test_cache_layers_that_hold_rows() -> None:
-    """model/rows_cache.py has a subclass of each kind of layer, and all operations on rows."""
+    """model/rows.py has a subclass of each kind of layer, and all operations on rows."""
     for build in (tiny_llama_model, tiny_gpt_oss_model):
         kinds = {type(layer) for layer in DynamicCache(config=build(0).config).layers}
         assert kinds <= {DynamicLayer, DynamicSlidingWindowLayer}

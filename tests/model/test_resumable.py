@@ -16,7 +16,7 @@ from tests.helpers import loaded, logits_of, plain, two_donors
 from tests.model.test_folded_strength import neox, scaled
 from tests.model.test_training import freeze_recipient, trainer
 from transplant_hf import AutoModelWithTransplant
-from transplant_hf.model.gates import attach_gate
+from transplant_hf.model.strength import attach_gate
 
 load = AutoModelWithTransplant.from_pretrained
 WEIGHTS = "model-00001-of-00001.safetensors"

@@ -129,7 +129,7 @@ def test_what_a_score_is(kind: str, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_embeddings_are_routed_by_their_signature(signed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their tokens are not known, and a decoder has no head: what each donor would lose cannot be measured."""
-    monkeypatch.setattr(routing, "SURE", 1e9)
+    monkeypatch.setattr(routing, "_SURE", 1e9)
     model, (ids, wanted) = both(signed), mixed()
     with model.using("auto"):
         logits_of(model, ids)
@@ -148,8 +148,8 @@ def test_embeddings_are_routed_by_their_signature(signed: Path, monkeypatch: pyt
 def test_only_rows_that_are_not_sure_are_measured(signed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, (ids, wanted) = both(signed), mixed()
     measured: list[Any] = []
-    original = routing.gains
-    monkeypatch.setattr(routing, "gains", lambda prompt, *rest: measured.append(prompt.ids) or original(prompt, *rest))
+    original = routing._beginning
+    monkeypatch.setattr(routing, "_beginning", lambda *args: measured.append(original(*args)[0]) or original(*args))
     with model.using("auto"):
         logits_of(model, ids)
         assert names(model) == wanted and not measured
@@ -161,7 +161,7 @@ def test_only_rows_that_are_not_sure_are_measured(signed: Path, monkeypatch: pyt
 @torch.no_grad()
 def test_measuring_a_prompt_changes_nothing(signed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the call records of layers is its own, and modules keep their hooks and layers."""
-    monkeypatch.setattr(routing, "SURE", 1e9)
+    monkeypatch.setattr(routing, "_SURE", 1e9)
     model, (ids, wanted) = both(signed), mixed()
     with model.using(rows=wanted):
         logits_of(model, ids)  # from the second call on, layers are left out

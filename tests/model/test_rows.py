@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.helpers import CACHE, generated, loaded, logits_of, plain, refused, some_ids, two_donors
 from transplant_hf import ConfigurationError, remove_transplants
-from transplant_hf.model.rows_cache import hold_rows
+from transplant_hf.model.rows import hold_rows
 
 # Where the layers of `two_donors` run: a, and the two of b.
 A, B = 0, (3, 4)

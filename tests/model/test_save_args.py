@@ -15,7 +15,7 @@ from tests.helpers import Shelf, layers_of, loaded, logits_of, make_family, plai
 from tests.hub_server import ALICE
 from tests.model.test_folded_strength import is_native, neox, scaled
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor
-from transplant_hf.model.gates import attach_gate
+from transplant_hf.model.strength import attach_gate
 
 load = AutoModelWithTransplant.from_pretrained
 # A thin save, and one in the transplant format.

@@ -14,7 +14,7 @@ from tests.helpers import generated, layers_of, loaded, logits_of, plain, refuse
 from transplant_hf import AutoModelWithTransplant, ConfigurationError, Donor, DonorSpec, check, transplant
 from transplant_hf.inspection import inspect
 from transplant_hf.model.extracting import extract
-from transplant_hf.model.gates import attach_gate
+from transplant_hf.model.strength import attach_gate
 
 load = AutoModelWithTransplant.from_pretrained
 PLACES = (1, 3)

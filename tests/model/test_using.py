@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from tests.helpers import generated, loaded, logits_of, plain, refused, some_ids, two_donors
 from transplant_hf import ConfigurationError, transplant
-from transplant_hf.model.gates import attach_gate, detach_gate
+from transplant_hf.model.strength import attach_gate, detach_gate
 
 
 def alone(family: Path, name: str, **kwargs: Any) -> Any:

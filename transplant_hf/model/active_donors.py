@@ -6,7 +6,6 @@ model is then exactly the model without that donor; no weight is copied.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -27,7 +26,7 @@ from ..numeric import finite_number
 from ..sources import HubOptions
 from ..splice import Blueprint, renumber, use_config
 from .cache_guard import CacheGuard, Setting
-from .calls import BLOCK_END, Calls
+from .calls import BLOCK_END
 from .choice import Choice, parse_choice
 from .routing import AUTO, routed_choice
 from .strength import StrengthHooks
@@ -41,12 +40,9 @@ _NONE: Names = frozenset()
 
 
 class TransplantState:
-    """The donors of one model: the layers that it holds, and which of them run. It is `model._transplant`.
+    """The donors of one model: the layers that it holds, running or not. It is `model._transplant`.
 
-    Args:
-        model: The model, with all its layers in the stack.
-        blueprint: The donors and their settings.
-        layers: The layers, running or not.
+    It is made while all layers are in the stack.
     """
 
     def __init__(self, model: PreTrainedModel, blueprint: Blueprint, layers: Mapping[Stage, nn.Module]) -> None:
@@ -63,11 +59,10 @@ class TransplantState:
         self._structures: dict[Names | None, Structure] = {}
         # The attributes that were last set on layers, if they are not those that the layers were built with.
         self._attributes: dict[Stage, Attributes] = {}
-        # Layers without the hooks of Transformers that record hidden states; `None` while no layer has them.
-        self._unrecorded: set[nn.Module] | None = None
         decoder = model.get_submodule(blueprint.recipient.stack_path.rpartition(".")[0])
-        self._guard = CacheGuard.of(decoder) or CacheGuard(decoder)
-        self._guard.model = self._weak_model
+        self.guard = CacheGuard.of(decoder) or CacheGuard(decoder)
+        self.guard.model = self._weak_model
+        self.calls, self.choices = self.guard.calls, self.guard.choices
         # Whether calls may choose donors: the hooks of all inserted donors are then active.
         self._choices_by_call = False
         # Whether donors choose themselves in calls outside `using`.
@@ -87,19 +82,9 @@ class TransplantState:
         return model
 
     @property
-    def calls(self) -> Calls:
-        """The calls in progress."""
-        return self._guard.calls
-
-    @property
-    def choices(self) -> CallChoices:
-        """The donors that calls choose with `using`."""
-        return self._guard.choices
-
-    @property
     def current_choice(self) -> Choice | None:
         """What applies to the code that runs now: the choice of its block, or that of donors that choose themselves."""
-        return self.choices.current() or self._guard.find_default()
+        return self.choices.current() or self.guard.find_default()
 
     @property
     def disabled(self) -> Names:
@@ -111,17 +96,11 @@ class TransplantState:
         routed = self._routed and not self.disabled.issuperset(self.blueprint.splice.names)
         self.hooks.set(self.blueprint, self.disabled, self._choices_by_call, routed)
         replacing = frozenset(part.name for part in self.blueprint.parts if part.spec.mode == "replace")
-        self._guard.use(
-            Setting(
-                generation=self._guard.setting.generation + new_layers,
-                disabled=self.disabled,
-                strengths=self.blueprint.strengths,
-                inserted=frozenset(self.blueprint.splice.names) - replacing,
-                replacing=replacing,
-            ),
-            always=self._choices_by_call,
-            default=functools.partial(routed_choice, self.blueprint, self.disabled) if routed else None,
-        )
+        inserted = frozenset(self.blueprint.splice.names) - replacing
+        generation = self.guard.setting.generation + new_layers
+        setting = Setting(generation, self.disabled, self.blueprint.strengths, inserted, replacing)
+        default = functools.partial(routed_choice, self.blueprint, self.disabled) if routed else None
+        self.guard.use(setting, self._choices_by_call, default)
 
     # -- Strengths and choices by call -----------------------------------------------------------------------------
 
@@ -157,12 +136,11 @@ class TransplantState:
         if self.calls.overdue:
             with self.calls.turn("using()"):  # makes the overdue change
                 pass
-        choice = dataclasses.replace(choice, replacing=self._guard.setting.replacing - self.disabled)
-        for name in choice.strengths:
-            if name in self.disabled & choice.chosen:
-                raise ConfigurationError(
-                    f"donor {name!r} is switched off by disable_transplants(), so that no call can use it meanwhile."
-                )
+        choice = dataclasses.replace(choice, replacing=self.guard.setting.replacing - self.disabled)
+        if off := sorted(self.disabled & choice.chosen):
+            raise ConfigurationError(
+                f"donor {off[0]!r} is switched off by disable_transplants(), so that no call can use it meanwhile."
+            )
         self.check_stack()
         if not self._choices_by_call:
             # Only the pass in progress has to end: the results of calls of several passes do not change.
@@ -239,7 +217,6 @@ class TransplantState:
         # Building a structure is slow the first time: calls need not wait for it.
         old, _ = self.structure(self._set_for), self.structure(disabled)
         with self.calls.alone(what):
-            self._note_recorded()
             self._set(old, disabled)
 
     def _set(self, old: Structure, disabled: Names) -> None:
@@ -300,33 +277,22 @@ class TransplantState:
                 "it, and add donors after that."
             )
 
-    # -- Hidden states that Transformers records -------------------------------------------------------------------
-
-    def _note_recorded(self) -> None:
-        """Note which layers are out of the stack when Transformers puts its hooks on the layers in it."""
-        if self._unrecorded is None and getattr(self._recorder(), "_output_capturing_hooks_installed", False):
-            running = set(decoder_stack(self._model, self.blueprint.recipient.stack_path))
-            self._unrecorded = {layer for layer in self.layers.values() if layer not in running}
-
     def _record(self, layers: Sequence[nn.Module]) -> None:
-        """Have these hooks put on layers that lack them, and on no layer twice."""
-        missing = [layer for layer in layers if layer in (self._unrecorded or ())]
+        """Put the hooks with which Transformers records hidden states on layers that lack them, if others have them."""
+        path = self.blueprint.recipient.stack_path.split(".")
+        # The innermost model around the layers, whose forward records hidden states.
+        owners = (self._model.get_submodule(".".join(path[:length])) for length in reversed(range(len(path))))
+        recorder = next(owner for owner in owners if isinstance(owner, PreTrainedModel))
+        if not getattr(recorder, "_output_capturing_hooks_installed", False):
+            return
+        missing = [layer for layer in layers if not _is_recorded(layer)]
         if missing:
-            recorder = self._recorder()
             # Transformers finds the layers in a model of the same class that holds nothing else.
             kind: Any = type(recorder)
             shell = kind.__new__(kind)
             nn.Module.__init__(shell)
-            shell.add_module(self.blueprint.recipient.stack_path.rpartition(".")[2], nn.ModuleList(missing))
+            shell.add_module(path[-1], nn.ModuleList(missing))
             maybe_install_capturing_hooks(shell)
-            self._unrecorded = (self._unrecorded or set()) - set(missing)
-
-    def _recorder(self) -> Any:
-        """The innermost model around the layers, whose forward records hidden states."""
-        owners: list[Any] = [self._model]
-        for part in self.blueprint.recipient.stack_path.split(".")[:-1]:
-            owners.append(getattr(owners[-1], part))
-        return next(owner for owner in reversed(owners) if isinstance(owner, PreTrainedModel))
 
     # -- Other donors ----------------------------------------------------------------------------------------------
 
@@ -338,15 +304,11 @@ class TransplantState:
         attributes: Mapping[Slot, Attributes],
     ) -> None:
         """Let the live model run with other donors, all of them switched on."""
-        self._note_recorded()
         old = self.structure(self._set_for)
         known = {stage.slot: self.attributes_of(stage) for stage in self.layers} | dict(attributes)
-        before = set(self.layers.values())
         self.blueprint, self.layers = blueprint, {stage: layers[stage.slot] for stage in blueprint.built}
         self._attributes = {stage: known[stage.slot] for stage in self.layers}
         self._structures = {None if blueprint.running(_NONE) == blueprint.built else _NONE: structure}
-        if self._unrecorded is not None:
-            self._unrecorded = {one for one in self.layers.values() if one not in before or one in self._unrecorded}
         self.hooks.remove()
         self.hooks = StrengthHooks(blueprint, self.layers, self.choices)
         self._set_for = None
@@ -359,19 +321,9 @@ class TransplantState:
         with self.calls.alone(what):
             self._switch(frozenset(self.blueprint.splice.names), what)
             self.hooks.remove()
-            self._guard.use(Setting(self._guard.setting.generation + 1), always=False)
-
-    def detach(self) -> None:
-        """Release a model that no donor was added to."""
-        self._guard.remove()
+            self.guard.use(Setting(self.guard.setting.generation + 1), always=False)
 
     # -- Copies ----------------------------------------------------------------------------------------------------
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TransplantState:
-        new = TransplantState.__new__(TransplantState)
-        memo[id(self)] = new
-        new.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
-        return new
 
     def __getstate__(self) -> dict[str, Any]:
         if self.disabled:
@@ -386,7 +338,12 @@ class TransplantState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._guard.model = self._weak_model = weakref.ref(state["_weak_model"])
+        self.guard.model = self._weak_model = weakref.ref(state["_weak_model"])
+
+
+def _is_recorded(layer: nn.Module) -> bool:
+    hooks = (hook for part in layer.modules() for hook in part._forward_hooks.values())
+    return any(getattr(hook, "__module__", None) == maybe_install_capturing_hooks.__module__ for hook in hooks)
 
 
 def state_of(model: Any) -> TransplantState:

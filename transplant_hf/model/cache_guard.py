@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +13,9 @@ from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 
 from ..errors import ConfigurationError
-from .calls import Calls, arguments_by_name
+from .calls import Calls, OutputForm, arguments_by_name
 from .choice import Choice
-from .prompt_gain import Prompt
-from .routing import mask_of_prompt, read_probe
+from .routing import Prompt, mask_of_prompt, read_probe
 from .using import CallChoices
 
 _GUARDED_METHODS = ("update", "get_mask_sizes", "update_conv_state", "update_recurrent_state")
@@ -23,28 +23,17 @@ _MARK, _KIND = "_transplant_mark", "_transplant_kind"
 
 
 class Setting(NamedTuple):
-    """What applies to all calls of a model.
+    """What applies to all calls of a model."""
 
-    Args:
-        generation: Counts the changes of the layers that the model holds.
-        disabled: The donors that are switched off.
-        strengths: Strengths and composition.
-        inserted: The donors that the model holds in addition to the recipient's layers.
-        replacing: The donors that it holds in place of recipient layers.
-    """
-
-    generation: int = 0
-    disabled: frozenset[str] = frozenset()
-    strengths: Hashable = None
-    inserted: frozenset[str] = frozenset()
-    replacing: frozenset[str] = frozenset()
+    generation: int = 0  # counts the changes of the layers that the model holds
+    disabled: frozenset[str] = frozenset()  # the donors that are switched off
+    strengths: Hashable = None  # and the composition
+    inserted: frozenset[str] = frozenset()  # the donors that the model holds in addition to the recipient's layers
+    replacing: frozenset[str] = frozenset()  # those that it holds in place of recipient layers
 
 
-class _Origin(NamedTuple):
-    """What a cache was filled with: the setting of the model, and the key of the call's choice."""
-
-    setting: Setting
-    choice: Hashable
+# What a cache was filled with: the setting of the model, and the key of the call's choice.
+_Origin = tuple[Setting, Hashable]
 
 
 class _Mark:
@@ -62,16 +51,13 @@ class CacheGuard:
 
     Caches are watched once the model runs with another setting than it was loaded with, or calls may choose donors. A
     cache that is filled then gets a subclass of its own type, which checks the origin at each use.
-
-    Args:
-        decoder: The module that owns the layers.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
         self.calls = Calls()
-        self.choices = CallChoices()
+        self.choices = CallChoices(OutputForm())
         # The model around the decoder, which sets it.
-        self.model: Callable[[], Any] = _no_model
+        self.model: Callable[[], Any] = NoneType
         self.setting = Setting()
         # Watch caches also while the model runs as it was loaded.
         self._always = False
@@ -88,7 +74,7 @@ class CacheGuard:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "model": _no_model}  # a copy belongs to another model
+        return {**vars(self), "model": NoneType}  # a copy belongs to another model
 
     @staticmethod
     def of(decoder: nn.Module) -> CacheGuard | None:
@@ -100,7 +86,7 @@ class CacheGuard:
         """Change the setting, and what makes the choice of calls outside `using`."""
         self.setting, self._always, self._make_default, self._default = setting, always, default, None
         if self._unmarked is None:
-            self._unmarked = _Origin(setting, None)
+            self._unmarked = (setting, None)
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -110,16 +96,16 @@ class CacheGuard:
     def _origin(self) -> _Origin:
         """What a cache is filled with now."""
         choice = self.choices.current()
-        return _Origin(self.setting, choice and choice.key)
+        return self.setting, choice and choice.key
 
     def check(self, origin: _Origin) -> None:
         """Refuse a cache of another origin."""
         now, choice = self._origin(), self.choices.current() or self.find_default()
         # Between calls nothing is chosen yet, and the next one takes the choice that the cache was filled with.
         waits = choice is not None and choice.router is not None and not self.choices.thread.calling
-        if origin == now or (waits and origin.setting == now.setting):
+        (old, _), new = origin, self.setting
+        if origin == now or (waits and old == new):
             return
-        old, new = origin.setting, now.setting
         if old.generation == new.generation and old.disabled != new.disabled:
             raise ConfigurationError(
                 f"this cache was filled with {_off(old.disabled)}, and the model now runs with {_off(new.disabled)}. "
@@ -131,15 +117,11 @@ class CacheGuard:
             change = "before other strengths were set" if old != new else "by a call that uses other donors"
         raise ConfigurationError(f"this cache was filled {change}. Create a new cache.")
 
-    def _check_choice(self) -> None:
+    def _check_choice(self, choice: Choice) -> None:
         """Refuse a call whose block began with donors that the model does not have any more."""
-        choice = self.choices.current()
-        if choice is None:
-            return
         now = self.setting
         gone = choice.chosen - (now.inserted - now.disabled)
-        changed = gone | (choice.replacing ^ (now.replacing - now.disabled))
-        if changed:
+        if changed := gone | (choice.replacing ^ (now.replacing - now.disabled)):
             raise ConfigurationError(
                 f"donors {', '.join(map(repr, sorted(changed)))} were removed, switched off, or put in place of "
                 "recipient layers after the using(...) block of this call began. Begin another block, with the donors "
@@ -170,23 +152,20 @@ class CacheGuard:
             self._default = self._make_default()
         return self._default
 
-    def _check_router(self, router: Any, module: nn.Module, given: Mapping[str, Any]) -> None:
-        key = (self.setting.generation, router.place)
+    def _prepare_router(self, choice: Choice, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let a call take the choice that a cache was filled with, or make its own within the call."""
+        given = arguments_by_name(module, args, kwargs)
+        key = (self.setting.generation, choice.router.place)
         if key not in self._probes:
             self._probes[key] = None  # the probe is a call of its own
             try:
                 device = next(value.device for value in given.values() if isinstance(value, torch.Tensor))
-                self._probes[key] = read_probe(module, router.place, device)
+                self._probes[key] = read_probe(module, choice.router.place, device)
             finally:
                 if self._probes[key] is None:
                     del self._probes[key]
         if (probe := self._probes[key]) is not None:
-            router.check(probe)
-
-    def _prepare_router(self, choice: Choice, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Let a call take the choice that a cache was filled with, or make its own within the call."""
-        given = arguments_by_name(module, args, kwargs)
-        self._check_router(choice.router, module, given)
+            choice.router.check(probe)
         for cache in _caches(args, kwargs):
             mark = getattr(cache, _MARK, None)
             if mark is not None and mark.choice is not None and mark.choice.routes and _is_filled(cache):
@@ -200,12 +179,13 @@ class CacheGuard:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
-        self.calls.begin_pass()
+        self.calls.begin(self.calls.passes)
         self.choices.begin_call(self.setting, self.find_default)
-        self._check_choice()
         choice = self.choices.current()
-        if choice is not None and choice.router is not None:
-            self._prepare_router(choice, module, args, kwargs)
+        if choice is not None:
+            self._check_choice(choice)
+            if choice.router is not None:
+                self._prepare_router(choice, module, args, kwargs)
         caches = _caches(args, kwargs)
         for cache in caches:
             self._check_layers(cache)
@@ -230,16 +210,12 @@ class CacheGuard:
                     cache.__class__ = _guarded(kind)
         finally:
             began_with = self.choices.end_call()
-            self.calls.end_pass()
+            self.calls.end(self.calls.passes)
         if output is not None and began_with is not None and began_with != self.setting:
             raise ConfigurationError(
                 "donors were switched or changed within this call, by a hook: some of its layers ran before the change "
                 "and some after it. Switch back before the hook returns, or switch between calls."
             )
-
-
-def _no_model() -> None:
-    return None
 
 
 def _off(disabled: frozenset[str]) -> str:

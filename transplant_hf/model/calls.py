@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import ConfigurationError
@@ -33,7 +34,7 @@ class Calls:
 
     def __init__(self) -> None:
         # The depth of nested calls by thread: passes through the decoder, and calls of several passes.
-        self._passes: dict[int, int] = {}
+        self.passes: dict[int, int] = {}
         self._generations: dict[int, int] = {}
         self._turn = threading.RLock()
         self._ended = threading.Condition()
@@ -48,22 +49,14 @@ class Calls:
     def __reduce__(self) -> Any:
         return Calls, ()
 
-    def begin_pass(self) -> None:
-        """Enter the decoder; wait while another thread changes the model."""
-        self._begin(self._passes)
-
-    def end_pass(self) -> None:
-        """Leave the decoder, by an exception too."""
-        self._end(self._passes)
-
     @contextmanager
     def generation(self) -> Iterator[None]:
         """Run a call that needs the same layers from begin to end: several passes, or a walk over the model."""
-        self._begin(self._generations)
+        self.begin(self._generations)
         try:
             yield
         finally:
-            self._end(self._generations)
+            self.end(self._generations)
 
     @property
     def change_waits(self) -> bool:
@@ -76,7 +69,8 @@ class Calls:
         """Be the only thread that prepares a change; calls go on."""
         end = time.monotonic() + LONGEST_WAIT
         while not self._turn.acquire(timeout=_POLL_SECONDS):
-            if self._blocks_another():
+            closed = self._closed
+            if closed is not None and threading.get_ident() in self._threads(closed[1]):
                 raise ConfigurationError(
                     f"{what} was called within a call of the model, while another thread waits for this very call to "
                     "end before it changes the model. Choose donors by call with using(...), which does not change the "
@@ -85,8 +79,14 @@ class Calls:
             if time.monotonic() > end:
                 raise _too_long(what, "a change by another thread has")
         try:
-            if threading.get_ident() not in self._threads(True):
-                self._make_overdue_change()
+            if self.overdue is not None and threading.get_ident() not in self._threads(True):
+                overdue, self.overdue = self.overdue, None
+                made = False
+                try:
+                    overdue()
+                    made = True
+                finally:
+                    self.overdue = self.overdue if made else overdue
             yield
         finally:
             self._turn.release()
@@ -105,16 +105,6 @@ class Calls:
                     self._closed = before
                     self._ended.notify_all()
 
-    def _make_overdue_change(self) -> None:
-        """Make the change that is overdue, if any, in the thread that has the turn."""
-        overdue, self.overdue = self.overdue, None
-        if overdue is not None:
-            try:
-                overdue()
-                overdue = None
-            finally:
-                self.overdue = overdue or self.overdue
-
     def begin_copy(self) -> None:
         """Note that this thread begins to copy or pickle the model."""
         with self.generation():
@@ -128,7 +118,8 @@ class Calls:
                 "the changes, or use save_pretrained: changes by other threads wait until it ends."
             )
 
-    def _begin(self, kind: dict[int, int]) -> None:
+    def begin(self, kind: dict[int, int]) -> None:
+        """Begin a call; wait while another thread changes the model."""
         me = threading.get_ident()
         if self.overdue is not None and me not in self._threads(True):
             with self.turn(BLOCK_END):  # makes the overdue change
@@ -138,7 +129,8 @@ class Calls:
                 self._ended.wait()
             kind[me] = kind.get(me, 0) + 1
 
-    def _end(self, kind: dict[int, int]) -> None:
+    def end(self, kind: dict[int, int]) -> None:
+        """End a call, by an exception too."""
         me = threading.get_ident()
         with self._ended:
             left = kind.pop(me, 0) - 1
@@ -148,11 +140,7 @@ class Calls:
                 self._ended.notify_all()
 
     def _threads(self, generations: bool) -> set[int]:
-        return {*self._passes, *(self._generations if generations else ())}
-
-    def _blocks_another(self) -> bool:
-        closed = self._closed
-        return closed is not None and threading.get_ident() in self._threads(closed[1])
+        return {*self.passes, *(self._generations if generations else ())}
 
     def _wait(self, what: str, generations: bool) -> None:
         end = time.monotonic() + LONGEST_WAIT
@@ -166,13 +154,23 @@ class Calls:
     def _forget_interrupted(self) -> None:
         """Drop passes that Ctrl-C ended, after which torch runs no hook, and threads that have ended."""
         frames = sys._current_frames()
-        for kind in (self._passes, self._generations):
+        for kind in (self.passes, self._generations):
             for thread in list(kind):
                 frame = frames.get(thread)
-                while frame is not None and kind is self._passes and frame.f_code is not nn.Module._call_impl.__code__:
+                while frame is not None and kind is self.passes and frame.f_code is not nn.Module._call_impl.__code__:
                     frame = frame.f_back
                 if frame is None:
                     del kind[thread]
+
+
+def _too_long(what: str, who: str) -> ConfigurationError:
+    outcome = "stay as they are. Try again when they have ended"
+    if what == BLOCK_END:
+        outcome = "are switched back by the next call or change that begins when they have ended. Wait for that"
+    return ConfigurationError(
+        f"{what} changes the model, and {who} not ended for {LONGEST_WAIT:g} seconds; the donors {outcome}, or choose "
+        "donors by call with using(...), which does not change the model."
+    )
 
 
 def counted(method: Any) -> Any:
@@ -208,11 +206,24 @@ def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[
     return {**dict(zip(parameters_of(type(module).forward), args, strict=False)), **kwargs}
 
 
-def _too_long(what: str, who: str) -> ConfigurationError:
-    outcome = "stay as they are. Try again when they have ended"
-    if what == BLOCK_END:
-        outcome = "are switched back by the next call or change that begins when they have ended. Wait for that"
-    return ConfigurationError(
-        f"{what} changes the model, and {who} not ended for {LONGEST_WAIT:g} seconds; the donors {outcome}, or choose "
-        "donors by call with using(...), which does not change the model."
-    )
+class OutputForm:
+    """How the layers of a model return their hidden state; known after one of them has run."""
+
+    _form: tuple[Any, int] = (None, 0)  # the type, and how many `None` follow: together, for other threads
+
+    def learn(self, output: Any) -> None:
+        """Learn it from an output; nothing where layers return more than a hidden state."""
+        if isinstance(output, torch.Tensor):
+            self._form = (torch.Tensor, 0)
+        elif type(output) in (tuple, list) and output and all(one is None for one in output[1:]):
+            self._form = (type(output), len(output) - 1)
+
+    @property
+    def known(self) -> bool:
+        """Whether a layer has run."""
+        return self._form[0] is not None
+
+    def wrap(self, hidden: torch.Tensor) -> Any:
+        """Return a hidden state as a layer does."""
+        kind, others = self._form
+        return hidden if kind is torch.Tensor else kind([hidden, *[None] * others])

@@ -16,55 +16,34 @@ from ..splice import Blueprint
 
 
 class Rows(NamedTuple):
-    """The rows of a batch that use a donor.
+    """The rows of a batch that use a donor."""
 
-    Args:
-        held: Which they are, `[batch]`, on the CPU.
-        numbers: Their numbers, on the device of the hidden state.
-        none: Whether there are none.
-    """
-
-    held: torch.Tensor
-    numbers: torch.Tensor
-    none: bool
+    held: torch.Tensor  # which they are, [batch], on the CPU
+    numbers: torch.Tensor  # on the device of the hidden state
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choice:
-    """The donors that a call uses.
+    """The donors that a call uses."""
 
-    Args:
-        strengths: By inserted donor: a number for all rows, or `[rows]` in float32.
-        key: Equal for choices that are equal.
-        entries: How many rows the choice names, one by one; `None` if it holds for batches of any size.
-        replacing: The donors that replaced layers when the block began; a call cannot leave them out.
-        router: What chooses the donors within the call, for `using("auto")`; `strengths` are NaN until then.
-        prompt: For the router, what the call is made with.
-        routes: Where the router sent each row.
-    """
-
-    strengths: Mapping[str, float | torch.Tensor]
-    key: Hashable
-    entries: int | None = None
-    replacing: frozenset[str] = frozenset()
-    router: Any = None
-    prompt: Any = None
-    routes: tuple[Any, ...] | None = None
+    strengths: Mapping[str, float | torch.Tensor]  # by inserted donor: a number for all rows, or [rows] in float32
+    key: Hashable  # equal for choices that are equal
+    entries: int | None = None  # how many rows the choice names, one by one; `None` if it holds for any batch
+    replacing: frozenset[str] = frozenset()  # donors that replaced layers when the block began: no call leaves them out
+    router: Any = None  # chooses the donors within the call, for `using("auto")`; `strengths` are NaN until then
+    prompt: Any = None  # for the router: what the call is made with
+    routes: tuple[Any, ...] | None = None  # where the router sent each row
     _rows: dict[Hashable, Rows | None] = dataclasses.field(default_factory=dict, init=False)
 
     def rows(self, name: str, hidden: torch.Tensor) -> Rows | None:
         """The rows of a hidden state `[batch, ...]` that use a donor; `None` if all do, or if the batch is another."""
         key = (name, hidden.shape[0], hidden.device)
         if key not in self._rows:
-            self._rows[key] = self._find_rows(self.strengths.get(name, 0.0), *key[1:])
+            strengths = torch.as_tensor(self.strengths.get(name, 0.0)).reshape(-1)
+            held = (strengths != 0).repeat_interleave(hidden.shape[0] // len(strengths))
+            some = len(held) == hidden.shape[0] and not held.all()
+            self._rows[key] = Rows(held, held.nonzero()[:, 0].to(hidden.device)) if some else None
         return self._rows[key]
-
-    def _find_rows(self, strength: float | torch.Tensor, batch: int, device: torch.device) -> Rows | None:
-        strengths = strength if isinstance(strength, torch.Tensor) else torch.tensor([strength])
-        if batch % len(strengths):
-            return None
-        held = (strengths != 0).repeat_interleave(batch // len(strengths))
-        return None if held.all() else Rows(held, held.nonzero()[:, 0].to(device), not held.any())
 
     def check_rows(self, batch: int, generating: bool = False) -> None:
         """Refuse a batch with another number of rows than the choice names; `generate` may repeat each row."""

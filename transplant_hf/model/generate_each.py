@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -60,10 +61,9 @@ def generate_each(model: Any, inputs: Any, donors: Sequence[Any], kwargs: Mappin
 
 def _is_plain(model: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether each row is one sequence, which a dynamic cache serves, and nothing is recorded of the prompt."""
-    several = [generation_setting(model, kwargs, name) for name in ("num_beams", "num_return_sequences")]
-    other = [generation_setting(model, kwargs, name) for name in _NOT_SHARED]
-    cached = generation_setting(model, kwargs, "use_cache") is not False
-    return cached and not any(other) and all(number in (None, 1) for number in several) and not model.training
+    setting = functools.partial(generation_setting, model, kwargs)
+    several = any(setting(name) not in (None, 1) for name in ("num_beams", "num_return_sequences"))
+    return not (several or any(map(setting, _NOT_SHARED)) or setting("use_cache") is False or model.training)
 
 
 def _shared_prompt(model: Any, given: Mapping[str, Any], count: int) -> dict[str, Cache]:

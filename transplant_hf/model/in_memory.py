@@ -82,7 +82,7 @@ def transplant(
         made.add_donor(donor, position, mode, name=name, strength=strength)
     except TransplantError:
         if was[1] is None:
-            made._transplant.detach()
+            made._transplant.guard.remove()
         made.__class__, made._transplant = was
         raise
     if composition is not None:

@@ -248,15 +248,21 @@ def _is_plain_linear(module: nn.Module) -> bool:
 # -- Configuration -----------------------------------------------------------------------------------------------------
 
 
-def changed(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+def _changed(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
     """Return a copy of a configuration with some fields changed."""
     copied = copy.deepcopy(config)
     apply_overrides(copied, changes)
     return copied
 
 
-def config_changes(model: Any, blueprint: Blueprint) -> dict[str, Any]:
+def live_config(model: Any) -> PreTrainedConfig:
+    """Return the recipient's configuration, with the fields that were set on the model's after loading."""
+    return _changed(model._transplant.blueprint.recipient.config, _config_changes(model))
+
+
+def _config_changes(model: Any) -> dict[str, Any]:
     """Return the fields that were set on the model's configuration after loading."""
+    blueprint = model._transplant.blueprint
     recipient, running = blueprint.recipient.config, blueprint.state(model._transplant.disabled).config
     changes = _differences(running, model.config)
     spliced = _shared(changes, _differences(recipient, running))
@@ -299,12 +305,12 @@ def _shared(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
 def kept_overrides(model: Any) -> dict[str, Any]:
     """Return the fields in which the recipient's configuration in a model differs from the pinned recipient's."""
     blueprint = model._transplant.blueprint
-    live = config_changes(model, blueprint)
+    live = _config_changes(model)
     if live:
         _refuse_other_shapes(blueprint, live)
     pinned, path = _pinned_config(model)
     overrides = _merged(_differences(pinned, blueprint.recipient.config), live)
-    changed(pinned, overrides)  # what a reload would refuse
+    _changed(pinned, overrides)  # what a reload would refuse
     for name in reversed(path):
         overrides = {name: overrides} if overrides else {}
     return overrides
@@ -336,7 +342,7 @@ def _pinned_config(model: Any) -> tuple[PreTrainedConfig, tuple[str, ...]]:
 
 def _refuse_other_shapes(blueprint: Blueprint, changes: Mapping[str, Any]) -> None:
     """Refuse changes of the configuration with which the model could not be loaded."""
-    recipient, config = blueprint.recipient, changed(blueprint.recipient.config, changes)
+    recipient, config = blueprint.recipient, _changed(blueprint.recipient.config, changes)
     start = f"model.config was changed after loading ({', '.join(sorted(changes))}), and with that"
     donors = [(dataclasses.replace(part.spec, layers=None), part.donor) for part in blueprint.parts]
     try:

@@ -20,10 +20,9 @@ from ..donor.save import push_saved, refuse_recipients_place
 from ..donor.saved_files import refuse_foreign_model, replaced_in
 from ..errors import ConfigurationError
 from ..storage import publish, write_json
-from .folded_strength import folded_strengths
-from .gates import gates_aside
 from .layers_in_files import layers_in_files
-from .save_parts import copy_model_companions, write_full_card, write_thin, write_with_recipient
+from .save_parts import copy_model_companions, folded_strengths, write_full_card, write_thin, write_with_recipient
+from .strength import gates_aside
 
 logger = logging.get_logger(__name__)
 
@@ -124,7 +123,7 @@ def _write_model(
         # The weights of a checkpoint are loaded into a model that has the strength itself.
         folded = None
         if not (thin or checkpoint):
-            folded = folded_strengths(model, blueprint, kwargs.get("state_dict") if is_main else None)
+            folded = folded_strengths(model, kwargs.get("state_dict") if is_main else None)
         if folded is None:
             _refuse_arguments("A thin transplant" if thin else "A model in the transplant format", kwargs)
             if not is_main:

@@ -5,15 +5,19 @@ The second is the transplant format. It is for layers that no native configurati
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers.utils import logging
 
-from ..architecture import decoder_stack, is_packed, is_quantized
+from ..architecture import decoder_stack, eval_mode, is_packed, is_quantized, output_weights
 from ..architecture.build import build_on_meta
+from ..architecture.identity import Call, record_calls
 from ..cards import DONOR_TEMPLATE, FULL_TEMPLATE, render_card, write_card
 from ..config import TransplantConfig
 from ..donor.companions import at_hand, copy_companions, has_tokenizer, tokenizer_class
@@ -23,18 +27,14 @@ from ..donor.record import DonorRecord
 from ..donor.save import donor_folders, vocabulary_of, write_donor, written_reference
 from ..donor.saved_files import RECIPIENT_FOLDER, foreign_names
 from ..donor.tensors import MemoryTensors
-from ..errors import ConfigurationError
+from ..errors import CheckpointError, CompatibilityError, ConfigurationError
 from ..heads import BASE, CAUSAL_LM, head_of
-from .recipient_in_model import (
-    changed,
-    check_unchanged,
-    config_changes,
-    kept_overrides,
-    quantization_of_recipient,
-    recipient_state,
-)
+from .recipient_in_model import check_unchanged, kept_overrides, live_config, quantization_of_recipient, recipient_state
 
 logger = logging.get_logger(__name__)
+
+_TOLERANCE = 1e-5  # of what the layer adds, in float32
+_SEED = 0
 
 
 def write_thin(
@@ -58,7 +58,8 @@ def write_thin(
         recipient_overrides=kept_overrides(model),
         recipient_quantization=quantization_of_recipient(model),
     )
-    _write_card(model, DONOR_TEMPLATE, staging, target, repo_id, saved, records, license=license)
+    facts = {"template": DONOR_TEMPLATE, "config": saved, "records": records, "license": license}
+    _write_card(model, staging, target, repo_id, **facts)
 
 
 def write_with_recipient(model: Any, staging: Path, target: Path, kwargs: Mapping[str, Any]) -> list[DonorRecord]:
@@ -75,7 +76,7 @@ def write_with_recipient(model: Any, staging: Path, target: Path, kwargs: Mappin
         "the transplant format, and loading it needs transplant_hf."
     )
     # A recipient without memory, to save the recipient's weights with.
-    config = changed(blueprint.recipient.config, config_changes(model, blueprint))
+    config = live_config(model)
     config.dtype = model.dtype
     empty = build_on_meta(blueprint.recipient.model_class, config)
     empty.tie_weights()
@@ -152,28 +153,99 @@ def write_full_card(
         for part, record, folder in zip(state.blueprint.parts, records, folders, strict=True)
         if part.name not in state.disabled
     ]
-    running = config.replaced(donors=[spec for spec, _ in donors])
     facts = {
+        "template": FULL_TEMPLATE,
+        "config": config.replaced(donors=[spec for spec, _ in donors]),
+        "records": [record for _, record in donors],
         "license": license,
         "native": not (staging / CODE_FILE).exists(),
         "head": head_of([type(model).__name__], model.config) or (CAUSAL_LM if model.can_generate() else BASE),
     }
-    _write_card(model, FULL_TEMPLATE, staging, target, repo_id, running, [record for _, record in donors], **facts)
+    _write_card(model, staging, target, repo_id, **facts)
 
 
-def _write_card(
-    model: Any,
-    template: str,
-    staging: Path,
-    target: Path,
-    repo_id: str | None,
-    config: TransplantConfig,
-    records: Sequence[DonorRecord],
-    **facts: Any,
-) -> None:
+def _write_card(model: Any, staging: Path, target: Path, repo_id: str | None, **facts: Any) -> None:
     """Write a card, unless a person wrote or edited the one that is there."""
     own, cache_dir = model._transplant.blueprint.config, model._transplant.hub.cache_dir
     facts["recipient_files"] = at_hand(own.recipient, own.recipient_revision, cache_dir) if own.recipient else None
-    facts["with_tokenizer"] = has_tokenizer(staging)
-    name = repo_id or target.absolute().name
-    write_card(render_card(template, name, config, records, model.layer_map, **facts), staging, target)
+    facts |= {"repo": repo_id or target.absolute().name, "layer_map": model.layer_map}
+    write_card(render_card(with_tokenizer=has_tokenizer(staging), **facts), staging, target)
+
+
+# -- The strength of a donor as weights, for a plain checkpoint --------------------------------------------------------
+# If a donor's layer adds all its parts to the same hidden state, scaled output weights scale what the layer adds. This
+# holds where attention and MLP run in parallel on the same input (GPT-NeoX, Falcon, Cohere, Phi), and not where one
+# reads what the other added. Both are run on a few tokens and compared.
+
+
+def folded_strengths(model: Any, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor] | None:
+    """Return weights with which the donors compute the same at strength 1 as they do now at their strengths."""
+    blueprint = model._transplant.blueprint
+    scaled = {name: blueprint.part(name) for name in blueprint.scaled}
+    plain = blueprint.state(()).native and not blueprint.side_by_side_groups
+    # At strength 0 the file would not have the donor's weights.
+    if not plain or any(part.donor.num_layers > 1 or part.spec.strength == 0 for part in scaled.values()):
+        return None
+    path = blueprint.recipient.stack_path
+    stack, layer_map = decoder_stack(model, path), blueprint.layer_map()
+    numbers = {name: layer_map.layers_of(name)[0] for name in scaled}
+    try:
+        weights = output_weights(model, path, list(numbers.values()))
+        with eval_mode(model):
+            calls = record_calls(model, stack, list(numbers.values()), _SEED)
+    except (CompatibilityError, CheckpointError):  # the output weights of a layer are unknown
+        return None
+    folded: dict[str, torch.Tensor] = {}
+    for name, number in numbers.items():
+        strength = scaled[name].spec.strength
+        layer = stack[number]
+        silent = weights[number]
+        own = {key: _scaled(layer.get_parameter(key).detach(), silent[key], strength) for key in silent}
+        if not _computes_the_same(layer, own, strength, calls[number]):
+            return None
+        for key, tensor in own.items():
+            place = f"{path}.{number}.{key}"
+            folded[place] = tensor if state is None else _scaled(state[place], silent[key], strength)
+    return folded
+
+
+def _scaled(weight: torch.Tensor, silent: float, strength: float) -> torch.Tensor:
+    """Scale how far a weight is from the value with which the layer adds nothing."""
+    return silent + (weight - silent) * strength
+
+
+@torch.no_grad()
+def _computes_the_same(layer: nn.Module, weights: Mapping[str, torch.Tensor], strength: float, call: Call) -> bool:
+    """Run a layer with scaled output, and with scaled weights, and compare."""
+    if len(call.streams) != 1:
+        return False
+    start, to = call.streams[0]
+    bare = copy.deepcopy(layer).float().eval()
+    bare._forward_hooks.clear()
+    bare._forward_pre_hooks.clear()
+    args, kwargs = _in_float((call.args, call.kwargs))
+    entered = _at((args, kwargs), start).clone()
+    added = _at(bare(*args, **kwargs), to) - entered
+    for name, tensor in weights.items():
+        bare.get_parameter(name).copy_(tensor)
+    args, kwargs = _in_float((call.args, call.kwargs))
+    found = _at(bare(*args, **kwargs), to) - entered
+    return bool((found - strength * added).norm() <= _TOLERANCE * abs(strength) * added.norm())
+
+
+def _at(value: Any, place: tuple[int | str, ...]) -> torch.Tensor:
+    for key in place:
+        value = value[key]
+    found: torch.Tensor = value
+    return found
+
+
+def _in_float(value: Any) -> Any:
+    """Copy nested tuples, lists and dictionaries, their floating point tensors in float32."""
+    if isinstance(value, torch.Tensor):
+        return value.float().clone() if value.is_floating_point() else value.clone()
+    if type(value) is dict:
+        return {key: _in_float(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_in_float(item) for item in value)
+    return value

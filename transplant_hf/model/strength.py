@@ -11,7 +11,8 @@ A choice by call, with `model.using(...)`, goes through the same hooks and takes
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +25,7 @@ from ..donor.extract import GATE
 from ..errors import ConfigurationError
 from ..layer_map import Stage
 from ..splice import Blueprint
-from .output_form import OutputForm
-from .rows import DonorRows, is_another_stream, run_by_row, run_on_all_rows
+from .rows import is_another_stream, run_by_row, run_on_all_rows
 from .using import NOT_COMPILED, CallChoices
 
 _ROLE = "_transplant_role"
@@ -35,31 +35,18 @@ HOOKS_RUN_AGAIN = "__call__" in vars(GradientCheckpointingLayer)
 
 
 class _Role(NamedTuple):
-    """What the hooks do, as an attribute of the layer: torch.compile checks attributes of modules, not of hooks.
+    """What the hooks do, as an attribute of the layer: torch.compile checks attributes of modules, not of hooks."""
 
-    Args:
-        active: Whether the hooks act at all.
-        strength: The donor's strength.
-        leads: Whether the donor is the first of a group side by side, or in no group.
-        closes: Whether it is the last of a group.
-        inside: Whether the layer needs the state that entered an earlier layer.
-        routed: Whether each call chooses its donors, so that there is a choice in every call.
-    """
-
-    active: bool
-    strength: float
-    leads: bool
-    closes: bool
-    inside: bool
-    routed: bool
+    active: bool  # whether the hooks act at all
+    strength: float  # of the donor
+    leads: bool  # whether the donor is the first of a group side by side, or in no group
+    closes: bool  # whether it is the last of a group
+    inside: bool  # whether the layer needs the state that entered an earlier layer
+    routed: bool  # whether each call chooses its donors, so that there is a choice in every call
 
 
 def is_entrance(layer: nn.Module) -> bool:
-    """Whether a layer needs only the hidden state before it.
-
-    A scaled donor also needs the state that entered its first layer; donors side by side need the state that entered
-    the first of them.
-    """
+    """Whether a layer needs only the hidden state before it, not the one that entered an earlier layer."""
     role: _Role | None = getattr(layer, _ROLE, None)
     return role is None or not role.inside
 
@@ -75,34 +62,19 @@ class _PerThread:
 
 
 class _DonorHooks:
-    """The two hooks of one donor, or of a part of one.
+    """The two hooks of one donor, or of a part of one."""
 
-    Args:
-        name: The donor's name.
-        layers: Its layers, or those of the part, in order.
-        choices: The donors that calls choose.
-        form: How the layers of the model return their hidden state.
-    """
-
-    def __init__(self, name: str, layers: Sequence[nn.Module], choices: CallChoices, form: OutputForm) -> None:
+    def __init__(self, name: str, layers: Sequence[nn.Module], choices: CallChoices) -> None:
         # Without the layers, which hold the hooks: a model is freed when its last reference is dropped.
-        self.name, self.choices, self.form = name, choices, form
+        self.name, self.choices = name, choices
         # The state that enters a group of donors side by side; `None` outside a group.
         self.group: _PerThread | None = None
-        self._states = _PerThread()
+        self.states = _PerThread()
         # The last of the pre-hooks and the first of the others: other hooks see what enters and what goes on.
-        self._handles: list[RemovableHandle] = [
+        self.handles: list[RemovableHandle] = [
             layers[0].register_forward_pre_hook(self.before, with_kwargs=True),
             layers[-1].register_forward_hook(self.after, prepend=True),
         ]
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def forget(self) -> None:
-        """Release the hidden states of earlier calls."""
-        self._states = _PerThread()
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep the hidden state that arrives. In a group, pass on the state that entered the group."""
@@ -112,9 +84,9 @@ class _DonorHooks:
         arrived = args[0] if args else kwargs["hidden_states"]
         choice = self.choices.of_layer(arrived)
         if choice is not None and choice.router is not None:
-            choice = choice.router.choose(choice, arrived, self.choices, self.form)  # runs these hooks, too
+            choice = choice.router.choose(choice, arrived, self.choices)  # runs these hooks, too
             self.choices.change_call(choice)
-        local = self._states.local
+        local = self.states.local
         local.arrived, local.gate = arrived, module._parameters.get(GATE)
         if choice is None and role.routed:
             raise ConfigurationError(NOT_COMPILED)
@@ -142,7 +114,7 @@ class _DonorHooks:
             return None
         in_tuple = isinstance(output, tuple | list)
         left = output[0] if in_tuple else output
-        local = self._states.local
+        local = self.states.local
         if getattr(local, "arrived", None) is None:
             if self.choices.of_layer(left) is None and self.group is None and role.strength == 1:
                 return None  # active only for calls that choose donors, which this one does not
@@ -209,27 +181,21 @@ def _scaled_by_row(
 
 
 class StrengthHooks:
-    """The hooks of a model's donors.
-
-    Args:
-        blueprint: The donors.
-        layers: Every layer that the model holds.
-        choices: The donors that calls choose.
-    """
+    """The hooks of a model's donors."""
 
     def __init__(self, blueprint: Blueprint, layers: Mapping[Stage, nn.Module], choices: CallChoices) -> None:
-        self._layers = {
+        # The layers of each donor, in order.
+        self.layers = {
             part.name: [layer for stage, layer in layers.items() if stage.slot.source == part.name]
             for part in blueprint.parts
         }
+        self._choices = choices
         # The layers of each part of a donor, and its hooks.
         self._hooks: dict[str, list[tuple[list[nn.Module], _DonorHooks]]] = {}
-        form = OutputForm()
         for placement in blueprint.splice.placements:
-            parts = [[self._layers[placement.name][number] for number in numbers] for _, numbers in placement.parts]
-            self._hooks[placement.name] = [(part, _DonorHooks(placement.name, part, choices, form)) for part in parts]
+            parts = [[self.layers[placement.name][number] for number in numbers] for _, numbers in placement.parts]
+            self._hooks[placement.name] = [(part, _DonorHooks(placement.name, part, choices)) for part in parts]
         self._groups: dict[tuple[str, ...], _PerThread] = {}
-        self._rows = {name: DonorRows(name, choices, form) for name in self._layers}
 
     def set(self, blueprint: Blueprint, disabled: Collection[str], by_call: bool, routed: bool) -> None:
         """Set what the hooks do."""
@@ -244,28 +210,25 @@ class StrengthHooks:
             for layers, hooks in parts:
                 hooks.group = self._groups.setdefault(group, _PerThread()) if group else None
                 if not active:
-                    hooks.forget()
+                    hooks.states = _PerThread()  # releases the hidden states of earlier calls
                 for number, layer in enumerate(layers):
                     inside = (number > 0 and changes) or not leads
                     setattr(layer, _ROLE, _Role(active, spec.strength, leads, name in running[-1:], inside, routed))
                     if by_call and spec.mode == "insert":
-                        run_by_row(layer, self._rows[name])
+                        run_by_row(layer, name, self._choices)
 
     def remove(self) -> None:
         """Remove all hooks."""
         while self._hooks:
             for layers, hooks in self._hooks.popitem()[1]:
-                hooks.remove()
+                for handle in hooks.handles:
+                    handle.remove()
                 for layer in layers:
                     run_on_all_rows(layer)
 
-    def layers_of(self, name: str) -> list[nn.Module]:
-        """The layers of a donor, in order."""
-        return self._layers[name]
-
     def gates(self) -> dict[str, nn.Parameter]:
         """The strengths that are parameters while they are trained, by donor name."""
-        gates = {name: layers[0]._parameters.get(GATE) for name, layers in self._layers.items()}
+        gates = {name: layers[0]._parameters.get(GATE) for name, layers in self.layers.items()}
         return {name: gate for name, gate in gates.items() if gate is not None}
 
     def refuse_gates(self, names: Collection[str] | None = None) -> None:
@@ -276,3 +239,56 @@ class StrengthHooks:
                     f"the strength of donor {name!r} is being trained; remove its gate first: "
                     f"detach_gate(model, {name!r})."
                 )
+
+
+# -- Strengths that are trained ----------------------------------------------------------------------------------------
+
+
+def attach_gate(model: Any, name: str) -> nn.Parameter:
+    """Make a donor's strength a parameter, which `named_parameters()` lists with the donor's first layer."""
+    state = model._transplant
+    state.blueprint.check_name(name)
+    state.hooks.refuse_gates([name])
+    spec, first, reason = state.blueprint.part(name).spec, state.hooks.layers[name][0], None
+    device = next(first.parameters()).device
+    if spec.mode == "replace":
+        reason = "it replaces recipient layers. Insert it"
+    elif isinstance(spec.position, tuple):
+        reason = f"it is spread over positions {list(spec.position)}. Set it with set_strength (evaluate --strengths)"
+    elif device.type == "meta":
+        reason = "its layers are offloaded. Load the model without offload"
+    if reason is not None:
+        raise ConfigurationError(f"the strength of donor {name!r} cannot be trained: {reason}.")
+    gate = nn.Parameter(torch.full((1,), spec.strength, dtype=torch.float32, device=device))
+    first.register_parameter(GATE, gate)
+    state.update()
+    return gate
+
+
+def detach_gate(model: Any, name: str) -> float:
+    """Remove a donor's gate, set the donor's strength to its value, and return it."""
+    state = model._transplant
+    value = float(state.hooks.gates()[name].detach())
+    state.blueprint.with_strengths({name: value})  # refuses a number that is not finite
+    delattr(state.hooks.layers[name][0], GATE)
+    state.set_strengths({name: value})
+    return value
+
+
+@contextmanager
+def gates_aside(state: Any, saved: dict[str, torch.Tensor] | None = None) -> Iterator[None]:
+    """Make every gate a plain strength inside a `with` block, to save the model."""
+    gates, before = state.hooks.gates(), state.blueprint
+    path, layer_map = before.recipient.stack_path, before.layer_map()
+    values = {
+        name: (saved or {}).pop(f"{path}.{layer_map.layers_of(name)[0]}.{GATE}", gate) for name, gate in gates.items()
+    }
+    state.blueprint = before.with_strengths({name: float(value.detach()) for name, value in values.items()})
+    for name in gates:
+        delattr(state.hooks.layers[name][0], GATE)
+    try:
+        yield
+    finally:
+        for name, gate in gates.items():
+            state.hooks.layers[name][0].register_parameter(GATE, gate)
+        state.blueprint = before

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -28,17 +28,11 @@ Attributes = Mapping[str, Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """The attributes of a model for one choice of running layers.
+    """The attributes of a model for one choice of running layers."""
 
-    Args:
-        outer: Of the modules outside the layers.
-        layers: Of the modules inside each layer.
-        configs: The configurations that modules outside the layers read, by module path.
-    """
-
-    outer: Attributes
-    layers: Mapping[Stage, Attributes]
-    configs: Mapping[str, PreTrainedConfig]
+    outer: Attributes  # of the modules outside the layers
+    layers: Mapping[Stage, Attributes]  # of the modules inside each layer
+    configs: Mapping[str, PreTrainedConfig]  # that modules outside the layers read, by module path
 
     def apply_outside(self, model: PreTrainedModel, stack_path: str, old: Structure) -> None:
         """Set what differs from the old structure on the modules outside the layers and on their configurations."""
@@ -60,34 +54,24 @@ class Structure:
 
 def structure_of(blueprint: Blueprint, disabled: Collection[str] | None = ()) -> Structure:
     """Build a blueprint on the meta device and return its structure."""
+    recipient, path = blueprint.recipient, blueprint.recipient.stack_path
     stages = blueprint.built if disabled is None else blueprint.running(disabled)
-    model = _model_on_meta(blueprint, disabled, stages)
-    path = blueprint.recipient.stack_path
+    spliced = blueprint.built_config if disabled is None else blueprint.state(disabled)
+    model = build_on_meta(recipient.model_class, spliced.config if spliced.native else recipient.config)
+    is_recipient = len(stages) == recipient.num_layers and all(stage.slot.source == RECIPIENT for stage in stages)
+    if not spliced.native and not is_recipient:
+        with torch.device("meta"):
+            insert_layers(model, blueprint, stages)
+        renumber(decoder_stack(model, path), blueprint.origins(stages))
+        use_config(model, recipient, spliced)
     outer = outer_modules(model, path)
     layers = zip(stages, decoder_stack(model, path), strict=True)
+    configs = {name: vars(module).get("config") for name, module in outer.items()}
     return Structure(
         {name: structural_attributes(module) for name, module in outer.items()},
         {stage: {name: structural_attributes(part) for name, part in layer.named_modules()} for stage, layer in layers},
-        {
-            name: config
-            for name, module in outer.items()
-            if isinstance(config := vars(module).get("config"), PreTrainedConfig)
-        },
+        {name: config for name, config in configs.items() if isinstance(config, PreTrainedConfig)},
     )
-
-
-def _model_on_meta(blueprint: Blueprint, disabled: Collection[str] | None, stages: Sequence[Stage]) -> PreTrainedModel:
-    recipient = blueprint.recipient
-    spliced = blueprint.built_config if disabled is None else blueprint.state(disabled)
-    if spliced.native:
-        return build_on_meta(recipient.model_class, spliced.config)
-    model = build_on_meta(recipient.model_class, recipient.config)
-    if any(stage.slot.source != RECIPIENT for stage in stages) or len(stages) != recipient.num_layers:
-        with torch.device("meta"):
-            insert_layers(model, blueprint, stages)
-        renumber(decoder_stack(model, recipient.stack_path), blueprint.origins(stages))
-        use_config(model, recipient, spliced)
-    return model
 
 
 def _update_config(live: PreTrainedConfig, old: PreTrainedConfig, new: PreTrainedConfig) -> None:

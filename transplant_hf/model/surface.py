@@ -25,7 +25,7 @@ from .live import change, changing, open_donor
 from .native_methods import NativeMethods, recipient_class
 from .routing import Route
 from .save import push_transplant, save_transplant
-from .using import DisableBlock, UsingBlock, generating
+from .using import Block, OpenBlock, generating
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -147,7 +147,7 @@ class TransplantMixin(NativeMethods):
         selected = None if names is None else [names] if isinstance(names, str) else list(names)
         off = functools.partial(state_of(self).off, selected)
         off()  # checks the names now
-        return DisableBlock(off)
+        return Block(off, nests=True)
 
     @property
     def routes(self) -> tuple[Route, ...]:
@@ -189,7 +189,7 @@ class TransplantMixin(NativeMethods):
             >>> bool((logits[0] == logits[1]).all())
             False
         """
-        return UsingBlock(lambda: state_of(self).choose(donors, rows, threshold))
+        return Block(lambda: OpenBlock(*state_of(self).choose(donors, rows, threshold)), nests=False)
 
     def generate_each(self, inputs: Any, donors: Sequence[Any], **kwargs: Any) -> Any:
         """Generate an answer to one prompt for each of several choices of donors.

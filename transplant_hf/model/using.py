@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import ConfigurationError
+from .calls import OutputForm
 from .choice import Choice
 
 NOT_COMPILED = (
@@ -55,7 +56,7 @@ class _Thread:
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
-        self.blocks: list[_OpenBlock] = []
+        self.blocks: list[OpenBlock] = []
 
     def update_outside(self) -> None:
         """Set the choice of calls that do not look for it themselves: compiled calls, and calls of single layers."""
@@ -90,13 +91,14 @@ class CallChoices(threading.local):
     began in a generator belongs to what the generator runs, however often it is suspended meanwhile.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, form: OutputForm) -> None:
+        self.form = form  # how the layers of the model return their hidden state, in all threads
         self.thread = _Thread()
         # Where the last call that chose by itself sent each row.
         self.routes: tuple[Any, ...] = ()
 
     def __reduce__(self) -> Any:
-        return CallChoices, ()
+        return CallChoices, (OutputForm(),)
 
     def begin_call(self, setting: Hashable, default: Callable[[], Choice | None]) -> None:
         """Find the choice of an eager call when it enters the decoder, and keep the setting of the model."""
@@ -177,7 +179,7 @@ class CallChoices(threading.local):
                 )
         return nearest.choice if nearest else None
 
-    def block_of_generator(self) -> _OpenBlock | None:
+    def block_of_generator(self) -> OpenBlock | None:
         """The block of the innermost generator that runs now and has one."""
         frame: FrameType | None = sys._getframe() if _generators else None
         while frame is not None:
@@ -188,30 +190,27 @@ class CallChoices(threading.local):
         return None
 
 
-class _OpenBlock:
-    """A `using` block from its begin to its end.
+class OpenBlock:
+    """A `using` block from its begin to its end."""
 
-    Args:
-        choices: The choices of the model.
-        choice: The choice of this block.
-        frame: Where the block begins.
-    """
-
-    def __init__(self, choices: CallChoices, choice: Choice, frame: FrameType) -> None:
+    def __init__(self, choices: CallChoices, choice: Choice) -> None:
         self.choices, self.choice = choices, choice
-        self.generator, self.interleaved = _generator_of(frame)
-        self.place = _place()
         self.closed = False
-        nearest = choices.block_of_generator()
-        self.outer: tuple[_OpenBlock, ...] = (*nearest.outer, nearest) if nearest else ()
+
+    def __enter__(self) -> None:
+        # The block begins in the function that calls `Block.__enter__`.
+        self.generator, self.interleaved = _generator_of(sys._getframe(2))
+        self.place = _place()
+        nearest = self.choices.block_of_generator()
+        self.outer: tuple[OpenBlock, ...] = (*nearest.outer, nearest) if nearest else ()
         self._token: Any = _blocks.set((*(block for block in _blocks.get() if not block.closed), self))
         if self.generator is not None:
             _generators.setdefault(self.generator, []).append(self)
-        self._thread = choices.thread
+        self._thread = self.choices.thread
         self._thread.blocks.append(self)
         self._thread.update_outside()
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         """End the block, innermost or not, in any context or thread; calls in progress go on as they began."""
         blocks = _blocks.get()
         try:
@@ -233,9 +232,9 @@ class _OpenBlock:
 
 
 # The open blocks of this context, of all models, in the order in which they began.
-_blocks: ContextVar[tuple[_OpenBlock, ...]] = ContextVar("transplant_hf_using", default=())
+_blocks: ContextVar[tuple[OpenBlock, ...]] = ContextVar("transplant_hf_using", default=())
 # The blocks that began in generators, by the generator's frame.
-_generators: dict[FrameType, list[_OpenBlock]] = {}
+_generators: dict[FrameType, list[OpenBlock]] = {}
 
 
 def _place() -> tuple[int, Any]:
@@ -256,7 +255,8 @@ def _generator_of(frame: FrameType | None) -> tuple[FrameType | None, bool]:
     while frame is not None:
         flags, back = frame.f_code.co_flags, frame.f_back
         # A generator that contextlib runs is a context manager: the block belongs to its caller.
-        if not _in_contextlib(frame) and not (back is not None and _in_contextlib(back) and flags & _GENERATOR):
+        files = [one.f_code.co_filename for one in (frame, back if flags & _GENERATOR else None) if one is not None]
+        if contextlib.__file__ not in files:
             if flags & (_GENERATOR | inspect.CO_COROUTINE):
                 return frame if flags & _GENERATOR else None, True
             if frame.f_code.co_name == "<module>":
@@ -298,14 +298,21 @@ def generation_setting(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
     return next((one for one in found if one is not None), None)
 
 
-def _in_contextlib(frame: FrameType) -> bool:
-    return frame.f_code.co_filename == contextlib.__file__
+class Block(contextlib.ContextDecorator):
+    """The result of `model.using(...)` and `model.disable_transplants(...)`.
 
+    It can decorate functions; each call of such a function begins a block of its own.
+    """
 
-class _Decorator(contextlib.ContextDecorator):
-    """A block that can decorate functions; each call of such a function opens a block of its own."""
+    def __init__(self, begin: Callable[[], contextlib.AbstractContextManager[None]], nests: bool) -> None:
+        self._begin, self._nests = begin, nests
+        self._open: list[contextlib.AbstractContextManager[None]] = []
+
+    def _recreate_cm(self) -> Block:
+        return Block(self._begin, self._nests)
 
     def __call__(self, func: Any) -> Any:
+        """Decorate a function."""
         runs_later = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
         if any(kind(func) for kind in runs_later):
             raise ConfigurationError(
@@ -315,51 +322,12 @@ class _Decorator(contextlib.ContextDecorator):
             )
         return super().__call__(func)
 
-
-class DisableBlock(_Decorator):
-    """The result of `model.disable_transplants(...)`.
-
-    Args:
-        begin: Makes a block that is used once.
-    """
-
-    def __init__(self, begin: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
-        self._begin = begin
-        self._open: list[contextlib.AbstractContextManager[None]] = []
-
-    def _recreate_cm(self) -> DisableBlock:
-        return DisableBlock(self._begin)
-
     def __enter__(self) -> None:
+        if self._open and not self._nests:
+            raise ConfigurationError("this using(...) block is open already; call model.using(...) for each block.")
         block = self._begin()
         block.__enter__()
         self._open.append(block)
 
     def __exit__(self, *error: Any) -> bool | None:
-        return self._open.pop().__exit__(*error)
-
-
-class UsingBlock(_Decorator):
-    """The result of `model.using(...)`.
-
-    Args:
-        choose: Checks the arguments, and returns the choices of the model and the choice of the block.
-    """
-
-    def __init__(self, choose: Callable[[], tuple[CallChoices, Choice]]) -> None:
-        self._choose = choose
-        self._block: _OpenBlock | None = None
-
-    def _recreate_cm(self) -> UsingBlock:
-        return UsingBlock(self._choose)
-
-    def __enter__(self) -> None:
-        if self._block is not None:
-            raise ConfigurationError("this using(...) block is open already; call model.using(...) for each block.")
-        choices, choice = self._choose()
-        self._block = _OpenBlock(choices, choice, sys._getframe(1))
-
-    def __exit__(self, *error: object) -> None:
-        block, self._block = self._block, None
-        if block is not None:
-            block.close()
+        return self._open.pop().__exit__(*error) if self._open else None

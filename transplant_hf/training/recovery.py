@@ -17,8 +17,8 @@ from ..donor import Donor
 from ..errors import ConfigurationError
 from ..layer_map import RECIPIENT
 from ..model.active_donors import state_of
-from ..model.gates import attach_gate, detach_gate
 from ..model.in_memory import transplant
+from ..model.strength import attach_gate, detach_gate
 from ..partial import stack_of
 from .arguments import RecoveryArguments
 from .data import RunData
