@@ -37,9 +37,6 @@ _RUNTIME = re.compile(
 )
 
 
-# -- Weights -----------------------------------------------------------------------------------------------------------
-
-
 def recipient_state(model: Any, given: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """Return the recipient's weights in a transplanted model, without layers that were replaced and not kept."""
     path = f"{model._transplant.blueprint.recipient.stack_path}."
@@ -204,9 +201,6 @@ def _version(tensor: torch.Tensor) -> int | None:
 def _place(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     # Packed weights have their own layouts, which their library may change.
     return None if tensor.is_meta or is_packed(tensor) else (tensor.data_ptr(), tensor.device, tensor.dtype)
-
-
-# -- Quantization ------------------------------------------------------------------------------------------------------
 
 
 def quantization_of_recipient(model: Any) -> dict[str, Any] | None:

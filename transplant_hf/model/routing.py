@@ -228,9 +228,6 @@ def _passing(layer: nn.Module, states: torch.Tensor, form: OutputForm) -> Any:
     return passing
 
 
-# -- Calls that choose donors ------------------------------------------------------------------------------------------
-
-
 def read_probe(decoder: Any, place: tuple[tuple[str, ...], int], device: torch.device) -> torch.Tensor:
     """Describe tokens 0, 1, ... where they enter the first donor, `[hidden]`; the layers before it run."""
     me, found = threading.get_ident(), []

@@ -133,9 +133,6 @@ def copy_model_companions(state: Any, staging: Path, target: Path) -> None:
     copy_companions(sources, staging, target, state.hub.cache_dir)
 
 
-# -- Model cards -----------------------------------------------------------------------------------------------------
-
-
 def write_full_card(
     model: Any,
     staging: Path,
