@@ -48,6 +48,11 @@ class DonorTrainer(TransplantTrainer):
     layer of others. They start as the identity, and they alone are trained. The hidden states before the first of them
     are computed once for each block of text; a step runs only this layer and what follows.
 
+    `save_donor(folder)` or `save` writes the donor as a repo that `from_pretrained` and `pipeline` can load, and
+    `push_donor(repo_id)` or `push` uploads it, with arguments as in `Donor.save_pretrained` and `Donor.push_to_hub`;
+    position, mode and strength are those of the training. A donor that was trained beside others is saved with them,
+    as a thin transplant.
+
     Args:
         model: The recipient: a loaded model (a transplant gets one more donor), a Hub id or a folder. A loaded model
             that is quantized gets the donor in place.
@@ -170,7 +175,7 @@ class DonorTrainer(TransplantTrainer):
         self.held_out_perplexity = held_out
 
     @contextmanager
-    def whole_result(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def _whole_result(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Yield the donor; one that was trained beside others is saved with them, as a thin transplant."""
         model, layer_map, held = self.transplant, self.transplant.layer_map, layers_in_files(self.transplant)
         if len(model.transplant_config.donors) > 1:
@@ -178,7 +183,7 @@ class DonorTrainer(TransplantTrainer):
             note_in_donors(model, {self.donor_name: training_record(self)})
             others = [number for number, (source, _) in enumerate(layer_map) if source != RECIPIENT]
             in_memory = nullcontext() if held is None else held.loaded(others, self.args.device)
-            with in_memory, super().whole_result() as found:
+            with in_memory, super()._whole_result() as found:
                 yield found
             return
         own = nn.ModuleList(stack_of(model)[number] for number in layer_map.layers_of(self.donor_name))

@@ -342,7 +342,7 @@ class PartTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Give some parameters learning rates of their own, unless the caller made the optimizer."""
-        alone = self.trained_alone() if self.optimizer is None else []
+        alone = self._trained_alone() if self.optimizer is None else []
         optimizer = super().create_optimizer(*args, **kwargs)
         for parameter, options in alone:
             [group] = [one for one in optimizer.param_groups if any(other is parameter for other in one["params"])]
@@ -350,7 +350,7 @@ class PartTrainer(Trainer):
             optimizer.add_param_group({**group, "params": [parameter], **options})
         return optimizer
 
-    def trained_alone(self) -> list[tuple[nn.Parameter, dict[str, float]]]:
+    def _trained_alone(self) -> list[tuple[nn.Parameter, dict[str, float]]]:
         """Return the parameters with options of the optimizer of their own."""
         return [
             (stack_of(self.inner)[number].get_parameter(name), {"lr": self.args.learning_rate * factor})

@@ -111,7 +111,7 @@ class RecoveryTrainer(TransplantTrainer):
         names = [name for name in _donor_names(self.transplant) if name in self.recovered or name.startswith(_PREFIX)]
         note_in_donors(self.transplant, {name: {"recovered": record} for name in names})
 
-    def trained_alone(self) -> list[tuple[nn.Parameter, dict[str, float]]]:
+    def _trained_alone(self) -> list[tuple[nn.Parameter, dict[str, float]]]:
         """Return the gates: one number must change more than each of many."""
         options = {"lr": self.args.gate_learning_rate, "weight_decay": 0.0}
         return [(value, options) for name, value in self.model.named_parameters() if name in self._gate_names]

@@ -109,7 +109,7 @@ class TransplantTrainer(PartTrainer):
             self.save(output_dir or str(self.args.output_dir))
 
     @contextmanager
-    def whole_result(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def _whole_result(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Yield what is saved, not sharded inside the block, and how."""
         with unsharded(self.transplant, needed=self.args.should_save):
             yield self.transplant, {"thin": True}
@@ -121,7 +121,7 @@ class TransplantTrainer(PartTrainer):
             folder: The folder.
             **kwargs: As in `save_pretrained` of a donor or a transplant.
         """
-        with self.whole_result() as (made, how):
+        with self._whole_result() as (made, how):
             if self.args.should_save:
                 made.save_pretrained(folder, **{**how, **kwargs})
 
@@ -135,5 +135,5 @@ class TransplantTrainer(PartTrainer):
         Returns:
             The commit.
         """
-        with self.whole_result() as (made, how):
+        with self._whole_result() as (made, how):
             return made.push_to_hub(repo_id, **{**how, **kwargs}) if self.args.should_save else None
