@@ -80,7 +80,7 @@ class PartialRun:
         self._from_embeddings, self._find_states = from_embeddings, find_states
         self._stack = stack_of(model)
         self._states: torch.Tensor | None = None  # of the current call
-        self._forms: list[_Form] = []  # found when it starts for the first time
+        self._forms: list[_Form] = []  # found when a layer is left out for the first time
         self._undo = ExitStack()
         self.numbers: list[int] = []
         self.choose(numbers)
@@ -106,8 +106,6 @@ class PartialRun:
 
     def start(self) -> None:
         """Leave the other layers out, until `stop`."""
-        if not self._forms:
-            self._forms = _output_forms(self.model, self._stack)
         for number in set(range(len(self._stack))) - set(self.numbers):
             self._undo.enter_context(self._left_out(number))
         hooks = (
@@ -143,6 +141,8 @@ class PartialRun:
             yield
 
     def _left_out(self, number: int) -> AbstractContextManager[None]:
+        if not self._forms:
+            self._forms = _output_forms(self.model, self._stack)
         form = self._forms[number]
         return forward_replaced(self._stack[number], lambda *args, **kwargs: form(_hidden_argument(args, kwargs)[0]))
 
