@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.helpers import generated, layers_of, loaded, logits_of, plain
-from transplant_hf import AutoModelWithTransplant
+from tests.helpers import generated, layers_of, loaded, logits_of, plain, refused, two_donors
+from transplant_hf import AutoModelWithTransplant, ConfigurationError
 
 LOADERS: list[Any] = [AutoModelWithTransplant, AutoModelForCausalLM]
 
@@ -110,6 +110,18 @@ def test_offloaded_with_a_strength(tiny: Path, tmp_path: Path) -> None:
     on_disk = offload_map(reference, range(6))
     model = loaded(tiny, strength=0.5, device_map=on_disk, offload_folder=tmp_path / "offload")
     assert torch.equal(logits_of(model), logits_of(reference))
+    model.save_pretrained(tmp_path / "full")
+    assert torch.equal(logits_of(plain(tmp_path / "full")), logits_of(reference))
+
+
+def test_offloaded_layers_that_are_replaced_cannot_be_saved(tiny_llama: Path, tmp_path: Path) -> None:
+    fields = {"second": "replace", "strength": 0.5, "keep_replaced": True}
+    on_disk = offload_map(two_donors(tiny_llama, **fields), range(9))
+    on_disk |= {f"model.layers.{n}": "disk" for n in range(9)}
+    model = two_donors(tiny_llama, **fields, device_map=on_disk, offload_folder=tmp_path / "offload")
+    with refused(ConfigurationError, "layers that donors replace are offloaded", "thin=True"):
+        model.save_pretrained(tmp_path / "full")
+    assert not (tmp_path / "full").exists()
 
 
 def test_key_mapping_does_not_disturb_the_donor(tiny_llama: Path) -> None:

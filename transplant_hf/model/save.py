@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from safetensors.torch import save_file
 from transformers.utils import logging
 
@@ -120,6 +121,8 @@ def _write_model(
             raise ConfigurationError(f"donors are switched off here ({off}); save outside disable_transplants().")
         if is_main:
             kwargs["state_dict"] = _checked_state(model, kwargs.get("state_dict"))
+            if not thin and kwargs["state_dict"] is None and any(one.is_meta for one in model.parameters()):
+                kwargs["state_dict"] = get_state_dict_offloaded_model(model)
         # The weights of a checkpoint are loaded into a model that has the strength itself.
         folded = None
         if not (thin or checkpoint):

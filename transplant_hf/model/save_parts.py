@@ -20,6 +20,7 @@ from ..architecture.build import build_on_meta
 from ..architecture.identity import Call, record_calls
 from ..cards import DONOR_TEMPLATE, FULL_TEMPLATE, render_card, write_card
 from ..config import TransplantConfig
+from ..display import some_of
 from ..donor.companions import at_hand, copy_companions, has_tokenizer, tokenizer_class
 from ..donor.entry import CODE_FILE, write_entry
 from ..donor.extract import checkpoint_tensors
@@ -86,6 +87,11 @@ def write_with_recipient(model: Any, staging: Path, target: Path, kwargs: Mappin
         empty.generation_config = model.generation_config
     save_args = {name: kwargs[name] for name in ("max_shard_size", "save_original_format") if name in kwargs}
     weights = recipient_state(model, kwargs.get("state_dict"))
+    if away := [name for name, tensor in weights.items() if tensor.is_meta]:
+        raise ConfigurationError(
+            f"weights of layers that donors replace are offloaded and cannot be read ({some_of(away)}). Save with "
+            "thin=True, or load the model without offload."
+        )
     empty.save_pretrained(staging / RECIPIENT_FOLDER, state_dict=weights, **save_args)
     return _write_donors(model, staging, target, kwargs, recipient=f"./{RECIPIENT_FOLDER}")[1]
 
@@ -186,6 +192,8 @@ def folded_strengths(model: Any, state: Mapping[str, torch.Tensor] | None = None
     path = blueprint.recipient.stack_path
     stack, layer_map = decoder_stack(model, path), blueprint.layer_map()
     numbers = {name: layer_map.layers_of(name)[0] for name in scaled}
+    if any(one.is_meta for number in numbers.values() for one in stack[number].parameters()):
+        return None  # offloaded
     try:
         weights = output_weights(model, path, list(numbers.values()))
         with eval_mode(model):
