@@ -179,3 +179,15 @@ def test_several_donors_thin(both: Shelf, as_user: Any) -> None:
     assert torch.equal(logits_of(again), logits_of(model))
     assert again.layer_map == model.layer_map
     assert {spec.revision for spec in again.transplant_config.donors} == {both.hub.head(target)}
+
+
+def test_a_recipient_that_nobody_else_has_is_refused(both: Shelf, as_user: Any) -> None:
+    as_user(ALICE)
+    folder = str(both.family / "recipient")
+    model = load(folder, donors={both.law: 1})
+    with refused(ConfigurationError, "names recipient", folder, "Push that first"):
+        model.push_to_hub("alice/nowhere", thin=True)
+    with refused(ConfigurationError, "names recipient", folder, "Push that first"):
+        Donor.from_pretrained(both.law).push_to_hub("alice/nowhere", position=1, recipient=folder)
+    assert not both.hub.requests.commits()
+    model.push_to_hub("alice/whole")

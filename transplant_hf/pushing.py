@@ -16,7 +16,7 @@ from .display import progress_bar
 from .donor import Donor
 from .donor.companions import code_named_in, companions_in
 from .donor.entry import read_entry
-from .donor.saved_files import recorded_files, replaced_among
+from .donor.saved_files import recorded_files, refuse_references_outside, replaced_among
 from .donor.tensors import FileTensors, read_shard_index
 from .errors import CheckpointError, ConfigurationError
 from .hub import push_folder
@@ -149,25 +149,15 @@ def _check_references(folder: Path) -> str:
         return "model"
     config = TransplantConfig(**{**fields, "name_or_path": str(folder)})
     source = Source(str(folder), folder)
-    recipient = points_to_folder(str(config.recipient), source, config.recipient_revision)
-    _refuse_outside(folder, recipient, f"recipient {config.recipient!r}")
+    refuse_references_outside(folder)
     for spec in config.donors:
         donor = folder if spec.donor == "." else points_to_folder(spec.donor, source, spec.revision)
-        _refuse_outside(folder, donor, f"donor {spec.donor!r}")
         if donor is not None:
             place = donor / (spec.subfolder or "")
             Donor.open(Source(str(place), place)).verify()
+    recipient = points_to_folder(str(config.recipient), source, config.recipient_revision)
     alone = recipient is None and [spec.donor for spec in config.donors] == ["."]
     return "donor" if alone else "transplant"
-
-
-def _refuse_outside(folder: Path, referred: Path | None, what: str) -> None:
-    if referred is not None and not referred.resolve().is_relative_to(folder.resolve()):
-        raise ConfigurationError(
-            f"{folder / _CONFIG} names {what}, a folder on this machine that nobody else has. Push that first, then "
-            "save this again with its Hub id: save_pretrained(..., recipient='user/model'), or the command that wrote "
-            "it."
-        )
 
 
 def _check_weights(folder: Path) -> tuple[int, int]:

@@ -37,7 +37,13 @@ from .companions import (
 )
 from .entry import write_entry
 from .record import DonorRecord, FileStamp
-from .saved_files import RECIPIENT_FOLDER, refuse_foreign_model, replaced_among, replaced_in
+from .saved_files import (
+    RECIPIENT_FOLDER,
+    refuse_foreign_model,
+    refuse_references_outside,
+    replaced_among,
+    replaced_in,
+)
 from .tensors import DONOR_INDEX, TensorStore, loaded_dtype
 
 if TYPE_CHECKING:
@@ -241,6 +247,7 @@ def output_folder(output: str | os.PathLike[str] | None, push_to: str | None) ->
 
 def push_saved(folder: Path, repo_id: str, files: Collection[str] | None, message: str, **kwargs: Any) -> CommitInfo:
     """Upload what was saved in a folder as one commit; by default all files."""
+    refuse_references_outside(folder)
     kept = functools.partial(kept_in_repository, folder)
     return push_folder(
         folder, repo_id, commit_message=message, replaced=replaced_among, kept=kept, only=files, **kwargs

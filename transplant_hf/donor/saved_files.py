@@ -87,6 +87,21 @@ def refuse_foreign_model(folder: Path) -> None:
         )
 
 
+def refuse_references_outside(folder: Path) -> None:
+    """Refuse to upload a save that refers to another folder on this machine."""
+    fields = read_entry(folder) or {}
+    named = [("recipient", fields.get("recipient"), fields.get("recipient_revision"))]
+    named += [("donor", spec.donor, spec.revision) for spec in donor_specs(fields.get("donors") or [])]
+    for kind, reference, revision in named:
+        place = points_to_folder(str(reference), Source(str(folder), folder), revision) if reference else None
+        if place is not None and not place.resolve().is_relative_to(folder.resolve()):
+            raise ConfigurationError(
+                f"{folder / _CONFIG} names {kind} {reference!r}, a folder on this machine that nobody else has. Push "
+                "that first, and use its Hub id: save_pretrained(..., recipient='user/model') of a donor, "
+                "from_pretrained('user/model', donors=...) of a transplant, or the command that wrote it."
+            )
+
+
 def recorded_files(folder: Path) -> set[str]:
     """Return the files of a saved donor, transplant or model that its records name."""
     folder = folder.resolve()
