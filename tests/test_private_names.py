@@ -222,8 +222,13 @@ def test_the_capturing_hooks_leave_their_mark() -> None:
     model = tiny_llama_model(0)
     maybe_install_capturing_hooks(model.model)
     assert getattr(model.model, "_output_capturing_hooks_installed", False), (
-        "model/active_donors.py reads _output_capturing_hooks_installed to know which layers are recorded."
+        "model/active_donors.py reads _output_capturing_hooks_installed to know whether layers are recorded."
     )
+    for layer in model.model.layers:
+        hooks = [hook for part in layer.modules() for hook in part._forward_hooks.values()]
+        assert {hook.__module__ for hook in hooks} == {maybe_install_capturing_hooks.__module__}, (
+            "model/active_donors.py knows the hooks of recorded layers by their module."
+        )
 
 
 def test_what_a_call_records() -> None:
