@@ -11,7 +11,7 @@ import torch
 from tests.architectures.tiny_models import tiny_model
 from tests.helpers import NUM_LAYERS, copied, logits_of, randomised, refused
 from tests.training.helpers import losses, noise, recipient, trainer
-from transplant_hf import AutoModelWithTransplant, ConfigurationError, DataError, Donor
+from transplant_hf import AutoModelWithTransplant, ConfigurationError, DataError, Donor, DonorSpec
 from transplant_hf.partial import PartialRun
 from transplant_hf.training.part_trainer import COMPARED_TOKENS
 
@@ -65,6 +65,24 @@ def test_a_replacing_donor_starts_as_what_it_replaces(tmp_path: Path) -> None:
     assert len(made.model.layer_map) == NUM_LAYERS
     with made.model.disable_transplants():
         assert torch.equal(logits_of(made.model), before)
+
+
+def test_a_donor_beside_one_that_replaces_starts_from_the_recipients_own_layers(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    replaced = {"donors": [DonorSpec(str(tiny_llama / "donor"), 0, "replace", layers=[0], name="law")]}
+    base = AutoModelWithTransplant.from_pretrained(tiny_llama / "recipient", keep_replaced=True, **replaced)
+    before = logits_of(base)
+    made = trainer(tmp_path, base, mode="replace", position=2, donor_name="second")
+    assert [index for _, index in made.transplant.layer_map] == [1, 1, 2, 3]
+    assert torch.equal(logits_of(made.transplant.eval()), before)
+    inserted = trainer(tmp_path, base, position=1, donor_layers=1, donor_name="second", start_layers=[1])
+    assert inserted.transplant.layer_map[1] == ("second", 1)
+    inserted = trainer(tmp_path, base, position=2, donor_layers=1, donor_name="second")
+    assert inserted.transplant.layer_map[2] == ("second", 1)
+    for fields in ({"position": 0, "mode": "replace"}, {"position": 1}, {"start_layers": [0, 1]}):
+        with refused(ConfigurationError, "recipient layers [0] do not run", "1, 2, 3"):
+            trainer(tmp_path, base, donor_name="second", **fields)
 
 
 def test_a_replacing_donor_is_brought_to_its_strength_once(tmp_path: Path) -> None:

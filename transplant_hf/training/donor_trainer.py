@@ -220,15 +220,24 @@ def with_untrained_donor(
 ) -> tuple[Any, Part]:
     """Return the recipient with an untrained donor, whose parameters alone require gradients, and what runs of it."""
     layer_map = getattr(recipient, "layer_map", None) or [(RECIPIENT, n) for n in range(len(stack_of(recipient)))]
-    numbers = [number for number, (source, _) in enumerate(layer_map) if source == RECIPIENT]
+    running = {index: number for number, (source, index) in enumerate(layer_map) if source == RECIPIENT}
     placement = Placement(name, position, tuple(range(count)), mode == "replace")
-    start = list(start_layers or starting_layers(placement, len(numbers)))
-    if min(start) < 0 or max(start) >= len(numbers):
+    state = getattr(recipient, "_transplant", None)
+    start = list(
+        start_layers or starting_layers(placement, state.blueprint.splice.num_layers if state else len(running))
+    )
+    if start_layers is None and mode == "insert":
+        for index in [index for index in start if index not in running]:  # another donor replaces it
+            start[start.index(index)] = max((n for n in running if n < index and n not in start), default=index)
+        start.sort()
+    if missing := [index for index in start if index not in running]:
         raise ConfigurationError(
-            f"the donor cannot start from layers {start}: {len(numbers)} recipient layers run, 0..{len(numbers) - 1}."
+            f"the donor cannot start from layers {start}: recipient layers {missing} do not run here. Those that run "
+            f"are {', '.join(map(str, sorted(running)))}. Choose another position (--position), or, for a donor that "
+            "is inserted, start_layers (--start-layers)."
         )
     init = init or default_init(mode)
-    copied = [numbers[n] for n in start]
+    copied = [running[index] for index in start]
     quantized, started_from = is_quantized(recipient), FROM_DEQUANTIZED if was_gguf(recipient) else None
     with layers_in_memory(recipient, copied):
         norms = [_norm_weights(stack_of(recipient)[number]) for number in copied]
