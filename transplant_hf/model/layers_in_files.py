@@ -60,16 +60,13 @@ class LayersInFiles:
             for file in sorted({*files, *(origin.file for origin in self._origins.values())})
         }
         self._weights = [_weights(layer, f"{path}.{number}") for number, layer in enumerate(self._layers)]
+        # The names of the weights in these layers, in the model.
+        self.own_names = {path for weights in self._weights for *_, path in weights}
         self._loaded: set[int] = set(range(count))  # until `drop`: the loader needs placeholders
         for number, layer in enumerate(self._layers):
             for _, _, placeholder, _ in self._weights[number]:
                 placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
             layer.register_forward_pre_hook(lambda layer, args, number=number: self._refuse_call(layer, number))
-
-    @property
-    def own_names(self) -> set[str]:
-        """The names of the weights in these layers, in the model."""
-        return {path for weights in self._weights for *_, path in weights}
 
     @property
     def absent(self) -> list[int]:

@@ -65,10 +65,8 @@ def _recipient(config: TransplantConfig, home: Source | None) -> tuple[PreTraine
 
 
 def _folder(reference: str, revision: str | None, home: Source | None) -> Path | None:
-    place = points_to_folder(reference, home, revision)
-    if place is not None:
-        return place
-    return at_hand(reference, revision or ("main" if home is not None and home.from_hub else None))
+    here = points_to_folder(reference, home, revision)
+    return here or at_hand(reference, revision or ("main" if home is not None and home.from_hub else None))
 
 
 def _num_layers(spec: DonorSpec, home: Source | None) -> int | None:
