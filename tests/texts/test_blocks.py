@@ -190,6 +190,15 @@ def test_what_cannot_be_is_refused(tokenizer: Any, act: Any, kind: Any, facts: t
         act(tokenizer)
 
 
+def test_names_of_texts_and_files_are_no_text(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "law.txt"
+    file.write_text("The court held. " * 9)
+    with refused(DataError, "one text", "'law'"):
+        pack({"law": str(file)}, tokenizer, 4)
+    with refused(DataError, str(file), "not a file"):
+        pack([str(file)], tokenizer, 4)
+
+
 def test_a_tokenizer_that_fits_is_accepted(tokenizer: Any) -> None:
     check_tokenizer(tokenizer, 258, "user/model")
     with refused(DataError, "has number 257", "the model has 257 tokens"):

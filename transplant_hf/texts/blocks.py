@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -293,8 +294,14 @@ def _given_documents(data: Any, name: str) -> Iterator[str]:
             "a text is Blocks, a stream of tokens, a TextSource or the name of one, documents, or rows with a column "
             f"of text; got {type(data).__name__}."
         )
+    if isinstance(data, Mapping):
+        raise DataError(
+            f"one text is wanted here, and {', '.join(map(repr, data))} are names of texts: pass one of them."
+        )
     items = iter(data)
     first = next(items, None)
+    if isinstance(first, str) and os.path.isfile(first):
+        raise DataError(f"{first!r} in a list is a document, not a file. Pass the name of one file, or of a folder.")
     items = itertools.chain([] if first is None else [first], items)
     if isinstance(first, Mapping):
         yield from row_documents(items, None, name)
