@@ -251,3 +251,6 @@ def test_one_donor_has_a_position_in_its_text(tiny_gpt2: Path) -> None:
         load(tiny_gpt2 / "recipient", donors=["law@two"])
     with refused(ConfigurationError, "there is no argument donor=", "donors={donor: position}"):
         load(tiny_gpt2 / "recipient", donor=str(tiny_gpt2 / "donor"))
+    for field in ({"mode": "replace"}, {"position": 2}):
+        with refused(ConfigurationError, f"no argument {next(iter(field))}=", "DonorSpec(donor, position, mode=...)"):
+            load(tiny_gpt2 / "recipient", donors=str(tiny_gpt2 / "donor"), **field)

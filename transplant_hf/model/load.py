@@ -182,6 +182,11 @@ def load_transplant(
         )
     if "donor" in kwargs:
         raise ConfigurationError(f"there is no argument donor={kwargs['donor']!r}. Pass donors={{donor: position}}.")
+    for name in {"position", "mode"} & kwargs.keys():
+        raise ConfigurationError(
+            f"there is no argument {name}={kwargs[name]!r}: it is a field of each donor, "
+            "donors=[DonorSpec(donor, position, mode=...)]."
+        )
     if strength not in (None, AUTO):
         raise ConfigurationError(
             f'strength={strength!r}: at load it can be "auto". The strength of one donor is a field of its DonorSpec.'
