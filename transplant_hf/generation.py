@@ -100,8 +100,8 @@ def generate(
 
     def write() -> str:
         # None: greedy decoding has no use for the sampling settings that the model may recommend.
-        settings = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "pad_token_id": pad}
-        tokens = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
+        settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        tokens = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **settings)
         return str(tokenizer.decode(tokens[0, length:], skip_special_tokens=True))
 
     texts: dict[str, str] = {}

@@ -40,6 +40,14 @@ def test_with_the_donor_and_without(tiny_llama: Path, run: Run) -> None:
     assert json.loads(out)["texts"] == {"model": wanted["recipient"]}
 
 
+def test_decoding_is_greedy_whatever_the_model_recommends(family: Path, run: Run) -> None:
+    wanted = continued(plain(family / "recipient"), family / "recipient", "To be", 8)
+    edit_json(family / "recipient" / "generation_config.json", num_beams=3, length_penalty=9.0)
+    assert continued(plain(family / "recipient"), family / "recipient", "To be", 8) != wanted
+    status, out, _ = run("generate", family / "recipient", "To be", "--max-new-tokens", 8, "--json")
+    assert (status, json.loads(out)["texts"]) == (0, {"model": wanted})
+
+
 def test_columns_stand_side_by_side() -> None:
     printed = str(Generation("p", {"with law": "word " * 20 + "\n\nend", "recipient": "short"}, False))
     prompt, blank, *lines = printed.splitlines()
