@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import dataclasses
 import errno
-import functools
 import glob
 import hashlib
 import json
@@ -15,11 +16,13 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers.utils import logging
 
@@ -63,15 +66,71 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+# A process remembers the files that it hashed. For files in the cache of the Hub client, a stamp beside the file lets
+# other processes know what the file was like when it was hashed. No stamp is read or written outside that cache, where
+# others could have put both the file and the stamp.
+_STAMP = ".verified"
+
+
+@dataclasses.dataclass(frozen=True)
+class _FileState:
+    """What changes when a file is changed or replaced."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> _FileState:
+        stat = path.stat()
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+_hashed: dict[Path, tuple[_FileState, str]] = {}
+
+
 def verified_sha256(path: Path) -> str:
-    """Return the sha256 of a file, which a process hashes again only if the file was changed or replaced."""
-    state = path.stat()
-    return _sha256_in_state(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+    """Return the sha256 of a file, which is hashed only if that is not known of the file as it is."""
+    state, stamp = _FileState.of(path), _stamp_of(path)
+    known = _hashed.get(path) or (_read_stamp(stamp) if stamp is not None else None)
+    if known is not None and known[0] == state:
+        return known[1]
+    sha256 = sha256_of(path)
+    if _FileState.of(path) == state:  # else it was changed meanwhile
+        _hashed[path] = (state, sha256)
+        if stamp is not None:
+            _write_stamp(stamp, state, sha256)
+    return sha256
 
 
-@functools.lru_cache(maxsize=1024)
-def _sha256_in_state(path: Path, *_state: int) -> str:
-    return sha256_of(path)
+def _stamp_of(path: Path) -> Path | None:
+    """The stamp of a file of the cache: beside the blob that a snapshot links to."""
+    cache, blob = Path(constants.HF_HUB_CACHE).resolve(), path.resolve()
+    inside = blob.relative_to(cache).parts if path.is_symlink() and blob.is_relative_to(cache) else ()
+    is_blob = len(inside) == 3 and "--" in inside[0] and inside[1] == "blobs"
+    return blob.with_name(blob.name + _STAMP) if is_blob else None
+
+
+def _read_stamp(stamp: Path) -> tuple[_FileState, str] | None:
+    try:
+        fields = json.loads(stamp.read_text("utf-8"))
+        return _FileState(**{name: int(value) for name, value in fields["file"].items()}), str(fields["sha256"])
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):  # none, or not a whole one
+        return None
+
+
+def _write_stamp(stamp: Path, state: _FileState, sha256: str) -> None:
+    """Write a stamp in one step; without a stamp, the next process hashes the file again."""
+    with contextlib.suppress(OSError):
+        descriptor, temporary = tempfile.mkstemp(dir=stamp.parent, prefix=stamp.name)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump({"sha256": sha256, "file": dataclasses.asdict(state)}, file)
+            os.replace(temporary, stamp)
+        except OSError:
+            os.unlink(temporary)
+            raise
 
 
 def files_in(folder: Path) -> set[str]:
