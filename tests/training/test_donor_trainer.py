@@ -284,3 +284,13 @@ def test_norms_that_start_silent_have_a_learning_rate_of_their_own(tmp_path: Pat
     made.train()
     donor = made.donor.tensors()
     assert (donor["layers.0.post_feedforward_layernorm.weight"] != -1).any()
+
+
+def test_the_default_learning_rate_is_lower_where_norms_follow_the_projections(tmp_path: Path) -> None:
+    models = (recipient(), randomised(tiny_model("gemma3_text", 4, seed=1), 1))
+    for model, factor in zip(models, (1, 3), strict=True):
+        made = trainer(
+            tmp_path / model.config.model_type, model, train_dataset=noise(), donor_layers=1, learning_rate=None
+        )
+        width = model.config.hidden_size
+        assert made.args.learning_rate == pytest.approx(1e-2 * min(1, 192 / width) / factor)

@@ -228,8 +228,16 @@ def _is_positive(number: float) -> bool:
     return 0 < number < math.inf
 
 
-def default_learning_rate(args: DonorTrainingArguments, width: int, trained: Iterable[torch.Tensor]) -> float:
+def default_learning_rate(
+    args: DonorTrainingArguments, width: int, trained: Iterable[torch.Tensor], normed: bool = False
+) -> float:
     """Return the best measured learning rate, for a recipient's width or for the weights that are trained.
+
+    Args:
+        args: How the donor is trained.
+        width: The recipient's hidden size.
+        trained: The weights that are trained.
+        normed: Whether norms follow the output projections.
 
     Example:
         >>> default_learning_rate(DonorTrainingArguments("law"), 192, [])
@@ -239,7 +247,8 @@ def default_learning_rate(args: DonorTrainingArguments, width: int, trained: Ite
     """
     if args.mode == "replace":
         return REPLACED_STEP * root_mean_square(trained)
-    return width_scaled(LEARNING_RATES[args.method], width)
+    # A third of the rate was better for Gemma 3 270M (docs/results.md), in which norms follow the projections.
+    return width_scaled(LEARNING_RATES[args.method], width) / (3 if normed else 1)
 
 
 @torch.no_grad()

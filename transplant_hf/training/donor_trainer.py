@@ -118,7 +118,7 @@ class DonorTrainer(TransplantTrainer):
         trained = trained_parameters(transplanted)
         if args.learning_rate is None:
             width = recipient.config.get_text_config(decoder=True).hidden_size
-            args.learning_rate = default_learning_rate(args, width, trained.values())
+            args.learning_rate = default_learning_rate(args, width, trained.values(), normed=bool(part.rates))
         before = trained if self.interpolation != 1 else {}
         self._before = {name: parameter.detach().clone() for name, parameter in before.items()}
         untrained = transplanted._transplant.blueprint.part(self.donor_name).donor
