@@ -24,7 +24,7 @@ pytestmark = pytest.mark.hub
 
 @pytest.fixture
 def repo(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a private repository that is deleted afterwards."""
+    """The name of a private repository that is deleted afterwards, as is the one of its recipient."""
     if ENDPOINT and not os.environ.get("HF_TOKEN"):
         pytest.skip(f"pushing to {ENDPOINT} needs a token in HF_TOKEN")
     if not ENDPOINT:
@@ -32,7 +32,8 @@ def repo(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv("HF_TOKEN", ALICE)
     name = f"{HfApi().whoami()['name']}/transplant-hf-test-{secrets.token_hex(4)}"
     yield name
-    HfApi().delete_repo(name, missing_ok=True)
+    for made in (name, f"{name}-recipient"):
+        HfApi().delete_repo(made, missing_ok=True)
 
 
 def push(folder: Path, repo: str, revision: str | None = None) -> str:
@@ -49,7 +50,9 @@ def commits(repo: str, revision: str = "main") -> list[str]:
 def test_push_and_pull(family: Path, repo: str, tmp_path: Path) -> None:
     """A donor goes up in one commit and comes back with the same bytes, pinned, also offline."""
     donor = Donor.from_pretrained(family / "donor")
-    info = donor.push_to_hub(repo, position=2, recipient=str(family / "recipient"), private=True)
+    HfApi().create_repo(f"{repo}-recipient", private=True)
+    HfApi().upload_folder(repo_id=f"{repo}-recipient", folder_path=family / "recipient")
+    info = donor.push_to_hub(repo, position=2, recipient=f"{repo}-recipient", private=True)
     assert commits(repo)[0] == info.oid
     assert len(commits(repo)) == 2  # the repository's own first one
     back = Donor.from_pretrained(repo)
