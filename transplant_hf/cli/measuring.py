@@ -70,7 +70,7 @@ def add_evaluate(commands: Any) -> None:
         "evaluate openai-community/gpt2 --donor user/gpt2-law@10 --text cases.jsonl",
     )
     parser = command(commands, "evaluate", _evaluate_texts, summary, *examples, check=_check_evaluate)
-    parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a donor, a transplant or a model")
+    parser.add_model()
     parser.add_donors()
     parser.add_argument("--recipient", help="model to compare with (default: MODEL without its donors)")
     strengths = "measure with the donors at each of these strengths"

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,16 @@ class Parser(argparse.ArgumentParser):
         several: Any = {"action": _LayerNumbers, "nargs": "+"}
         (group or self).add_argument(flag, type=layer_range, metavar="N", help=description, **several)
 
+    def add_model(self) -> None:
+        """Add the model that runs."""
+        self.add_argument("model", metavar="MODEL", help="Hub id or folder of a donor, a transplant or a model")
+
     def add_donors(self) -> None:
         """Add `--donor`, which may be repeated."""
-        description = "insert this donor (Hub id or folder) after POSITION recipient layers (default: the position "
-        description += "that it recommends). May be repeated"
+        description = (
+            "insert this donor (Hub id or folder) after POSITION recipient layers (default: the position that it "
+            "recommends). May be repeated"
+        )
         self.add_argument("--donor", action="append", dest="inserted", metavar=DONOR, help=description)
 
     def add_overwrite(self) -> None:
@@ -102,8 +109,7 @@ class Parser(argparse.ArgumentParser):
     def add_dtype(self, *more: str, note: str = "") -> None:
         """Add the dtype of the model."""
         description = f"such as float32 or bfloat16 (default: as in the checkpoint{note})"
-        read = lambda text: text if text in more else dtype(text)  # noqa: E731
-        self.add_argument("--dtype", type=read, default="auto", help=description)
+        self.add_argument("--dtype", type=partial(dtype, more=more), default="auto", help=description)
 
     def add_trust(self) -> None:
         """Add the option that lets code of a repository run."""
@@ -220,8 +226,10 @@ def any_dtype(text: str) -> str:
     return _DTYPES.get(text.lower(), text.lower())
 
 
-def dtype(text: str) -> str:
-    """Read the dtype of a model, by its name in torch or a common short name."""
+def dtype(text: str, more: Sequence[str] = ()) -> str:
+    """Read the dtype of a model, by its name in torch or a common short name; or one of `more` names."""
+    if text in more:
+        return text
     if text.lower() not in _DTYPES:
         known = ", ".join(dict.fromkeys(["auto", *_DTYPES.values()]))
         raise argparse.ArgumentTypeError(f"must be one of {known}, or bf16, fp16, fp32, got {text!r}")

@@ -44,7 +44,7 @@ def add_generate(commands: Any) -> None:
         'generate openai-community/gpt2 "The court held that" --donor user/gpt2-law@10 --max-new-tokens 40',
     )
     parser = command(commands, "generate", _generate, summary, *examples)
-    parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a donor, a transplant or a model")
+    parser.add_model()
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or the message to a chat model")
     parser.add_donors()
     parser.add_argument("--off", action="store_true", help="generate only without the donors")
@@ -72,7 +72,7 @@ def add_serve(commands: Any) -> None:
         "serve openai-community/gpt2 --donor user/gpt2-law@10 --donor user/gpt2-code --port 8000",
     )
     parser = command(commands, "serve", _serve, summary, *examples)
-    parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a donor, a transplant or a model")
+    parser.add_model()
     parser.add_donors()
     name = "name of the model without donors in requests (default: the recipient's name, or that of its folder)"
     parser.add_argument("--name", help=name)
