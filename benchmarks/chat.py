@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import report
@@ -22,7 +23,7 @@ from transformers.utils import logging
 
 from transplant_hf.comparison.methods import METHODS, Setting
 from transplant_hf.comparison.runs import PARTIAL_STRENGTH, Budget, train_once
-from transplant_hf.texts import Blocks, pack
+from transplant_hf.comparison.study import split_texts
 
 _TASKS = (
     "Explain {} to a child.",
@@ -35,6 +36,7 @@ _TASKS = (
     "Summarize the history of {} in two sentences.",
 )
 _TOPICS = ("the moon", "bread", "chess", "trains", "rain", "money", "bees", "sleep")
+_HELD_OUT = 1  # blocks; texts are not measured
 _SHOWN = "How do I boil an egg?"
 
 
@@ -74,27 +76,22 @@ def main() -> None:
 
     recipient = load().eval().requires_grad_(False)
     chats = sample_chats(recipient, tokenizer, options.new_tokens)
-    domain, general = (
-        pack(text, tokenizer, options.block_length, quiet=True).split(8, 1, 1)[0]
-        for text in (options.text, options.general)
+    texts = split_texts(
+        options.text, options.general, [], recipient, tokenizer, options.block_length, options.blocks, _HELD_OUT
     )
-    chosen = torch.linspace(0, len(domain) - 1, min(options.blocks, len(domain))).round().long()  # as compare does
-    domain = Blocks(domain.tokens[chosen], domain.name)
     rows = []
     answers = {"untouched": answer(recipient, tokenizer, options.new_tokens)}
     for name, rate in (one.split("=") for one in options.methods):
         setting = Setting(load, recipient, options.count, 16, 0)
         prepared = METHODS[name].prepare(setting)
+        budget = Budget(options.steps, options.batch_size, 0.25, 0)
         with tempfile.TemporaryDirectory() as folder:
-            train_once(
-                prepared, folder, float(rate), Budget(options.steps, options.batch_size, 0.25, 0), domain, general
-            )
-        for strength in (1.0, PARTIAL_STRENGTH):
-            if strength == 1.0 or prepared.at_strength is None:
-                block = nullcontext(prepared.model)
-            else:
-                block = prepared.at_strength(strength)
-            with block as model:
+            train_once(prepared, folder, float(rate), budget, texts.domain, texts.general)
+        views: dict[float, Callable[[], Any]] = {1.0: partial(nullcontext, prepared.model)}
+        if prepared.at_strength is not None:
+            views[PARTIAL_STRENGTH] = partial(prepared.at_strength, PARTIAL_STRENGTH)
+        for strength, enter in views.items():
+            with enter() as model:
                 divergence, same = compare_answers(recipient, model.eval(), chats)
                 rows.append([METHODS[name].what, rate, f"{strength:g}", f"{divergence:.3f}", f"{same:.1%}"])
                 answers[f"{METHODS[name].what}, {strength:g}"] = answer(model, tokenizer, options.new_tokens)
@@ -114,10 +111,10 @@ def sample_chats(recipient: Any, tokenizer: Any, new_tokens: int) -> Chats:
     tokens = recipient.generate(**inputs, max_new_tokens=new_tokens, **sampling)
     seen = inputs["input_ids"].shape[1]
     # The first end of a turn belongs to an answer, and what follows is padding.
-    ends = (tokens[:, seen:] == tokenizer.eos_token_id).cumsum(1)
-    kept = ends - (tokens[:, seen:] == tokenizer.eos_token_id).long() == 0
-    answers = torch.cat([torch.zeros_like(inputs["attention_mask"]), kept.long()], dim=1)
-    return Chats(tokens, torch.cat([inputs["attention_mask"], kept.long()], dim=1), answers.bool())
+    ends = (tokens[:, seen:] == tokenizer.eos_token_id).long()
+    kept = (ends.cumsum(1) - ends == 0).long()
+    answers = torch.cat([torch.zeros_like(inputs["attention_mask"]), kept], dim=1)
+    return Chats(tokens, torch.cat([inputs["attention_mask"], kept], dim=1), answers.bool())
 
 
 @torch.no_grad()

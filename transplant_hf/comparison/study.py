@@ -27,7 +27,7 @@ from .methods import METHODS, Method, Setting, on_grid
 from .report import ComparisonReport, ComparisonRow, Runs, check_comparison_folder
 from .runs import Budget, RunResult, Texts, measure, run_method
 
-__all__ = ["compare"]
+__all__ = ["compare", "split_texts"]
 
 _MOST_RATES = 6  # for one method
 _REFERENCE = "full"  # its time is the time of the comparison at equal time
@@ -114,7 +114,7 @@ def compare(
     check_texts(text, general, *others)
     began = time.perf_counter()
     model, tokenizer, revision = model_and_tokenizer(recipient, tokenizer, revision, kwargs)
-    texts = _split(text, general, others, model, tokenizer, block_length, blocks, held_out_blocks)
+    texts = split_texts(text, general, others, model, tokenizer, block_length, blocks, held_out_blocks)
 
     def load() -> Any:
         return remove_transplants(load_model(recipient, revision=revision, keep_replaced=True, **kwargs))
@@ -212,7 +212,7 @@ def _check(
     return chosen
 
 
-def _split(
+def split_texts(
     text: Any,
     general: Any,
     others: Sequence[Any],
